@@ -1,0 +1,95 @@
+"""trpo_jax: Trust Region Policy Optimization for JAX.
+
+Names load on first use, so that `import trpo_jax` costs nothing beside `import jax`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from trpo_jax._threads import widen_small_thread_pool
+
+if TYPE_CHECKING:
+    from trpo_jax.config import UsageError as UsageError
+    from trpo_jax.config import validate as validate
+    from trpo_jax.environments.base import Environment as Environment
+    from trpo_jax.environments.make import available_environments as available_environments
+    from trpo_jax.environments.make import make_environment as make_environment
+    from trpo_jax.networks import make_policy as make_policy
+    from trpo_jax.networks import make_value as make_value
+    from trpo_jax.steps.advantages import gae as gae
+    from trpo_jax.steps.advantages import parallel_gae as parallel_gae
+    from trpo_jax.steps.curvature import fisher_vector_product as fisher_vector_product
+    from trpo_jax.steps.distributions import Categorical as Categorical
+    from trpo_jax.steps.distributions import DiagonalGaussian as DiagonalGaussian
+    from trpo_jax.steps.distributions import MultiCategorical as MultiCategorical
+    from trpo_jax.steps.line_searches import backtracking_line_search as backtracking_line_search
+    from trpo_jax.steps.line_searches import parallel_line_search as parallel_line_search
+    from trpo_jax.steps.objectives import mean_kl as mean_kl
+    from trpo_jax.steps.objectives import surrogate as surrogate
+    from trpo_jax.steps.solvers import conjugate_gradient as conjugate_gradient
+    from trpo_jax.steps.trust_region import natural_gradient as natural_gradient
+    from trpo_jax.steps.trust_region import trpo_update as trpo_update
+    from trpo_jax.steps.values import fit_value_function as fit_value_function
+    from trpo_jax.training.checkpoints import load as load
+    from trpo_jax.training.checkpoints import save as save
+    from trpo_jax.training.evaluation import evaluate as evaluate
+    from trpo_jax.training.loop import init as init
+    from trpo_jax.training.loop import train as train
+    from trpo_jax.training.loop import train_step as train_step
+    from trpo_jax.types import Config as Config
+    from trpo_jax.types import Metrics as Metrics
+    from trpo_jax.types import Network as Network
+    from trpo_jax.types import TrainState as TrainState
+
+_HOME = {
+    "Categorical": "steps.distributions",
+    "Config": "types",
+    "DiagonalGaussian": "steps.distributions",
+    "Environment": "environments.base",
+    "Metrics": "types",
+    "MultiCategorical": "steps.distributions",
+    "Network": "types",
+    "TrainState": "types",
+    "UsageError": "config",
+    "available_environments": "environments.make",
+    "backtracking_line_search": "steps.line_searches",
+    "conjugate_gradient": "steps.solvers",
+    "evaluate": "training.evaluation",
+    "fisher_vector_product": "steps.curvature",
+    "fit_value_function": "steps.values",
+    "gae": "steps.advantages",
+    "init": "training.loop",
+    "load": "training.checkpoints",
+    "make_environment": "environments.make",
+    "make_policy": "networks",
+    "make_value": "networks",
+    "mean_kl": "steps.objectives",
+    "natural_gradient": "steps.trust_region",
+    "parallel_gae": "steps.advantages",
+    "parallel_line_search": "steps.line_searches",
+    "save": "training.checkpoints",
+    "surrogate": "steps.objectives",
+    "train": "training.loop",
+    "train_step": "training.loop",
+    "trpo_update": "steps.trust_region",
+    "validate": "config",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'trpo_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"trpo_jax.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
+
+
+widen_small_thread_pool()

@@ -1,0 +1,139 @@
+"""Every setting once: its name, default, meaning and range. Imports no JAX, so that the command line can show it at once.
+
+A setting is *static* if it changes a shape, a loop length or a Python branch: each value compiles a program of its
+own. Every other setting is a float that is *traced*: one program serves all its values, and `jax.vmap` over it works.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class UsageError(ValueError):
+    """A setting, file or environment cannot be used. The message is one sentence with the mend in it."""
+
+
+def _static(default: Any, help: str, *, low: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+    return dataclasses.field(
+        default=default, metadata={"help": help, "static": True, "low": low, "choices": choices, "flag": True}
+    )
+
+
+def _traced(default: float, help: str, *, interval: str) -> Any:
+    return dataclasses.field(
+        default=default, metadata={"help": help, "static": False, "interval": interval, "flag": True}
+    )
+
+
+def _object(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "static": True, "flag": False})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of a training run. A pytree: floats are leaves, the rest is static.
+
+    `help` and ranges stand in each field's metadata; `trpo-jax train --help` prints them. `config.replace(name=value)`
+    returns a changed copy.
+    """
+
+    env: Any = _object("CartPole-v1", "a gymnax name, an Environment, or any object with gymnax's six-value step")
+    policy: Any = _object(None, "a Network whose apply returns a distribution; None: separate MLP with tanh")
+    value: Any = _object(None, "a Network whose apply returns V, [...]; None: separate MLP with tanh")
+    num_envs: int = _static(16, "environments stepped in parallel, N", low=1)
+    num_steps: int = _static(128, "steps in each environment an iteration, T", low=1)
+    num_iterations: int = _static(48, "iterations (one rollout and one update each)", low=1)
+    gamma: float = _traced(0.99, "discount γ", interval="[0, 1]")
+    gae_lambda: float = _traced(0.95, "λ of generalized advantage estimation", interval="[0, 1]")
+    max_kl: float = _traced(0.01, "trust-region radius δ: bound on the mean KL of an update, nats", interval="(0, inf)")
+    cg_damping: float = _traced(0.1, "damping λ_d of the Fisher matrix in conjugate gradient", interval="[0, inf)")
+    cg_iterations: int = _static(10, "conjugate-gradient iterations k", low=1)
+    fisher_fraction: float = dataclasses.field(
+        default=1.0,
+        metadata={
+            "help": "share of the batch that estimates the Fisher matrix (changes a shape, so it is static)",
+            "static": True,
+            "interval": "(0, 1]",
+            "flag": True,
+        },
+    )
+    line_search: str = _static(
+        "auto",
+        "one candidate after the other, or all in one batched pass; auto: parallel on accelerators",
+        choices=("auto", "backtracking", "parallel"),
+    )
+    line_search_shrink: float = _traced(0.8, "factor α between candidates of the line search", interval="(0, 1)")
+    line_search_steps: int = _static(10, "candidates that the line search tries", low=1)
+    value_learning_rate: float = _traced(1e-3, "Adam's learning rate for the value function", interval="[0, inf)")
+    value_epochs: int = _static(5, "passes over the batch to fit the value function", low=1)
+    value_minibatches: int = _static(8, "minibatches a pass; must divide num_envs x num_steps", low=1)
+    normalize_advantages: bool = _static(True, "shift and scale the advantages of a batch to mean 0 and variance 1")
+    normalize_observations: bool = _static(False, "running normalisation of observations, frozen within an iteration")
+    initial_log_std: float = _traced(
+        0.0, "log σ of a Gaussian policy at the start, in units of half the action range", interval="(-inf, inf)"
+    )
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with some settings changed."""
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise UsageError(f"Config has no setting {name!r}{nearest(name, known)}.")
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Environment steps an iteration, T · N."""
+        return self.num_envs * self.num_steps
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean …?' with the closest of the known names, or nothing."""
+    lowered = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(lowered[match] for match in close)}?" if close else ""
+
+
+def validate(config: Config) -> None:
+    """Check every setting that has a concrete value; raise `UsageError` with one sentence.
+
+    Traced values cannot be looked at and pass. Arrays of values (a sweep) are checked value by value.
+    """
+    for field in dataclasses.fields(config):
+        value, meta = getattr(config, field.name), field.metadata
+        if "interval" in meta:
+            _check_interval(field.name, value, meta["interval"])
+        elif meta.get("choices"):
+            if value not in meta["choices"]:
+                raise UsageError(f"{field.name} must be one of {', '.join(meta['choices'])}, got {value!r}.")
+        elif field.type == "bool":
+            if not isinstance(value, bool):
+                raise UsageError(f"{field.name} must be True or False, got {value!r}.")
+        elif field.type == "int":
+            if isinstance(value, bool) or not isinstance(value, int) or value < meta["low"]:
+                raise UsageError(f"{field.name} must be a whole number of at least {meta['low']:g}, got {value!r}.")
+    if config.steps_per_iteration % config.value_minibatches:
+        raise UsageError(
+            f"value_minibatches={config.value_minibatches} does not divide the batch of num_envs x num_steps = "
+            f"{config.num_envs} x {config.num_steps} = {config.steps_per_iteration}; choose a divisor of it."
+        )
+
+
+def _check_interval(name: str, value: Any, interval: str) -> None:
+    """Compare a number, or every number of a concrete array, with an interval such as "(0, 1]"."""
+    import numpy as np  # deferred: `trpo-jax --help` needs no NumPy
+
+    if type(value).__name__.endswith("Tracer") or hasattr(value, "_trace"):
+        return
+    try:
+        values = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise UsageError(f"{name} must be a number in {interval}, got {value!r}.") from None
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above = values >= low if interval[0] == "[" else values > low
+    below = values <= high if interval[-1] == "]" else values < high
+    if not np.all(above & below):
+        raise UsageError(f"{name} must lie in {interval}, got {value}.")

@@ -1,0 +1,197 @@
+"""The interface that every environment is brought to, and the reset, time limit and casting that the library owns."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Discrete:
+    """One of `n` actions, int32 []."""
+
+    n: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of an action as the policy samples it."""
+        return ()
+
+    def __str__(self) -> str:
+        return f"Discrete({self.n})"
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiDiscrete:
+    """K independent choices, the k-th among `n[k]`; int32 [K]."""
+
+    n: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of an action as the policy samples it."""
+        return (len(self.n),)
+
+    def __str__(self) -> str:
+        return f"MultiDiscrete{self.n}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Box:
+    """A box of real actions. The policy sees it flat, [D]; the environment gets it in its own shape.
+
+    Attributes:
+      low: lower bounds, float32 [D]; −inf where there is none.
+      high: upper bounds, float32 [D].
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of an action as the policy samples it."""
+        return self.low.shape
+
+    def __str__(self) -> str:
+        bounds = {(f"{low:g}", f"{high:g}") for low, high in zip(self.low, self.high, strict=True)}
+        text = "[{}, {}]".format(*bounds.pop()) if len(bounds) == 1 else "mixed bounds"
+        return f"Box({self.low.size}) {text}"
+
+
+Space = Discrete | MultiDiscrete | Box
+
+
+class Step(NamedTuple):
+    """What one step gives back.
+
+    Attributes:
+      observation: what to act on next, float32; after the end of an episode the first of a new one.
+      state: state that belongs to `observation`.
+      reward: float32 [].
+      terminated: the episode ended in a terminal state, bool [].
+      truncated: a time limit cut the episode off, bool [].
+      next_observation: what this step led to, before any reset.
+    """
+
+    observation: Array
+    state: PyTree
+    reward: Array
+    terminated: Array
+    truncated: Array
+    next_observation: Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Environment:
+    """An environment for one agent, as pure functions; `vmap` makes it many. Compared and hashed by identity.
+
+    Attributes:
+      name: for messages and files.
+      observation_shape: shape of an observation, which is always float32.
+      action_space: `Discrete`, `MultiDiscrete` or `Box`.
+      max_steps: the time limit in steps, if it is known.
+      reset: `reset(key)` -> (observation, state).
+      step: `step(key, state, action)` -> `Step`. Resets itself when an episode ends, casts everything to fixed
+        dtypes, and clips Box actions to their bounds.
+    """
+
+    name: str
+    observation_shape: tuple[int, ...]
+    action_space: Space
+    max_steps: int | None
+    reset: Callable[[Array], tuple[Array, PyTree]]
+    step: Callable[[Array, PyTree, Array], Step]
+
+
+RawReset = Callable[[Array], tuple[Array, PyTree]]
+RawStep = Callable[[Array, PyTree, Array], tuple[Array, PyTree, Array, Array, Array]]
+
+
+def auto_reset(reset: RawReset, step: RawStep) -> Callable[[Array, PyTree, Array], Step]:
+    """Turn a raw step -> (observation, state, reward, terminated, truncated) into one that resets at an episode's end."""
+
+    def step_and_reset(key: Array, state: PyTree, action: Array) -> Step:
+        key_step, key_reset = jax.random.split(key)
+        next_observation, next_state, reward, terminated, truncated = step(key_step, state, action)
+        done = terminated | truncated
+        fresh = reset(key_reset)
+        observation, state = jax.tree.map(
+            lambda new, old: jnp.where(done, new, old), fresh, (next_observation, next_state)
+        )
+        return Step(observation, state, reward, terminated, truncated, next_observation)
+
+    return step_and_reset
+
+
+def time_limit(reset: RawReset, step: RawStep, max_steps: int) -> tuple[RawReset, RawStep]:
+    """Truncate after `max_steps` steps, beside whatever limit the environment has itself."""
+
+    def reset_clock(key: Array) -> tuple[Array, PyTree]:
+        observation, state = reset(key)
+        return observation, (state, jnp.int32(0))
+
+    def step_clock(key: Array, clocked: PyTree, action: Array) -> tuple[Array, PyTree, Array, Array, Array]:
+        state, time = clocked
+        observation, state, reward, terminated, truncated = step(key, state, action)
+        return observation, (state, time + 1), reward, terminated, truncated | (time + 1 >= max_steps)
+
+    return reset_clock, step_clock
+
+
+def fixed_dtypes(reset: RawReset, step: Callable[..., tuple], action: Array) -> tuple[RawReset, Callable[..., tuple]]:
+    """Cast states to one strong dtype a leaf, so that no second trace and no scan-carry mismatch can arise.
+
+    A leaf that `reset` makes an integer and `step` a float is a float from the start.
+    """
+    key = jax.random.key(0)
+    _, from_reset = jax.eval_shape(reset, key)
+    from_step = jax.eval_shape(lambda k: step(k, reset(k)[1], action)[1], key)
+    dtypes = jax.tree.map(lambda a, b: a.dtype if a.dtype == b.dtype else jnp.promote_types(a, b), from_reset, from_step)
+
+    def cast(state: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf, dtype: jax.lax.convert_element_type(leaf, dtype), state, dtypes)
+
+    def cast_reset(key: Array) -> tuple[Array, PyTree]:
+        observation, state = reset(key)
+        return observation, cast(state)
+
+    def cast_step(key: Array, state: PyTree, action: Array) -> tuple:
+        observation, state, *rest = step(key, state, action)
+        return observation, cast(state), *rest
+
+    return cast_reset, cast_step
+
+
+def to_float(observation: Any, one_hot: int | None) -> Array:
+    """An observation as float32; an index into `one_hot` categories as a unit vector."""
+    if one_hot is not None:
+        return jax.nn.one_hot(observation, one_hot, dtype=jnp.float32)
+    return jnp.asarray(observation, jnp.float32)
+
+
+def clip_action(space: Space, shape: tuple[int, ...], action: Array) -> Array:
+    """The action as the environment takes it: a Box action clipped to its bounds and in the Box's own shape."""
+    if isinstance(space, Box):
+        return jnp.clip(action, space.low, space.high).reshape(shape)
+    return action
+
+
+def make_box(low: Any, high: Any, shape: tuple[int, ...]) -> Box:
+    """A Box from scalar or array bounds of an environment's own shape."""
+    size = math.prod(shape)
+    return Box(*(np.broadcast_to(np.asarray(bound, np.float32), shape).reshape(size) for bound in (low, high)))
+
+
+def zero_action(space: Space) -> Array:
+    """An action of the right shape and dtype, for tracing."""
+    return jnp.zeros(space.shape, jnp.float32 if isinstance(space, Box) else jnp.int32)

@@ -1,0 +1,154 @@
+"""gymnax 1.x environments, and any object that has gymnax's `reset` and six-value `step`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trpo_jax.config import UsageError, nearest
+from trpo_jax.environments import base
+from trpo_jax.environments.base import Array, Box, Discrete, Environment, MultiDiscrete, PyTree, Space, Step
+
+
+def registered_names() -> list[str]:
+    """Names that gymnax knows, those registered by the user included."""
+    import gymnax  # deferred: it costs seconds
+
+    return list(gymnax.registered_envs)
+
+
+def make_by_name(name: str) -> tuple[Any, Any]:
+    """Build a registered environment and its default parameters."""
+    import gymnax
+
+    if name not in gymnax.registered_envs:
+        hint = nearest(name, gymnax.registered_envs)
+        raise UsageError(f"there is no environment {name!r}{hint or '; `trpo-jax envs` lists what can be trained.'}")
+    try:
+        return gymnax.make(name)
+    except Exception as error:  # a constructor may fail in any way, such as a data set that cannot be downloaded
+        data = " without its data set, which could not be downloaded" if "MNIST" in name else ""
+        raise UsageError(f"{name} cannot be made{data} ({type(error).__name__}: {_first_line(error)}).") from error
+
+
+def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Environment:
+    """Bring a gymnax-like object to the library's interface.
+
+    An environment that inherits gymnax's own `step` is stepped raw (`step_env`, `reset_env`, `is_truncated`) and
+    reset here; one with a `step` of its own is taken at its word through that public `step`, whose
+    `info["final_observation"]` is the observation before the reset.
+    """
+    for method in ("reset", "step", "action_space"):
+        if not callable(getattr(env, method, None)):
+            raise UsageError(f"environment {name} has no method {method}(); an environment needs reset, step and action_space.")
+    if params is None:
+        params = getattr(env, "default_params", None)
+    extra = () if params is None else (params,)
+    space, action_shape, as_tuple = _action_space(env.action_space(*extra), name)
+    one_hot = _categories(env, extra)
+
+    def to_env(action: Array) -> Any:
+        action = base.clip_action(space, action_shape, action)
+        return tuple(action[k] for k in range(action.shape[0])) if as_tuple else action
+
+    def observe(observation: Any) -> Array:
+        return base.to_float(observation, one_hot)
+
+    raw = _inherits_gymnax_step(env)
+
+    def reset(key: Array) -> tuple[Array, PyTree]:
+        observation, state = env.reset_env(key, *extra) if raw else env.reset(key, *extra)
+        return observe(observation), state
+
+    def step_raw(key: Array, state: PyTree, action: Array) -> tuple:
+        observation, state, reward, terminated, _ = env.step_env(key, state, to_env(action), *extra)
+        truncated = env.is_truncated(state, *extra)
+        return observe(observation), state, _scalar(reward), _flag(terminated), _flag(truncated)
+
+    def step_public(key: Array, state: PyTree, action: Array) -> tuple:
+        result = env.step(key, state, to_env(action), *extra)
+        if len(result) != 6 or "final_observation" not in result[5]:
+            raise UsageError(
+                f"{name}.step must return gymnax 1.x's six values (observation, state, reward, terminated, truncated, "
+                f"info) with info['final_observation'], the observation before the reset; it returned {len(result)} values."
+            )
+        observation, state, reward, terminated, truncated, info = result
+        final = observe(info["final_observation"])
+        return observe(observation), state, _scalar(reward), _flag(terminated), _flag(truncated), final
+
+    observation_shape = _observation_shape(reset, name)
+    action = base.zero_action(space)
+    if raw:
+        reset, step_raw = base.fixed_dtypes(reset, step_raw, action)
+        if max_steps is not None:
+            reset, step_raw = base.time_limit(reset, step_raw, max_steps)
+        step = base.auto_reset(reset, step_raw)
+    else:
+        if max_steps is not None:
+            raise UsageError(f"{name} resets itself in its own step, so max_steps cannot be imposed on it; leave it out.")
+        reset, step_public = base.fixed_dtypes(reset, step_public, action)
+
+        def step(key: Array, state: PyTree, action: Array) -> Step:
+            return Step(*step_public(key, state, action))
+
+    own_limit = getattr(params, "max_steps_in_episode", None)
+    limits = [int(limit) for limit in (own_limit, max_steps) if limit is not None]
+    return Environment(name, observation_shape, space, min(limits, default=None), reset, step)
+
+
+def _inherits_gymnax_step(env: Any) -> bool:
+    from gymnax.environments.environment import Environment as GymnaxEnvironment
+
+    cls = type(env)
+    return (
+        isinstance(env, GymnaxEnvironment)
+        and cls.step is GymnaxEnvironment.step
+        and cls.reset is GymnaxEnvironment.reset
+    )
+
+
+def _observation_shape(reset: base.RawReset, name: str) -> tuple[int, ...]:
+    # Declared spaces are wrong in a third of gymnax's environments: look at what reset really returns.
+    try:
+        return jax.eval_shape(reset, jax.random.key(0))[0].shape
+    except TypeError as error:
+        raise UsageError(f"observations of {name} must be single arrays ({_first_line(error)}).") from error
+
+
+def _action_space(space: Any, name: str) -> tuple[Space, tuple[int, ...], bool]:
+    """Our space, the shape the environment wants, and whether it wants a tuple."""
+    children = getattr(space, "spaces", None)
+    if hasattr(space, "n"):
+        return Discrete(int(space.n)), (), False
+    if hasattr(space, "nvec"):
+        return MultiDiscrete(tuple(int(n) for n in space.nvec)), (len(space.nvec),), False
+    if hasattr(space, "low") and hasattr(space, "high"):
+        shape = tuple(space.shape)
+        return base.make_box(space.low, space.high, shape), shape, False
+    if isinstance(children, (tuple, list)) and all(hasattr(child, "n") for child in children):
+        return MultiDiscrete(tuple(int(child.n) for child in children)), (len(children),), True
+    raise UsageError(
+        f"actions of {name} lie in {space!r}; Discrete, MultiDiscrete, a Tuple of Discrete, and Box can be trained."
+    )
+
+
+def _categories(env: Any, extra: tuple) -> int | None:
+    """Number of categories of a scalar Discrete observation, else None."""
+    if not callable(getattr(env, "observation_space", None)):
+        return None
+    space = env.observation_space(*extra)
+    return int(space.n) if hasattr(space, "n") and tuple(getattr(space, "shape", ())) == () else None
+
+
+def _scalar(reward: Any) -> Array:
+    return jnp.asarray(reward, jnp.float32).reshape(())
+
+
+def _flag(value: Any) -> Array:
+    return jnp.asarray(value, bool).reshape(())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or ["no message"])[0].rstrip(".")

@@ -1,0 +1,98 @@
+"""Generalized advantage estimation (Schulman et al. 2016), with terminations and time limits told apart.
+
+Shapes: T steps; `...` any batch shape, usually the N environments.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from trpo_jax.steps.types import Array, Scalar
+
+
+def gae(
+    rewards: Array,
+    values: Array,
+    next_values: Array,
+    terminated: Array,
+    truncated: Array,
+    *,
+    gamma: Scalar,
+    gae_lambda: Scalar,
+) -> Array:
+    """Estimate advantages by one backward scan.
+
+    δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t)
+    A_t = δ_t + γ λ (1 − terminated_t)(1 − truncated_t) A_{t+1}
+
+    A termination has no future; a truncation (time limit) has one that was not seen, so its value bootstraps from
+    the observation *before* the reset. Where both flags are set, terminated wins.
+
+    Args:
+      rewards: [T, ...].
+      values: V(s_t), [T, ...].
+      next_values: V(s'_t) of the observation that step t produced, before any reset, [T, ...].
+      terminated: whether the episode ended in a terminal state, bool [T, ...].
+      truncated: whether a time limit cut it off, bool [T, ...].
+      gamma: discount γ in [0, 1].
+      gae_lambda: λ in [0, 1]: 0 is the one-step temporal difference, 1 the discounted return minus V.
+
+    Returns:
+      Advantages, [T, ...]. Add `values` for the λ-return that a value function is fitted to.
+
+    Raises:
+      AssertionError: if the shapes differ or there is no time axis.
+    """
+    deltas, decay = _deltas(rewards, values, next_values, terminated, truncated, gamma, gae_lambda)
+
+    def step(advantage: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        delta, factor = inputs
+        advantage = delta + factor * advantage
+        return advantage, advantage
+
+    _, advantages = jax.lax.scan(step, jnp.zeros_like(deltas[0]), (deltas, decay), reverse=True)
+    return advantages
+
+
+def parallel_gae(
+    rewards: Array,
+    values: Array,
+    next_values: Array,
+    terminated: Array,
+    truncated: Array,
+    *,
+    gamma: Scalar,
+    gae_lambda: Scalar,
+) -> Array:
+    """`gae` by an associative scan: O(log T) depth, for accelerators. Arguments and result as in `gae`.
+
+    The recursion A = δ + f·A' is a composition of affine maps, (f₁, δ₁) ∘ (f₂, δ₂) = (f₁ f₂, δ₁ + f₁ δ₂).
+    """
+    deltas, decay = _deltas(rewards, values, next_values, terminated, truncated, gamma, gae_lambda)
+
+    def compose(later: tuple[Array, Array], earlier: tuple[Array, Array]) -> tuple[Array, Array]:
+        return later[0] * earlier[0], earlier[1] + earlier[0] * later[1]
+
+    return jax.lax.associative_scan(compose, (decay, deltas), reverse=True)[1]
+
+
+def _deltas(
+    rewards: Array,
+    values: Array,
+    next_values: Array,
+    terminated: Array,
+    truncated: Array,
+    gamma: Scalar,
+    gae_lambda: Scalar,
+) -> tuple[Array, Array]:
+    """Temporal differences δ_t and the factor γλ(1 − done_t) that carries A_{t+1} back, each [T, ...]."""
+    chex.assert_equal_shape([rewards, values, next_values, terminated, truncated])
+    terminated, truncated = jnp.asarray(terminated, bool), jnp.asarray(truncated, bool)
+    dtype = jnp.result_type(rewards, values, next_values, jnp.bfloat16)
+    # Selected, not multiplied: the value after a terminal state may be anything, even NaN.
+    bootstrap = jnp.where(terminated, 0, next_values)
+    deltas = rewards + gamma * bootstrap - values
+    decay = jnp.where(terminated | truncated, 0, gamma * gae_lambda)
+    return jnp.asarray(deltas, dtype), jnp.asarray(decay, dtype)

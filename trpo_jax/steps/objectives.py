@@ -1,0 +1,60 @@
+"""What the update maximises and what limits it: the surrogate and the mean KL divergence.
+
+Shapes: B is the batch, of any rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+
+from trpo_jax.steps.types import Array
+
+
+def surrogate(distribution: Any, old_log_prob: Array, action: Array, advantage: Array) -> Array:
+    """Importance-sampled advantage of a policy, L(θ) = mean_n[π_θ(a_n|s_n) / π_old(a_n|s_n) · A_n].
+
+    Args:
+      distribution: π_θ(·|s_n), batch shape [B].
+      old_log_prob: log π_old(a_n|s_n), [B].
+      action: actions drawn from π_old.
+      advantage: A_n, [B].
+
+    Returns:
+      A scalar, in units of the advantage.
+
+    Source: Schulman et al. 2015, equation 14.
+    """
+    return jnp.mean(jnp.exp(_log_ratio(distribution, old_log_prob, action, advantage)) * advantage)
+
+
+def surrogate_gain(distribution: Any, old_log_prob: Array, action: Array, advantage: Array) -> Array:
+    """L(θ) − L(θ_old) = mean_n[(ratio_n − 1) · A_n], without the cancellation of subtracting two surrogates.
+
+    Arguments as in `surrogate`. Exactly 0 at θ_old.
+    """
+    return jnp.mean(jnp.expm1(_log_ratio(distribution, old_log_prob, action, advantage)) * advantage)
+
+
+def effective_sample_fraction(distribution: Any, old_log_prob: Array, action: Array) -> Array:
+    """ESS/B = (Σw)² / (B Σw²) of the ratios w = π_θ/π_old: 1 at θ_old, exp(−2 KL) for equal-σ Gaussians."""
+    log_ratio = distribution.log_prob(action) - old_log_prob
+    weight = jnp.exp(log_ratio - jnp.max(log_ratio))  # the common factor cancels; no overflow
+    return jnp.mean(weight) ** 2 / jnp.mean(weight**2)
+
+
+def mean_kl(old_distribution: Any, distribution: Any) -> Array:
+    """Mean over the batch of KL(old ‖ new), each summed over action dimensions; a scalar in nats.
+
+    Computed from the distributions, never from sampled ratios; exactly 0 for equal distributions.
+    Source: Schulman et al. 2015, equation 12.
+    """
+    return jnp.mean(old_distribution.kl(distribution))
+
+
+def _log_ratio(distribution: Any, old_log_prob: Array, action: Array, advantage: Array) -> Array:
+    log_prob = distribution.log_prob(action)
+    chex.assert_equal_shape([log_prob, old_log_prob, advantage])
+    return log_prob - old_log_prob

@@ -1,0 +1,94 @@
+"""Conjugate gradient over pytrees, safe at every singular point that a Fisher matrix can offer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from trpo_jax.steps import trees
+from trpo_jax.steps.types import Array, Matvec, PyTree, Scalar
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ConjugateGradientInfo:
+    """How a solve ended.
+
+    Attributes:
+      residual: b − A x, a pytree like b.
+      relative_residual: ‖b − A x‖ / ‖b‖; 0 for b = 0, NaN for a b that is not finite.
+      num_iterations: steps taken before it froze, int32.
+      converged: whether the residual met the tolerance or the limit of the arithmetic, bool.
+    """
+
+    residual: PyTree
+    relative_residual: Array
+    num_iterations: Array
+    converged: Array
+
+
+def conjugate_gradient(
+    matvec: Matvec, b: PyTree, *, num_iterations: int = 10, tolerance: Scalar = 0.0
+) -> tuple[PyTree, ConjugateGradientInfo]:
+    """Solve A x = b for a symmetric positive semi-definite A, starting from x = 0.
+
+    The loop has a fixed length and *freezes* — x no longer changes — once one of these holds:
+      - ‖r‖ ≤ tolerance · ‖b‖, or r is at the rounding error of A x, so that what follows would be noise: on a
+        singular A it would fill x with null-space directions while the residual still looks small;
+      - the curvature pᵀA p is not positive, or is zero at working precision beside the largest curvature met;
+      - a product is not finite.
+    b is scaled by its largest entry first, so x(c·b) = c·x(b) however small c is, with no ε in any denominator.
+
+    Args:
+      matvec: v ↦ A v over pytrees like b.
+      b: right-hand side. b = 0, or a b that is not finite, gives x = 0.
+      num_iterations: k, the number of products.
+      tolerance: relative residual that counts as solved, ≥ 0.
+
+    Returns:
+      x, a pytree like b, and a `ConjugateGradientInfo`.
+
+    Source: Hestenes & Stiefel 1952; Nocedal & Wright 2006, algorithm 5.2; attainable accuracy after Greenbaum 1997.
+    """
+    scale = trees.max_abs(b)
+    solvable = (scale > 0) & jnp.isfinite(scale)
+    unit_b = jax.tree.map(lambda leaf: jnp.where(solvable, leaf / jnp.where(solvable, scale, 1), 0), b)
+    b_norm = jnp.sqrt(trees.dot(unit_b, unit_b))
+    rounding = 10 * jnp.finfo(b_norm.dtype).eps
+
+    def step(_: Array, carry: tuple) -> tuple:
+        x, r, p, r_squared, largest, active, count = carry
+        a_p = matvec(p)
+        p_a_p, p_squared = trees.dot(p, a_p), trees.dot(p, p)
+        rayleigh = p_a_p / jnp.where(active, p_squared, 1)
+        new_largest = jnp.maximum(largest, rayleigh)
+        positive = active & (rayleigh > rounding * new_largest)  # False for NaN and for 0 > 0
+        alpha = jnp.where(positive, r_squared / jnp.where(positive, p_a_p, 1), 0)
+        new_x, new_r = trees.add_scaled(x, alpha, p), trees.add_scaled(r, -alpha, a_p)
+        new_r_squared = trees.dot(new_r, new_r)
+        moved = positive & jnp.isfinite(new_r_squared) & jnp.isfinite(alpha)
+        x, r = trees.select(moved, new_x, x), trees.select(moved, new_r, r)
+        largest = jnp.where(moved, new_largest, largest)
+        floor = rounding * (largest * jnp.sqrt(trees.dot(x, x)) + b_norm)
+        solved = jnp.sqrt(new_r_squared) <= jnp.maximum(tolerance * b_norm, floor)
+        beta = jnp.where(moved, new_r_squared / r_squared, 0)
+        p = trees.select(moved, trees.add_scaled(r, beta, p), p)
+        r_squared = jnp.where(moved, new_r_squared, r_squared)
+        return x, r, p, r_squared, largest, moved & ~solved, count + moved
+
+    zero = jax.tree.map(jnp.zeros_like, unit_b)
+    start = (zero, unit_b, unit_b, b_norm**2, jnp.zeros_like(b_norm), solvable, jnp.int32(0))
+    x, r, _, r_squared, largest, _, count = jax.lax.fori_loop(0, num_iterations, step, start)
+
+    floor = rounding * (largest * jnp.sqrt(trees.dot(x, x)) + b_norm)
+    r_norm = jnp.sqrt(r_squared)
+    info = ConjugateGradientInfo(
+        residual=jax.tree.map(lambda leaf, b_leaf: jnp.where(solvable, scale * leaf, b_leaf), r, b),
+        relative_residual=jnp.where(solvable, r_norm / jnp.where(solvable, b_norm, 1), scale),
+        num_iterations=count,
+        converged=(scale == 0) | (solvable & (r_norm <= jnp.maximum(tolerance * b_norm, floor))),
+    )
+    return jax.tree.map(lambda leaf: jnp.where(solvable, scale * leaf, 0), x), info
+

@@ -1,0 +1,234 @@
+"""The TRPO update: the natural-gradient direction, the length the trust region allows, and a line search.
+
+    maximise  L(θ) = E[π_θ/π_old · A]   subject to   E[KL(π_old ‖ π_θ)] ≤ δ
+
+Shapes: B is the batch; P the number of policy parameters, in any pytree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trpo_jax.steps import trees
+from trpo_jax.steps.curvature import fisher_vector_product
+from trpo_jax.steps.line_searches import backtracking_line_search
+from trpo_jax.steps.objectives import effective_sample_fraction, surrogate, surrogate_gain
+from trpo_jax.steps.solvers import conjugate_gradient
+from trpo_jax.steps.types import Array, DistributionFn, PolicyApply, PyTree, Scalar
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NaturalGradientInfo:
+    """What the solve for a step says of itself.
+
+    Attributes:
+      predicted_gain: gᵀs, the surrogate gain of the linear model at the full step s.
+      predicted_kl: ½ sᵀF s of the quadratic model, with the undamped F: max_kl, or 0 where there is no step.
+      gradient_norm: ‖g‖₂.
+      cg_residual: ‖g − (F + λ_d I) x‖ / ‖g‖.
+      cg_iterations: conjugate-gradient steps taken before it froze, int32.
+    """
+
+    predicted_gain: Array
+    predicted_kl: Array
+    gradient_norm: Array
+    cg_residual: Array
+    cg_iterations: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class UpdateInfo:
+    """What one TRPO update did. A rejected update has gain, KL and step fraction 0 and a sample fraction of 1.
+
+    Attributes:
+      accepted: whether a candidate passed the line search, bool.
+      surrogate_gain: L(θ_new) − L(θ_old).
+      predicted_gain: gain of the linear model at the full step, gᵀs.
+      mean_kl: mean over the batch of KL(old ‖ new), nats.
+      maximum_kl: largest KL(old ‖ new) of any sample in the batch, nats.
+      entropy: mean entropy of the policy before the update, nats.
+      step_fraction: fraction αʲ of the full step that was taken.
+      effective_sample_fraction: (Σw)²/(B Σw²) of the new ratios w.
+      gradient_norm: ‖∇L‖₂ at θ_old.
+      cg_residual: relative residual that conjugate gradient left.
+    """
+
+    accepted: Array
+    surrogate_gain: Array
+    predicted_gain: Array
+    mean_kl: Array
+    maximum_kl: Array
+    entropy: Array
+    step_fraction: Array
+    effective_sample_fraction: Array
+    gradient_norm: Array
+    cg_residual: Array
+
+
+def natural_gradient(
+    distribution_fn: DistributionFn,
+    params: PyTree,
+    gradient: PyTree,
+    *,
+    max_kl: Scalar,
+    cg_damping: Scalar = 0.1,
+    cg_iterations: int = 10,
+    weight: Array | None = None,
+) -> tuple[PyTree, NaturalGradientInfo]:
+    """The step s = β x with x ≈ (F + λ_d I)⁻¹ g and β = √(2δ / xᵀF x), so that ½ sᵀF s = δ.
+
+    β uses the *undamped* curvature, which the residual r of conjugate gradient gives without another product:
+    xᵀF x = xᵀ(g − r) − λ_d ‖x‖². With the damped one the step would fall short of the trust region.
+
+    Args:
+      distribution_fn: `distribution_fn(params)` -> distribution with batch shape [B].
+      params: θ_old, a pytree.
+      gradient: g = ∇L(θ_old), the direction of ascent, a pytree like params.
+      max_kl: δ > 0, in nats.
+      cg_damping: λ_d ≥ 0.
+      cg_iterations: k (static).
+      weight: sample weights [B] for F, see `fisher_vector_product`.
+
+    Returns:
+      The full step (zero if g is zero or not finite, or the curvature along x is not positive) and a
+      `NaturalGradientInfo`.
+
+    Source: Schulman et al. 2015, Appendix C; Kakade 2001.
+    """
+    matvec = fisher_vector_product(distribution_fn, params, damping=cg_damping, weight=weight)
+    # The step does not depend on the length of g; at length one its square can neither under- nor overflow.
+    gradient_norm = trees.norm(gradient)
+    usable = (gradient_norm > 0) & jnp.isfinite(gradient_norm)
+    unit = jax.tree.map(lambda leaf: jnp.where(usable, leaf / jnp.where(usable, gradient_norm, 1), 0), gradient)
+    x, cg = conjugate_gradient(matvec, unit, num_iterations=cg_iterations)
+
+    applied = jax.tree.map(jnp.subtract, unit, cg.residual)  # (F + λ_d I) x
+    curvature = trees.dot(x, applied) - cg_damping * trees.dot(x, x)  # xᵀF x
+    positive = (curvature > 0) & jnp.isfinite(curvature)
+    beta = jnp.where(positive, jnp.sqrt(2 * max_kl / jnp.where(positive, curvature, 1)), 0)
+    step = jax.tree.map(lambda leaf: jnp.where(positive, beta * leaf, 0).astype(leaf.dtype), x)
+    info = NaturalGradientInfo(
+        predicted_gain=gradient_norm * trees.dot(unit, step),
+        predicted_kl=jnp.where(positive, 0.5 * beta**2 * curvature, 0),
+        gradient_norm=gradient_norm,
+        cg_residual=cg.relative_residual,
+        cg_iterations=cg.num_iterations,
+    )
+    return step, info
+
+
+def trpo_update(
+    policy_apply: PolicyApply,
+    params: PyTree,
+    observation: PyTree,
+    action: Array,
+    advantage: Array,
+    *,
+    max_kl: Scalar = 0.01,
+    cg_damping: Scalar = 0.1,
+    cg_iterations: int = 10,
+    line_search_shrink: Scalar = 0.8,
+    line_search_steps: int = 10,
+    fisher_fraction: Scalar = 1.0,
+    line_search: Callable[..., Any] = backtracking_line_search,
+) -> tuple[PyTree, UpdateInfo]:
+    """One trust-region step on a batch that the policy at `params` collected.
+
+    The gradient, the line search's surrogate and its KL use every sample; the Fisher matrix uses an evenly spread
+    fraction of them. The step is taken only if the surrogate improves and the mean KL(old ‖ new) stays within
+    max_kl; otherwise, and whenever anything is not finite, the parameters come back bit-identical.
+
+    Args:
+      policy_apply: `policy_apply(params, observation)` -> `Categorical`, `DiagonalGaussian`, `MultiCategorical` or
+        any object with their methods. It may come from linen, nnx, equinox or plain functions.
+      params: policy parameters, a pytree of float arrays.
+      observation: an array or pytree of arrays, [B, ...].
+      action: actions taken, [B] or [B, D].
+      advantage: advantage estimates, [B], usually normalised by the caller. B may be of any rank, such as [T, N].
+      max_kl: δ > 0, a bound on the mean KL (not a target), nats.
+      cg_damping: λ_d ≥ 0, added to the Fisher diagonal while solving, not when the step is scaled.
+      cg_iterations: Fisher products (static).
+      line_search_shrink: α in (0, 1).
+      line_search_steps: candidates αʲ tried, j = 0 … steps − 1 (static).
+      fisher_fraction: share of the batch that the Fisher matrix is estimated from, in (0, 1]. As a Python number
+        it saves the work; as a traced array it weights the very same samples, at full cost.
+      line_search: `backtracking_line_search` or `parallel_line_search`.
+
+    Returns:
+      The new parameters and an `UpdateInfo` of scalars.
+
+    Raises:
+      ValueError: if `fisher_fraction` is a number outside (0, 1].
+      AssertionError: if the log-probabilities of the actions do not have the shape of the advantages.
+
+    Source: Schulman et al. 2015, section 6 and Appendix C.
+    """
+    old_distribution = policy_apply(params, observation)
+    old_log_prob = old_distribution.log_prob(action)
+    chex.assert_equal_shape([old_log_prob, advantage], custom_message="log_prob(action) and advantage differ in shape")
+
+    def objective(candidate: PyTree) -> Array:
+        return surrogate(policy_apply(candidate, observation), old_log_prob, action, advantage)
+
+    def evaluate(candidate: PyTree) -> tuple[Array, ...]:
+        distribution = policy_apply(candidate, observation)
+        kl = old_distribution.kl(distribution)
+        gain = surrogate_gain(distribution, old_log_prob, action, advantage)
+        return gain, jnp.mean(kl), jnp.max(kl), effective_sample_fraction(distribution, old_log_prob, action)
+
+    sample, weight = _fisher_sample(observation, advantage, fisher_fraction)
+    step, solve = natural_gradient(
+        lambda p: policy_apply(p, sample),
+        params,
+        jax.grad(objective)(params),
+        max_kl=max_kl,
+        cg_damping=cg_damping,
+        cg_iterations=cg_iterations,
+        weight=weight,
+    )
+    new_params, search = line_search(
+        evaluate, params, step, max_kl=max_kl, shrink=line_search_shrink, max_steps=line_search_steps
+    )
+    maximum_kl, sample_fraction = search.extra
+    info = UpdateInfo(
+        accepted=search.accepted,
+        surrogate_gain=search.surrogate_gain,
+        predicted_gain=solve.predicted_gain,
+        mean_kl=search.mean_kl,
+        maximum_kl=maximum_kl,
+        entropy=jnp.mean(old_distribution.entropy()),
+        step_fraction=search.step_fraction,
+        effective_sample_fraction=jnp.where(search.accepted, sample_fraction, 1),
+        gradient_norm=solve.gradient_norm,
+        cg_residual=solve.cg_residual,
+    )
+    return new_params, info
+
+
+def _fisher_sample(observation: PyTree, advantage: Array, fraction: Scalar) -> tuple[PyTree, Array | None]:
+    """The observations (and weights, for a traced fraction) that estimate the Fisher matrix."""
+    if isinstance(fraction, (int, float, np.number)):
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fisher_fraction must lie in (0, 1], got {fraction}")
+        if fraction == 1:
+            return observation, None
+    batch_shape, batch_size = advantage.shape, advantage.size
+    # Ranked by the golden-ratio sequence, the first n samples are spread evenly for every n, and a larger fraction
+    # contains a smaller one; periodic choices would alias with the number of environments.
+    rank = np.argsort(np.argsort(np.arange(batch_size) * 0.6180339887498949 % 1.0))
+    if isinstance(fraction, (int, float, np.number)):
+        chosen = np.flatnonzero(rank < max(1, round(float(fraction) * batch_size)))
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(batch_shape) :])[chosen], observation), None
+    count = jnp.clip(jnp.round(fraction * batch_size), 1, batch_size)
+    weight = jnp.where(rank < count, batch_size / count, 0)
+    return observation, weight.reshape(batch_shape)
+

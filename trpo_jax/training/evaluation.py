@@ -1,0 +1,84 @@
+"""Judging a policy: whole episodes, without learning."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from trpo_jax.steps.statistics import normalize
+from trpo_jax.steps.types import Array
+from trpo_jax.training.loop import make_agent
+from trpo_jax.training.rollouts import reset_environments
+from trpo_jax.types import Config, TrainState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One entry an episode, E episodes.
+
+    Attributes:
+      episode_return: undiscounted return, float32 [E].
+      episode_length: steps, int32 [E].
+      finished: whether the episode ended by itself or by its time limit before `max_steps`, bool [E].
+    """
+
+    episode_return: Array
+    episode_length: Array
+    finished: Array
+
+
+def evaluate(
+    config: Config,
+    state: TrainState,
+    key: Array,
+    *,
+    num_episodes: int = 64,
+    deterministic: bool = True,
+    max_steps: int = 100_000,
+) -> Evaluation:
+    """Run whole episodes with the policy in `state`, in parallel, from fresh resets.
+
+    Args:
+      config: the settings the state was trained with.
+      state: the agent.
+      key: a typed PRNG key, for resets, transitions and sampled actions.
+      num_episodes: E, episodes run side by side (static). The first episode of each environment counts, so that
+        short episodes are not favoured.
+      deterministic: act by the distribution's mode instead of sampling (static).
+      max_steps: steps after which an episode without an end is cut off (static).
+
+    Returns:
+      An `Evaluation`.
+    """
+    agent = make_agent(config)
+    key_reset, key_run = jax.random.split(key)
+    observation, env_state = reset_environments(agent.environment, key_reset, num_episodes)
+    limit = min(max_steps, agent.environment.max_steps or max_steps)
+
+    def unfinished(carry: tuple) -> Array:
+        time, *_, evaluation = carry
+        return (time < limit) & ~jnp.all(evaluation.finished)
+
+    def step(carry: tuple) -> tuple:
+        time, observation, env_state, evaluation = carry
+        key_action, key_step = jax.random.split(jax.random.fold_in(key_run, time))
+        seen = normalize(state.statistics, observation) if config.normalize_observations else observation
+        distribution = agent.policy.apply(state.policy_params, seen)
+        action = distribution.mode() if deterministic else distribution.sample(key_action)
+        result = jax.vmap(agent.environment.step)(jax.random.split(key_step, num_episodes), env_state, action)
+        running = ~evaluation.finished
+        evaluation = Evaluation(
+            episode_return=evaluation.episode_return + jnp.where(running, result.reward, 0),
+            episode_length=evaluation.episode_length + running,
+            finished=evaluation.finished | result.terminated | result.truncated,
+        )
+        return time + 1, result.observation, result.state, evaluation
+
+    blank = Evaluation(
+        jnp.zeros(num_episodes, jnp.float32), jnp.zeros(num_episodes, jnp.int32), jnp.zeros(num_episodes, bool)
+    )
+    *_, evaluation = jax.lax.while_loop(unfinished, step, (jnp.int32(0), observation, env_state, blank))
+    return evaluation

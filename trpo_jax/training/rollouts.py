@@ -1,0 +1,82 @@
+"""Collecting a batch of experience: N environments stepped T times by the current policy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trpo_jax.environments.base import Environment
+from trpo_jax.steps.types import Array, PolicyApply, PyTree
+from trpo_jax.types import TrainState, Transition
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EpisodeTotals:
+    """Sums over the episodes that ended in a rollout, each a scalar."""
+
+    count: Array
+    total_return: Array
+    total_length: Array
+
+
+def rollout(
+    environment: Environment, policy_apply: PolicyApply, state: TrainState, key: Array, num_steps: int
+) -> tuple[TrainState, Transition, EpisodeTotals]:
+    """Step the N environments T times, sampling every action.
+
+    No value function is evaluated and no log-probability kept: both are cheaper in one batch afterwards, and the
+    ratio at θ_old is then exactly 1. Episode statistics are reduced to sums here, so memory does not grow with T·N.
+
+    Args:
+      environment: the environment.
+      policy_apply: `policy_apply(params, observation [N, ...])` -> distribution over N actions.
+      state: where the environments stand.
+      key: PRNG key for this rollout.
+      num_steps: T.
+
+    Returns:
+      The state after the rollout, the transitions [T, N, ...], and totals of the episodes that ended.
+    """
+    num_envs = state.observation.shape[0]
+    step_environments = jax.vmap(environment.step)
+
+    def step(carry: tuple[Any, ...], key: Array) -> tuple[tuple[Any, ...], Transition]:
+        observation, env_state, episode_return, episode_length, totals = carry
+        key_action, key_step = jax.random.split(key)
+        action = policy_apply(state.policy_params, observation).sample(key_action)
+        result = step_environments(jax.random.split(key_step, num_envs), env_state, action)
+        transition = Transition(
+            observation, action, result.reward, result.terminated, result.truncated, result.next_observation
+        )
+        done = result.terminated | result.truncated
+        episode_return, episode_length = episode_return + result.reward, episode_length + 1
+        totals = EpisodeTotals(
+            totals.count + jnp.sum(done, dtype=jnp.int32),
+            totals.total_return + jnp.sum(jnp.where(done, episode_return, 0)),
+            totals.total_length + jnp.sum(jnp.where(done, episode_length, 0)),
+        )
+        episode_return = jnp.where(done, 0, episode_return)
+        episode_length = jnp.where(done, 0, episode_length)
+        return (result.observation, result.state, episode_return, episode_length, totals), transition
+
+    totals = EpisodeTotals(jnp.int32(0), jnp.float32(0), jnp.int32(0))
+    start = (state.observation, state.env_state, state.episode_return, state.episode_length, totals)
+    end, transitions = jax.lax.scan(step, start, jax.random.split(key, num_steps))
+    observation, env_state, episode_return, episode_length, totals = end
+    state = dataclasses.replace(
+        state,
+        observation=observation,
+        env_state=env_state,
+        episode_return=episode_return,
+        episode_length=episode_length,
+    )
+    return state, transitions, totals
+
+
+def reset_environments(environment: Environment, key: Array, num_envs: int) -> tuple[Array, PyTree]:
+    """First observations [N, ...] and states of N environments."""
+    return jax.vmap(environment.reset)(jax.random.split(key, num_envs))

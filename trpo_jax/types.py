@@ -1,0 +1,150 @@
+"""The types that the trainer passes around, each field documented.
+
+Shapes: T steps, N environments, P parameters; `...` the shape of one observation or action.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from trpo_jax.config import Config
+from trpo_jax.steps.statistics import RunningStatistics
+
+Array = jax.Array
+PyTree = Any
+
+__all__ = ["Config", "Metrics", "Network", "TrainState", "Transition"]
+
+_STATIC = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["static"])
+_TRACED = tuple(f.name for f in dataclasses.fields(Config) if not f.metadata["static"])
+
+
+def _flatten_config(config: Config) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
+    values = [getattr(config, name) for name in _TRACED]
+    # Python numbers become float32 scalars here, at the one door to every transformation: a Python float and an
+    # array would otherwise be two traces. A Config with None among its floats is a tree of axes for `jax.vmap`,
+    # whose integers must stay.
+    if not any(value is None for value in values):
+        values = [np.float32(v) if isinstance(v, (int, float, np.number)) else v for v in values]
+    keyed = tuple((jax.tree_util.GetAttrKey(n), v) for n, v in zip(_TRACED, values, strict=True))
+    return keyed, tuple(getattr(config, name) for name in _STATIC)
+
+
+def _unflatten_config(static: tuple[Any, ...], traced: Any) -> Config:
+    config = object.__new__(Config)
+    for name, value in (*zip(_STATIC, static, strict=True), *zip(_TRACED, traced, strict=True)):
+        object.__setattr__(config, name, value)
+    return config
+
+
+jax.tree_util.register_pytree_with_keys(Config, _flatten_config, _unflatten_config)
+
+
+class Network(NamedTuple):
+    """A function approximator, as two functions; linen modules fit with `Network(module.init, module.apply)`.
+
+    Attributes:
+      init: `init(key, observation)` -> params, a pytree of float arrays; `observation` is a single one, [...].
+      apply: `apply(params, observation)` -> a distribution (policy) or values (value function) with the batch shape
+        of `observation`, which may have any leading batch axes.
+    """
+
+    init: Callable[[Array, Array], PyTree]
+    apply: Callable[[PyTree, Array], Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Transition:
+    """What the rollout keeps of each step, [T, N, ...].
+
+    Attributes:
+      observation: what the policy saw (raw, not normalised).
+      action: what the policy sampled, before any clipping to the action space.
+      reward: float32.
+      terminated: the episode ended in a terminal state, bool.
+      truncated: a time limit cut the episode off, bool.
+      next_observation: what the step produced, before any reset; a truncated episode bootstraps from it.
+    """
+
+    observation: Array
+    action: Array
+    reward: Array
+    terminated: Array
+    truncated: Array
+    next_observation: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that the next iteration needs; arrays only.
+
+    Attributes:
+      iteration: iterations done, int32.
+      key: the run's constant PRNG key; iteration i draws from `fold_in(key, i)`.
+      policy_params: policy parameters θ.
+      value_params: value-function parameters.
+      value_optimizer: state of the value function's optimizer.
+      statistics: running mean and variance of observations.
+      env_state: states of the N environments.
+      observation: the N current observations, [N, ...].
+      episode_return: undiscounted return of the N running episodes, [N].
+      episode_length: steps of the N running episodes, int32 [N].
+    """
+
+    iteration: Array
+    key: Array
+    policy_params: PyTree
+    value_params: PyTree
+    value_optimizer: PyTree
+    statistics: RunningStatistics
+    env_state: PyTree
+    observation: Array
+    episode_return: Array
+    episode_length: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """One scalar an iteration each (`train` stacks them to [num_iterations]).
+
+    Attributes:
+      episode_return: mean undiscounted return of the episodes that ended; NaN if none did.
+      episode_length: mean length of those episodes in steps; NaN if none ended.
+      num_episodes: how many episodes ended.
+      accepted: 1 if the line search accepted a step, 0 if the policy stayed as it was.
+      step_fraction: share αʲ of the full natural step that was taken; 0 if rejected.
+      surrogate_gain: L(θ_new) − L(θ_old), in units of the (normalised) advantage.
+      predicted_gain: the same by the linear model at the full step, gᵀs.
+      mean_kl: mean KL(old ‖ new) over the batch, nats; never above max_kl.
+      maximum_kl: largest KL(old ‖ new) of a single sample, nats.
+      entropy: mean entropy of the policy that collected the batch, nats.
+      effective_sample_fraction: (Σw)²/(B Σw²) of the importance ratios after the step; 1 means unchanged.
+      gradient_norm: norm of the policy gradient.
+      cg_residual: relative residual that conjugate gradient left.
+      value_loss: mean squared error of the value function, averaged over its last epoch.
+      explained_variance: 1 − Var[return − V]/Var[return] before the fit; 1 is perfect, 0 a constant's worth.
+    """
+
+    episode_return: Array
+    episode_length: Array
+    num_episodes: Array
+    accepted: Array
+    step_fraction: Array
+    surrogate_gain: Array
+    predicted_gain: Array
+    mean_kl: Array
+    maximum_kl: Array
+    entropy: Array
+    effective_sample_fraction: Array
+    gradient_norm: Array
+    cg_residual: Array
+    value_loss: Array
+    explained_variance: Array
