@@ -81,7 +81,7 @@ class Config:
         known = [field.name for field in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
-                raise UsageError(f"Config has no setting {name!r}{nearest(name, known)}.")
+                raise UsageError(f"Config has no setting {name!r}{nearest(name, known)}")
         return dataclasses.replace(self, **changes)
 
     @property
@@ -91,10 +91,10 @@ class Config:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean …?' with the closest of the known names, or nothing."""
+    """The end of a sentence about an unknown name: '; did you mean …?' with the closest known ones, or a full stop."""
     lowered = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(lowered[match] for match in close)}?" if close else ""
+    close = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(lowered[match] for match in close)}?" if close else "."
 
 
 def validate(config: Config) -> None:

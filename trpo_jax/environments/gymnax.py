@@ -25,7 +25,7 @@ def make_by_name(name: str) -> tuple[Any, Any]:
 
     if name not in gymnax.registered_envs:
         hint = nearest(name, gymnax.registered_envs)
-        raise UsageError(f"there is no environment {name!r}{hint or '; `trpo-jax envs` lists what can be trained.'}")
+        raise UsageError(f"there is no environment {name!r}{hint} `trpo-jax envs` lists what can be trained.")
     try:
         return gymnax.make(name)
     except Exception as error:  # a constructor may fail in any way, such as a data set that cannot be downloaded

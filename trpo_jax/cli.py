@@ -1,0 +1,275 @@
+"""The command line: arguments in, one sentence out when they are wrong. JAX is imported when a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from trpo_jax.config import Config, UsageError, nearest
+
+if TYPE_CHECKING:
+    from trpo_jax.runs import Progress, Run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `trpo-jax`; return the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    try:
+        parser = _parser()
+        namespace, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            raise UsageError(f"unknown argument {unknown[0]}{nearest(unknown[0], _flags(parser, namespace.command))}")
+        return namespace.run(namespace)
+    except UsageError as error:
+        print(f"trpo-jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("trpo-jax: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `trpo-jax envs | head`
+        sys.stderr.close()
+        return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message[:1].lower()}{message[1:].rstrip('.')}; `{self.prog} --help` shows what there is.")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="trpo-jax", description="Trust Region Policy Optimization for JAX.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    train = commands.add_parser("train", help="train agents; the folder keeps metrics, checkpoints and a plot", allow_abbrev=False)
+    train.add_argument("env", nargs="?", default="CartPole-v1", help="environment (default: CartPole-v1)")
+    train.add_argument("--output", help="folder of the run (default: runs/ENV)")
+    train.add_argument("--seed", type=_whole, default=0, help="seed of the first agent (default: 0)")
+    train.add_argument("--num-seeds", type=_whole, default=1, help="agents trained side by side (default: 1)")
+    train.add_argument("--total-steps", type=_whole, help="environment steps an agent at most, instead of --num-iterations")
+    _add_settings(train)
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="run whole episodes with trained agents", allow_abbrev=False)
+    evaluate.add_argument("path", help="folder of the run")
+    evaluate.add_argument("--num-episodes", type=_whole, default=64, help="episodes an agent (default: 64)")
+    evaluate.add_argument("--stochastic", action="store_true", help="sample actions instead of taking the mode")
+    evaluate.add_argument("--seed", type=_whole, default=0, help="seed of the episodes (default: 0)")
+    evaluate.set_defaults(run=_evaluate)
+
+    resume = commands.add_parser("resume", help="continue a run that was stopped", allow_abbrev=False)
+    resume.add_argument("path", help="folder of the run")
+    resume.set_defaults(run=_resume)
+
+    envs = commands.add_parser("envs", help="list what can be trained, with spaces and limits", allow_abbrev=False)
+    envs.set_defaults(run=_envs)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """One flag a setting of `Config`: name, default, help and type come from there."""
+    group = parser.add_argument_group("settings")
+    types: dict[str, Any] = {"int": _whole, "float": float, "str": str}
+    for field in dataclasses.fields(Config):
+        meta = field.metadata
+        if not meta["flag"]:
+            continue
+        options: dict[str, Any] = {"default": None, "dest": field.name, "help": f"{meta['help']} (default: {field.default})"}
+        if field.type == "bool":
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = types[str(field.type)]
+            options["metavar"] = "|".join(meta.get("choices", ())) or {"int": "N", "float": "X"}.get(str(field.type))
+        group.add_argument(f"--{field.name.replace('_', '-')}", **options)
+
+
+def _whole(text: str) -> int:
+    """A whole number; 1e5 and 100_000 count as one."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not value.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(value)
+
+
+def _flags(parser: argparse.ArgumentParser, command: str) -> list[str]:
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return [flag for action in commands.choices[command]._actions for flag in action.option_strings]
+
+
+def _train(namespace: argparse.Namespace) -> int:
+    changes = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(Config) if f.metadata["flag"]}
+    config = Config(env=namespace.env).replace(**{name: value for name, value in changes.items() if value is not None})
+    if namespace.num_seeds < 1:
+        raise UsageError(f"num_seeds must be at least 1, got {namespace.num_seeds}.")
+    if namespace.seed < 0:
+        raise UsageError(f"seed must not be negative, got {namespace.seed}.")
+    if namespace.total_steps is not None:
+        config = config.replace(num_iterations=_iterations(config, namespace))
+
+    from trpo_jax.environments.base import Box
+    from trpo_jax.runs import create_run
+    from trpo_jax.training.loop import make_agent
+
+    if namespace.initial_log_std is not None and not isinstance(make_agent(config).environment.action_space, Box):
+        raise UsageError(f"initial_log_std sets σ of a Gaussian policy, but {config.env} has discrete actions; leave it out.")
+    output = namespace.output or f"runs/{namespace.env}"
+    return _continue(create_run(output, config, namespace.seed, namespace.num_seeds))
+
+
+def _iterations(config: Config, namespace: argparse.Namespace) -> int:
+    if namespace.num_iterations is not None:
+        raise UsageError("total_steps and num_iterations both set the length of the run; give one of them.")
+    iterations = namespace.total_steps // config.steps_per_iteration
+    if iterations < 1:
+        raise UsageError(
+            f"total_steps={namespace.total_steps} is less than one iteration of num_envs x num_steps = "
+            f"{config.steps_per_iteration}; raise it, or lower num_envs or num_steps."
+        )
+    return iterations
+
+
+def _resume(namespace: argparse.Namespace) -> int:
+    from trpo_jax.runs import open_run
+
+    return _continue(open_run(namespace.path))
+
+
+def _continue(run: Run) -> int:
+    from rich.console import Console
+
+    from trpo_jax.runs import continue_run, plot_learning_curve
+
+    console = Console(highlight=False)
+    config = run.config
+    agents = f"{run.num_seeds} agents" if run.num_seeds > 1 else "1 agent"
+    console.print(
+        f"{config.env}: {agents}, {config.num_iterations} iterations of {config.num_envs} x {config.num_steps} steps "
+        f"({config.num_iterations * config.steps_per_iteration:,} steps an agent), δ = {config.max_kl:g}. Compiling …",
+        soft_wrap=True,
+    )
+    with _Display(console, config) as display:
+        complete = continue_run(run, display)
+    plot = plot_learning_curve(run)
+    if display.last is not None:
+        last = display.last
+        console.print(f"{last.iteration} of {config.num_iterations} iterations done, the last {last.seconds:.1f} s here.")
+    elif complete:
+        console.print("Every iteration is done already.")
+    console.print(f"Learning curve: {plot}", soft_wrap=True)
+    if not complete:
+        console.print(f"Stopped; `trpo-jax resume {run.path}` continues.", soft_wrap=True)
+        return 130
+    console.print(f"Next: `trpo-jax evaluate {run.path}`", soft_wrap=True)
+    return 0
+
+
+class _Display:
+    """The live line in a terminal, or plain lines a few seconds apart elsewhere."""
+
+    def __init__(self, console: Any, config: Config):
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self.console, self.config = console, config
+        self.last: Progress | None = None
+        self.live = Progress(BarColumn(bar_width=20), TextColumn("{task.fields[status]}"), console=console)
+        self.task = self.live.add_task("", total=config.num_iterations, status="")
+        self.printed = 0.0
+
+    def __enter__(self) -> _Display:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self.live.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        self.last = progress
+        metrics = progress.metrics
+        minutes, seconds = divmod(round(progress.seconds_left), 60)
+        status = (
+            f"{progress.iteration * self.config.steps_per_iteration:>9,} steps  return {metrics['episode_return']:8.1f}  "
+            f"KL {metrics['mean_kl']:.4f}  step {metrics['step_fraction']:.2f}  "
+            f"{progress.steps_per_second:>9,.0f} steps/s  {minutes}:{seconds:02d} left"
+        )
+        if self.console.is_terminal:
+            self.live.update(self.task, completed=progress.iteration, status=status)
+        elif progress.seconds - self.printed >= 1 or progress.iteration == self.config.num_iterations:
+            self.printed = progress.seconds
+            self.console.print(status, soft_wrap=True)
+
+
+def _evaluate(namespace: argparse.Namespace) -> int:
+    if namespace.num_episodes < 1:
+        raise UsageError(f"num_episodes must be at least 1, got {namespace.num_episodes}.")
+
+    import functools
+
+    import jax
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from trpo_jax.runs import newest_state, open_run
+    from trpo_jax.training.evaluation import evaluate
+
+    run = open_run(namespace.path)
+    state = newest_state(run)
+    if state is None:
+        raise UsageError(f"{namespace.path} has no checkpoint yet; `trpo-jax resume {namespace.path}` trains it first.")
+    run_episodes = functools.partial(
+        evaluate, num_episodes=namespace.num_episodes, deterministic=not namespace.stochastic
+    )
+    keys = jax.random.split(jax.random.key(namespace.seed), run.num_seeds)
+    result = jax.jit(jax.vmap(run_episodes, in_axes=(None, 0, 0)))(run.config, state, keys)
+    returns, lengths = np.asarray(result.episode_return), np.asarray(result.episode_length)
+    how = "sampled actions" if namespace.stochastic else "deterministic actions"
+    steps = int(state.iteration[0]) * run.config.steps_per_iteration
+    table = Table(title=f"{run.config.env} after {steps:,} steps, {namespace.num_episodes} episodes an agent, {how}")
+    for column in ("seed", "return", "std", "min", "max", "length"):
+        table.add_column(column, justify="right")
+    for agent in range(run.num_seeds):
+        r = returns[agent]
+        cells = (r.mean(), r.std(), r.min(), r.max(), lengths[agent].mean())
+        table.add_row(str(run.seed + agent), *(f"{cell:.1f}" for cell in cells))
+    if run.num_seeds > 1:
+        table.add_section()
+        cells = (returns.mean(), returns.mean(axis=1).std(), returns.min(), returns.max(), lengths.mean())
+        table.add_row("all", *(f"{cell:.1f}" for cell in cells))
+    Console().print(table)
+    unfinished = int((~np.asarray(result.finished)).sum())
+    if unfinished:
+        print(f"{unfinished} episodes had no end within the steps that evaluation allows; their returns are partial.")
+    return 0
+
+
+def _envs(_: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from trpo_jax.environments.make import available_environments
+
+    table = Table(box=None)
+    for column in ("environment", "observation", "actions", "time limit"):
+        table.add_column(column, no_wrap=True)
+    missing = []
+    for name, environment in available_environments().items():
+        if isinstance(environment, str):
+            missing.append(environment)
+            continue
+        shape = " x ".join(map(str, environment.observation_shape))
+        table.add_row(name, shape, str(environment.action_space), str(environment.max_steps or "none"))
+    console = Console(highlight=False)
+    console.print(table)
+    for sentence in missing:
+        console.print(sentence, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

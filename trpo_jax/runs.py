@@ -1,0 +1,282 @@
+"""A run's folder: config.json, metrics.csv, checkpoints/, learning_curve.png; and the loop that fills it.
+
+The loop is the scan of `train`, run in chunks: after each one the metrics are appended and the state is saved, so a
+run that is killed at any moment continues from its last chunk with the same bits.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import io
+import json
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trpo_jax.config import UsageError, validate
+from trpo_jax.training.checkpoints import load, save
+from trpo_jax.training.loop import init, make_agent, train_chunk
+from trpo_jax.types import Config, Metrics, TrainState
+
+SETTINGS = tuple(field.name for field in dataclasses.fields(Config) if field.metadata["flag"])
+_COLUMNS = ("iteration", "env_steps", "seed", *(field.name for field in dataclasses.fields(Metrics)))
+_CAPACITY = 256  # rows of metrics a chunk can hold
+_CHUNK_SECONDS = 0.5  # aimed at: often enough to watch and to lose little, rare enough to cost nothing
+_KEPT_CHECKPOINTS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A folder and what was asked of it. Agent i of a run is the one that `jax.random.key(seed + i)` trains."""
+
+    path: Path
+    config: Config
+    seed: int
+    num_seeds: int
+
+    @property
+    def keys(self) -> jax.Array:
+        """One PRNG key an agent, [num_seeds]."""
+        return jax.vmap(jax.random.key)(self.seed + jnp.arange(self.num_seeds))
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What decides the results, as config.json keeps it."""
+        settings = {name: getattr(self.config, name) for name in SETTINGS}
+        return {"env": self.config.env, **settings, "seed": self.seed, "num_seeds": self.num_seeds}
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a chunk reports: iterations done, the mean over agents of its last row, and seconds spent."""
+
+    iteration: int
+    metrics: dict[str, float]
+    seconds: float
+    steps_per_second: float
+    seconds_left: float
+
+
+def create_run(path: str | os.PathLike[str], config: Config, seed: int, num_seeds: int) -> Run:
+    """Make the folder and write config.json, or take up an equal run that is there already.
+
+    Raises:
+      UsageError: if the settings, the environment or the folder cannot be used; nothing is overwritten.
+    """
+    make_agent(config)
+    run = Run(Path(path), config, seed, num_seeds)
+    file = run.path / "config.json"
+    if file.exists():
+        other = open_run(path).description
+        changed = [name for name, value in run.description.items() if other.get(name) != value]
+        if changed:
+            raise UsageError(
+                f"{path} holds a run with another {', '.join(changed)}; choose another --output, or continue that run "
+                f"with `trpo-jax resume {path}`."
+            )
+        return run
+    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        raise UsageError(f"{path} exists and is not the folder of a run; choose another --output.")
+    versions = {name: version(name) for name in ("jax", "jaxlib", "gymnax", "flax", "optax")}
+    made_by = {"python": platform.python_version(), **versions, "device": jax.devices()[0].device_kind}
+    text = json.dumps({**run.description, "made_by": made_by}, indent=2) + "\n"
+    _write(file, text)
+    return run
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """Read a run's config.json; raise `UsageError` if it is missing or damaged."""
+    file = Path(path) / "config.json"
+    try:
+        described = json.loads(file.read_text())
+        described.pop("made_by", None)
+        seed, num_seeds = int(described.pop("seed")), int(described.pop("num_seeds"))
+        config = Config().replace(**described)
+        validate(config)
+        return Run(Path(path), config, seed, num_seeds)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{path} is not the folder of a run (there is no {file}).") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise UsageError(f"{file} is damaged ({reason}); restore it or train anew into another folder.") from error
+
+
+def newest_state(run: Run) -> TrainState | None:
+    """The newest checkpoint of a run, agents along the first axis; None if it was stopped before the first one."""
+    files = sorted((run.path / "checkpoints").glob("[0-9]*.npz"))
+    return load(files[-1], run.config) if files else None
+
+
+def continue_run(run: Run, report: Callable[[Progress], None]) -> bool:
+    """Train from the newest checkpoint to the end.
+
+    Ctrl-C (or SIGTERM) ends the loop after the current chunk; a second one ends it at once.
+
+    Args:
+      run: the run.
+      report: called after each chunk.
+
+    Returns:
+      Whether the run is complete.
+    """
+    config = run.config
+    state = newest_state(run)
+    if state is None:
+        state = jax.jit(jax.vmap(init, in_axes=(None, 0)))(config, run.keys)
+    done = int(state.iteration[0])
+    _truncate_metrics(run, done)
+    if done >= config.num_iterations:
+        return True
+    chunk = (
+        jax.jit(jax.vmap(functools.partial(train_chunk, capacity=_CAPACITY), in_axes=(None, 0, None)), donate_argnums=1)
+        .lower(config, state, jnp.int32(1))
+        .compile()
+    )
+    started, first, length = time.perf_counter(), done, 1
+    with _interrupts() as interrupted:
+        while done < config.num_iterations and not interrupted():
+            length = min(length, config.num_iterations - done, _CAPACITY)
+            chunk_started = time.perf_counter()
+            state, metrics = jax.block_until_ready(chunk(config, state, jnp.int32(length)))
+            table = {field.name: np.asarray(getattr(metrics, field.name)) for field in dataclasses.fields(Metrics)}
+            _append_metrics(run, done, length, table)
+            done += length
+            _save_state(run, state, done)
+            now = time.perf_counter()
+            per_iteration = (now - started) / (done - first)
+            report(
+                Progress(
+                    iteration=done,
+                    metrics={name: _last_mean(rows[:, :length]) for name, rows in table.items()},
+                    seconds=now - started,
+                    steps_per_second=run.num_seeds * config.steps_per_iteration / per_iteration,
+                    seconds_left=per_iteration * (config.num_iterations - done),
+                )
+            )
+            # At most doubled a chunk, so that one slow measurement cannot starve the display.
+            length = max(1, min(2 * length, int(length * _CHUNK_SECONDS / (now - chunk_started))))
+    return done >= config.num_iterations
+
+
+def read_metrics(run: Run) -> dict[str, np.ndarray]:
+    """Columns of metrics.csv as arrays [rows]."""
+    with open(run.path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: np.array([float(row[name]) for row in rows]) for name in _COLUMNS}
+
+
+def plot_learning_curve(run: Run) -> Path:
+    """Draw return against environment steps: every agent thin, their mean thick, one standard deviation shaded."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.use("Agg")
+    metrics = read_metrics(run)
+    steps = np.unique(metrics["env_steps"])
+    returns = metrics["episode_return"].reshape(len(steps), run.num_seeds)
+    returns = _fill_forward(returns)  # an iteration in which no episode ended says nothing new
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    seen = ~np.isnan(returns).any(axis=1)
+    steps, returns = steps[seen], returns[seen]
+    if run.num_seeds > 1:
+        mean, spread = returns.mean(axis=1), returns.std(axis=1)
+        axes.plot(steps, returns, color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.fill_between(steps, mean - spread, mean + spread, color="tab:blue", alpha=0.2, label="± 1 std over seeds")
+        axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {run.num_seeds} seeds")
+        axes.legend(loc="lower right")
+    else:
+        axes.plot(steps, returns, color="tab:blue", linewidth=2)
+    axes.set(title=f"TRPO on {run.config.env}", xlabel="environment steps (each agent)", ylabel="episode return")
+    axes.grid(alpha=0.3)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
+    file = run.path / "learning_curve.png"
+    figure.savefig(file, dpi=150)
+    return file
+
+
+def _append_metrics(run: Run, done: int, length: int, table: dict[str, np.ndarray]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for i in range(length):
+        iteration = done + i + 1
+        for agent in range(run.num_seeds):
+            values = [f"{float(rows[agent, i]):.9g}" for rows in table.values()]  # nine digits hold a float32
+            writer.writerow([iteration, iteration * run.config.steps_per_iteration, run.seed + agent, *values])
+    try:
+        with open(run.path / "metrics.csv", "a", newline="") as file:
+            file.write(text.getvalue())
+    except OSError as error:
+        raise UsageError(f"cannot write {run.path / 'metrics.csv'}: {error.strerror}.") from error
+
+
+def _truncate_metrics(run: Run, done: int) -> None:
+    """Keep the rows of the first `done` iterations: a run killed after writing rows and before saving repeats them."""
+    file = run.path / "metrics.csv"
+    lines = file.read_text().splitlines(keepends=True)[1:] if file.exists() else []
+    kept = lines[: done * run.num_seeds]
+    if len(kept) < done * run.num_seeds or (kept and not kept[-1].startswith(f"{done},")):
+        raise UsageError(f"{file} lacks rows of the {done} iterations that were done; restore it or train anew.")
+    _write(file, ",".join(_COLUMNS) + "\n" + "".join(kept))
+
+
+def _save_state(run: Run, state: TrainState, done: int) -> None:
+    folder = run.path / "checkpoints"
+    save(folder / f"{done:08d}.npz", state)
+    for old in sorted(folder.glob("[0-9]*.npz"))[:-_KEPT_CHECKPOINTS]:
+        old.unlink()
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        os.replace(temporary, file)
+    except OSError as error:
+        raise UsageError(f"cannot write {file}: {error.strerror}; choose a folder that can be written to.") from error
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a flag, so that no chunk is lost half-written."""
+    received: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _last_mean(rows: np.ndarray) -> float:
+    """Mean over agents [A] of each one's last value in [A, rows] that is not NaN."""
+    filled = _fill_forward(rows.T)[-1]
+    return float(np.mean(filled[~np.isnan(filled)])) if not np.isnan(filled).all() else float("nan")
+
+
+def _fill_forward(rows: np.ndarray) -> np.ndarray:
+    """Replace NaN by the last number above it in each column of [rows, A]."""
+    index = np.where(np.isnan(rows), 0, np.arange(len(rows))[:, None])
+    np.maximum.accumulate(index, axis=0, out=index)
+    return np.take_along_axis(rows, index, axis=0)
