@@ -77,7 +77,7 @@ _HOME = {
     "validate": "config",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -42,12 +42,16 @@ def _parser() -> _Parser:
     parser = _Parser(prog="trpo-jax", description="Trust Region Policy Optimization for JAX.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
 
-    train = commands.add_parser("train", help="train agents; the folder keeps metrics, checkpoints and a plot", allow_abbrev=False)
+    train = commands.add_parser(
+        "train", help="train agents; the folder keeps metrics, checkpoints and a plot", allow_abbrev=False
+    )
     train.add_argument("env", nargs="?", default="CartPole-v1", help="environment (default: CartPole-v1)")
     train.add_argument("--output", help="folder of the run (default: runs/ENV)")
     train.add_argument("--seed", type=_whole, default=0, help="seed of the first agent (default: 0)")
     train.add_argument("--num-seeds", type=_whole, default=1, help="agents trained side by side (default: 1)")
-    train.add_argument("--total-steps", type=_whole, help="environment steps an agent at most, instead of --num-iterations")
+    train.add_argument(
+        "--total-steps", type=_whole, help="environment steps an agent at most, instead of --num-iterations"
+    )
     _add_settings(train)
     train.set_defaults(run=_train)
 
@@ -75,7 +79,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         meta = field.metadata
         if not meta["flag"]:
             continue
-        options: dict[str, Any] = {"default": None, "dest": field.name, "help": f"{meta['help']} (default: {field.default})"}
+        options: dict[str, Any] = {
+            "default": None,
+            "dest": field.name,
+            "help": f"{meta['help']} (default: {field.default})",
+        }
         if field.type == "bool":
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -115,7 +123,9 @@ def _train(namespace: argparse.Namespace) -> int:
     from trpo_jax.training.loop import make_agent
 
     if namespace.initial_log_std is not None and not isinstance(make_agent(config).environment.action_space, Box):
-        raise UsageError(f"initial_log_std sets σ of a Gaussian policy, but {config.env} has discrete actions; leave it out.")
+        raise UsageError(
+            f"initial_log_std sets σ of a Gaussian policy, but {config.env} has discrete actions; leave it out."
+        )
     output = namespace.output or f"runs/{namespace.env}"
     return _continue(create_run(output, config, namespace.seed, namespace.num_seeds))
 
@@ -156,7 +166,9 @@ def _continue(run: Run) -> int:
     plot = plot_learning_curve(run)
     if display.last is not None:
         last = display.last
-        console.print(f"{last.iteration} of {config.num_iterations} iterations done, the last {last.seconds:.1f} s here.")
+        console.print(
+            f"{last.iteration} of {config.num_iterations} iterations done, the last {last.seconds:.1f} s here."
+        )
     elif complete:
         console.print("Every iteration is done already.")
     console.print(f"Learning curve: {plot}", soft_wrap=True)
@@ -192,8 +204,9 @@ class _Display:
         self.last = progress
         metrics = progress.metrics
         minutes, seconds = divmod(round(progress.seconds_left), 60)
+        steps = progress.iteration * self.config.steps_per_iteration
         status = (
-            f"{progress.iteration * self.config.steps_per_iteration:>9,} steps  return {metrics['episode_return']:8.1f}  "
+            f"{steps:>9,} steps  return {metrics['episode_return']:8.1f}  "
             f"KL {metrics['mean_kl']:.4f}  step {metrics['step_fraction']:.2f}  "
             f"{progress.steps_per_second:>9,.0f} steps/s  {minutes}:{seconds:02d} left"
         )

@@ -1,4 +1,4 @@
-"""Every setting once: its name, default, meaning and range. Imports no JAX, so that the command line can show it at once.
+"""Every setting once: its name, default, meaning and range. Imports no JAX, so the command line can show it at once.
 
 A setting is *static* if it changes a shape, a loop length or a Python branch: each value compiles a program of its
 own. Every other setting is a float that is *traced*: one program serves all its values, and `jax.vmap` over it works.
@@ -54,7 +54,7 @@ class Config:
     fisher_fraction: float = dataclasses.field(
         default=1.0,
         metadata={
-            "help": "share of the batch that estimates the Fisher matrix (changes a shape, so it is static)",
+            "help": "share of the batch that estimates the Fisher matrix; as an array it is traced, and saves no work",
             "static": True,
             "interval": "(0, 1]",
             "flag": True,
@@ -109,12 +109,10 @@ def validate(config: Config) -> None:
         elif meta.get("choices"):
             if value not in meta["choices"]:
                 raise UsageError(f"{field.name} must be one of {', '.join(meta['choices'])}, got {value!r}.")
-        elif field.type == "bool":
-            if not isinstance(value, bool):
-                raise UsageError(f"{field.name} must be True or False, got {value!r}.")
-        elif field.type == "int":
-            if isinstance(value, bool) or not isinstance(value, int) or value < meta["low"]:
-                raise UsageError(f"{field.name} must be a whole number of at least {meta['low']:g}, got {value!r}.")
+        elif field.type == "bool" and not isinstance(value, bool):
+            raise UsageError(f"{field.name} must be True or False, got {value!r}.")
+        elif field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < meta["low"]):
+            raise UsageError(f"{field.name} must be a whole number of at least {meta['low']:g}, got {value!r}.")
     if config.steps_per_iteration % config.value_minibatches:
         raise UsageError(
             f"value_minibatches={config.value_minibatches} does not divide the batch of num_envs x num_steps = "

@@ -89,5 +89,3 @@ def _gaussian_policy(space: Box, hidden: Sequence[int], ndim: int, initial_log_s
         return DiagonalGaussian(mean, params["log_std"] + np.log(half_range))
 
     return Network(init, apply)
-
-

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config import Config
@@ -20,24 +21,36 @@ PyTree = Any
 
 __all__ = ["Config", "Metrics", "Network", "TrainState", "Transition"]
 
-_STATIC = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["static"])
-_TRACED = tuple(f.name for f in dataclasses.fields(Config) if not f.metadata["static"])
+
+def _flatten_config(config: Config) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, Any]]:
+    leaves, static = {}, []
+    for field in dataclasses.fields(Config):
+        value = getattr(config, field.name)
+        # A static float given as an array is traced after all: `trpo_update` takes a traced fisher_fraction too.
+        if field.metadata["static"] and not isinstance(value, (jax.Array, np.ndarray)):
+            static.append((field.name, value))
+        else:
+            leaves[field.name] = value
+    # Numbers become strong float32 here, at the one door to every transformation: a Python float and an array, or a
+    # weak and a strong type, would otherwise be two traces. A Config with None among its floats is a tree of axes for
+    # `jax.vmap`, whose integers must stay.
+    if not any(value is None for value in leaves.values()):
+        leaves = {name: _as_float32(value) for name, value in leaves.items()}
+    return tuple((jax.tree_util.GetAttrKey(n), v) for n, v in leaves.items()), (tuple(static), tuple(leaves))
 
 
-def _flatten_config(config: Config) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
-    values = [getattr(config, name) for name in _TRACED]
-    # Python numbers become float32 scalars here, at the one door to every transformation: a Python float and an
-    # array would otherwise be two traces. A Config with None among its floats is a tree of axes for `jax.vmap`,
-    # whose integers must stay.
-    if not any(value is None for value in values):
-        values = [np.float32(v) if isinstance(v, (int, float, np.number)) else v for v in values]
-    keyed = tuple((jax.tree_util.GetAttrKey(n), v) for n, v in zip(_TRACED, values, strict=True))
-    return keyed, tuple(getattr(config, name) for name in _STATIC)
+def _as_float32(value: Any) -> Any:
+    if isinstance(value, (int, float, np.number)):
+        return np.float32(value)
+    if isinstance(value, (jax.Array, np.ndarray)) and (value.dtype != np.float32 or getattr(value, "weak_type", False)):
+        return jnp.asarray(value, jnp.float32)
+    return value  # a strong float32 already, or a placeholder of a transformation
 
 
-def _unflatten_config(static: tuple[Any, ...], traced: Any) -> Config:
+def _unflatten_config(names: tuple[Any, Any], leaves: Any) -> Config:
+    static, traced = names
     config = object.__new__(Config)
-    for name, value in (*zip(_STATIC, static, strict=True), *zip(_TRACED, traced, strict=True)):
+    for name, value in (*static, *zip(traced, leaves, strict=True)):
         object.__setattr__(config, name, value)
     return config
 

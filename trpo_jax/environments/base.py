@@ -118,7 +118,7 @@ RawStep = Callable[[Array, PyTree, Array], tuple[Array, PyTree, Array, Array, Ar
 
 
 def auto_reset(reset: RawReset, step: RawStep) -> Callable[[Array, PyTree, Array], Step]:
-    """Turn a raw step -> (observation, state, reward, terminated, truncated) into one that resets at an episode's end."""
+    """Turn a raw step -> (observation, state, reward, terminated, truncated) into one that resets itself."""
 
     def step_and_reset(key: Array, state: PyTree, action: Array) -> Step:
         key_step, key_reset = jax.random.split(key)
@@ -156,7 +156,9 @@ def fixed_dtypes(reset: RawReset, step: Callable[..., tuple], action: Array) -> 
     key = jax.random.key(0)
     _, from_reset = jax.eval_shape(reset, key)
     from_step = jax.eval_shape(lambda k: step(k, reset(k)[1], action)[1], key)
-    dtypes = jax.tree.map(lambda a, b: a.dtype if a.dtype == b.dtype else jnp.promote_types(a, b), from_reset, from_step)
+    dtypes = jax.tree.map(
+        lambda a, b: a.dtype if a.dtype == b.dtype else jnp.promote_types(a, b), from_reset, from_step
+    )
 
     def cast(state: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf, dtype: jax.lax.convert_element_type(leaf, dtype), state, dtypes)

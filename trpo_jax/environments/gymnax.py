@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from trpo_jax.config import UsageError, nearest
 from trpo_jax.environments import base
-from trpo_jax.environments.base import Array, Box, Discrete, Environment, MultiDiscrete, PyTree, Space, Step
+from trpo_jax.environments.base import Array, Discrete, Environment, MultiDiscrete, PyTree, Space, Step
 
 
 def registered_names() -> list[str]:
@@ -42,7 +42,9 @@ def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Envi
     """
     for method in ("reset", "step", "action_space"):
         if not callable(getattr(env, method, None)):
-            raise UsageError(f"environment {name} has no method {method}(); an environment needs reset, step and action_space.")
+            raise UsageError(
+                f"environment {name} has no method {method}(); an environment needs reset, step and action_space."
+            )
     if params is None:
         params = getattr(env, "default_params", None)
     extra = () if params is None else (params,)
@@ -72,7 +74,7 @@ def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Envi
         if len(result) != 6 or "final_observation" not in result[5]:
             raise UsageError(
                 f"{name}.step must return gymnax 1.x's six values (observation, state, reward, terminated, truncated, "
-                f"info) with info['final_observation'], the observation before the reset; it returned {len(result)} values."
+                f"info) with info['final_observation'], the observation before the reset; it returned {len(result)}."
             )
         observation, state, reward, terminated, truncated, info = result
         final = observe(info["final_observation"])
@@ -87,7 +89,9 @@ def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Envi
         step = base.auto_reset(reset, step_raw)
     else:
         if max_steps is not None:
-            raise UsageError(f"{name} resets itself in its own step, so max_steps cannot be imposed on it; leave it out.")
+            raise UsageError(
+                f"{name} resets itself in its own step, so max_steps cannot be imposed on it; leave it out."
+            )
         reset, step_public = base.fixed_dtypes(reset, step_public, action)
 
         def step(key: Array, state: PyTree, action: Array) -> Step:

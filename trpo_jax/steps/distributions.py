@@ -147,11 +147,13 @@ class DiagonalGaussian:
         return distribution
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
+        """For JAX."""
         key = jax.tree_util.GetAttrKey
         return ((key("mean"), self.mean), (key("log_std"), self.log_std)), None
 
     @classmethod
     def tree_unflatten(cls, _: None, children: tuple[Any, Any]) -> Self:
+        """For JAX."""
         return cls._with(*children)
 
 

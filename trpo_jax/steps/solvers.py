@@ -91,4 +91,3 @@ def conjugate_gradient(
         converged=(scale == 0) | (solvable & (r_norm <= jnp.maximum(tolerance * b_norm, floor))),
     )
     return jax.tree.map(lambda leaf: jnp.where(solvable, scale * leaf, 0), x), info
-

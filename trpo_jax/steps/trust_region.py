@@ -231,4 +231,3 @@ def _fisher_sample(observation: PyTree, advantage: Array, fraction: Scalar) -> t
     count = jnp.clip(jnp.round(fraction * batch_size), 1, batch_size)
     weight = jnp.where(rank < count, batch_size / count, 0)
     return observation, weight.reshape(batch_shape)
-

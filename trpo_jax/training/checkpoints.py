@@ -91,7 +91,7 @@ def load(path: str | os.PathLike[str], like: PyTree) -> Any:
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}  # reading checks each array's CRC
         header = json.loads(bytes(arrays.pop("__header__")))
         if header["format"] != _FORMAT:

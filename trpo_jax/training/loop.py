@@ -23,7 +23,6 @@ from trpo_jax.steps.values import explained_variance, fit_value_function
 from trpo_jax.training.rollouts import EpisodeTotals, reset_environments, rollout
 from trpo_jax.types import Metrics, Network, TrainState, Transition
 
-
 _BEFORE_FIRST = 2**32 - 1  # folded into the key for initialisation; no iteration bears this number
 
 

@@ -1,0 +1,100 @@
+"""Imports point one way, cost nothing before use, and every public name is there and documented."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+import trpo_jax
+
+PACKAGE = Path(trpo_jax.__file__).parent
+README = (PACKAGE.parent / "README.md").read_text()
+
+# A module may import modules of its own layer and of lower ones.
+LAYERS = {
+    "config": 0,
+    "_threads": 0,
+    "steps": 0,
+    "types": 1,
+    "environments": 1,
+    "networks": 2,
+    "training": 3,
+    "runs": 4,
+    "cli": 5,
+}
+ALONE = {"steps", "config", "_threads"}  # these import nothing of the package but themselves
+
+
+def layer(module: str) -> str:
+    return module.removeprefix("trpo_jax").lstrip(".").split(".")[0]
+
+
+def imported_modules(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            modules.add(node.module)
+    return modules
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    if parts == ("__init__",):
+        return  # the list of public names looks at everything, lazily
+    own = parts[0]
+    for module in imported_modules(path):
+        if not module.startswith("trpo_jax"):
+            continue
+        other = layer(module)
+        assert LAYERS[other] <= LAYERS[own], f"{path} imports upwards: {module}"
+        assert own not in ALONE or other == own, f"{path} must stand alone, but imports {module}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_networks_imports_a_network_library(path):
+    libraries = {module.split(".")[0] for module in imported_modules(path)}
+    assert path.name == "networks.py" or not libraries & {"flax", "haiku", "equinox"}
+
+
+@pytest.mark.parametrize("module", ["trpo_jax", "trpo_jax.cli", "trpo_jax.config"])
+def test_import_needs_no_jax(python, module):
+    code = f"import sys, {module}; print(sorted({{'jax', 'numpy', 'gymnax', 'flax'}} & set(sys.modules)))"
+    assert python("-c", code).stdout.strip() == "[]"
+
+
+def test_update_steps_load_without_environments_and_networks(python):
+    names = "trpo_update, gae, conjugate_gradient, Categorical, fisher_vector_product, parallel_line_search, Config"
+    heavy = "sorted({'gymnax', 'flax', 'matplotlib'} & set(sys.modules))"
+    code = f"import sys; from trpo_jax import {names}; print({heavy})"
+    assert python("-c", code).stdout.strip() == "[]"
+
+
+def test_public_names_are_one_list():
+    # `_HOME` feeds __all__ and __getattr__; the type checker reads the imports above it. They must not drift apart.
+    source = ast.parse((PACKAGE / "__init__.py").read_text())
+    typed = {
+        alias.name: node.module
+        for block in source.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert typed == {name: f"trpo_jax.{home}" for name, home in trpo_jax._HOME.items()}
+
+
+@pytest.mark.parametrize("name", trpo_jax.__all__)
+def test_public_name_is_documented(name):
+    value = getattr(trpo_jax, name)
+    assert inspect.getdoc(value), f"{name} has no docstring"
+    assert f"`{name}" in README, f"{name} is not in the README"
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'trainn'"):
+        _ = trpo_jax.trainn
