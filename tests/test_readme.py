@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+from readme_tables import metrics_rows, settings_rows
 
-from trpo_jax import Config, Metrics
+from trpo_jax import Metrics
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -43,25 +44,9 @@ def test_first_two_commands_install():
     assert install.split()[-1] in ci
 
 
-def settings_rows():
-    """The rows of the README's table of settings, as `Config` has them."""
-    for field in dataclasses.fields(Config):
-        kind = "static" if field.metadata["static"] else "traced"
-        default = "the default MLP" if field.default is None else f"`{field.default}`"
-        yield f"| `{field.name}` = {default} | {kind} | {field.metadata['help']} |"
-
-
-def metrics_rows():
-    """The rows of the README's table of metrics, as the docstring of `Metrics` has them."""
-    entries = re.findall(r"^      ?(\w+): (.*(?:\n        .*)*)", Metrics.__doc__, re.MULTILINE)
-    for name, meaning in entries:
-        sentence = " ".join(meaning.split()).rstrip(".")
-        yield f"| `{name}` | {sentence} |"
-
-
 def test_tables_are_those_of_the_code():
     assert [re.match(r"\| `(\w+)`", row).group(1) for row in metrics_rows()] == [
         f.name for f in dataclasses.fields(Metrics)
     ]
     missing = [row for row in (*settings_rows(), *metrics_rows()) if row not in README]
-    assert not missing, "put these rows into README.md:\n" + "\n".join(missing)
+    assert not missing, "run scripts/readme_tables.py; missing:\n" + "\n".join(missing)

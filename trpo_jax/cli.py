@@ -183,11 +183,12 @@ class _Display:
     """The live line in a terminal, or plain lines a few seconds apart elsewhere."""
 
     def __init__(self, console: Any, config: Config):
-        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
 
         self.console, self.config = console, config
         self.last: Progress | None = None
-        self.live = Progress(BarColumn(bar_width=20), TextColumn("{task.fields[status]}"), console=console)
+        self.live = Bar(BarColumn(bar_width=20), TextColumn("{task.fields[status]}"), console=console)
         self.task = self.live.add_task("", total=config.num_iterations, status="")
         self.printed = 0.0
 

@@ -45,14 +45,14 @@ class Config:
     value: Any = _object(None, "a Network whose apply returns V, [...]; None: separate MLP with tanh")
     num_envs: int = _static(16, "environments stepped in parallel, N", low=1)
     num_steps: int = _static(128, "steps in each environment an iteration, T", low=1)
-    num_iterations: int = _static(48, "iterations (one rollout and one update each)", low=1)
+    num_iterations: int = _static(150, "iterations (one rollout and one update each)", low=1)
     gamma: float = _traced(0.99, "discount γ", interval="[0, 1]")
-    gae_lambda: float = _traced(0.95, "λ of generalized advantage estimation", interval="[0, 1]")
+    gae_lambda: float = _traced(0.98, "λ of generalized advantage estimation", interval="[0, 1]")
     max_kl: float = _traced(0.01, "trust-region radius δ: bound on the mean KL of an update, nats", interval="(0, inf)")
     cg_damping: float = _traced(0.1, "damping λ_d of the Fisher matrix in conjugate gradient", interval="[0, inf)")
     cg_iterations: int = _static(10, "conjugate-gradient iterations k", low=1)
     fisher_fraction: float = dataclasses.field(
-        default=1.0,
+        default=0.2,
         metadata={
             "help": "share of the batch that estimates the Fisher matrix; as an array it is traced, and saves no work",
             "static": True,
@@ -67,7 +67,7 @@ class Config:
     )
     line_search_shrink: float = _traced(0.8, "factor α between candidates of the line search", interval="(0, 1)")
     line_search_steps: int = _static(10, "candidates that the line search tries", low=1)
-    value_learning_rate: float = _traced(1e-3, "Adam's learning rate for the value function", interval="[0, inf)")
+    value_learning_rate: float = _traced(3e-3, "Adam's learning rate for the value function", interval="[0, inf)")
     value_epochs: int = _static(5, "passes over the batch to fit the value function", low=1)
     value_minibatches: int = _static(8, "minibatches a pass; must divide num_envs x num_steps", low=1)
     normalize_advantages: bool = _static(True, "shift and scale the advantages of a batch to mean 0 and variance 1")
@@ -127,6 +127,8 @@ def _check_interval(name: str, value: Any, interval: str) -> None:
     if type(value).__name__.endswith("Tracer") or hasattr(value, "_trace"):
         return
     try:
+        if isinstance(value, (str, bytes)):  # NumPy would read a number out of it, JAX would not
+            raise TypeError
         values = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):
         raise UsageError(f"{name} must be a number in {interval}, got {value!r}.") from None

@@ -174,20 +174,6 @@ def fixed_dtypes(reset: RawReset, step: Callable[..., tuple], action: Array) -> 
     return cast_reset, cast_step
 
 
-def to_float(observation: Any, one_hot: int | None) -> Array:
-    """An observation as float32; an index into `one_hot` categories as a unit vector."""
-    if one_hot is not None:
-        return jax.nn.one_hot(observation, one_hot, dtype=jnp.float32)
-    return jnp.asarray(observation, jnp.float32)
-
-
-def clip_action(space: Space, shape: tuple[int, ...], action: Array) -> Array:
-    """The action as the environment takes it: a Box action clipped to its bounds and in the Box's own shape."""
-    if isinstance(space, Box):
-        return jnp.clip(action, space.low, space.high).reshape(shape)
-    return action
-
-
 def make_box(low: Any, high: Any, shape: tuple[int, ...]) -> Box:
     """A Box from scalar or array bounds of an environment's own shape."""
     size = math.prod(shape)

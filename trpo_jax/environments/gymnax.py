@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from trpo_jax.config import UsageError, nearest
 from trpo_jax.environments import base
@@ -48,28 +51,52 @@ def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Envi
     if params is None:
         params = getattr(env, "default_params", None)
     extra = () if params is None else (params,)
-    space, action_shape, as_tuple = _action_space(env.action_space(*extra), name)
-    one_hot = _categories(env, extra)
+    space, to_env = _action_space(env.action_space(*extra), name)
+    observe = functools.partial(_float_observation, one_hot=_categories(env, extra), name=name)
+    own_limit = getattr(params, "max_steps_in_episode", None)
+    limits = [int(limit) for limit in (own_limit, max_steps) if limit is not None]
 
-    def to_env(action: Array) -> Any:
-        action = base.clip_action(space, action_shape, action)
-        return tuple(action[k] for k in range(action.shape[0])) if as_tuple else action
+    if _inherits_gymnax_step(env):
+        reset, raw_step = base.fixed_dtypes(*_raw_functions(env, extra, observe, to_env), base.zero_action(space))
+        if max_steps is not None:
+            reset, raw_step = base.time_limit(reset, raw_step, max_steps)
+        step = base.auto_reset(reset, raw_step)
+    elif max_steps is None:
+        reset, public_step = _public_functions(env, extra, observe, to_env, name)
+        reset, public_step = base.fixed_dtypes(reset, public_step, base.zero_action(space))
 
-    def observe(observation: Any) -> Array:
-        return base.to_float(observation, one_hot)
+        def step(key: Array, state: PyTree, action: Array) -> Step:
+            return Step(*public_step(key, state, action))
+    else:
+        raise UsageError(f"{name} resets itself in its own step, so max_steps cannot be imposed on it; leave it out.")
+    # Declared spaces are wrong in a third of gymnax's environments: look at what reset really returns.
+    observation_shape = jax.eval_shape(reset, jax.random.key(0))[0].shape
+    return Environment(name, observation_shape, space, min(limits, default=None), reset, step)
 
-    raw = _inherits_gymnax_step(env)
+
+def _raw_functions(env: Any, extra: tuple, observe: Any, to_env: Any) -> tuple[base.RawReset, base.RawStep]:
+    """Reset and step of a gymnax environment without its own reset at the end of an episode."""
 
     def reset(key: Array) -> tuple[Array, PyTree]:
-        observation, state = env.reset_env(key, *extra) if raw else env.reset(key, *extra)
+        observation, state = env.reset_env(key, *extra)
         return observe(observation), state
 
-    def step_raw(key: Array, state: PyTree, action: Array) -> tuple:
+    def step(key: Array, state: PyTree, action: Array) -> tuple:
         observation, state, reward, terminated, _ = env.step_env(key, state, to_env(action), *extra)
         truncated = env.is_truncated(state, *extra)
         return observe(observation), state, _scalar(reward), _flag(terminated), _flag(truncated)
 
-    def step_public(key: Array, state: PyTree, action: Array) -> tuple:
+    return reset, step
+
+
+def _public_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: str) -> tuple[base.RawReset, Any]:
+    """The public reset and step of an environment that resets itself; the step's values are those of a `Step`."""
+
+    def reset(key: Array) -> tuple[Array, PyTree]:
+        observation, state = env.reset(key, *extra)
+        return observe(observation), state
+
+    def step(key: Array, state: PyTree, action: Array) -> tuple:
         result = env.step(key, state, to_env(action), *extra)
         if len(result) != 6 or "final_observation" not in result[5]:
             raise UsageError(
@@ -80,26 +107,7 @@ def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Envi
         final = observe(info["final_observation"])
         return observe(observation), state, _scalar(reward), _flag(terminated), _flag(truncated), final
 
-    observation_shape = _observation_shape(reset, name)
-    action = base.zero_action(space)
-    if raw:
-        reset, step_raw = base.fixed_dtypes(reset, step_raw, action)
-        if max_steps is not None:
-            reset, step_raw = base.time_limit(reset, step_raw, max_steps)
-        step = base.auto_reset(reset, step_raw)
-    else:
-        if max_steps is not None:
-            raise UsageError(
-                f"{name} resets itself in its own step, so max_steps cannot be imposed on it; leave it out."
-            )
-        reset, step_public = base.fixed_dtypes(reset, step_public, action)
-
-        def step(key: Array, state: PyTree, action: Array) -> Step:
-            return Step(*step_public(key, state, action))
-
-    own_limit = getattr(params, "max_steps_in_episode", None)
-    limits = [int(limit) for limit in (own_limit, max_steps) if limit is not None]
-    return Environment(name, observation_shape, space, min(limits, default=None), reset, step)
+    return reset, step
 
 
 def _inherits_gymnax_step(env: Any) -> bool:
@@ -113,26 +121,29 @@ def _inherits_gymnax_step(env: Any) -> bool:
     )
 
 
-def _observation_shape(reset: base.RawReset, name: str) -> tuple[int, ...]:
-    # Declared spaces are wrong in a third of gymnax's environments: look at what reset really returns.
-    try:
-        return jax.eval_shape(reset, jax.random.key(0))[0].shape
-    except TypeError as error:
-        raise UsageError(f"observations of {name} must be single arrays ({_first_line(error)}).") from error
+def _float_observation(observation: Any, *, one_hot: int | None, name: str) -> Array:
+    """An observation as float32; an index into `one_hot` categories as a unit vector."""
+    if not isinstance(observation, (jax.Array, np.ndarray, np.generic, int, float)):
+        raise UsageError(f"observations of {name} must be single arrays, got a {type(observation).__name__}.")
+    if one_hot is not None:
+        return jax.nn.one_hot(observation, one_hot, dtype=jnp.float32)
+    return jnp.asarray(observation, jnp.float32)
 
 
-def _action_space(space: Any, name: str) -> tuple[Space, tuple[int, ...], bool]:
-    """Our space, the shape the environment wants, and whether it wants a tuple."""
+def _action_space(space: Any, name: str) -> tuple[Space, Callable[[Array], Any]]:
+    """Our space, and the function that turns the policy's action into the one that the environment takes."""
     children = getattr(space, "spaces", None)
     if hasattr(space, "n"):
-        return Discrete(int(space.n)), (), False
+        return Discrete(int(space.n)), lambda action: action
     if hasattr(space, "nvec"):
-        return MultiDiscrete(tuple(int(n) for n in space.nvec)), (len(space.nvec),), False
+        return MultiDiscrete(tuple(int(n) for n in space.nvec)), lambda action: action
     if hasattr(space, "low") and hasattr(space, "high"):
         shape = tuple(space.shape)
-        return base.make_box(space.low, space.high, shape), shape, False
+        box = base.make_box(space.low, space.high, shape)
+        return box, lambda action: jnp.clip(action, box.low, box.high).reshape(shape)
     if isinstance(children, (tuple, list)) and all(hasattr(child, "n") for child in children):
-        return MultiDiscrete(tuple(int(child.n) for child in children)), (len(children),), True
+        sizes = tuple(int(child.n) for child in children)
+        return MultiDiscrete(sizes), lambda action: tuple(action[k] for k in range(len(sizes)))
     raise UsageError(
         f"actions of {name} lie in {space!r}; Discrete, MultiDiscrete, a Tuple of Discrete, and Box can be trained."
     )

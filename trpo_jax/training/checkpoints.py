@@ -74,7 +74,7 @@ def load(path: str | os.PathLike[str], like: PyTree) -> Any:
         if name not in arrays:
             raise UsageError(f"{path} holds no {name}; it was saved with other settings or another version.")
         array = arrays.pop(name)
-        leaf = jax.random.wrap_key_data(array, impl=keys[name]) if name in keys else jnp.asarray(array)
+        leaf = jax.random.wrap_key_data(jnp.asarray(array), impl=keys[name]) if name in keys else jnp.asarray(array)
         batch_ndim = leaf.ndim - target.ndim
         if batch_ndim < 0 or leaf.shape[batch_ndim:] != target.shape or leaf.dtype != target.dtype:
             raise UsageError(

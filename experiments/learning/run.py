@@ -1,0 +1,123 @@
+"""Train classic-control tasks with the default settings over many seeds and record how well the policies do.
+
+    python experiments/learning/run.py [--num-seeds 64] [--output experiments/learning]
+
+All seeds of a task are one vmapped program. Each final policy is judged by its deterministic mode on fresh episodes.
+"""
+
+import trpo_jax  # isort: skip  # first, so that it can guard two-core machines before JAX starts
+
+import argparse
+import functools
+import json
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+EPISODES = 64
+TASKS: list[dict[str, Any]] = [
+    {"env": "CartPole-v1", "steps": 100_000, "solved": 475},
+    {"env": "CartPole-v1", "steps": 300_000, "solved": 475},
+    {"env": "Acrobot-v1", "steps": 100_000, "solved": -100},
+    {"env": "Pendulum-v1", "steps": 200_000, "solved": -300, "gamma": 0.9},
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--num-seeds", type=int, default=64)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    arguments = parser.parse_args()
+
+    results = [run_task(task, arguments.num_seeds) for task in TASKS]
+    packages = {name: version(name) for name in ("jax", "jaxlib", "gymnax", "trpo_jax")}
+    record = {"device": jax.devices()[0].device_kind, **packages, "num_seeds": arguments.num_seeds, "tasks": results}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    (arguments.output / "results.md").write_text(table(results))
+    plot(results, arguments.output / "learning_curves.png")
+    print(table(results))
+
+
+def run_task(task: dict[str, Any], num_seeds: int) -> dict[str, Any]:
+    """Train seeds 0 … num_seeds − 1 and evaluate each; settings were chosen on seeds from 10,000 on."""
+    config = trpo_jax.Config(env=task["env"])
+    if "gamma" in task:
+        config = config.replace(gamma=task["gamma"])
+    config = config.replace(num_iterations=task["steps"] // config.steps_per_iteration)
+    keys = jax.vmap(jax.random.key)(jnp.arange(num_seeds))
+    train = jax.jit(jax.vmap(trpo_jax.train, in_axes=(None, 0))).lower(config, keys).compile()
+    start = time.perf_counter()
+    states, metrics = jax.block_until_ready(train(config, keys))
+    seconds = time.perf_counter() - start
+
+    judge = functools.partial(trpo_jax.evaluate, num_episodes=EPISODES, deterministic=True)
+    evaluation_keys = jax.random.split(jax.random.key(2**31 - 1), num_seeds)
+    episodes = jax.jit(jax.vmap(judge, in_axes=(None, 0, 0)))(config, states, evaluation_keys)
+    returns = np.asarray(episodes.episode_return, np.float64).mean(axis=1)
+    interval = stats.bootstrap((returns,), iqm, n_resamples=9999, rng=np.random.default_rng(0), method="percentile")
+    return {
+        **task,
+        "env_steps": config.num_iterations * config.steps_per_iteration,
+        "steps_per_iteration": config.steps_per_iteration,
+        "iqm": float(iqm(returns)),
+        "interval": [float(bound) for bound in interval.confidence_interval],
+        "mean": float(returns.mean()),
+        "worst": float(returns.min()),
+        "num_solved": int((returns >= task["solved"]).sum()),
+        "training_seconds": round(seconds, 1),
+        "returns": [round(float(value), 3) for value in returns],
+        "training_iqm": [None if np.isnan(v) else round(float(v), 3) for v in iqm_of_rows(metrics.episode_return)],
+    }
+
+
+def iqm(values: Any, axis: int = -1) -> Any:
+    """Interquartile mean: the mean of the middle half."""
+    return stats.trim_mean(values, 0.25, axis=axis)
+
+
+def iqm_of_rows(returns: Any) -> np.ndarray:
+    """IQM over the seeds of [seeds, iterations], among those in which an episode ended."""
+    columns = (column[~np.isnan(column)] for column in np.asarray(returns).T)
+    return np.array([iqm(column) if column.size else np.nan for column in columns])
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| task | env steps | IQM | 95 % interval | mean | worst seed | seeds at or above | training, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        low, high = r["interval"]
+        solved = f"{r['num_solved']} of {len(r['returns'])} ({r['solved']})"
+        name = r["env"] + (f" (`gamma={r['gamma']}`)" if "gamma" in r else "")
+        lines.append(
+            f"| {name} | {r['env_steps']:,} | {r['iqm']:.1f} | {low:.1f} … {high:.1f} | {r['mean']:.1f} "
+            f"| {r['worst']:.1f} | {solved} | {r['training_seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: list[dict[str, Any]], file: Path) -> None:
+    # One panel an environment: a longer run of the same one shows the shorter.
+    longest = {r["env"]: r for r in sorted(results, key=lambda r: r["steps"])}.values()
+    figure = Figure(figsize=(4 * len(longest), 3.4), layout="constrained")
+    for axes, r in zip(figure.subplots(1, len(longest), squeeze=False)[0], longest, strict=True):
+        values = np.array([np.nan if v is None else v for v in r["training_iqm"]])
+        steps = r["steps_per_iteration"] * np.arange(1, len(values) + 1) / 1000
+        seen = ~np.isnan(values)
+        axes.plot(steps[seen], values[seen], linewidth=2)
+        axes.set(title=r["env"], xlabel="environment steps, thousands", ylabel="training return, IQM over seeds")
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The default networks: shapes, first policies and the units of Box actions."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trpo_jax import Categorical, DiagonalGaussian, Environment, MultiCategorical, Network, make_policy, make_value
+from trpo_jax.environments.base import Box, Discrete, MultiDiscrete, make_box
+
+
+def environment(space, observation_shape=(3,)):
+    """Networks look at spaces and shapes only."""
+    return Environment("shapes", observation_shape, space, None, reset=None, step=None)
+
+
+def start(network, observation_shape=(3,), seed=0):
+    return network.init(jax.random.key(seed), jnp.zeros(observation_shape))
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (4, 2), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("observation_shape", [(3,), (), (10, 5), (4, 4, 2)], ids=str)
+def test_any_leading_axes_and_grids(observation_shape, batch):
+    def outputs(network):
+        """Shapes and dtypes by tracing alone."""
+
+        def both(key):
+            return network.apply(network.init(key, jnp.zeros(observation_shape)), jnp.zeros((*batch, *observation_shape)))
+
+        return jax.eval_shape(both, jax.random.key(0))
+
+    discrete = outputs(make_policy(environment(Discrete(4), observation_shape)))
+    assert discrete.logits.shape == (*batch, 4) and discrete.logits.dtype == jnp.float32
+    several = outputs(make_policy(environment(MultiDiscrete((2, 3)), observation_shape)))
+    assert [logits.shape for logits in several.logits] == [(*batch, 2), (*batch, 3)]
+    gaussian = outputs(make_policy(environment(make_box(-1, 1, (2,)), observation_shape)))
+    assert gaussian.mean.shape == gaussian.log_std.shape == (*batch, 2)
+    value = outputs(make_value(environment(Discrete(4), observation_shape)))
+    assert value.shape == batch and value.dtype == jnp.float32
+
+
+def test_a_batch_is_its_elements():
+    network = make_value(environment(Discrete(2), (2, 3)))
+    params = start(network, (2, 3))
+    observation = jax.random.normal(jax.random.key(0), (4, 5, 2, 3))
+    each = jax.vmap(jax.vmap(lambda x: network.apply(params, x)))(observation)
+    np.testing.assert_allclose(network.apply(params, observation), each, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("space", [Discrete(4), MultiDiscrete((4, 4))], ids=str)
+def test_the_first_policy_is_nearly_uniform(space):
+    policy = make_policy(environment(space))
+    observation = 3 * jax.random.normal(jax.random.key(1), (200, 3))
+    distribution = policy.apply(start(policy), observation)
+    assert isinstance(distribution, Categorical if isinstance(space, Discrete) else MultiCategorical)
+    logits = distribution.logits if isinstance(space, Discrete) else distribution.logits[1]
+    assert np.abs(jax.nn.softmax(logits) - 0.25).max() < 0.02
+    assert np.std(logits) > 0  # yet not blind to the observation
+
+
+@pytest.mark.parametrize("low, high", [(-2.0, 2.0), (-0.1, 0.1), (0.0, 10.0)])
+def test_the_first_gaussian_spans_half_the_box_from_its_centre(low, high):
+    half, centre = (high - low) / 2, (high + low) / 2
+    policy = make_policy(environment(make_box(low, high, (3,))))
+    distribution = policy.apply(start(policy), jax.random.normal(jax.random.key(1), (50, 3)))
+    assert isinstance(distribution, DiagonalGaussian)
+    np.testing.assert_allclose(jnp.exp(distribution.log_std), half, rtol=1e-5)
+    np.testing.assert_allclose(distribution.mean, centre, atol=0.05 * half)
+    half_as_wide = make_policy(environment(make_box(low, high, (3,))), initial_log_std=float(np.log(0.5)))
+    narrow = half_as_wide.apply(start(half_as_wide), jnp.zeros(3))
+    np.testing.assert_allclose(jnp.exp(narrow.log_std), half / 2, rtol=1e-5)
+
+
+def test_each_dimension_has_its_own_unit():
+    box = make_box(np.array([-1.0, 0.0]), np.array([1.0, 100.0]), (2,))
+    policy = make_policy(environment(box))
+    distribution = policy.apply(start(policy), jnp.zeros(3))
+    np.testing.assert_allclose(jnp.exp(distribution.log_std), [1, 50], rtol=1e-5)
+    np.testing.assert_allclose(distribution.mean, [0, 50], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "low, high", [(-np.inf, np.inf), (-3.4e38, 3.4e38), (0.0, np.inf), (1.0, 1.0)], ids=["inf", "max", "half", "empty"]
+)
+def test_bounds_that_say_nothing_mean_unit_scale(low, high):
+    policy = make_policy(environment(Box(np.full(2, low, np.float32), np.full(2, high, np.float32))))
+    distribution = policy.apply(start(policy), jnp.zeros(3))
+    np.testing.assert_allclose(jnp.exp(distribution.log_std), 1, rtol=1e-6)
+    np.testing.assert_allclose(distribution.mean, 0, atol=1e-6)
+
+
+def test_the_deviation_does_not_depend_on_the_observation():
+    policy = make_policy(environment(make_box(-1, 1, (2,))))
+    params = start(policy)
+    assert params["log_std"].shape == (2,) and params["log_std"].dtype == jnp.float32
+    distribution = policy.apply(params, jax.random.normal(jax.random.key(0), (6, 3)))
+    np.testing.assert_array_equal(distribution.log_std, jnp.broadcast_to(distribution.log_std[0], (6, 2)))
+
+
+@pytest.mark.parametrize("make, scale", [(make_policy, 0.01), (make_value, 1.0)], ids=["policy", "value"])
+def test_layers_start_orthogonal_with_their_scales(make, scale):
+    network = make(environment(Discrete(4)), hidden=(16, 8))
+    kernels = [leaf for leaf in jax.tree.leaves(start(network)) if leaf.ndim == 2]
+    biases = [leaf for leaf in jax.tree.leaves(start(network)) if leaf.ndim == 1]
+    assert sorted(kernel.shape for kernel in kernels) == sorted([(3, 16), (16, 8), (8, 4 if make is make_policy else 1)])
+    for kernel in kernels:
+        gain = np.sqrt(2) if kernel.shape[1] in (16, 8) else scale
+        np.testing.assert_allclose(np.linalg.svd(kernel, compute_uv=False), gain, rtol=1e-4)
+    assert all((bias == 0).all() for bias in biases)
+
+
+def test_policy_and_value_share_nothing_and_seeds_differ():
+    policy, value = make_policy(environment(Discrete(2))), make_value(environment(Discrete(2)))
+    one, two = jax.tree.leaves(start(policy, seed=0)), jax.tree.leaves(start(policy, seed=1))
+    assert any((a != b).any() for a, b in zip(one, two, strict=True))
+    assert jax.tree.structure(start(policy)) == jax.tree.structure(start(value))
+
+
+def test_parameters_are_strong_float32():
+    for space in (Discrete(2), make_box(-1, 1, (2,))):
+        policy = make_policy(environment(space), initial_log_std=0)
+        for leaf in jax.tree.leaves(jax.eval_shape(policy.init, jax.random.key(0), jnp.zeros(3))):
+            assert leaf.dtype == jnp.float32 and not leaf.weak_type
+
+
+class Branching(nn.Module):
+    """A user's module."""
+
+    @nn.compact
+    def __call__(self, observation):
+        x = nn.relu(nn.Dense(8)(observation))
+        return Categorical(nn.Dense(2)(x))
+
+
+def test_a_linen_module_is_a_network():
+    module = Branching()
+    network = Network(module.init, module.apply)
+    params = network.init(jax.random.key(0), jnp.zeros(3))
+    assert network.apply(params, jnp.zeros((7, 3))).logits.shape == (7, 2)
+    assert hash(network) == hash(Network(module.init, module.apply))  # it can be a static setting
