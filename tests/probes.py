@@ -273,3 +273,11 @@ def assert_trees_close(first, second, **tolerance):
     assert jax.tree.structure(first) == jax.tree.structure(second)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_allclose(raw(a), raw(b), err_msg=jax.tree_util.keystr(path), **tolerance)
+
+
+def stack(trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def lane(tree, i):
+    return jax.tree.map(lambda leaf: leaf[i], tree)

@@ -31,7 +31,9 @@ def test_floats_are_leaves_and_the_rest_is_static():
 
 
 @pytest.mark.parametrize(
-    "value", [1, 1.0, np.float32(1), np.float64(1), np.int64(1), np.array(1.0), jnp.asarray(1.0), jnp.int32(1)], ids=repr
+    "value",
+    [1, 1.0, np.float32(1), np.float64(1), np.int64(1), np.array(1.0), jnp.asarray(1.0), jnp.int32(1)],
+    ids=repr,
 )
 def test_a_number_is_one_strong_float32_leaf_however_it_was_given(value):
     leaf = jax.tree.leaves(Config(gamma=value))[0]
@@ -95,7 +97,8 @@ def test_replace_returns_a_changed_copy():
 
 
 @pytest.mark.parametrize(
-    "name, suggestion", [("max_kll", "max_kl"), ("num_env", "num_envs"), ("Gamma", "gamma"), ("lambda_gae", "gae_lambda")]
+    "name, suggestion",
+    [("max_kll", "max_kl"), ("num_env", "num_envs"), ("Gamma", "gamma"), ("lambda_gae", "gae_lambda")],
 )
 def test_an_unknown_setting_is_answered_with_the_nearest(name, suggestion):
     with pytest.raises(UsageError, match=rf"Config has no setting '{name}'; did you mean .*{suggestion}.*\?$"):

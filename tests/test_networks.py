@@ -26,7 +26,9 @@ def test_any_leading_axes_and_grids(observation_shape, batch):
         """Shapes and dtypes by tracing alone."""
 
         def both(key):
-            return network.apply(network.init(key, jnp.zeros(observation_shape)), jnp.zeros((*batch, *observation_shape)))
+            return network.apply(
+                network.init(key, jnp.zeros(observation_shape)), jnp.zeros((*batch, *observation_shape))
+            )
 
         return jax.eval_shape(both, jax.random.key(0))
 
@@ -103,7 +105,9 @@ def test_layers_start_orthogonal_with_their_scales(make, scale):
     network = make(environment(Discrete(4)), hidden=(16, 8))
     kernels = [leaf for leaf in jax.tree.leaves(start(network)) if leaf.ndim == 2]
     biases = [leaf for leaf in jax.tree.leaves(start(network)) if leaf.ndim == 1]
-    assert sorted(kernel.shape for kernel in kernels) == sorted([(3, 16), (16, 8), (8, 4 if make is make_policy else 1)])
+    assert sorted(kernel.shape for kernel in kernels) == sorted(
+        [(3, 16), (16, 8), (8, 4 if make is make_policy else 1)]
+    )
     for kernel in kernels:
         gain = np.sqrt(2) if kernel.shape[1] in (16, 8) else scale
         np.testing.assert_allclose(np.linalg.svd(kernel, compute_uv=False), gain, rtol=1e-4)

@@ -153,7 +153,10 @@ def _categories(env: Any, extra: tuple) -> int | None:
     """Number of categories of a scalar Discrete observation, else None."""
     if not callable(getattr(env, "observation_space", None)):
         return None
-    space = env.observation_space(*extra)
+    try:
+        space = env.observation_space(*extra)
+    except NotImplementedError:  # gymnax's base class, where a subclass declares no observations
+        return None
     return int(space.n) if hasattr(space, "n") and tuple(getattr(space, "shape", ())) == () else None
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ def save(path: str | os.PathLike[str], state: PyTree) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UsageError(f"cannot write {path}: {error.strerror}; choose a folder that can be written to.") from error
 
 
@@ -74,6 +75,8 @@ def load(path: str | os.PathLike[str], like: PyTree) -> Any:
         if name not in arrays:
             raise UsageError(f"{path} holds no {name}; it was saved with other settings or another version.")
         array = arrays.pop(name)
+        if array.dtype.kind == "V" and array.dtype.itemsize == target.dtype.itemsize:
+            array = array.view(target.dtype)  # npz forgets the name of bfloat16 and its like, not the bits
         leaf = jax.random.wrap_key_data(jnp.asarray(array), impl=keys[name]) if name in keys else jnp.asarray(array)
         batch_ndim = leaf.ndim - target.ndim
         if batch_ndim < 0 or leaf.shape[batch_ndim:] != target.shape or leaf.dtype != target.dtype:
@@ -101,7 +104,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise UsageError(f"there is no checkpoint {path}.") from None
     except UsageError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile answers each kind of damage with another exception
         raise UsageError(
             f"{path} is damaged or not a checkpoint of trpo_jax ({type(error).__name__}); remove it to fall back on an "
             "earlier one."

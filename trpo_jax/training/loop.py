@@ -203,7 +203,7 @@ def _value_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def _metrics(episodes: EpisodeTotals, update: UpdateInfo, value_loss: Array, explained: Array) -> Metrics:
-    count = jnp.where(episodes.count > 0, episodes.count, jnp.nan)
+    count = jnp.where(episodes.count > 0, episodes.count, jnp.float32(jnp.nan))
     return Metrics(
         episode_return=episodes.total_return / count,
         episode_length=episodes.total_length / count,

@@ -1,0 +1,254 @@
+"""What the library adds to an environment: resets, time limits, dtypes, clipping and honest refusals."""
+
+import copy
+import dataclasses
+import pickle
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import probes
+import pytest
+from probes import quick_jit
+
+from trpo_jax import Environment, UsageError, make_environment
+from trpo_jax.environments.base import Box, Discrete, MultiDiscrete, auto_reset, make_box, time_limit
+
+
+def count_up(limit):
+    """A raw environment: counts to `limit`; a reset starts at −10, so that fresh and old states differ."""
+
+    def reset(key):
+        return jnp.float32(-10), jnp.int32(0)
+
+    def step(key, state, action):
+        state = state + 1
+        return state.astype(jnp.float32), state, jnp.float32(1), state >= limit, jnp.bool_(False)
+
+    return reset, step
+
+
+def follow(reset, step, num_steps, action=0):
+    """Step outputs as lists, one entry a step."""
+    state = reset(jax.random.key(0))[1]
+    rows = []
+    for i in range(num_steps):
+        result = step(jax.random.key(i), state, jnp.int32(action))
+        state = result[1]
+        rows.append(result)
+    return rows
+
+
+def test_auto_reset_starts_anew_only_where_an_episode_ends():
+    reset, step = count_up(3)
+    rows = follow(reset, auto_reset(reset, step), 5)
+    assert [float(row.observation) for row in rows] == [1, 2, -10, 1, 2]
+    assert [float(row.next_observation) for row in rows] == [1, 2, 3, 1, 2]
+    assert [bool(row.terminated) for row in rows] == [False, False, True, False, False]
+    assert [int(row.state) for row in rows] == [1, 2, 0, 1, 2]
+
+
+def test_auto_reset_gives_step_and_reset_keys_of_their_own():
+    seen = []
+
+    def reset(key):
+        seen.append(("reset", jax.random.key_data(key).tolist()))
+        return jnp.float32(0), jnp.float32(0)
+
+    def step(key, state, action):
+        seen.append(("step", jax.random.key_data(key).tolist()))
+        return jnp.float32(0), state, jnp.float32(0), jnp.bool_(True), jnp.bool_(False)
+
+    auto_reset(reset, step)(jax.random.key(5), jnp.float32(0), jnp.int32(0))
+    # The split that gymnax's own step makes, so that trajectories agree key by key.
+    expected = jax.random.key_data(jax.random.split(jax.random.key(5))).tolist()
+    assert seen == [("step", expected[0]), ("reset", expected[1])]
+
+
+def test_time_limit_truncates_after_max_steps_and_restarts_its_clock():
+    reset, step = time_limit(*count_up(100), 3)
+    rows = follow(reset, auto_reset(reset, step), 7)
+    assert [bool(row.truncated) for row in rows] == [False, False, True, False, False, True, False]
+    assert not any(bool(row.terminated) for row in rows)
+    assert float(rows[2].next_observation) == 3 and float(rows[2].observation) == -10
+
+
+def test_time_limit_leaves_terminations_alone():
+    reset, step = time_limit(*count_up(2), 3)
+    rows = follow(reset, auto_reset(reset, step), 4)
+    assert [bool(row.terminated) for row in rows] == [False, True, False, True]
+    assert not any(bool(row.truncated) for row in rows)  # the clock starts again with each episode
+
+
+def test_max_steps_cuts_a_gymnax_environment():
+    environment = make_environment("MountainCar-v0", max_steps=4)
+    assert environment.max_steps == 4
+    assert make_environment("MountainCar-v0").max_steps == 200
+    rows = follow(jax.jit(environment.reset), quick_jit(environment.step), 9)
+    assert [i for i, row in enumerate(rows) if row.truncated] == [3, 7]
+
+
+def test_max_steps_cannot_be_imposed_on_an_environment_that_resets_itself():
+    with pytest.raises(UsageError, match=r"max_steps cannot be imposed"):
+        make_environment(probes.Endless(), max_steps=10)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 3), ()])
+def test_box_actions_are_clipped_and_reshaped_for_the_environment(shape):
+    size = int(np.prod(shape))
+    environment = make_environment(probes.RecordAction(-0.5, 0.25, shape))
+    space = environment.action_space
+    assert isinstance(space, Box) and space.shape == (size,)
+    assert space.low.dtype == space.high.dtype == np.float32
+    action = jnp.linspace(-2, 2, size) if size > 1 else jnp.array([2.0])
+    result = environment.step(jax.random.key(0), environment.reset(jax.random.key(0))[1], action)
+    np.testing.assert_array_equal(result.observation, np.clip(action, -0.5, 0.25).reshape(shape))
+
+
+def test_boxes_take_scalar_and_array_bounds():
+    box = make_box(-1, np.array([[1.0, 2.0]]), (1, 2))
+    np.testing.assert_array_equal(box.low, [-1, -1])
+    np.testing.assert_array_equal(box.high, [1, 2])
+    assert str(box) == "Box(2) mixed bounds" and str(make_box(-2, 2, (1,))) == "Box(1) [-2, 2]"
+    assert str(Discrete(3)) == "Discrete(3)" and str(MultiDiscrete((2, 3))) == "MultiDiscrete(2, 3)"
+
+
+class Loose(probes.Probe):
+    """Returns what an untyped environment returns: Python numbers, integers and weak types."""
+
+    def start(self, key):
+        return {"position": 0, "velocity": jnp.asarray(0.5), "flag": False}
+
+    def observe(self, state):
+        return jnp.stack([jnp.asarray(state["position"], jnp.int32)] * 2)
+
+    def move(self, key, state, action):
+        state = {"position": state["position"] + 0.5, "velocity": jnp.float32(0.25), "flag": True}
+        return state, action, state["position"] > 2, False
+
+
+def test_loose_dtypes_become_fixed_ones():
+    environment = make_environment(Loose())
+    observation, state = jax.eval_shape(environment.reset, jax.random.key(0))
+    result = jax.eval_shape(environment.step, jax.random.key(0), state, jnp.int32(0))
+    for name, first in state.items():
+        assert first.dtype == result.state[name].dtype and not first.weak_type and not result.state[name].weak_type
+    assert state["position"].dtype == jnp.float32  # an integer at the reset, a float after a step
+    assert observation.dtype == result.observation.dtype == result.next_observation.dtype == jnp.float32
+    assert result.reward.dtype == jnp.float32 and result.terminated.dtype == result.truncated.dtype == jnp.bool_
+    rows = follow(environment.reset, environment.step, 5, action=1)
+    assert [bool(row.terminated) for row in rows] == [False] * 4 + [True]
+
+
+def test_an_object_without_base_class_or_parameters_is_enough():
+    environment = make_environment(probes.Countdown())
+    assert environment.name == "Countdown" and environment.action_space == Discrete(2)
+    assert environment.observation_shape == (1,) and environment.max_steps is None
+    observation, state = environment.reset(jax.random.key(3))
+    for left in range(int(observation[0]), 0, -1):
+        result = environment.step(jax.random.key(left), state, jnp.int32(0))
+        state = result.state
+        assert float(result.next_observation[0]) == left - 1
+        assert bool(result.terminated) == (left == 1)
+
+
+class Parametrized:
+    """gymnax's signature with parameters; the reward is the parameter `scale`."""
+
+    name = "scaled"
+    default_params = SimpleNamespace(scale=3.0, max_steps_in_episode=7.0)
+
+    def action_space(self, params):
+        return probes.discrete(2)
+
+    def reset(self, key, params):
+        return jnp.zeros(2), jnp.int32(0)
+
+    def step(self, key, state, action, params):
+        observation = jnp.zeros(2)
+        return observation, state, params.scale, False, False, {"final_observation": observation}
+
+
+def test_own_parameters_are_passed_on():
+    environment = make_environment(Parametrized())
+    assert environment.name == "scaled" and environment.max_steps == 7
+    state = environment.reset(jax.random.key(0))[1]
+    assert float(environment.step(jax.random.key(0), state, jnp.int32(0)).reward) == 3
+    other = make_environment(Parametrized(), params=SimpleNamespace(scale=-1.0))
+    assert float(other.step(jax.random.key(0), state, jnp.int32(0)).reward) == -1
+    assert other.max_steps is None
+
+
+def test_an_environment_passes_through_and_is_hashable_and_copyable():
+    environment = make_environment(probes.Countdown())
+    assert make_environment(environment) is environment
+    assert environment == environment and environment != make_environment(probes.Countdown())
+    assert {environment: 1}[environment] == 1
+    twin = copy.deepcopy(environment)
+    assert isinstance(twin, Environment) and twin.action_space == environment.action_space
+    key = jax.random.key(1)
+    assert probes.same_bits(twin.reset(key), environment.reset(key))
+    copied = dataclasses.replace(environment, name="other")
+    assert copied.name == "other" and copied.reset is environment.reset
+
+
+def test_spaces_and_steps_are_plain_data():
+    assert pickle.loads(pickle.dumps(Discrete(3))) == Discrete(3)
+    assert hash(MultiDiscrete((2, 3))) == hash(MultiDiscrete((2, 3)))
+
+
+def test_a_tuple_of_discrete_actions_becomes_multi_discrete():
+    environment = make_environment(probes.PairOfChoices())
+    assert environment.action_space == MultiDiscrete((2, 3))
+    state = environment.reset(jax.random.key(0))[1]
+    rewards = [
+        float(environment.step(jax.random.key(0), state, jnp.array(action)).reward)
+        for action in ([0, 0], [1, 0], [1, 2])
+    ]
+    assert rewards == [0, 1, 2]
+
+
+class FiveValues(probes.OneStep):
+    def step(self, key, state, action):
+        observation, state, reward, terminated, _, info = super().step(key, state, action)
+        return observation, state, reward, terminated, info
+
+
+class NoFinalObservation(probes.OneStep):
+    def step(self, key, state, action):
+        return *super().step(key, state, action)[:5], {}
+
+
+class DictObservation(probes.OneStep):
+    def observe(self, state):
+        return {"position": jnp.zeros(2), "camera": jnp.zeros((3, 3))}
+
+
+class StrangeActions(probes.OneStep):
+    actions = "up or down"
+
+
+REFUSED = {
+    "five values": (FiveValues(), r"^FiveValues\.step must return gymnax 1\.x's six values .* returned 5"),
+    "no final observation": (NoFinalObservation(), r"^NoFinalObservation\.step must .*info\['final_observation'\]"),
+    "dict observations": (DictObservation(), r"^observations of DictObservation must be single arrays"),
+    "strange actions": (StrangeActions(), r"^actions of StrangeActions lie in 'up or down'; Discrete, MultiDiscrete"),
+    "no step": (
+        SimpleNamespace(reset=lambda key: key),
+        r"has no method step\(\); an environment needs reset, step and",
+    ),
+    "no reset": (SimpleNamespace(step=lambda key: key), r"has no method reset\(\)"),
+    "no action_space": (SimpleNamespace(reset=len, step=len), r"has no method action_space\(\)"),
+    "None": (None, r"^env must be a name, an Environment or an environment object, got None"),
+    "a number": (3, r"^env must be a name.*got 3"),
+    "a list": (["CartPole-v1"], r"^env must be a name"),
+}
+
+
+@pytest.mark.parametrize("env, message", REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_trained_is_refused_in_one_sentence(env, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        make_environment(env)
+    text = str(caught.value)
+    assert text.endswith(".") and "\n" not in text and len(text) < 300

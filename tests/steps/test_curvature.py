@@ -1,0 +1,121 @@
+"""The implicit Fisher product is the dense JᵀMJ, and the Hessian of the mean KL in both directions at θ_old."""
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trpo_jax import Categorical, DiagonalGaussian, MultiCategorical, fisher_vector_product, mean_kl
+
+BATCHES = [(7,), (3, 4)]
+
+
+def categorical(params, observation):
+    return Categorical(jnp.tanh(observation @ params["w"]) @ params["v"])
+
+
+def gaussian(params, observation):
+    return DiagonalGaussian(jnp.tanh(observation @ params["w"]) @ params["v"], params["log_std"])
+
+
+def multi_categorical(params, observation):
+    features = jnp.tanh(observation @ params["w"])
+    return MultiCategorical((features @ params["v"], features @ params["v"][:, :2] ** 2))
+
+
+POLICIES = [categorical, gaussian, multi_categorical]
+
+
+def problem(policy, batch):
+    """distribution_fn over a flat parameter vector, and the vector; double precision."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {"w": jax.random.normal(keys[0], (2, 4)), "v": jax.random.normal(keys[1], (4, 3))}
+    if policy is gaussian:
+        params["log_std"] = jax.random.normal(keys[2], (3,)) / 2
+    observation = jax.random.normal(keys[3], (*batch, 2))
+    vector, unravel = jax.flatten_util.ravel_pytree(params)
+    return (lambda v: policy(unravel(v), observation)), vector, unravel
+
+
+def dense(matvec, vector):
+    return jax.vmap(matvec)(jnp.eye(vector.size)).T
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_product_is_the_hessian_of_the_kl(policy, batch, x64):
+    distribution_fn, theta, _ = problem(policy, batch)
+    fisher = dense(fisher_vector_product(distribution_fn, theta), theta)
+    old = distribution_fn(theta)
+    forward = jax.hessian(lambda v: mean_kl(old, distribution_fn(v)))(theta)
+    backward = jax.hessian(lambda v: mean_kl(distribution_fn(v), old))(theta)
+    np.testing.assert_allclose(fisher, forward, atol=1e-10 * jnp.abs(forward).max())
+    np.testing.assert_allclose(fisher, backward, atol=1e-10 * jnp.abs(forward).max())
+    np.testing.assert_allclose(fisher, fisher.T, atol=1e-14)
+    assert jnp.linalg.eigvalsh(fisher).min() > -1e-13
+    gradient = jax.grad(lambda v: mean_kl(old, distribution_fn(v)))(theta)
+    np.testing.assert_allclose(gradient, 0, atol=1e-14)
+
+
+@pytest.mark.parametrize("policy", [categorical, gaussian])
+def test_product_is_dense_jacobian_metric_jacobian(policy, x64):
+    distribution_fn, theta, _ = problem(policy, (7,))
+    jacobian = jax.jacobian(distribution_fn)(theta)
+    distribution = distribution_fn(theta)
+    if policy is categorical:
+        probs = jax.nn.softmax(distribution.logits)
+        metric = jax.vmap(lambda p: jnp.diag(p) - jnp.outer(p, p))(probs)
+        expected = jnp.einsum("nip,nij,njq->pq", jacobian.logits, metric, jacobian.logits) / 7
+    else:
+        precision = jnp.exp(-2 * distribution.log_std)
+        expected = jnp.einsum("nip,ni,niq->pq", jacobian.mean, precision, jacobian.mean) / 7
+        expected += 2 * jnp.einsum("nip,niq->pq", jacobian.log_std, jacobian.log_std) / 7
+    actual = dense(fisher_vector_product(distribution_fn, theta), theta)
+    np.testing.assert_allclose(actual, expected, atol=1e-12 * jnp.abs(expected).max())
+
+
+def test_log_std_block_is_two(x64):
+    distribution_fn, theta, unravel = problem(gaussian, (7,))
+    direction = jax.tree.map(jnp.zeros_like, unravel(theta)) | {"log_std": jnp.array([1.0, -2.0, 3.0])}
+    product = fisher_vector_product(lambda p: distribution_fn(jax.flatten_util.ravel_pytree(p)[0]), unravel(theta))(
+        direction
+    )
+    np.testing.assert_allclose(product["log_std"], 2 * direction["log_std"], rtol=1e-12)
+
+
+def test_damping_adds_a_multiple_of_the_identity():
+    distribution_fn, theta, _ = problem(categorical, (7,))
+    v = jnp.arange(theta.size, dtype=theta.dtype)
+    plain = fisher_vector_product(distribution_fn, theta)(v)
+    damped = jax.jit(lambda d: fisher_vector_product(distribution_fn, theta, damping=d)(v))(0.3)
+    np.testing.assert_allclose(damped, plain + 0.3 * v, rtol=1e-5)
+
+
+def test_pytrees_equal_flat_vectors():
+    distribution_fn, theta, unravel = problem(gaussian, (7,))
+    v = jax.random.normal(jax.random.key(5), theta.shape)
+    flat = fisher_vector_product(distribution_fn, theta)(v)
+    tree = fisher_vector_product(lambda p: distribution_fn(jax.flatten_util.ravel_pytree(p)[0]), unravel(theta))(
+        unravel(v)
+    )
+    np.testing.assert_allclose(jax.flatten_util.ravel_pytree(tree)[0], flat, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_select_samples():
+    # Weight B/n on n samples and 0 elsewhere is the Fisher matrix of those n samples.
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"w": jax.random.normal(keys[0], (2, 4)), "v": jax.random.normal(keys[1], (4, 3))}
+    observation = jax.random.normal(keys[2], (10, 2))
+    chosen = jnp.array([1, 4, 8])
+    weight = jnp.zeros(10).at[chosen].set(10 / 3)
+    some = fisher_vector_product(lambda p: categorical(p, observation[chosen]), params)(params)
+    weighted = fisher_vector_product(lambda p: categorical(p, observation), params, weight=weight)(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), weighted, some)
+
+
+def test_products_ask_for_full_precision():
+    distribution_fn, theta, _ = problem(categorical, (7,))
+    text = str(jax.make_jaxpr(lambda v: fisher_vector_product(distribution_fn, theta)(v))(theta))
+    products = text.count("dot_general[")
+    assert products > 4 and text.count("HIGHEST") >= products
