@@ -63,14 +63,23 @@ def test_frozen_after_convergence():
         assert more_info.num_iterations == info.num_iterations
 
 
-@pytest.mark.parametrize("scale", [1e-4, 1e-20, 1e-30, 1e15])
-def test_scale_invariance(scale):
-    # In float32 the squared norm of 1e-20 b underflows to 0 and that of 1e20 overflows.
+@pytest.mark.parametrize("exponent", [-100, -40, 3, 60])
+def test_powers_of_two_scale_exactly(exponent):
+    # In float32 the squared norm of 2⁻¹⁰⁰ b underflows to 0 and that of 2⁶⁰ b overflows together with A.
     matrix, b = (jnp.asarray(a, jnp.float32) for a in positive_definite(1, 12))
+    x, info = solve(matrix, b)
+    scaled, scaled_info = solve(matrix, jnp.ldexp(b, exponent))
+    np.testing.assert_array_equal(scaled, jnp.ldexp(x, exponent))
+    assert scaled_info.relative_residual == info.relative_residual
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-20, 1e15])
+def test_scale_invariance(scale):
+    matrix, b = (jnp.asarray(a, jnp.float32) for a in positive_definite(1, 12, 5.0))
     x, _ = solve(matrix, b)
     scaled, info = solve(matrix, jnp.float32(scale) * b)
-    np.testing.assert_allclose(scaled / jnp.float32(scale), x, rtol=1e-3, atol=1e-6)
-    assert jnp.isfinite(info.relative_residual)
+    np.testing.assert_allclose(scaled / jnp.float32(scale), x, rtol=1e-4, atol=1e-6)
+    assert info.relative_residual < 1e-2
 
 
 def test_zero_right_hand_side():
@@ -110,11 +119,11 @@ def test_tolerance_is_relative():
     assert loose_info.relative_residual <= 0.1 and tight_info.relative_residual <= 1e-4
     tiny, tiny_info = solve(matrix, 1e-8 * b, num_iterations=100, tolerance=0.1)
     assert tiny_info.num_iterations == loose_info.num_iterations
-    np.testing.assert_allclose(1e8 * tiny, loose, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(1e8 * tiny, loose, rtol=1e-2, atol=1e-3)
 
 
 def test_pytrees_equal_flat_vectors():
-    matrix, b = (jnp.asarray(a, jnp.float32) for a in positive_definite(3, 10))
+    matrix, b = (jnp.asarray(a, jnp.float32) for a in positive_definite(3, 10, 5.0))
     flat, _ = solve(matrix, b)
     tree = {"a": b[:6].reshape(2, 3), "b": [b[6:]]}
 

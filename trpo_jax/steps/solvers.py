@@ -35,11 +35,11 @@ def conjugate_gradient(
     """Solve A x = b for a symmetric positive semi-definite A, starting from x = 0.
 
     The loop has a fixed length and *freezes* — x no longer changes — once one of these holds:
-      - ‖r‖ ≤ tolerance · ‖b‖, or r is at the rounding error of A x, so that what follows would be noise: on a
+      - ‖r‖ ≤ tolerance · ‖b‖, or r consists of the rounding errors of A x, so that what follows would be noise: on a
         singular A it would fill x with null-space directions while the residual still looks small;
       - the curvature pᵀA p is not positive, or is zero at working precision beside the largest curvature met;
       - a product is not finite.
-    b is scaled by its largest entry first, so x(c·b) = c·x(b) however small c is, with no ε in any denominator.
+    b is scaled by a power of two first, so x(c·b) = c·x(b) however small c is, with no ε in any denominator.
 
     Args:
       matvec: v ↦ A v over pytrees like b.
@@ -52,42 +52,46 @@ def conjugate_gradient(
 
     Source: Hestenes & Stiefel 1952; Nocedal & Wright 2006, algorithm 5.2; attainable accuracy after Greenbaum 1997.
     """
-    scale = trees.max_abs(b)
-    solvable = (scale > 0) & jnp.isfinite(scale)
-    unit_b = jax.tree.map(lambda leaf: jnp.where(solvable, leaf / jnp.where(solvable, scale, 1), 0), b)
+    largest_entry = trees.max_abs(b)
+    solvable = (largest_entry > 0) & jnp.isfinite(largest_entry)
+    # A power of two scales without rounding: x(2ⁿ b) = 2ⁿ x(b) to the bit.
+    exponent = jnp.frexp(jnp.where(solvable, largest_entry, 1))[1] - 1
+    scale = jnp.ldexp(jnp.ones_like(largest_entry), exponent)
+    unit_b = jax.tree.map(lambda leaf: jnp.where(solvable, leaf / scale, 0), b)
     b_norm = jnp.sqrt(trees.dot(unit_b, unit_b))
-    rounding = 10 * jnp.finfo(b_norm.dtype).eps
+    eps = jnp.finfo(b_norm.dtype).eps
+    rounding = 10 * eps
 
     def step(_: Array, carry: tuple) -> tuple:
-        x, r, p, r_squared, largest, active, count = carry
+        x, r, p, r_norm, largest, active, converged, count = carry
         a_p = matvec(p)
         p_a_p, p_squared = trees.dot(p, a_p), trees.dot(p, p)
         rayleigh = p_a_p / jnp.where(active, p_squared, 1)
-        new_largest = jnp.maximum(largest, rayleigh)
-        positive = active & (rayleigh > rounding * new_largest)  # False for NaN and for 0 > 0
-        alpha = jnp.where(positive, r_squared / jnp.where(positive, p_a_p, 1), 0)
+        largest = jnp.where(active & (rayleigh > largest), rayleigh, largest)
+        positive = active & (rayleigh > rounding * largest)  # False for NaN and for 0 > 0
+        alpha = jnp.where(positive, r_norm**2 / jnp.where(positive, p_a_p, 1), 0)
         new_x, new_r = trees.add_scaled(x, alpha, p), trees.add_scaled(r, -alpha, a_p)
-        new_r_squared = trees.dot(new_r, new_r)
-        moved = positive & jnp.isfinite(new_r_squared) & jnp.isfinite(alpha)
+        new_r_norm = jnp.sqrt(trees.dot(new_r, new_r))
+        # A residual made of rounding errors lies mostly outside the range of a singular A. A step along it multiplies
+        # the residual by the tangent of its angle to A r, which gives such a step away before it is taken.
+        noise = (r_norm <= 1e3 * eps * b_norm) & (new_r_norm > 10 * r_norm)
+        moved = positive & jnp.isfinite(new_r_norm) & ~noise
         x, r = trees.select(moved, new_x, x), trees.select(moved, new_r, r)
-        largest = jnp.where(moved, new_largest, largest)
-        floor = rounding * (largest * jnp.sqrt(trees.dot(x, x)) + b_norm)
-        solved = jnp.sqrt(new_r_squared) <= jnp.maximum(tolerance * b_norm, floor)
-        beta = jnp.where(moved, new_r_squared / r_squared, 0)
+        beta = jnp.where(moved, (new_r_norm / r_norm) ** 2, 0)
         p = trees.select(moved, trees.add_scaled(r, beta, p), p)
-        r_squared = jnp.where(moved, new_r_squared, r_squared)
-        return x, r, p, r_squared, largest, moved & ~solved, count + moved
+        r_norm = jnp.where(moved, new_r_norm, r_norm)
+        floor = rounding * (largest * jnp.sqrt(trees.dot(x, x)) + b_norm)
+        converged = converged | (active & (noise | (r_norm <= jnp.maximum(tolerance * b_norm, floor))))
+        return x, r, p, r_norm, largest, moved & ~converged, converged, count + moved
 
     zero = jax.tree.map(jnp.zeros_like, unit_b)
-    start = (zero, unit_b, unit_b, b_norm**2, jnp.zeros_like(b_norm), solvable, jnp.int32(0))
-    x, r, _, r_squared, largest, _, count = jax.lax.fori_loop(0, num_iterations, step, start)
+    start = (zero, unit_b, unit_b, b_norm, jnp.zeros_like(b_norm), solvable, largest_entry == 0, jnp.int32(0))
+    x, r, _, r_norm, _, _, converged, count = jax.lax.fori_loop(0, num_iterations, step, start)
 
-    floor = rounding * (largest * jnp.sqrt(trees.dot(x, x)) + b_norm)
-    r_norm = jnp.sqrt(r_squared)
     info = ConjugateGradientInfo(
         residual=jax.tree.map(lambda leaf, b_leaf: jnp.where(solvable, scale * leaf, b_leaf), r, b),
-        relative_residual=jnp.where(solvable, r_norm / jnp.where(solvable, b_norm, 1), scale),
+        relative_residual=jnp.where(solvable, r_norm / jnp.where(solvable, b_norm, 1), largest_entry),
         num_iterations=count,
-        converged=(scale == 0) | (solvable & (r_norm <= jnp.maximum(tolerance * b_norm, floor))),
+        converged=converged,
     )
     return jax.tree.map(lambda leaf: jnp.where(solvable, scale * leaf, 0), x), info
