@@ -6,8 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trpo_jax import Categorical, DiagonalGaussian, Environment, MultiCategorical, Network, make_policy, make_value
+from trpo_jax import (
+    Categorical,
+    Config,
+    DiagonalGaussian,
+    Environment,
+    MultiCategorical,
+    Network,
+    init,
+    make_policy,
+    make_value,
+)
 from trpo_jax.environments.base import Box, Discrete, MultiDiscrete, make_box
+from trpo_jax.networks import orthogonal
 
 
 def environment(space, observation_shape=(3,)):
@@ -143,3 +154,18 @@ def test_a_linen_module_is_a_network():
     params = network.init(jax.random.key(0), jnp.zeros(3))
     assert network.apply(params, jnp.zeros((7, 3))).logits.shape == (7, 2)
     assert hash(network) == hash(Network(module.init, module.apply))  # it can be a static setting
+
+
+@pytest.mark.parametrize("shape", [(4, 64), (64, 64), (64, 1), (3600, 64), (1, 1), (256, 256)])
+def test_orthogonal_initialisation(shape):
+    matrices = jax.jit(jax.vmap(lambda key: orthogonal(2.0)(key, shape)))(jax.random.split(jax.random.key(0), 2))
+    for matrix in np.asarray(matrices, np.float64):
+        small = matrix.T @ matrix if shape[0] >= shape[1] else matrix @ matrix.T
+        np.testing.assert_allclose(small, 4 * np.eye(min(shape)), atol=1e-4)
+    assert not np.allclose(*matrices)
+
+
+def test_initialisation_calls_no_lapack(environment_name="CartPole-v1"):
+    # Several LAPACK decompositions at once can deadlock XLA's CPU thread pool.
+    lowered = jax.jit(init).lower(Config(env=environment_name), jax.random.key(0))
+    assert "lapack" not in lowered.as_text()

@@ -5,9 +5,11 @@ The only file that imports a network library; the update steps take any `apply(p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +19,31 @@ from trpo_jax.steps.types import Array, PyTree, Scalar
 from trpo_jax.types import Network
 
 _UNBOUNDED = 1e6  # bounds beyond this (±3.4e38 is common) say nothing about the scale of an action
+
+
+def orthogonal(scale: float) -> Callable[..., Array]:
+    """Initialiser of matrices [rows, columns] with orthonormal rows or columns (whichever fit) times `scale`.
+
+    The polar factor of a Gaussian matrix, uniform over such matrices, by Newton–Schulz: X ← X (3 I − XᵀX) / 2. The
+    usual way, a QR decomposition by LAPACK, can deadlock XLA's CPU thread pool when several run at once, as they do
+    for many agents in one program.
+    """
+
+    def initialise(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        rows, columns = shape
+        x = jax.random.normal(key, (max(shape), min(shape)), dtype)
+        x = x / jnp.linalg.norm(x)  # singular values in (0, 1], where the iteration converges
+        identity = jnp.eye(min(shape), dtype=dtype)
+
+        def improve(_: int, x: Array) -> Array:
+            gram = jnp.matmul(x.T, x, precision="highest")
+            return jnp.matmul(x, 1.5 * identity - 0.5 * gram, precision="highest")
+
+        # A singular value grows by 3/2 a step until it is near 1: 40 steps bring it there from 10⁻⁶.
+        x = jax.lax.fori_loop(0, 40, improve, x)
+        return scale * (x if rows >= columns else x.T)
+
+    return initialise
 
 
 class MLP(nn.Module):
@@ -40,8 +67,8 @@ class MLP(nn.Module):
         batch_shape = observation.shape[: observation.ndim - self.observation_ndim]
         x = observation.reshape(*batch_shape, -1)
         for width in self.hidden:
-            x = nn.tanh(nn.Dense(width, kernel_init=nn.initializers.orthogonal(np.sqrt(2)))(x))
-        return nn.Dense(self.outputs, kernel_init=nn.initializers.orthogonal(self.last_scale))(x)
+            x = nn.tanh(nn.Dense(width, kernel_init=orthogonal(2**0.5))(x))
+        return nn.Dense(self.outputs, kernel_init=orthogonal(self.last_scale))(x)
 
 
 def make_policy(
