@@ -1,12 +1,10 @@
-"""Shared by all tests. trpo_jax is imported before JAX computes anything, which guards two-core machines."""
+"""Shared by all tests."""
 
 import os
 import subprocess
 import sys
 
 import pytest
-
-import trpo_jax  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,10 @@ def snapshot(folder):
         (["train", "--num-seeds", "0"], "num_seeds must be at least 1"),
         (["train", "--seed", "-1"], "seed must not be negative"),
         (["train", "--line-search", "golden"], "line_search must be one of auto, backtracking, parallel"),
-        (["train", "--num-envs", "3", "--num-steps", "5"], "value_minibatches=8 does not divide"),
+        (
+            ["train", "--value-fit", "adam", "--num-envs", "3", "--num-steps", "5"],
+            "value_minibatches=8 does not divide",
+        ),
         (["train", "--total-steps", "10"], "total_steps=10 is less than one iteration"),
         (["train", "--total-steps", "1e5", "--num-iterations", "3"], "give one of them"),
         (["train", "--initial-log-std", "0.5"], "CartPole-v1 has discrete actions; leave it out."),

@@ -14,7 +14,6 @@ README = (PACKAGE.parent / "README.md").read_text()
 # A module may import modules of its own layer and of lower ones.
 LAYERS = {
     "config": 0,
-    "_threads": 0,
     "steps": 0,
     "types": 1,
     "environments": 1,
@@ -23,7 +22,7 @@ LAYERS = {
     "runs": 4,
     "cli": 5,
 }
-ALONE = {"steps", "config", "_threads"}  # these import nothing of the package but themselves
+ALONE = {"steps", "config"}  # these import nothing of the package but themselves
 
 
 def layer(module: str) -> str:

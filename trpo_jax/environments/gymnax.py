@@ -98,10 +98,11 @@ def _public_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: s
 
     def step(key: Array, state: PyTree, action: Array) -> tuple:
         result = env.step(key, state, to_env(action), *extra)
-        if len(result) != 6 or "final_observation" not in result[5]:
+        values = len(result) if isinstance(result, (tuple, list)) else 1
+        if values != 6 or "final_observation" not in result[5]:
             raise UsageError(
                 f"{name}.step must return gymnax 1.x's six values (observation, state, reward, terminated, truncated, "
-                f"info) with info['final_observation'], the observation before the reset; it returned {len(result)}."
+                f"info) with info['final_observation'], the observation before the reset; it returned {values}."
             )
         observation, state, reward, terminated, truncated, info = result
         final = observe(info["final_observation"])

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from trpo_jax.steps import trees
 from trpo_jax.steps.types import Array
 
 
@@ -35,6 +36,7 @@ def update_statistics(statistics: RunningStatistics, batch: Array) -> RunningSta
     """Merge a batch [B..., ...] of observations.
 
     mean = mean₁ + (mean₂ − mean₁) n₂/n,   M2 = M2₁ + M2₂ + (mean₂ − mean₁)² n₁n₂/n,   variance = M2/n.
+    A batch that is not finite leaves the statistics as they were.
     """
     axes = tuple(range(batch.ndim - statistics.mean.ndim))
     batch_count = batch.size // max(1, statistics.mean.size)
@@ -43,7 +45,8 @@ def update_statistics(statistics: RunningStatistics, batch: Array) -> RunningSta
     share = batch_count / count
     shift = batch_mean - statistics.mean
     variance = (1 - share) * statistics.variance + share * batch_variance + share * (1 - share) * shift**2
-    return RunningStatistics(count, statistics.mean + share * shift, variance)
+    merged = RunningStatistics(count, statistics.mean + share * shift, variance)
+    return trees.select(trees.all_finite(merged), merged, statistics)
 
 
 def normalize(statistics: RunningStatistics, observation: Array, *, clip: float = 10.0) -> Array:

@@ -14,10 +14,9 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from trpo_jax.steps import trees
-from trpo_jax.steps.curvature import fisher_vector_product
+from trpo_jax.steps.curvature import curvature_sample, fisher_vector_product
 from trpo_jax.steps.line_searches import backtracking_line_search
 from trpo_jax.steps.objectives import effective_sample_fraction, surrogate, surrogate_gain
 from trpo_jax.steps.solvers import conjugate_gradient
@@ -185,7 +184,7 @@ def trpo_update(
         gain = surrogate_gain(distribution, old_log_prob, action, advantage)
         return gain, jnp.mean(kl), jnp.max(kl), effective_sample_fraction(distribution, old_log_prob, action)
 
-    sample, weight = _fisher_sample(observation, advantage, fisher_fraction)
+    sample, weight = curvature_sample(observation, advantage.shape, fisher_fraction)
     step, solve = natural_gradient(
         lambda p: policy_apply(p, sample),
         params,
@@ -212,22 +211,3 @@ def trpo_update(
         cg_residual=solve.cg_residual,
     )
     return new_params, info
-
-
-def _fisher_sample(observation: PyTree, advantage: Array, fraction: Scalar) -> tuple[PyTree, Array | None]:
-    """The observations (and weights, for a traced fraction) that estimate the Fisher matrix."""
-    if isinstance(fraction, (int, float, np.number)):
-        if not 0 < fraction <= 1:
-            raise ValueError(f"fisher_fraction must lie in (0, 1], got {fraction}")
-        if fraction == 1:
-            return observation, None
-    batch_shape, batch_size = advantage.shape, advantage.size
-    # Ranked by the golden-ratio sequence, the first n samples are spread evenly for every n, and a larger fraction
-    # contains a smaller one; periodic choices would alias with the number of environments.
-    rank = np.argsort(np.argsort(np.arange(batch_size) * 0.6180339887498949 % 1.0))
-    if isinstance(fraction, (int, float, np.number)):
-        chosen = np.flatnonzero(rank < max(1, round(float(fraction) * batch_size)))
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(batch_shape) :])[chosen], observation), None
-    count = jnp.clip(jnp.round(fraction * batch_size), 1, batch_size)
-    weight = jnp.where(rank < count, batch_size / count, 0)
-    return observation, weight.reshape(batch_shape)

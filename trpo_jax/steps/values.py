@@ -10,7 +10,62 @@ import jax.numpy as jnp
 import optax
 
 from trpo_jax.steps import trees
-from trpo_jax.steps.types import Array, PyTree
+from trpo_jax.steps.curvature import curvature_sample, fisher_vector_product
+from trpo_jax.steps.distributions import DiagonalGaussian
+from trpo_jax.steps.line_searches import backtracking_line_search
+from trpo_jax.steps.solvers import conjugate_gradient
+from trpo_jax.steps.types import Array, PyTree, Scalar
+
+
+def gauss_newton_fit(
+    value_apply: Callable[[PyTree, PyTree], Array],
+    params: PyTree,
+    observation: PyTree,
+    target: Array,
+    *,
+    damping: Scalar = 1.0,
+    cg_iterations: int = 5,
+    fraction: Scalar = 1.0,
+) -> tuple[PyTree, Array]:
+    """One damped Gauss–Newton step on ½ mean_n[(V(s_n) − target_n)²], by the machinery of the policy's step.
+
+    The step is x ≈ (G + λ I)⁻¹ mean_n[(target_n − V(s_n)) ∇V(s_n)] with G = mean_n[∇V ∇Vᵀ], the Fisher matrix of
+    N(V(s), 1), solved by conjugate gradient. It is halved until the loss of the whole batch falls. Such a step fits as
+    well as dozens of Adam steps at the price of a few, and has no learning rate.
+
+    Args:
+      value_apply: `value_apply(params, observation)` -> values [B].
+      params: parameters of the value function, a pytree.
+      observation: [B, ...], an array or a pytree of arrays.
+      target: [B], B of any rank.
+      damping: λ ≥ 0.
+      cg_iterations: Gauss–Newton products (static).
+      fraction: share of the batch that G is estimated from, as in `trpo_update`.
+
+    Returns:
+      New parameters, and the mean squared error that they leave. If no step helps or anything is not finite, the
+      parameters come back bit-identical.
+
+    Source: Schulman et al. 2016, section 5 (there with a trust region in place of the damping).
+    """
+    values, pull_back = jax.vjp(lambda p: value_apply(p, observation), params)
+    error = target - values
+    loss = jnp.mean(error**2)
+    (ascent,) = pull_back(error / error.size)
+    sample, weight = curvature_sample(observation, target.shape, fraction)
+
+    def distribution_fn(params: PyTree) -> DiagonalGaussian:
+        return DiagonalGaussian(value_apply(params, sample)[..., None], jnp.zeros(1, values.dtype))
+
+    matvec = fisher_vector_product(distribution_fn, params, damping=damping, weight=weight)
+    step, _ = conjugate_gradient(matvec, ascent, num_iterations=cg_iterations)
+
+    def evaluate(candidate: PyTree) -> tuple[Array, Array]:
+        gain = loss - jnp.mean((target - value_apply(candidate, observation)) ** 2)
+        return gain, jnp.zeros_like(gain)
+
+    params, info = backtracking_line_search(evaluate, params, step, max_kl=0.0, shrink=0.5, max_steps=5)
+    return params, loss - info.surrogate_gain
 
 
 def fit_value_function(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from trpo_jax.steps.statistics import normalize
 from trpo_jax.steps.types import Array
-from trpo_jax.training.loop import make_agent
+from trpo_jax.training.loop import check_key, make_agent
 from trpo_jax.training.rollouts import reset_environments
 from trpo_jax.types import Config, TrainState
 
@@ -54,6 +54,7 @@ def evaluate(
       An `Evaluation`.
     """
     agent = make_agent(config)
+    check_key(key)
     key_reset, key_run = jax.random.split(key)
     observation, env_state = reset_environments(agent.environment, key_reset, num_episodes)
     limit = min(max_steps, agent.environment.max_steps or max_steps)

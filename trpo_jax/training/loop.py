@@ -19,7 +19,7 @@ from trpo_jax.steps.line_searches import backtracking_line_search, parallel_line
 from trpo_jax.steps.statistics import init_statistics, normalize, update_statistics
 from trpo_jax.steps.trust_region import UpdateInfo, trpo_update
 from trpo_jax.steps.types import Array, PyTree
-from trpo_jax.steps.values import explained_variance, fit_value_function
+from trpo_jax.steps.values import explained_variance, fit_value_function, gauss_newton_fit
 from trpo_jax.training.rollouts import EpisodeTotals, reset_environments, rollout
 from trpo_jax.types import Metrics, Network, TrainState, Transition
 
@@ -53,8 +53,7 @@ def init(config: Config, key: Array) -> TrainState:
       UsageError: if a setting, the environment or the key cannot be used.
     """
     agent = make_agent(config)
-    if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key) or jnp.shape(key) != ():
-        raise UsageError("key must be one typed PRNG key, jax.random.key(seed); for several seeds vmap over keys.")
+    check_key(key)
     key_policy, key_value, key_reset = jax.random.split(jax.random.fold_in(key, _BEFORE_FIRST), 3)
     observation, env_state = reset_environments(agent.environment, key_reset, config.num_envs)
     value_params = agent.value.init(key_value, observation[0])
@@ -63,13 +62,19 @@ def init(config: Config, key: Array) -> TrainState:
         key=key,
         policy_params=agent.policy.init(key_policy, observation[0]),
         value_params=value_params,
-        value_optimizer=_value_optimizer(config).init(value_params),
+        value_optimizer=_adam(config).init(value_params) if config.value_fit == "adam" else (),
         statistics=init_statistics(agent.environment.observation_shape),
         env_state=env_state,
         observation=observation,
         episode_return=jnp.zeros(config.num_envs, jnp.float32),
         episode_length=jnp.zeros(config.num_envs, jnp.int32),
     )
+
+
+def check_key(key: Array) -> None:
+    """Raise `UsageError` unless `key` is a single typed PRNG key."""
+    if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key) or jnp.shape(key) != ():
+        raise UsageError("key must be one typed PRNG key, jax.random.key(seed); for several seeds vmap over keys.")
 
 
 def train(config: Config, key: Array) -> tuple[TrainState, Metrics]:
@@ -135,15 +140,8 @@ def train_step(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     values = value_apply(state.value_params, batch.observation)
     advantage = _advantages(config, batch, values, value_apply(state.value_params, batch.next_observation))
     policy_params, update = _update_policy(config, policy_apply, state.policy_params, batch, advantage)
-    value_params, value_optimizer, value_loss = fit_value_function(
-        value_apply,
-        state.value_params,
-        state.value_optimizer,
-        batch.observation,
-        advantage + values,
-        optimizer=_value_optimizer(config),
-        epochs=config.value_epochs,
-        minibatches=config.value_minibatches,
+    value_params, value_optimizer, value_loss = _fit_value_function(
+        config, value_apply, state, batch.observation, advantage + values
     )
     if config.normalize_observations:
         statistics = update_statistics(statistics, batch.observation)
@@ -198,7 +196,34 @@ def _update_policy(
     return unravel(vector), info
 
 
-def _value_optimizer(config: Config) -> optax.GradientTransformation:
+def _fit_value_function(
+    config: Config, value_apply: Any, state: TrainState, observation: Array, target: Array
+) -> tuple[PyTree, PyTree, Array]:
+    if config.value_fit == "adam":
+        return fit_value_function(
+            value_apply,
+            state.value_params,
+            state.value_optimizer,
+            observation,
+            target,
+            optimizer=_adam(config),
+            epochs=config.value_epochs,
+            minibatches=config.value_minibatches,
+        )
+    vector, unravel = ravel_pytree(state.value_params)
+    vector, loss = gauss_newton_fit(
+        lambda v, observation: value_apply(unravel(v), observation),
+        vector,
+        observation,
+        target,
+        damping=config.value_damping,
+        cg_iterations=config.value_cg_iterations,
+        fraction=config.fisher_fraction,
+    )
+    return unravel(vector), state.value_optimizer, loss
+
+
+def _adam(config: Config) -> optax.GradientTransformation:
     return optax.adam(config.value_learning_rate)
 
 
