@@ -16,6 +16,7 @@ TRACED = [
     "max_kl",
     "cg_damping",
     "line_search_shrink",
+    "value_damping",
     "value_learning_rate",
     "initial_log_std",
 ]
@@ -194,3 +195,15 @@ def test_every_setting_says_what_it_is(name):
 
 def test_steps_per_iteration():
     assert Config(num_envs=3, num_steps=5).steps_per_iteration == 15
+
+
+def test_unhashable_environment_objects_are_static_by_identity():
+    @dataclasses.dataclass
+    class Unhashable:
+        size: int = 3
+
+    one, other = Unhashable(), Unhashable()
+    structure = jax.tree.structure(Config(env=one))
+    assert structure == jax.tree.structure(Config(env=one)) != jax.tree.structure(Config(env=other))
+    assert hash(structure) == hash(jax.tree.structure(Config(env=one)))
+    assert jax.tree.map(lambda leaf: leaf, Config(env=one)).env is one

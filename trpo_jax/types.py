@@ -28,7 +28,7 @@ def _flatten_config(config: Config) -> tuple[tuple[tuple[Any, Any], ...], tuple[
         value = getattr(config, field.name)
         # A static float given as an array is traced after all: `trpo_update` takes a traced fisher_fraction too.
         if field.metadata["static"] and not isinstance(value, (jax.Array, np.ndarray)):
-            static.append((field.name, value))
+            static.append((field.name, value if _is_hashable(value) else _ByIdentity(value)))
         else:
             leaves[field.name] = value
     # Numbers become strong float32 here, at the one door to every transformation: a Python float and an array, or a
@@ -51,8 +51,29 @@ def _unflatten_config(names: tuple[Any, Any], leaves: Any) -> Config:
     static, traced = names
     config = object.__new__(Config)
     for name, value in (*static, *zip(traced, leaves, strict=True)):
-        object.__setattr__(config, name, value)
+        object.__setattr__(config, name, value.value if isinstance(value, _ByIdentity) else value)
     return config
+
+
+class _ByIdentity:
+    """Stands for a user's object that cannot be hashed (a mutable dataclass, say) among a program's static settings."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByIdentity) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 jax.tree_util.register_pytree_with_keys(Config, _flatten_config, _unflatten_config)

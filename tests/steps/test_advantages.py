@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 
 from trpo_jax.steps.advantages import gae, parallel_gae
 
-METHODS = pytest.mark.parametrize("method", [gae, parallel_gae])
+COMPILED = [jax.jit(gae), jax.jit(parallel_gae)]
+METHODS = pytest.mark.parametrize("method", COMPILED, ids=["scan", "associative_scan"])
 
 REWARDS, VALUES, LAST_VALUE = np.array([1.0, 2, 3, 4]), np.array([0.5, 1, 1.5, 2]), 2.5
 NONE, AT_1 = np.zeros(4, bool), np.array([False, True, False, False])
@@ -109,8 +112,8 @@ def test_the_value_after_a_terminal_state_does_not_leak(method, poison):
 @pytest.mark.parametrize("shape", [(1,), (7,), (64, 3), (300, 2, 2)])
 def test_scan_and_associative_scan_agree_in_float32(shape):
     rollout = tuple(jnp.asarray(x) for x in random_rollout(5, shape))
-    a = gae(*rollout, gamma=0.99, gae_lambda=0.95)
-    b = parallel_gae(*rollout, gamma=0.99, gae_lambda=0.95)
+    a = jax.jit(functools.partial(gae, gamma=0.99, gae_lambda=0.95))(*rollout)
+    b = jax.jit(functools.partial(parallel_gae, gamma=0.99, gae_lambda=0.95))(*rollout)
     assert a.shape == b.shape == shape
     assert a.dtype == b.dtype == jnp.float32
     np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.max(np.abs(a)))

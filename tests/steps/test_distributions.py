@@ -126,7 +126,7 @@ def test_kl_entropy_and_score_by_monte_carlo(kind):
 
 def dense_fisher(d):
     flat, unravel = ravel_pytree(d)
-    return jax.vmap(lambda v: ravel_pytree(d.fisher_product(unravel(v)))[0])(jnp.eye(flat.size)).T
+    return jax.jit(jax.vmap(lambda v: ravel_pytree(d.fisher_product(unravel(v)))[0]))(jnp.eye(flat.size)).T
 
 
 @pytest.mark.usefixtures("x64")
@@ -134,12 +134,21 @@ def dense_fisher(d):
 def test_fisher_product_is_the_hessian_of_the_kl_in_both_directions(kind):
     d = make(kind, 0, (2,))
     flat, unravel = ravel_pytree(d)
-    forward = jax.jit(jax.hessian(lambda x: jnp.sum(d.kl(unravel(x)))))(flat)
-    reverse = jax.jit(jax.hessian(lambda x: jnp.sum(unravel(x).kl(d))))(flat)
+
+    @jax.jit
+    def derivatives(flat):
+        def forward(x):
+            return jnp.sum(d.kl(unravel(x)))
+
+        def reverse(x):
+            return jnp.sum(unravel(x).kl(d))
+
+        return jax.hessian(forward)(flat), jax.hessian(reverse)(flat), jax.grad(forward)(flat)
+
+    forward, reverse, gradient = derivatives(flat)
     fisher = dense_fisher(d)
     np.testing.assert_allclose(fisher, forward, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(fisher, reverse, rtol=1e-10, atol=1e-12)
-    gradient = jax.grad(lambda x: jnp.sum(d.kl(unravel(x))))(flat)
     np.testing.assert_allclose(gradient, 0, atol=1e-14)
 
 
@@ -179,12 +188,17 @@ def test_pytree_through_jit_vmap_and_tree_map(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes(kind, batch):
     d = make(kind, 0, batch)
-    action = d.sample(jax.random.key(1))
-    event = {"categorical": (), "multi_categorical": (3,)}.get(kind, (3,))
-    assert action.shape == d.mode().shape == batch + event
+
+    @jax.jit
+    def describe(d):
+        action, mode = d.sample(jax.random.key(1)), d.mode()
+        return action, mode, d.log_prob(action), d.log_prob(mode), d.entropy(), d.kl(d)
+
+    action, mode, log_prob, largest, entropy, kl = describe(d)
+    assert action.shape == mode.shape == batch + (() if kind == "categorical" else (3,))
     assert jnp.issubdtype(action.dtype, jnp.integer) == ("categorical" in kind)
-    assert d.log_prob(action).shape == d.entropy().shape == d.kl(d).shape == batch
-    assert np.all(d.log_prob(d.mode()) >= d.log_prob(action))
+    assert log_prob.shape == entropy.shape == kl.shape == batch
+    assert np.all(np.asarray(largest) >= np.asarray(log_prob))
 
 
 # Sampling
@@ -225,15 +239,22 @@ def test_gaussian_moments():
 @pytest.mark.usefixtures("x64")
 def test_multi_categorical_is_the_sum_of_its_parts():
     d, other, tangent = (make("multi_categorical", seed) for seed in (0, 1, 2))
-    action = d.sample(jax.random.key(0))
-    parts = [Categorical(logits) for logits in d.logits]
-    others = [Categorical(logits) for logits in other.logits]
-    np.testing.assert_allclose(d.log_prob(action), sum(c.log_prob(action[:, k]) for k, c in enumerate(parts)))
-    np.testing.assert_allclose(d.entropy(), sum(c.entropy() for c in parts))
-    np.testing.assert_allclose(d.kl(other), sum(c.kl(o) for c, o in zip(parts, others, strict=True)))
-    for k, logits in enumerate(d.fisher_product(tangent).logits):
-        np.testing.assert_array_equal(logits, parts[k].fisher_product(Categorical(tangent.logits[k])).logits)
-        np.testing.assert_array_equal(d.mode()[:, k], parts[k].mode())
+    action = np.stack([np.arange(BATCH) % logits.shape[-1] for logits in d.logits], axis=-1)
+
+    @jax.jit
+    def describe(d, other, tangent, action):
+        return d.log_prob(action), d.entropy(), d.kl(other), d.mode(), d.fisher_product(tangent)
+
+    log_prob, entropy, kl, mode, product = describe(d, other, tangent, action)
+    parts = [
+        describe(Categorical(d.logits[k]), Categorical(other.logits[k]), Categorical(tangent.logits[k]), action[:, k])
+        for k in range(3)
+    ]
+    for total, terms in zip((log_prob, entropy, kl), zip(*(part[:3] for part in parts), strict=True), strict=True):
+        np.testing.assert_allclose(total, np.sum(terms, axis=0), rtol=1e-12)
+    np.testing.assert_array_equal(mode, np.stack([part[3] for part in parts], axis=-1))
+    for logits, part in zip(product.logits, parts, strict=True):
+        np.testing.assert_allclose(logits, part[4].logits, rtol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
@@ -293,10 +314,12 @@ def test_a_forbidden_action_is_an_action_that_does_not_exist(quantity):
 
         return value(remove(logits), remove(other), action, remove(tangent))
 
-    assert np.all(np.isfinite(masked(logits)))
-    np.testing.assert_allclose(masked(logits), reduced(logits), rtol=1e-12)
-    gradient = jax.grad(lambda x: jnp.sum(masked(x)))(logits)
-    np.testing.assert_allclose(gradient, jax.grad(lambda x: jnp.sum(reduced(x)))(logits), rtol=1e-10, atol=1e-15)
+    value_masked = jax.jit(masked)(logits)
+    assert np.all(np.isfinite(value_masked))
+    np.testing.assert_allclose(value_masked, jax.jit(reduced)(logits), rtol=1e-12)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(masked(x))))(logits)
+    expected = jax.jit(jax.grad(lambda x: jnp.sum(reduced(x))))(logits)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-10, atol=1e-15)
     assert np.all(gradient[:, ~MASK] == 0)
 
 
