@@ -1,11 +1,14 @@
 """Conjugate gradient: the right x, also where the matrix or the right-hand side is singular, tiny or broken."""
 
 import functools
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trpo_jax import conjugate_gradient
 
@@ -80,6 +83,31 @@ def test_scale_invariance(scale):
     scaled, info = solve(matrix, jnp.float32(scale) * b)
     np.testing.assert_allclose(scaled / jnp.float32(scale), x, rtol=1e-4, atol=1e-6)
     assert info.relative_residual < 1e-2
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20])
+def test_solution_is_inverse_to_the_scale_of_the_matrix(scale):
+    # (c A)⁻¹ b = A⁻¹ b / c, also where the square of x leaves the range of float32.
+    scale = np.float32(scale)
+    x, info = solve(scale * jnp.diag(jnp.array([1.0, 2.0, 4.0])), jnp.ones(3))
+    np.testing.assert_allclose(scale * x, [1.0, 0.5, 0.25], rtol=1e-5)
+    assert info.converged and info.relative_residual < 1e-5
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**31 - 1), log_condition=st.floats(0, 6), log_scale=st.floats(-15, 15))
+def test_error_shrinks_to_the_solution(seed, log_condition, log_scale):
+    # In the norm of A the error of conjugate gradient never grows, and size steps end it; in float32 up to rounding.
+    with jax.enable_x64(True):
+        matrix, b = positive_definite(seed, 6, 10**log_condition)
+        b, exact = 10**log_scale * b, 10**log_scale * np.linalg.solve(matrix, b)
+        errors = []
+        for num_iterations in (1, 3, 6, 30):
+            x, info = solve(matrix, b, num_iterations=num_iterations)
+            np.testing.assert_allclose(info.residual, b - matrix @ x, atol=1e-10 * np.linalg.norm(b))
+            errors.append((x - exact) @ matrix @ (x - exact) / (exact @ matrix @ exact))
+        assert all(later <= earlier + 1e-20 for earlier, later in pairwise(errors))
+        assert errors[-1] < 1e-14
 
 
 def test_zero_right_hand_side():

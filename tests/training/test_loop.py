@@ -104,10 +104,16 @@ def test_eight_seeds_at_once_are_eight_runs_and_seeds_differ():
     assert len(np.unique(weights, axis=0)) == 8
 
 
-def test_a_lane_for_each_float_setting_is_a_run_with_it():
+@pytest.mark.parametrize("value_fit, unused", [("gauss-newton", "value_learning_rate"), ("adam", "value_damping")])
+def test_a_lane_for_each_float_setting_is_a_run_with_it(value_fit, unused):
     """Every float setting is swept in one program: lane i changes the i-th setting."""
     gaussian = small_config(
-        probes.ReachTarget(), policy=None, initial_log_std=0.0, num_iterations=2, line_search_shrink=0.5
+        probes.ReachTarget(),
+        policy=None,
+        initial_log_std=0.0,
+        num_iterations=2,
+        line_search_shrink=0.5,
+        value_fit=value_fit,
     )  # the default policy, which reads initial_log_std
     values = {
         "gamma": 0.3,
@@ -115,6 +121,7 @@ def test_a_lane_for_each_float_setting_is_a_run_with_it():
         "max_kl": 0.05,
         "cg_damping": 1.0,
         "line_search_shrink": 0.9,
+        "value_damping": 3.0,
         "value_learning_rate": 0.1,
         "initial_log_std": -1.0,
     }
@@ -128,7 +135,7 @@ def test_a_lane_for_each_float_setting_is_a_run_with_it():
         assert_trees_close(lane(together, i), alone, rtol=1e-4, atol=1e-5)
     base = lane(together, 0)[1]
     for i, name in enumerate(values, start=1):
-        if name not in ("gamma", "gae_lambda", "line_search_shrink"):  # episodes of one step; nothing was rejected
+        if name not in ("gamma", "gae_lambda", "line_search_shrink", unused):  # one-step episodes; nothing rejected
             assert not same_bits(lane(together, i)[1], base), name
 
 
@@ -328,7 +335,7 @@ def test_anything_but_one_typed_key_is_refused(key):
 
 def test_bad_settings_are_refused_before_anything_runs():
     with pytest.raises(UsageError, match=r"value_minibatches=5 does not divide"):
-        train(BASE.replace(value_minibatches=5), jax.random.key(0))
+        train(BASE.replace(value_fit="adam", value_minibatches=5), jax.random.key(0))
     with pytest.raises(UsageError, match=r"there is no environment 'CartPole'"):
         jax.jit(train)(Config(env="CartPole"), jax.random.key(0))
 

@@ -18,7 +18,7 @@ class ConjugateGradientInfo:
 
     Attributes:
       residual: b − A x, a pytree like b.
-      relative_residual: ‖b − A x‖ / ‖b‖; 0 for b = 0, NaN for a b that is not finite.
+      relative_residual: ‖b − A x‖ / ‖b‖; 0 for b = 0, not finite for a b that is not.
       num_iterations: steps taken before it froze, int32.
       converged: whether the residual met the tolerance or the limit of the arithmetic, bool.
     """
@@ -80,7 +80,8 @@ def conjugate_gradient(
         beta = jnp.where(moved, (new_r_norm / r_norm) ** 2, 0)
         p = trees.select(moved, trees.add_scaled(r, beta, p), p)
         r_norm = jnp.where(moved, new_r_norm, r_norm)
-        floor = rounding * (largest * jnp.sqrt(trees.dot(x, x)) + b_norm)
+        x_norm = jnp.sqrt(trees.dot(x, x))  # infinite for tiny A, about which it then says nothing
+        floor = rounding * (jnp.where(jnp.isfinite(x_norm), largest * x_norm, 0) + b_norm)
         converged = converged | (active & (noise | (r_norm <= jnp.maximum(tolerance * b_norm, floor))))
         return x, r, p, r_norm, largest, moved & ~converged, converged, count + moved
 

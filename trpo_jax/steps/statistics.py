@@ -52,5 +52,7 @@ def update_statistics(statistics: RunningStatistics, batch: Array) -> RunningSta
 def normalize(statistics: RunningStatistics, observation: Array, *, clip: float = 10.0) -> Array:
     """(observation − mean) / σ, clipped to ±clip; a constant entry (σ = 0) maps to 0."""
     std = jnp.sqrt(statistics.variance)
-    scaled = jnp.where(std > 0, (observation - statistics.mean) / jnp.where(std > 0, std, 1), 0)
+    # The mean of equal numbers is rounded, so their variance is the square of that rounding, not 0.
+    varies = std > 10 * jnp.finfo(std.dtype).eps * jnp.abs(statistics.mean)
+    scaled = jnp.where(varies, (observation - statistics.mean) / jnp.where(varies, std, 1), 0)
     return jnp.clip(scaled, -clip, clip)

@@ -113,7 +113,9 @@ def natural_gradient(
     applied = jax.tree.map(jnp.subtract, unit, cg.residual)  # (F + λ_d I) x
     curvature = trees.dot(x, applied) - cg_damping * trees.dot(x, x)  # xᵀF x
     positive = (curvature > 0) & jnp.isfinite(curvature)
-    beta = jnp.where(positive, jnp.sqrt(2 * max_kl / jnp.where(positive, curvature, 1)), 0)
+    # A hair inside the region: where the KL is exactly quadratic, its rounding must not refuse the full step.
+    inside = 1 - 16 * jnp.finfo(curvature.dtype).eps
+    beta = jnp.where(positive, inside * jnp.sqrt(2 * max_kl / jnp.where(positive, curvature, 1)), 0)
     step = jax.tree.map(lambda leaf: jnp.where(positive, beta * leaf, 0).astype(leaf.dtype), x)
     info = NaturalGradientInfo(
         predicted_gain=gradient_norm * trees.dot(unit, step),
@@ -171,7 +173,8 @@ def trpo_update(
 
     Source: Schulman et al. 2015, section 6 and Appendix C.
     """
-    old_distribution = policy_apply(params, observation)
+    with jax.default_matmul_precision("highest"):
+        old_distribution = policy_apply(params, observation)
     old_log_prob = old_distribution.log_prob(action)
     chex.assert_equal_shape([old_log_prob, advantage], custom_message="log_prob(action) and advantage differ in shape")
 
@@ -179,7 +182,9 @@ def trpo_update(
         return surrogate(policy_apply(candidate, observation), old_log_prob, action, advantage)
 
     def evaluate(candidate: PyTree) -> tuple[Array, ...]:
-        distribution = policy_apply(candidate, observation)
+        # The KL is as small as the rounding of TF32 and bfloat16 products.
+        with jax.default_matmul_precision("highest"):
+            distribution = policy_apply(candidate, observation)
         kl = old_distribution.kl(distribution)
         gain = surrogate_gain(distribution, old_log_prob, action, advantage)
         return gain, jnp.mean(kl), jnp.max(kl), effective_sample_fraction(distribution, old_log_prob, action)

@@ -25,7 +25,7 @@ def gauss_newton_fit(
     *,
     damping: Scalar = 1.0,
     cg_iterations: int = 5,
-    fraction: Scalar = 1.0,
+    fisher_fraction: Scalar = 1.0,
 ) -> tuple[PyTree, Array]:
     """One damped Gauss–Newton step on ½ mean_n[(V(s_n) − target_n)²], by the machinery of the policy's step.
 
@@ -40,7 +40,7 @@ def gauss_newton_fit(
       target: [B], B of any rank.
       damping: λ ≥ 0.
       cg_iterations: Gauss–Newton products (static).
-      fraction: share of the batch that G is estimated from, as in `trpo_update`.
+      fisher_fraction: share of the batch that G is estimated from, as in `trpo_update`.
 
     Returns:
       New parameters, and the mean squared error that they leave. If no step helps or anything is not finite, the
@@ -49,10 +49,11 @@ def gauss_newton_fit(
     Source: Schulman et al. 2016, section 5 (there with a trust region in place of the damping).
     """
     values, pull_back = jax.vjp(lambda p: value_apply(p, observation), params)
+    chex.assert_equal_shape([values, target])
     error = target - values
     loss = jnp.mean(error**2)
     (ascent,) = pull_back(error / error.size)
-    sample, weight = curvature_sample(observation, target.shape, fraction)
+    sample, weight = curvature_sample(observation, target.shape, fisher_fraction)
 
     def distribution_fn(params: PyTree) -> DiagonalGaussian:
         return DiagonalGaussian(value_apply(params, sample)[..., None], jnp.zeros(1, values.dtype))
@@ -108,7 +109,9 @@ def fit_value_function(
     batches = jax.tree.map(split, (observation, target))
 
     def loss_fn(params: PyTree, observation: PyTree, target: Array) -> Array:
-        return jnp.mean((value_apply(params, observation) - target) ** 2)
+        values = value_apply(params, observation)
+        chex.assert_equal_shape([values, target])
+        return jnp.mean((values - target) ** 2)
 
     def step(carry: tuple, batch: tuple) -> tuple[tuple, Array]:
         params, state = carry
@@ -128,4 +131,6 @@ def fit_value_function(
 def explained_variance(values: Array, targets: Array) -> Array:
     """1 − Var[targets − values] / Var[targets]; 1 is perfect, 0 no better than a constant; 0 for constant targets."""
     variance = jnp.var(targets)
-    return jnp.where(variance > 0, 1 - jnp.var(targets - values) / jnp.where(variance > 0, variance, 1), 0)
+    # The mean of equal numbers is rounded, so their variance is the square of that rounding, not 0.
+    varies = jnp.sqrt(variance) > 10 * jnp.finfo(variance.dtype).eps * jnp.max(jnp.abs(targets))
+    return jnp.where(varies, 1 - jnp.var(targets - values) / jnp.where(varies, variance, 1), 0)

@@ -218,7 +218,7 @@ def _fit_value_function(
         target,
         damping=config.value_damping,
         cg_iterations=config.value_cg_iterations,
-        fraction=config.fisher_fraction,
+        fisher_fraction=config.fisher_fraction,
     )
     return unravel(vector), state.value_optimizer, loss
 

@@ -1,0 +1,112 @@
+"""The length of the natural-gradient step, and hyperparameters as Python numbers or as traced arrays."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from trpo_jax import Categorical, DiagonalGaussian, mean_kl, natural_gradient, trpo_update
+from trpo_jax.steps.curvature import curvature_sample
+
+DEFAULTS = {"max_kl": 0.01, "cg_damping": 0.1, "line_search_shrink": 0.8, "fisher_fraction": 1.0}
+
+
+def categorical(params, observation):
+    return Categorical(jnp.tanh(observation @ params["hidden"]) @ params["out"])
+
+
+def gaussian(params, observation):
+    return DiagonalGaussian(jnp.tanh(observation @ params["hidden"]) @ params["out"], params["log_std"])
+
+
+def make_problem(policy=categorical, batch=40):
+    """Parameters, observations, actions and advantages from a fixed seed, in the default precision."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), float)
+
+    params = {"hidden": normal(3, 4), "out": normal(4, 2)}
+    if policy is gaussian:
+        params["log_std"] = 0.3 * normal(2)
+    observation, advantage = normal(batch, 3), normal(batch)
+    action = normal(batch, 2) if policy is gaussian else jnp.asarray(rng.integers(0, 2, batch))
+    return params, observation, action, advantage
+
+
+@pytest.mark.parametrize("policy", [categorical, gaussian])
+@pytest.mark.parametrize("cg_iterations", [1, 5, 40])
+def test_damping_bends_the_direction_and_not_the_length(policy, cg_iterations, x64):
+    # ½ sᵀF s = δ with the dense, undamped F = Hessian of the mean KL, however far conjugate gradient got.
+    params, observation, _, _ = make_problem(policy)
+    theta, unravel = ravel_pytree(params)
+
+    def distribution_fn(theta):
+        return policy(unravel(theta), observation)
+
+    @jax.jit
+    def compute(theta, gradient):
+        old = jax.lax.stop_gradient(distribution_fn(theta))
+        fisher = jax.hessian(lambda v: mean_kl(old, distribution_fn(v)))(theta)
+        options = {"max_kl": 0.02, "cg_damping": 0.1, "cg_iterations": cg_iterations}
+        return fisher, *natural_gradient(distribution_fn, theta, gradient, **options)
+
+    gradient = np.random.default_rng(1).normal(size=theta.size)
+    fisher, step, info = compute(theta, gradient)
+    np.testing.assert_allclose(0.5 * step @ fisher @ step, 0.02, rtol=1e-9)
+    np.testing.assert_allclose(info.predicted_kl, 0.02, rtol=1e-9)
+    np.testing.assert_allclose(info.predicted_gain, gradient @ step, rtol=1e-9)
+    np.testing.assert_allclose(info.gradient_norm, np.linalg.norm(gradient), rtol=1e-12)
+    if cg_iterations == 40:
+        x = np.linalg.solve(fisher + 0.1 * np.eye(theta.size), gradient)
+        expected = x * np.sqrt(0.04 / (x @ fisher @ x))
+        np.testing.assert_allclose(step, expected, rtol=1e-7, atol=1e-9)
+
+
+@functools.cache
+def compiled(**static):
+    return jax.jit(lambda problem, traced: trpo_update(categorical, *problem, **static, **traced))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_kl", 0.03), ("cg_damping", 0.01), ("line_search_shrink", 0.5), ("fisher_fraction", 0.3)],
+)
+def test_a_python_number_and_a_traced_array_give_one_answer(name, value):
+    problem = make_problem()
+    number, number_info = compiled(**{name: value})(problem, {})
+    traced, traced_info = compiled()(problem, {k: jnp.float32(v) for k, v in {**DEFAULTS, name: value}.items()})
+    default, _ = compiled()(problem, {k: jnp.float32(v) for k, v in DEFAULTS.items()})
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, (number, number_info), (traced, traced_info))
+    if name != "line_search_shrink":  # which changes nothing where the full step passes
+        assert np.abs(traced["out"] - default["out"]).max() > 1e-3
+
+
+def test_a_number_and_an_array_choose_the_same_samples():
+    # At ½ the rounding of the product decides: .59 · 50 is 29.5 in float64 and below it in float32.
+    for batch_size in (10, 50, 75, 150, 1000):
+        observation = np.arange(batch_size)
+        for fraction in np.arange(1, 100) / 100:
+            chosen, _ = curvature_sample(observation, (batch_size,), float(fraction))
+            count = np.clip(np.round(np.float32(fraction) * np.float32(batch_size)), 1, batch_size)
+            assert len(chosen) == count
+    for fraction in (0.59, 0.3, 0.001):
+        chosen, _ = curvature_sample(np.arange(50), (50,), fraction)
+        _, weight = curvature_sample(np.arange(50), (50,), jnp.float32(fraction))
+        np.testing.assert_array_equal(np.flatnonzero(weight), chosen)
+        np.testing.assert_allclose(weight[chosen], 50 / len(chosen), rtol=1e-6)
+
+
+@pytest.mark.parametrize("entry", [3, (3, 1)])
+@pytest.mark.parametrize("bad", [np.inf, -np.inf])
+def test_an_infinite_observation_changes_nothing(bad, entry):
+    # tanh(±∞) = ±1 is finite, and so may be the policy there; the gradient (0 · ∞) is not.
+    params, observation, action, advantage = make_problem()
+    problem = params, observation.at[entry].set(bad), action, advantage
+    new, info = compiled()(problem, {k: jnp.float32(v) for k, v in DEFAULTS.items()})
+    assert not info.accepted
+    jax.tree.map(np.testing.assert_array_equal, new, params)
