@@ -61,7 +61,9 @@ def test_agent_depends_on_its_seed_alone(run, tmp_path):
     alone = create_run(tmp_path / "alone", run.config, seed=4, num_seeds=1)
     continue_run(alone, lambda _: None)
     both, one = read_metrics(run), read_metrics(alone)
-    np.testing.assert_allclose(both["mean_kl"][1::2], one["mean_kl"], rtol=1e-5)
+    # Products of several agents round differently from those of one, and iterations magnify the difference.
+    np.testing.assert_allclose(both["mean_kl"][1::2], one["mean_kl"], rtol=1e-3)
+    np.testing.assert_allclose(both["mean_kl"][1:4:2], one["mean_kl"][:2], rtol=1e-5)
 
 
 def test_plot_is_drawn(run):

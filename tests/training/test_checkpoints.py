@@ -129,8 +129,8 @@ def positions_of_interest(content):
 def test_a_flipped_bit_is_found_or_harmless(path, config, state):
     """Data stand under a checksum; in the archive's own records a flip either breaks it or touches a date."""
     content = path.read_bytes()
-    refused = 0
-    for position in positions_of_interest(content):
+    refused, positions = 0, positions_of_interest(content)
+    for position in positions:
         path.write_bytes(flipped(content, position, position % 8))
         try:
             loaded = load(path, config)
@@ -139,7 +139,7 @@ def test_a_flipped_bit_is_found_or_harmless(path, config, state):
             refused += 1
         else:
             assert same_bits(loaded, state), position
-    assert refused > 200
+    assert refused > len(positions) // 3
 
 
 @pytest.mark.parametrize("bit", range(8))

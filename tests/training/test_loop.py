@@ -297,10 +297,17 @@ def test_memory_grows_only_by_the_metrics():
 # --- Faults ------------------------------------------------------------------------------------------------------
 
 
-def test_nan_rewards_cost_their_iteration_and_nothing_else():
+@pytest.mark.parametrize(
+    "value_fit, learned_parts",
+    [
+        ("gauss-newton", ("policy_params", "value_params")),
+        ("adam", ("policy_params", "value_params", "value_optimizer")),
+    ],
+)
+def test_nan_rewards_cost_their_iteration_and_nothing_else(value_fit, learned_parts):
     # With 8 steps an iteration, steps 8 … 15 are those of the second one.
     for first, last in ((8, 15), (11, 11)):
-        config = small_config(probes.Faulty(first, last), num_iterations=4)
+        config = small_config(probes.Faulty(first, last), num_iterations=4, value_fit=value_fit)
         step = quick_jit(train_step)
         states, rows = [quick_jit(init)(config, jax.random.key(0))], []
         for _ in range(4):
@@ -308,10 +315,7 @@ def test_nan_rewards_cost_their_iteration_and_nothing_else():
             states.append(state)
             rows.append(metrics)
         learned = [
-            {
-                name: not same_bits(getattr(a, name), getattr(b, name))
-                for name in ("policy_params", "value_params", "value_optimizer")
-            }
+            {name: not same_bits(getattr(a, name), getattr(b, name)) for name in learned_parts}
             for a, b in itertools.pairwise(states)
         ]
         assert [set(changes.values()) for changes in learned] == [{True}, {False}, {True}, {True}]
