@@ -1,8 +1,8 @@
 """No silent hang: many agents in one program finish on a machine with two cores. Every child has a hard time limit.
 
-Several LAPACK decompositions at once, such as the QR of `flax.linen.initializers.orthogonal` for many agents, can wait
-for one another for ever in XLA's CPU thread pool (jaxlib 0.10.2, pools of two to four threads). The programs of the
-library therefore contain none.
+A batched LAPACK call on the CPU spreads its work over XLA's thread pool and blocks a thread of that very pool until it
+is done (jaxlib 0.10.2); as many such calls at once as there are threads wait for ever. The QR inside
+`flax.linen.initializers.orthogonal`, mapped over agents, is one. The programs of the library therefore contain none.
 """
 
 import jax
