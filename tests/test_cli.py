@@ -148,7 +148,7 @@ def test_help_is_fast_and_complete(python):
         if field.metadata["flag"]:
             assert f"--{field.name.replace('_', '-')}" in text
             assert f"{' '.join(field.metadata['help'].split()[:3])}" in words
-            assert f"(default: {field.default})" in words
+            assert f"(default: {field.default}" in words
 
 
 def test_default_environment_and_output(python, tmp_path):

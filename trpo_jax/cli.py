@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `trpo-jax`; return the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without Greek letters shows question marks
     try:
         parser = _parser()
         namespace, unknown = parser.parse_known_args(arguments)
@@ -79,11 +82,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         meta = field.metadata
         if not meta["flag"]:
             continue
-        options: dict[str, Any] = {
-            "default": None,
-            "dest": field.name,
-            "help": f"{meta['help']} (default: {field.default})",
-        }
+        values = f"; in {meta['interval']}" if "interval" in meta else ""
+        text = f"{meta['help']} (default: {field.default}{values})"
+        options: dict[str, Any] = {"default": None, "dest": field.name, "help": text}
         if field.type == "bool":
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -166,9 +167,7 @@ def _continue(run: Run) -> int:
     plot = plot_learning_curve(run)
     if display.last is not None:
         last = display.last
-        console.print(
-            f"{last.iteration} of {config.num_iterations} iterations done, the last {last.seconds:.1f} s here."
-        )
+        console.print(f"{last.iteration} of {config.num_iterations} iterations done; trained for {last.seconds:.1f} s.")
     elif complete:
         console.print("Every iteration is done already.")
     console.print(f"Learning curve: {plot}", soft_wrap=True)
