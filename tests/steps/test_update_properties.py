@@ -29,12 +29,6 @@ def update(apply, *arrays, **options):
     return jax.jit(lambda *traced: trpo_update(apply, *traced, **options))(*arrays)
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 # --- golden numbers, computed by an independent NumPy program
 
 
@@ -57,7 +51,7 @@ def two_state_mdp():
     return logits, policy, value, advantage, rho, gamma, expected_return
 
 
-def test_two_state_mdp_golden(float64):
+def test_two_state_mdp_golden(x64):
     logits, policy, value, advantage, rho, gamma, expected_return = two_state_mdp()
     np.testing.assert_allclose(value, [8.9629901502, 9.4718243814], rtol=1e-10)
     np.testing.assert_allclose(rho, [4.7981323375, 5.2018676625], rtol=1e-10)
@@ -94,7 +88,7 @@ def test_two_state_mdp_golden(float64):
     assert expected_return(probs) == pytest.approx(10.3374129265, rel=1e-9)
 
 
-def test_softmax_bandit_golden(float64):
+def test_softmax_bandit_golden(x64):
     # Counts of the sample stand in the ratio of p = (.5, .3, .2), so that sample means are exact expectations.
     theta = jnp.log(jnp.array([0.5, 0.3, 0.2]))
     action = jnp.array([0] * 5 + [1] * 3 + [2] * 2)
@@ -122,7 +116,7 @@ def test_softmax_bandit_golden(float64):
         np.testing.assert_allclose(new, theta + 0.8 * step, rtol=1e-12)
 
 
-def test_linear_gaussian_step_has_kl_delta(float64):
+def test_linear_gaussian_step_has_kl_delta(x64):
     # With σ fixed and a mean linear in θ the KL is exactly quadratic: the undamped full step lies on the boundary.
     keys = jax.random.split(jax.random.key(0), 4)
     observation = jax.random.normal(keys[0], (200, 3))
@@ -172,7 +166,7 @@ def bare_apply(params, observation):
     return Categorical(jnp.tanh(observation @ params["hidden"]) @ params["out"])
 
 
-def test_step_is_invariant_to_reparametrisation(float64):
+def test_step_is_invariant_to_reparametrisation(x64):
     # θ = B φ: the natural step in φ is B⁻¹ times the one in θ, so the new *policy* is the same.
     params, observation, action, advantage = mlp_problem(dtype=jnp.float64)
     flat, unravel = jax.flatten_util.ravel_pytree(params)
@@ -328,8 +322,7 @@ def test_non_finite_input_changes_nothing(bad, where, line_search):
     if where == "advantage":
         advantage = advantage.at[3].set(bad)
     elif where == "observation":
-        # tanh turns an infinite observation into a finite action probability; 0 · ∞ in the products makes it NaN.
-        observation = observation.at[3].set(jnp.nan if np.isinf(bad) else bad)
+        observation = observation.at[3].set(bad)
     else:
         params = {**params, "out": params["out"].at[1, 2].set(bad)}
     new, info = COMPILED[line_search](params, observation, action, advantage)
