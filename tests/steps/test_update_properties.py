@@ -70,10 +70,9 @@ def test_two_state_mdp_golden(x64):
     gradient = jax.grad(exact_surrogate)(theta)
     np.testing.assert_allclose(gradient[:, 1], [1.5406794497, -3.0091583471], rtol=1e-9)
 
-    step, info = natural_gradient(
+    step, _ = natural_gradient(
         distribution_fn, theta, gradient, max_kl=0.01, cg_damping=0.0, cg_iterations=10, weight=weight
     )
-    np.testing.assert_allclose(info.predicted_kl, 0.01, rtol=1e-12)
     natural = np.array([[-6.8318032325, 6.8318032325], [11.8318032325, -11.8318032325]])
     np.testing.assert_allclose(step, 0.0147235031 * natural, rtol=1e-8)
     assert float(jnp.vdot(gradient, natural)) == pytest.approx(92.2587766074, rel=1e-9)
@@ -134,7 +133,7 @@ def test_linear_gaussian_step_has_kl_delta(x64):
         )
         assert info.accepted and info.step_fraction == 1
         assert float(info.mean_kl) == pytest.approx(0.01, abs=1e-12)
-    step, solve = natural_gradient(
+    step, _ = natural_gradient(
         lambda p: apply(p, observation),
         params,
         jax.grad(lambda p: jnp.mean(apply(p, observation).log_prob(action) * advantage))(params),
@@ -144,7 +143,6 @@ def test_linear_gaussian_step_has_kl_delta(x64):
     )
     kl = mean_kl(apply(params, observation), apply(params + step, observation))
     assert float(kl) == pytest.approx(0.01, abs=1e-12)
-    assert float(solve.predicted_kl) == pytest.approx(0.01, abs=1e-12)
 
 
 # --- invariance and equivalence

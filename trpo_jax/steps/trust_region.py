@@ -30,14 +30,12 @@ class NaturalGradientInfo:
 
     Attributes:
       predicted_gain: gᵀs, the surrogate gain of the linear model at the full step s.
-      predicted_kl: ½ sᵀF s of the quadratic model, with the undamped F: max_kl, or 0 where there is no step.
       gradient_norm: ‖g‖₂.
       cg_residual: ‖g − (F + λ_d I) x‖ / ‖g‖.
       cg_iterations: conjugate-gradient steps taken before it froze, int32.
     """
 
     predicted_gain: Array
-    predicted_kl: Array
     gradient_norm: Array
     cg_residual: Array
     cg_iterations: Array
@@ -119,7 +117,6 @@ def natural_gradient(
     step = jax.tree.map(lambda leaf: jnp.where(positive, beta * leaf, 0).astype(leaf.dtype), x)
     info = NaturalGradientInfo(
         predicted_gain=gradient_norm * trees.dot(unit, step),
-        predicted_kl=jnp.where(positive, 0.5 * beta**2 * curvature, 0),
         gradient_norm=gradient_norm,
         cg_residual=cg.relative_residual,
         cg_iterations=cg.num_iterations,
