@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import platform
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trpo_jax.config import Config, UsageError, nearest
@@ -119,6 +123,7 @@ def _train(namespace: argparse.Namespace) -> int:
     if namespace.total_steps is not None:
         config = config.replace(num_iterations=_iterations(config, namespace))
 
+    _start_quickly()
     from trpo_jax.environments.base import Box
     from trpo_jax.runs import create_run
     from trpo_jax.training.loop import make_agent
@@ -144,9 +149,32 @@ def _iterations(config: Config, namespace: argparse.Namespace) -> int:
 
 
 def _resume(namespace: argparse.Namespace) -> int:
+    _start_quickly()
     from trpo_jax.runs import open_run
 
     return _continue(open_run(namespace.path))
+
+
+def _start_quickly() -> None:
+    """Let JAX keep what it compiles in the user's cache folder, unless it was told of another or of none."""
+    import gc
+    import hashlib
+
+    import jax
+
+    gc.set_threshold(100_000)  # tracing allocates much and leaves little garbage: a tenth of the start is saved
+    settings = jax.config.values
+    if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
+        return
+    # A program for one processor may hold instructions that another one lacks; homes are shared between machines.
+    processor = Path("/proc/cpuinfo")
+    lines = processor.read_text().splitlines() if processor.exists() else [platform.processor()]
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
+    folder = f"{jax.__version__}-{hashlib.sha256(features.encode()).hexdigest()[:12]}"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(home / "trpo_jax" / folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # compiled anew, then
 
 
 def _continue(run: Run) -> int:
@@ -221,6 +249,7 @@ def _evaluate(namespace: argparse.Namespace) -> int:
     if namespace.num_episodes < 1:
         raise UsageError(f"num_episodes must be at least 1, got {namespace.num_episodes}.")
 
+    _start_quickly()
     import functools
 
     import jax

@@ -51,7 +51,10 @@ class Config:
     gae_lambda: float = _traced(0.98, "λ of generalized advantage estimation", interval="[0, 1]")
     max_kl: float = _traced(0.01, "trust-region radius δ: bound on the mean KL of an update, nats", interval="(0, inf)")
     cg_damping: float = _traced(0.1, "damping λ_d of the Fisher matrix in conjugate gradient", interval="[0, inf)")
-    cg_iterations: int = _static(10, "conjugate-gradient iterations k", low=1)
+    cg_iterations: int = _static(10, "conjugate-gradient iterations k at most", low=1)
+    cg_tolerance: float = _traced(
+        0.01, "relative residual at which conjugate gradient stops before k; 0: never", interval="[0, 1)"
+    )
     fisher_fraction: float = dataclasses.field(
         default=0.1,
         metadata={
@@ -74,7 +77,7 @@ class Config:
         choices=("gauss-newton", "adam"),
     )
     value_damping: float = _traced(1.0, "gauss-newton: damping λ of the value function's matrix", interval="[0, inf)")
-    value_cg_iterations: int = _static(5, "gauss-newton: conjugate-gradient iterations", low=1)
+    value_cg_iterations: int = _static(5, "gauss-newton: conjugate-gradient iterations at most", low=1)
     value_learning_rate: float = _traced(3e-3, "adam: learning rate", interval="[0, inf)")
     value_epochs: int = _static(5, "adam: passes over the batch", low=1)
     value_minibatches: int = _static(8, "adam: minibatches a pass; must divide num_envs x num_steps", low=1)

@@ -5,6 +5,7 @@ The only file that imports a network library; the update steps take any `apply(p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from trpo_jax.types import Network
 _UNBOUNDED = 1e6  # bounds beyond this (±3.4e38 is common) say nothing about the scale of an action
 
 
+@functools.cache
 def orthogonal(scale: float) -> Callable[..., Array]:
     """Initialiser of matrices [rows, columns] with orthonormal rows or columns (whichever fit) times `scale`.
 
@@ -29,6 +31,8 @@ def orthogonal(scale: float) -> Callable[..., Array]:
     for many agents in one program.
     """
 
+    # Linen asks for its shape at every `apply`; so it is traced but once.
+    @functools.partial(jax.jit, static_argnums=(1, 2))
     def initialise(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         rows, columns = shape
         x = jax.random.normal(key, (max(shape), min(shape)), dtype)

@@ -16,13 +16,13 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config import UsageError, validate
@@ -49,7 +49,7 @@ class Run:
     @property
     def keys(self) -> jax.Array:
         """One PRNG key an agent, [num_seeds]."""
-        return jax.vmap(jax.random.key)(self.seed + jnp.arange(self.num_seeds))
+        return jax.jit(jax.vmap(jax.random.key))(self.seed + np.arange(self.num_seeds))
 
     @property
     def description(self) -> dict[str, Any]:
@@ -132,24 +132,27 @@ def continue_run(run: Run, report: Callable[[Progress], None]) -> bool:
       Whether the run is complete.
     """
     config = run.config
-    state = newest_state(run)
-    if state is None:
-        state = jax.jit(jax.vmap(init, in_axes=(None, 0)))(config, run.keys)
-    done = int(state.iteration[0])
-    _truncate_metrics(run, done)
-    if done >= config.num_iterations:
-        return True
-    chunk = (
-        jax.jit(jax.vmap(functools.partial(train_chunk, capacity=_CAPACITY), in_axes=(None, 0, None)), donate_argnums=1)
-        .lower(config, state, jnp.int32(1))
-        .compile()
+    start = jax.jit(_for_each_agent(init, run.num_seeds))
+    train_agents = jax.jit(
+        _for_each_agent(functools.partial(train_chunk, capacity=_CAPACITY), run.num_seeds), donate_argnums=1
     )
+    state, keys = newest_state(run), run.keys
+    with ThreadPoolExecutor(max_workers=1) as compiler:  # one program compiles while the next is traced
+        first_state = compiler.submit(start.lower(config, keys).compile) if state is None else None
+        done = 0 if state is None else int(state.iteration[0])
+        _truncate_metrics(run, done)
+        if done >= config.num_iterations:
+            return True
+        like = jax.eval_shape(start, config, keys) if state is None else state
+        chunk = train_agents.lower(config, like, np.int32(1)).compile()
+        if first_state is not None:
+            state = first_state.result()(config, keys)
     started, first, length = time.perf_counter(), done, 1
     with _interrupts() as interrupted:
         while done < config.num_iterations and not interrupted():
             length = min(length, config.num_iterations - done, _CAPACITY)
             chunk_started = time.perf_counter()
-            state, metrics = jax.block_until_ready(chunk(config, state, jnp.int32(length)))
+            state, metrics = jax.block_until_ready(chunk(config, state, np.int32(length)))
             table = {field.name: np.asarray(getattr(metrics, field.name)) for field in dataclasses.fields(Metrics)}
             _append_metrics(run, done, length, table)
             done += length
@@ -168,6 +171,19 @@ def continue_run(run: Run, report: Callable[[Progress], None]) -> bool:
             # At most doubled a chunk, so that one slow measurement cannot starve the display.
             length = max(1, min(2 * length, int(length * _CHUNK_SECONDS / (now - chunk_started))))
     return done >= config.num_iterations
+
+
+def _for_each_agent(function: Callable[..., Any], num_agents: int) -> Callable[..., Any]:
+    """Map `function(config, x, *rest)` over the agents along the first axis of x."""
+    if num_agents > 1:
+        return lambda config, x, *rest: jax.vmap(lambda one: function(config, one, *rest))(x)
+
+    def call_once(config: Config, x: Any, *rest: Any) -> Any:
+        # A batch of one would turn the branches that save a lone agent work into selections.
+        result = function(config, jax.tree.map(lambda leaf: leaf[0], x), *rest)
+        return jax.tree.map(lambda leaf: leaf[None], result)
+
+    return call_once
 
 
 def read_metrics(run: Run) -> dict[str, np.ndarray]:

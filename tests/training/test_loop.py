@@ -120,6 +120,7 @@ def test_a_lane_for_each_float_setting_is_a_run_with_it(value_fit, unused):
         "gae_lambda": 0.2,
         "max_kl": 0.05,
         "cg_damping": 1.0,
+        "cg_tolerance": 0.5,
         "line_search_shrink": 0.9,
         "value_damping": 3.0,
         "value_learning_rate": 0.1,

@@ -103,6 +103,8 @@ class Environment:
       reset: `reset(key)` -> (observation, state).
       step: `step(key, state, action)` -> `Step`. Resets itself when an episode ends, casts everything to fixed
         dtypes, and clips Box actions to their bounds.
+      advance: `advance(key, state, action)` -> (observation, state, reward, terminated, truncated): `step` without
+        its reset, where the suite can be stepped so. `step_environments` then resets only when it must.
     """
 
     name: str
@@ -111,10 +113,36 @@ class Environment:
     max_steps: int | None
     reset: Callable[[Array], tuple[Array, PyTree]]
     step: Callable[[Array, PyTree, Array], Step]
+    advance: Callable[[Array, PyTree, Array], tuple[Array, PyTree, Array, Array, Array]] | None = None
 
 
 RawReset = Callable[[Array], tuple[Array, PyTree]]
 RawStep = Callable[[Array, PyTree, Array], tuple[Array, PyTree, Array, Array, Array]]
+
+
+def step_environments(environment: Environment, key: Array, state: PyTree, action: Array) -> Step:
+    """Step N environments, each with a key of its own split from `key`; the result is that of `vmap(step)`.
+
+    Drawing first states can cost more than the step itself, and in most steps no episode ends: on CPU they are then
+    not drawn at all. (An accelerator waits longer for a branch than for the draw, and under `vmap` the branch
+    becomes a selection, which costs what drawing always costs.)
+    """
+    num_envs = action.shape[0]
+    if environment.advance is None or jax.default_backend() != "cpu":
+        return jax.vmap(environment.step)(jax.random.split(key, num_envs), state, action)
+
+    def keys(which: int) -> Array:  # those of `auto_reset`
+        return jax.vmap(jax.random.split)(jax.random.split(key, num_envs))[:, which]
+
+    next_observation, next_state, reward, terminated, truncated = jax.vmap(environment.advance)(keys(0), state, action)
+    done = terminated | truncated
+
+    def restart() -> tuple[Array, PyTree]:
+        fresh = jax.vmap(environment.reset)(keys(1))
+        return jax.vmap(_select)(done, fresh, (next_observation, next_state))
+
+    observation, state = jax.lax.cond(jnp.any(done), restart, lambda: (next_observation, next_state))
+    return Step(observation, state, reward, terminated, truncated, next_observation)
 
 
 def auto_reset(reset: RawReset, step: RawStep) -> Callable[[Array, PyTree, Array], Step]:
@@ -124,13 +152,14 @@ def auto_reset(reset: RawReset, step: RawStep) -> Callable[[Array, PyTree, Array
         key_step, key_reset = jax.random.split(key)
         next_observation, next_state, reward, terminated, truncated = step(key_step, state, action)
         done = terminated | truncated
-        fresh = reset(key_reset)
-        observation, state = jax.tree.map(
-            lambda new, old: jnp.where(done, new, old), fresh, (next_observation, next_state)
-        )
+        observation, state = _select(done, reset(key_reset), (next_observation, next_state))
         return Step(observation, state, reward, terminated, truncated, next_observation)
 
     return step_and_reset
+
+
+def _select(done: Array, fresh: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(done, a, b), fresh, old)
 
 
 def time_limit(reset: RawReset, step: RawStep, max_steps: int) -> tuple[RawReset, RawStep]:
@@ -148,12 +177,12 @@ def time_limit(reset: RawReset, step: RawStep, max_steps: int) -> tuple[RawReset
     return reset_clock, step_clock
 
 
-def fixed_dtypes(reset: RawReset, step: Callable[..., tuple], action: Array) -> tuple[RawReset, Callable[..., tuple]]:
+def fixed_dtypes(reset: RawReset, step: Callable[..., tuple], action: Any) -> tuple[RawReset, Callable[..., tuple]]:
     """Cast states to one strong dtype a leaf, so that no second trace and no scan-carry mismatch can arise.
 
     A leaf that `reset` makes an integer and `step` a float is a float from the start.
     """
-    key = jax.random.key(0)
+    key = key_shape()
     _, from_reset = jax.eval_shape(reset, key)
     from_step = jax.eval_shape(lambda k: step(k, reset(k)[1], action)[1], key)
     dtypes = jax.tree.map(
@@ -180,6 +209,11 @@ def make_box(low: Any, high: Any, shape: tuple[int, ...]) -> Box:
     return Box(*(np.broadcast_to(np.asarray(bound, np.float32), shape).reshape(size) for bound in (low, high)))
 
 
-def zero_action(space: Space) -> Array:
+def key_shape() -> Any:
+    """Shape and dtype of a PRNG key, for tracing."""
+    return jax.eval_shape(jax.random.key, 0)
+
+
+def zero_action(space: Space) -> np.ndarray:
     """An action of the right shape and dtype, for tracing."""
-    return jnp.zeros(space.shape, jnp.float32 if isinstance(space, Box) else jnp.int32)
+    return np.zeros(space.shape, np.float32 if isinstance(space, Box) else np.int32)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
-
 from trpo_jax.config import UsageError
 from trpo_jax.environments import gymnax
 from trpo_jax.environments.base import Environment
@@ -43,15 +41,13 @@ def _by_name(name: str) -> Environment:
 
 
 def _build(env: Any, params: Any, max_steps: int | None) -> Environment:
-    # Evaluated at once even inside a trace: an environment keeps its arrays, and a tracer must not outlive its trace.
-    with jax.ensure_compile_time_eval():
-        if isinstance(env, str):
-            name = env
-            env, defaults = gymnax.make_by_name(name)
-            params = defaults if params is None else params
-        else:
-            name = env.name if isinstance(getattr(env, "name", None), str) else type(env).__name__
-        return gymnax.from_object(env, params, name, max_steps)
+    if isinstance(env, str):
+        name = env
+        env, defaults = gymnax.make_by_name(name)
+        params = defaults if params is None else params
+    else:
+        name = env.name if isinstance(getattr(env, "name", None), str) else type(env).__name__
+    return gymnax.from_object(env, params, name, max_steps)
 
 
 def available_environments() -> dict[str, Environment | str]:

@@ -85,9 +85,15 @@ def conjugate_gradient(
         converged = converged | (active & (noise | (r_norm <= jnp.maximum(tolerance * b_norm, floor))))
         return x, r, p, r_norm, largest, moved & ~converged, converged, count + moved
 
+    def step_if_active(i: Array, carry: tuple) -> tuple:
+        # A frozen step costs nothing where a branch is cheap. An accelerator would wait for it.
+        if jax.default_backend() != "cpu":
+            return step(i, carry)
+        return jax.lax.cond(carry[5], lambda: step(i, carry), lambda: carry)
+
     zero = jax.tree.map(jnp.zeros_like, unit_b)
     start = (zero, unit_b, unit_b, b_norm, jnp.zeros_like(b_norm), solvable, largest_entry == 0, jnp.int32(0))
-    x, r, _, r_norm, _, _, converged, count = jax.lax.fori_loop(0, num_iterations, step, start)
+    x, r, _, r_norm, _, _, converged, count = jax.lax.fori_loop(0, num_iterations, step_if_active, start)
 
     info = ConjugateGradientInfo(
         residual=jax.tree.map(lambda leaf, b_leaf: jnp.where(solvable, scale * leaf, b_leaf), r, b),

@@ -79,6 +79,7 @@ def natural_gradient(
     max_kl: Scalar,
     cg_damping: Scalar = 0.1,
     cg_iterations: int = 10,
+    cg_tolerance: Scalar = 0.0,
     weight: Array | None = None,
 ) -> tuple[PyTree, NaturalGradientInfo]:
     """The step s = β x with x ≈ (F + λ_d I)⁻¹ g and β = √(2δ / xᵀF x), so that ½ sᵀF s = δ.
@@ -93,6 +94,7 @@ def natural_gradient(
       max_kl: δ > 0, in nats.
       cg_damping: λ_d ≥ 0.
       cg_iterations: k (static).
+      cg_tolerance: residual ‖g − (F + λ_d I) x‖ / ‖g‖ at which the solver stops before k iterations.
       weight: sample weights [B] for F, see `fisher_vector_product`.
 
     Returns:
@@ -106,7 +108,7 @@ def natural_gradient(
     gradient_norm = trees.norm(gradient)
     usable = (gradient_norm > 0) & jnp.isfinite(gradient_norm)
     unit = jax.tree.map(lambda leaf: jnp.where(usable, leaf / jnp.where(usable, gradient_norm, 1), 0), gradient)
-    x, cg = conjugate_gradient(matvec, unit, num_iterations=cg_iterations)
+    x, cg = conjugate_gradient(matvec, unit, num_iterations=cg_iterations, tolerance=cg_tolerance)
 
     applied = jax.tree.map(jnp.subtract, unit, cg.residual)  # (F + λ_d I) x
     curvature = trees.dot(x, applied) - cg_damping * trees.dot(x, x)  # xᵀF x
@@ -134,6 +136,7 @@ def trpo_update(
     max_kl: Scalar = 0.01,
     cg_damping: Scalar = 0.1,
     cg_iterations: int = 10,
+    cg_tolerance: Scalar = 0.0,
     line_search_shrink: Scalar = 0.8,
     line_search_steps: int = 10,
     fisher_fraction: Scalar = 1.0,
@@ -154,7 +157,8 @@ def trpo_update(
       advantage: advantage estimates, [B], usually normalised by the caller. B may be of any rank, such as [T, N].
       max_kl: δ > 0, a bound on the mean KL (not a target), nats.
       cg_damping: λ_d ≥ 0, added to the Fisher diagonal while solving, not when the step is scaled.
-      cg_iterations: Fisher products (static).
+      cg_iterations: Fisher products k (static).
+      cg_tolerance: relative residual at which the solver stops before k products; 0 asks for all that help.
       line_search_shrink: α in (0, 1).
       line_search_steps: candidates αʲ tried, j = 0 … steps − 1 (static).
       fisher_fraction: share of the batch that the Fisher matrix is estimated from, in (0, 1]. As a Python number
@@ -170,13 +174,12 @@ def trpo_update(
 
     Source: Schulman et al. 2015, section 6 and Appendix C.
     """
+    # One forward pass serves the old distribution and the gradient.
     with jax.default_matmul_precision("highest"):
-        old_distribution = policy_apply(params, observation)
+        old_distribution, pull_back = jax.vjp(lambda p: policy_apply(p, observation), params)
     old_log_prob = old_distribution.log_prob(action)
     chex.assert_equal_shape([old_log_prob, advantage], custom_message="log_prob(action) and advantage differ in shape")
-
-    def objective(candidate: PyTree) -> Array:
-        return surrogate(policy_apply(candidate, observation), old_log_prob, action, advantage)
+    (gradient,) = pull_back(jax.grad(surrogate)(old_distribution, old_log_prob, action, advantage))
 
     def evaluate(candidate: PyTree) -> tuple[Array, ...]:
         # The KL is as small as the rounding of TF32 and bfloat16 products.
@@ -190,10 +193,11 @@ def trpo_update(
     step, solve = natural_gradient(
         lambda p: policy_apply(p, sample),
         params,
-        jax.grad(objective)(params),
+        gradient,
         max_kl=max_kl,
         cg_damping=cg_damping,
         cg_iterations=cg_iterations,
+        cg_tolerance=cg_tolerance,
         weight=weight,
     )
     new_params, search = line_search(

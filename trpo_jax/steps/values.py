@@ -25,6 +25,7 @@ def gauss_newton_fit(
     *,
     damping: Scalar = 1.0,
     cg_iterations: int = 5,
+    cg_tolerance: Scalar = 0.0,
     fisher_fraction: Scalar = 1.0,
 ) -> tuple[PyTree, Array]:
     """One damped Gauss–Newton step on ½ mean_n[(V(s_n) − target_n)²], by the machinery of the policy's step.
@@ -40,6 +41,7 @@ def gauss_newton_fit(
       target: [B], B of any rank.
       damping: λ ≥ 0.
       cg_iterations: Gauss–Newton products (static).
+      cg_tolerance: relative residual at which the solver stops before that.
       fisher_fraction: share of the batch that G is estimated from, as in `trpo_update`.
 
     Returns:
@@ -59,7 +61,7 @@ def gauss_newton_fit(
         return DiagonalGaussian(value_apply(params, sample)[..., None], jnp.zeros(1, values.dtype))
 
     matvec = fisher_vector_product(distribution_fn, params, damping=damping, weight=weight)
-    step, _ = conjugate_gradient(matvec, ascent, num_iterations=cg_iterations)
+    step, _ = conjugate_gradient(matvec, ascent, num_iterations=cg_iterations, tolerance=cg_tolerance)
 
     def evaluate(candidate: PyTree) -> tuple[Array, Array]:
         gain = loss - jnp.mean((target - value_apply(candidate, observation)) ** 2)

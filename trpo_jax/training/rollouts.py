@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trpo_jax.environments.base import Environment
+from trpo_jax.environments.base import Environment, step_environments
 from trpo_jax.steps.types import Array, PolicyApply, PyTree
 from trpo_jax.types import TrainState, Transition
 
@@ -41,31 +41,31 @@ def rollout(
     Returns:
       The state after the rollout, the transitions [T, N, ...], and totals of the episodes that ended.
     """
-    num_envs = state.observation.shape[0]
-    step_environments = jax.vmap(environment.step)
 
-    def step(carry: tuple[Any, ...], key: Array) -> tuple[tuple[Any, ...], Transition]:
+    def step(carry: tuple[Any, ...], keys: Array) -> tuple[tuple[Any, ...], Transition]:
         observation, env_state, episode_return, episode_length, totals = carry
-        key_action, key_step = jax.random.split(key)
+        key_action, key_step = keys
         action = policy_apply(state.policy_params, observation).sample(key_action)
-        result = step_environments(jax.random.split(key_step, num_envs), env_state, action)
+        result = step_environments(environment, key_step, env_state, action)
         transition = Transition(
             observation, action, result.reward, result.terminated, result.truncated, result.next_observation
         )
         done = result.terminated | result.truncated
         episode_return, episode_length = episode_return + result.reward, episode_length + 1
         totals = EpisodeTotals(
-            totals.count + jnp.sum(done, dtype=jnp.int32),
-            totals.total_return + jnp.sum(jnp.where(done, episode_return, 0)),
-            totals.total_length + jnp.sum(jnp.where(done, episode_length, 0)),
+            totals.count + done,
+            totals.total_return + jnp.where(done, episode_return, 0),
+            totals.total_length + jnp.where(done, episode_length, 0),
         )
         episode_return = jnp.where(done, 0, episode_return)
         episode_length = jnp.where(done, 0, episode_length)
         return (result.observation, result.state, episode_return, episode_length, totals), transition
 
-    totals = EpisodeTotals(jnp.int32(0), jnp.float32(0), jnp.int32(0))
+    # Summed an environment until the end: a reduction a step would be a kernel a step.
+    none = jnp.zeros_like(state.episode_length)
+    totals = EpisodeTotals(none, jnp.zeros_like(state.episode_return), none)
     start = (state.observation, state.env_state, state.episode_return, state.episode_length, totals)
-    end, transitions = jax.lax.scan(step, start, jax.random.split(key, num_steps))
+    end, transitions = jax.lax.scan(step, start, jax.random.split(key, (num_steps, 2)))
     observation, env_state, episode_return, episode_length, totals = end
     state = dataclasses.replace(
         state,
@@ -74,7 +74,7 @@ def rollout(
         episode_return=episode_return,
         episode_length=episode_length,
     )
-    return state, transitions, totals
+    return state, transitions, jax.tree.map(jnp.sum, totals)
 
 
 def reset_environments(environment: Environment, key: Array, num_envs: int) -> tuple[Array, PyTree]:
