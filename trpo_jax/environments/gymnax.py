@@ -21,8 +21,8 @@ from trpo_jax.environments.base import Array, Discrete, Environment, MultiDiscre
 class _Later(types.ModuleType):
     """Stands for a plotting module while gymnax is imported, and for the real one once something is asked of it."""
 
-    __path__: ClassVar[list[str]] = []
-    waiting: ClassVar[bool] = True
+    __path__ = ()
+    waiting: ClassVar[bool] = True  # while gymnax is imported
 
     def __getattr__(self, name: str) -> Any:
         if not _Later.waiting:
