@@ -21,8 +21,11 @@ from trpo_jax.environments.base import Array, Discrete, Environment, MultiDiscre
 class _Later(types.ModuleType):
     """Stands for a plotting module while gymnax is imported, and for the real one once something is asked of it."""
 
-    __path__ = ()
     waiting: ClassVar[bool] = True  # while gymnax is imported
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__path__: list[str] = []  # a package: it is asked for submodules
 
     def __getattr__(self, name: str) -> Any:
         if not _Later.waiting:
