@@ -19,6 +19,7 @@ from trpo_jax.steps.distributions import Categorical, DiagonalGaussian, MultiCat
 from trpo_jax.steps.types import Array, PyTree, Scalar
 from trpo_jax.types import Network
 
+_FEW_COLUMNS = 4
 _UNBOUNDED = 1e6  # bounds beyond this (±3.4e38 is common) say nothing about the scale of an action
 
 
@@ -50,6 +51,19 @@ def orthogonal(scale: float) -> Callable[..., Array]:
     return initialise
 
 
+def _product_by_columns(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
+    """x @ kernel, column by column where there are few and the backend is CPU.
+
+    The gradient of a kernel of two columns is three times faster as two products with a vector; XLA's CPU backend has
+    a matrix product for it that is made for larger ones.
+    """
+    columns = kernel.shape[-1]
+    if columns > _FEW_COLUMNS or jax.default_backend() != "cpu":
+        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
+    contract = (((0,), (x.ndim - 1,)), ((), ()))
+    return jnp.stack([jax.lax.dot_general(kernel[:, i], x, contract, **options) for i in range(columns)], axis=-1)
+
+
 class MLP(nn.Module):
     """Dense tanh layers over flattened observations.
 
@@ -72,7 +86,7 @@ class MLP(nn.Module):
         x = observation.reshape(*batch_shape, -1)
         for width in self.hidden:
             x = nn.tanh(nn.Dense(width, kernel_init=orthogonal(2**0.5))(x))
-        return nn.Dense(self.outputs, kernel_init=orthogonal(self.last_scale))(x)
+        return nn.Dense(self.outputs, kernel_init=orthogonal(self.last_scale), dot_general=_product_by_columns)(x)
 
 
 def make_policy(

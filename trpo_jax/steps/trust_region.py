@@ -126,6 +126,41 @@ def natural_gradient(
     return step, info
 
 
+def surrogate_gradient(
+    policy_apply: PolicyApply, params: PyTree, observation: PyTree, action: Array, advantage: Array
+) -> tuple[PyTree, Any]:
+    """The gradient of the surrogate at θ_old and the distributions there, from one forward pass for both.
+
+    Arguments as in `trpo_update`.
+    """
+    with jax.default_matmul_precision("highest"):
+        old_distribution, pull_back = jax.vjp(lambda p: policy_apply(p, observation), params)
+    old_log_prob = old_distribution.log_prob(action)
+    chex.assert_equal_shape([old_log_prob, advantage], custom_message="log_prob(action) and advantage differ in shape")
+    (gradient,) = pull_back(jax.grad(surrogate)(old_distribution, old_log_prob, action, advantage))
+    return gradient, old_distribution
+
+
+def candidate_judge(
+    policy_apply: PolicyApply, old_distribution: Any, observation: PyTree, action: Array, advantage: Array
+) -> Callable[[PyTree], tuple[Array, ...]]:
+    """What the line search asks: parameters -> (surrogate gain, mean KL, largest KL, effective sample fraction).
+
+    Arguments as in `trpo_update`; `old_distribution` is what `surrogate_gradient` returned.
+    """
+    old_log_prob = old_distribution.log_prob(action)
+
+    def evaluate(candidate: PyTree) -> tuple[Array, ...]:
+        # The KL is as small as the rounding of TF32 and bfloat16 products.
+        with jax.default_matmul_precision("highest"):
+            distribution = policy_apply(candidate, observation)
+        kl = old_distribution.kl(distribution)
+        gain = surrogate_gain(distribution, old_log_prob, action, advantage)
+        return gain, jnp.mean(kl), jnp.max(kl), effective_sample_fraction(distribution, old_log_prob, action)
+
+    return evaluate
+
+
 def trpo_update(
     policy_apply: PolicyApply,
     params: PyTree,
@@ -174,21 +209,8 @@ def trpo_update(
 
     Source: Schulman et al. 2015, section 6 and Appendix C.
     """
-    # One forward pass serves the old distribution and the gradient.
-    with jax.default_matmul_precision("highest"):
-        old_distribution, pull_back = jax.vjp(lambda p: policy_apply(p, observation), params)
-    old_log_prob = old_distribution.log_prob(action)
-    chex.assert_equal_shape([old_log_prob, advantage], custom_message="log_prob(action) and advantage differ in shape")
-    (gradient,) = pull_back(jax.grad(surrogate)(old_distribution, old_log_prob, action, advantage))
-
-    def evaluate(candidate: PyTree) -> tuple[Array, ...]:
-        # The KL is as small as the rounding of TF32 and bfloat16 products.
-        with jax.default_matmul_precision("highest"):
-            distribution = policy_apply(candidate, observation)
-        kl = old_distribution.kl(distribution)
-        gain = surrogate_gain(distribution, old_log_prob, action, advantage)
-        return gain, jnp.mean(kl), jnp.max(kl), effective_sample_fraction(distribution, old_log_prob, action)
-
+    gradient, old_distribution = surrogate_gradient(policy_apply, params, observation, action, advantage)
+    evaluate = candidate_judge(policy_apply, old_distribution, observation, action, advantage)
     sample, weight = curvature_sample(observation, advantage.shape, fisher_fraction)
     step, solve = natural_gradient(
         lambda p: policy_apply(p, sample),

@@ -24,6 +24,7 @@ from trpo_jax.steps.values import explained_variance, fit_value_function, gauss_
 from trpo_jax.training.rollouts import EpisodeTotals, reset_environments, rollout
 from trpo_jax.types import Metrics, Network, TrainState, Transition
 
+_ENVS_TO_FILL_A_CORE = 32
 _BEFORE_FIRST = 2**32 - 1  # folded into the key for initialisation; no iteration bears this number
 
 
@@ -124,13 +125,19 @@ def train_step(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     Observation statistics are frozen from the rollout to the end of the update and merged after it. The value
     function is fitted after the advantages were computed with the old one.
     """
+    # On CPU, many agents under `vmap` are quicker one after the other, each within the cache and with branches and early
+    # exits of its own: the update nearly twice, the rollout where its environments fill the vector units alone.
+    one_by_one = jax.default_backend() == "cpu"
+    iterate = _one_by_one(_iterate) if one_by_one and config.num_envs >= _ENVS_TO_FILL_A_CORE else _iterate
+    return iterate(config, state)
+
+
+def _iterate(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     agent = make_agent(config)
     key = jax.random.fold_in(state.key, state.iteration)
-    policy_apply = _on_normalized(config, state.statistics, agent.policy.apply)
+    policy_apply = on_normalized(config, state.statistics, agent.policy.apply)
     state, batch, episodes = rollout(agent.environment, policy_apply, state, key, config.num_steps)
     learned = Learned(state.policy_params, state.value_params, state.value_optimizer, state.statistics)
-    # Under `vmap`, many agents' environments are stepped together; but on CPU their updates are nearly twice as quick
-    # one after the other, each within the cache and with branches and early exits of its own.
     learn = _one_by_one(_learn) if jax.default_backend() == "cpu" else _learn
     learned, update, value_loss, explained = learn(config, learned, batch)
     state = dataclasses.replace(state, iteration=state.iteration + 1, **learned._asdict())
@@ -162,18 +169,18 @@ class Learned(NamedTuple):
 def _learn(config: Config, old: Learned, batch: Transition) -> tuple[Learned, UpdateInfo, Array, Array]:
     """Advantages, trust-region update and value fit from one batch [T, N]."""
     agent = make_agent(config)
-    policy_apply = _on_normalized(config, old.statistics, agent.policy.apply)
-    value_apply = _on_normalized(config, old.statistics, agent.value.apply)
+    policy_apply = on_normalized(config, old.statistics, agent.policy.apply)
+    value_apply = on_normalized(config, old.statistics, agent.value.apply)
 
     # One batch axis: a product over two of them makes XLA's CPU backend transpose its operands, at twice the time.
     observation, action = jax.tree.map(
         lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (batch.observation, batch.action)
     )
     values = value_apply(old.value_params, observation)
-    advantage = _advantages(config, batch, values, lambda o: value_apply(old.value_params, o))
+    advantage = estimate_advantages(config, batch, values, lambda o: value_apply(old.value_params, o))
     targets = advantage + values
-    policy_params, update = _update_policy(config, policy_apply, old.policy_params, observation, action, advantage)
-    value_params, value_optimizer, value_loss = _fit_value_function(config, value_apply, old, observation, targets)
+    policy_params, update = update_policy(config, policy_apply, old.policy_params, observation, action, advantage)
+    value_params, value_optimizer, value_loss = fit_value(config, value_apply, old, observation, targets)
     statistics = old.statistics
     if config.normalize_observations:
         statistics = update_statistics(statistics, observation)
@@ -181,13 +188,14 @@ def _learn(config: Config, old: Learned, batch: Transition) -> tuple[Learned, Up
     return new, update, value_loss, explained_variance(values, targets)
 
 
-def _on_normalized(config: Config, statistics: RunningStatistics, apply: Any) -> Any:
+def on_normalized(config: Config, statistics: RunningStatistics, apply: Any) -> Any:
+    """A network's `apply` on observations as the settings have them normalised."""
     if not config.normalize_observations:
         return apply
     return lambda params, observation: apply(params, normalize(statistics, observation))
 
 
-def _advantages(config: Config, batch: Transition, values: Array, value_fn: Callable[[Array], Array]) -> Array:
+def estimate_advantages(config: Config, batch: Transition, values: Array, value_fn: Callable[[Array], Array]) -> Array:
     """GAE over the rollout, [T·N]: sequential on CPU, associative on accelerators."""
     estimate = gae if jax.default_backend() == "cpu" else parallel_gae
     values = values.reshape(batch.reward.shape)
@@ -224,13 +232,13 @@ def _next_values(batch: Transition, values: Array, value_fn: Callable[[Array], A
     return next_values.reshape(values.shape)
 
 
-def _update_policy(
+def update_policy(
     config: Config, policy_apply: Any, params: PyTree, observation: Array, action: Array, advantage: Array
 ) -> tuple[PyTree, UpdateInfo]:
+    """`trpo_update` on a flat batch with the settings of a configuration."""
     if config.normalize_advantages:
         std = jnp.std(advantage)
         advantage = (advantage - jnp.mean(advantage)) / jnp.where(std > 0, std, 1)
-    parallel = config.line_search == "parallel" or (config.line_search == "auto" and jax.default_backend() != "cpu")
     # One flat vector instead of a pytree halves the time to compile the solver.
     vector, unravel = ravel_pytree(params)
     vector, info = trpo_update(
@@ -246,14 +254,20 @@ def _update_policy(
         line_search_shrink=config.line_search_shrink,
         line_search_steps=config.line_search_steps,
         fisher_fraction=config.fisher_fraction,
-        line_search=parallel_line_search if parallel else backtracking_line_search,
+        line_search=parallel_line_search if uses_parallel_line_search(config) else backtracking_line_search,
     )
     return unravel(vector), info
 
 
-def _fit_value_function(
+def uses_parallel_line_search(config: Config) -> bool:
+    """Whether all candidates are evaluated in one pass: what "auto" means on this backend."""
+    return config.line_search == "parallel" or (config.line_search == "auto" and jax.default_backend() != "cpu")
+
+
+def fit_value(
     config: Config, value_apply: Any, old: Learned, observation: Array, target: Array
 ) -> tuple[PyTree, PyTree, Array]:
+    """Fit the value function to a flat batch as the configuration says: new parameters, optimizer state, and loss."""
     if config.value_fit == "adam":
         return fit_value_function(
             value_apply,
