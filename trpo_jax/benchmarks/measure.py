@@ -1,0 +1,282 @@
+"""What a run costs: seconds, memory, and where they go.
+
+Every figure is taken the same way: compiled ahead, run once to warm up, `block_until_ready`, programs in turn within
+one process so that a drift of the machine meets them all, the median of several repetitions with their range.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from trpo_jax.steps.curvature import curvature_sample
+from trpo_jax.steps.line_searches import backtracking_line_search, parallel_line_search
+from trpo_jax.steps.trust_region import candidate_judge, natural_gradient, surrogate_gradient
+from trpo_jax.training.evaluation import evaluate
+from trpo_jax.training.loop import (
+    Learned,
+    estimate_advantages,
+    fit_value,
+    init,
+    make_agent,
+    on_normalized,
+    train_step,
+    uses_parallel_line_search,
+)
+from trpo_jax.training.memory import compile_agents, predict_memory, program_memory
+from trpo_jax.training.rollouts import rollout
+from trpo_jax.types import Config, TrainState
+
+WARM_UP_ITERATIONS = 20  # trained before anything is timed: short first episodes reset more often than later ones
+_ITERATIONS_TOGETHER = 4
+_EVALUATION_EPISODES = 32
+
+
+def time_in_turn(programs: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, np.ndarray]:
+    """Seconds [repetitions] of each program, run in turn after a warm-up of each."""
+    for program in programs.values():
+        jax.block_until_ready(program())
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(repetitions):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def summary(values: Any) -> dict[str, float]:
+    """Median and range, as the JSON keeps them."""
+    return {"median": float(np.median(values)), "low": float(np.min(values)), "high": float(np.max(values))}
+
+
+def setting() -> dict[str, Any]:
+    """The machine and the versions that a figure belongs to."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("jax", "jaxlib", "flax", "gymnax", "trpo_jax")},
+    }
+
+
+class Trainer:
+    """The compiled iterations of one agent, warmed up; `run` trains on and returns the seconds it took."""
+
+    def __init__(self, config: Config, seed: int = 0, iterations: int = 20):
+        self.config, self.iterations = config, iterations
+        scan = jax.jit(
+            lambda config, state: jax.lax.scan(
+                lambda state, _: train_step(config, state), state, None, length=iterations
+            )
+        )
+        self.state = jax.jit(init)(config, jax.random.key(seed))
+        start = time.perf_counter()
+        self.program = scan.lower(config, self.state).compile()
+        self.compile_seconds = time.perf_counter() - start
+        for _ in range(-(-WARM_UP_ITERATIONS // iterations)):
+            self.run()
+
+    def run(self) -> float:
+        """Train `iterations` iterations; the seconds of one of them."""
+        start = time.perf_counter()
+        self.state, _ = jax.block_until_ready(self.program(self.config, self.state))
+        return (time.perf_counter() - start) / self.iterations
+
+
+def measure_parts(config: Config, state: TrainState, repetitions: int) -> dict[str, np.ndarray]:
+    """Seconds [repetitions] of each stage of an iteration as a program of its own, and of the two gradients.
+
+    The stages do not add up to the iteration: within it, the value function's forward pass is shared between the
+    advantages and the fit. Beside the stages stand "policy gradient" and "value gradient" over the same batch: with
+    the rollout they are the least that any method of policy optimisation does, the *limit*.
+    """
+    agent = make_agent(config)
+    policy_apply = on_normalized(config, state.statistics, agent.policy.apply)
+    value_apply = on_normalized(config, state.statistics, agent.value.apply)
+    old = Learned(state.policy_params, state.value_params, state.value_optimizer, state.statistics)
+    theta, unravel = ravel_pytree(state.policy_params)
+
+    def policy(vector: Any, observation: Any) -> Any:
+        return policy_apply(unravel(vector), observation)
+
+    collect = jax.jit(lambda state, key: rollout(agent.environment, policy_apply, state, key, config.num_steps))
+    key = jax.random.fold_in(state.key, state.iteration)
+    batch = collect(state, key)[1]
+    observation, action = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (batch.observation, batch.action)
+    )
+
+    @jax.jit
+    def advantages(params: Any, batch: Any, observation: Any) -> tuple[Any, Any]:
+        values = value_apply(params, observation)
+        return values, estimate_advantages(config, batch, values, lambda o: value_apply(params, o))
+
+    values, advantage = advantages(state.value_params, batch, observation)
+    target = values + advantage
+    weighted = (advantage - advantage.mean()) / advantage.std()
+
+    gradient = jax.jit(lambda theta, *batch: surrogate_gradient(policy, theta, *batch))
+
+    @jax.jit
+    def curvature(theta: Any, gradient: Any, observation: Any) -> Any:
+        sample, weight = curvature_sample(observation, advantage.shape, config.fisher_fraction)
+        return natural_gradient(
+            lambda p: policy(p, sample),
+            theta,
+            gradient,
+            max_kl=config.max_kl,
+            cg_damping=config.cg_damping,
+            cg_iterations=config.cg_iterations,
+            cg_tolerance=config.cg_tolerance,
+            weight=weight,
+        )[0]
+
+    line_search = parallel_line_search if uses_parallel_line_search(config) else backtracking_line_search
+
+    @jax.jit
+    def search(theta: Any, step: Any, old_distribution: Any, *batch: Any) -> Any:
+        return line_search(
+            candidate_judge(policy, old_distribution, *batch),
+            theta,
+            step,
+            max_kl=config.max_kl,
+            shrink=config.line_search_shrink,
+            max_steps=config.line_search_steps,
+        )
+
+    fit = jax.jit(lambda old, observation, target: fit_value(config, value_apply, old, observation, target))
+
+    @jax.jit
+    def value_gradient(params: Any, observation: Any, target: Any) -> Any:
+        return jax.value_and_grad(lambda p: jnp.mean((value_apply(p, observation) - target) ** 2))(params)
+
+    flat = observation, action, weighted
+    direction, old_distribution = gradient(theta, *flat)
+    step = curvature(theta, direction, observation)
+    return time_in_turn(
+        {
+            "rollout": lambda: collect(state, key),
+            "advantages": lambda: advantages(state.value_params, batch, observation),
+            "gradient": lambda: gradient(theta, *flat),
+            "curvature": lambda: curvature(theta, direction, observation),
+            "line search": lambda: search(theta, step, old_distribution, *flat),
+            "value fit": lambda: fit(old, observation, target),
+            "value gradient": lambda: value_gradient(state.value_params, observation, target),
+        },
+        repetitions,
+    )
+
+
+PARTS = "rollout", "advantages", "gradient", "curvature", "line search", "value fit"
+
+
+def measure_one(config: Config, repetitions: int) -> dict[str, Any]:
+    """Throughput of one agent, its parts, and the limit."""
+    trainer = Trainer(config)
+    parts = measure_parts(config, trainer.state, 3 * repetitions)
+    iteration = [trainer.run() for _ in range(repetitions)]
+    limit = sum(np.median(parts[name]) for name in ("rollout", "gradient", "value gradient"))
+    return {
+        "compile_seconds": trainer.compile_seconds,
+        "iteration_ms": summary(1e3 * np.array(iteration)),
+        "env_steps_per_second": summary(config.steps_per_iteration / np.array(iteration)),
+        "updates_per_second": summary(1 / np.array(iteration)),
+        "parts_ms": {name: summary(1e3 * seconds) for name, seconds in parts.items()},
+        "limit_ms": float(1e3 * limit),
+        "iteration_over_limit": float(np.median(iteration) / limit),
+    }
+
+
+def measure_many(config: Config, num_agents: int, repetitions: int) -> dict[str, Any]:
+    """Throughput and memory of K agents in one program, in turn with one agent alone."""
+    alone = Trainer(config)
+    keys = jax.random.split(jax.random.key(1), num_agents)
+    states = jax.jit(jax.vmap(init, in_axes=(None, 0)))(config, keys)
+    start = time.perf_counter()
+    program = compile_agents(config, num_agents, _ITERATIONS_TOGETHER)
+    compile_seconds = time.perf_counter() - start
+    for _ in range(WARM_UP_ITERATIONS // _ITERATIONS_TOGETHER):
+        states, _ = jax.block_until_ready(program(config, states))
+    together, one = [], []
+    for _ in range(repetitions):
+        one.append(alone.run())
+        start = time.perf_counter()
+        states, _ = jax.block_until_ready(program(config, states))
+        together.append((time.perf_counter() - start) / (num_agents * _ITERATIONS_TOGETHER))
+    memory, predicted = program_memory(program), predict_memory(config, num_agents)
+    return {
+        "num_agents": num_agents,
+        "compile_seconds": compile_seconds,
+        "iteration_of_an_agent_ms": summary(1e3 * np.array(together)),
+        "env_steps_per_second": summary(config.steps_per_iteration / np.array(together)),
+        "updates_per_second": summary(1 / np.array(together)),
+        "time_of_an_agent_over_one_alone": float(np.median(together) / np.median(one)),
+        "memory_bytes": memory,
+        "predicted_memory_bytes": predicted,
+        "predicted_over_measured_memory": predicted / memory,
+    }
+
+
+class TimeToThreshold:
+    """Seconds and env steps of training until the mean return of 32 sampled episodes reaches a threshold.
+
+    One agent at a time, judged after every iteration by the policy as it acts while training; only training is timed,
+    compiled ahead. A seed that does not reach it within `max_steps` env steps counts as infinite.
+    """
+
+    def __init__(self, config: Config, threshold: float, max_steps: int):
+        self.config, self.threshold, self.max_steps = config, threshold, max_steps
+        self.init = jax.jit(init)
+        first = self.init(config, jax.random.key(0))
+        self.advance = jax.jit(train_step).lower(config, first).compile()
+        judge = functools.partial(evaluate, num_episodes=_EVALUATION_EPISODES, deterministic=False)
+        self.judge = jax.jit(lambda config, state, key: judge(config, state, key).episode_return.mean())
+        jax.block_until_ready(self.advance(config, first))
+
+    def run(self, seed: int) -> dict[str, float]:
+        """Train the agent of one seed."""
+        state, seconds, steps = self.init(self.config, jax.random.key(seed)), 0.0, 0
+        while steps < self.max_steps:
+            start = time.perf_counter()
+            state, _ = jax.block_until_ready(self.advance(self.config, state))
+            seconds, steps = seconds + time.perf_counter() - start, steps + self.config.steps_per_iteration
+            if self.judge(self.config, state, jax.random.key(steps)) >= self.threshold:
+                return {"seed": seed, "seconds": seconds, "env_steps": steps}
+        return {"seed": seed, "seconds": float("inf"), "env_steps": float("inf")}
+
+
+def threshold_summary(results: list[dict[str, float]]) -> dict[str, Any]:
+    """The interquartile mean over seeds of seconds and env steps, beside every seed's own."""
+    return {
+        "seconds": interquartile_mean([result["seconds"] for result in results]),
+        "env_steps": interquartile_mean([result["env_steps"] for result in results]),
+        "seeds": results,
+    }
+
+
+def interquartile_mean(values: Any) -> float:
+    """Mean of the middle half (Agarwal et al. 2021); a quarter of the values, rounded down, is left out at each end."""
+    ordered = np.sort(np.asarray(values, np.float64))
+    cut = len(ordered) // 4
+    return float(np.mean(ordered[cut : len(ordered) - cut]))
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """The settings that a figure belongs to, with the environment."""
+    flags = [field.name for field in dataclasses.fields(Config) if field.metadata["flag"]]
+    return {"env": str(config.env), **{name: getattr(config, name) for name in flags}}

@@ -1,0 +1,46 @@
+"""How much memory a program of many agents takes, before it is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from trpo_jax.training.loop import init, train_step
+from trpo_jax.types import Config, Metrics, TrainState
+
+_PROBES = 2, 4  # agents; one alone is a program of another form
+
+
+def program_memory(compiled: Any) -> int:
+    """Bytes that a compiled program holds at once: arguments, results and scratch, less what results take over."""
+    sizes = compiled.memory_analysis()
+    return (
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        + sizes.temp_size_in_bytes
+        - sizes.alias_size_in_bytes
+    )
+
+
+def compile_agents(config: Config, num_agents: int, iterations: int = 1) -> Any:
+    """Iterations of K agents side by side as a compiled program (config, states [K, ...]) -> (states, metrics)."""
+
+    def run(config: Config, states: TrainState) -> tuple[TrainState, Metrics]:
+        step = jax.vmap(train_step, in_axes=(None, 0))
+        return jax.lax.scan(lambda states, _: step(config, states), states, None, length=iterations)
+
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_agents))
+    states = jax.eval_shape(jax.vmap(init, in_axes=(None, 0)), config, keys)
+    return jax.jit(run, donate_argnums=1).lower(config, states).compile()
+
+
+def predict_memory(config: Config, num_agents: int) -> int:
+    """Bytes that a program of K agents needs at once, without building that program.
+
+    What XLA allocates is a constant plus a multiple of K: on CPU, for instance, one workspace serves all agents, and
+    each adds its own state. So the programs of 2 and 4 agents are compiled, and a line is drawn through them.
+    """
+    few, more = _PROBES
+    at_few, at_more = (program_memory(compile_agents(config, agents)) for agents in _PROBES)
+    return round(at_few + (num_agents - few) * (at_more - at_few) / (more - few))
