@@ -31,7 +31,7 @@ def gauss_newton_fit(
     """One damped Gauss–Newton step on ½ mean_n[(V(s_n) − target_n)²], by the machinery of the policy's step.
 
     The step is x ≈ (G + λ I)⁻¹ mean_n[(target_n − V(s_n)) ∇V(s_n)] with G = mean_n[∇V ∇Vᵀ], the Fisher matrix of
-    N(V(s), 1), solved by conjugate gradient. It is halved until the loss of the whole batch falls. Such a step fits as
+    N(V(s), 1), solved by conjugate gradient. It is halved until the loss of the curvature's sample falls. Such a step fits as
     well as dozens of Adam steps at the price of a few, and has no learning rate.
 
     Args:
@@ -42,20 +42,26 @@ def gauss_newton_fit(
       damping: λ ≥ 0.
       cg_iterations: Gauss–Newton products (static).
       cg_tolerance: relative residual at which the solver stops before that.
-      fisher_fraction: share of the batch that G is estimated from, as in `trpo_update`.
+      fisher_fraction: share of the batch that G is estimated from, and the step judged by, as in `trpo_update`.
 
     Returns:
-      New parameters, and the mean squared error that they leave. If no step helps or anything is not finite, the
-      parameters come back bit-identical.
+      New parameters, and the mean squared error that they leave on that share. If no step helps or anything is not
+      finite, the parameters come back bit-identical.
 
     Source: Schulman et al. 2016, section 5 (there with a trust region in place of the damping).
     """
     values, pull_back = jax.vjp(lambda p: value_apply(p, observation), params)
     chex.assert_equal_shape([values, target])
     error = target - values
-    loss = jnp.mean(error**2)
     (ascent,) = pull_back(error / error.size)
-    sample, weight = curvature_sample(observation, target.shape, fisher_fraction)
+    (sample, sample_target, sample_error), weight = curvature_sample(
+        (observation, target, error), target.shape, fisher_fraction
+    )
+
+    def mean_square(error: Array) -> Array:
+        return jnp.mean(error**2 if weight is None else weight * error**2)
+
+    loss = mean_square(sample_error)
 
     def distribution_fn(params: PyTree) -> DiagonalGaussian:
         return DiagonalGaussian(value_apply(params, sample)[..., None], jnp.zeros(1, values.dtype))
@@ -64,7 +70,7 @@ def gauss_newton_fit(
     step, _ = conjugate_gradient(matvec, ascent, num_iterations=cg_iterations, tolerance=cg_tolerance)
 
     def evaluate(candidate: PyTree) -> tuple[Array, Array]:
-        gain = loss - jnp.mean((target - value_apply(candidate, observation)) ** 2)
+        gain = loss - mean_square(sample_target - value_apply(candidate, sample))
         return gain, jnp.zeros_like(gain)
 
     params, info = backtracking_line_search(evaluate, params, step, max_kl=0.0, shrink=0.5, max_steps=5)

@@ -213,23 +213,22 @@ def estimate_advantages(config: Config, batch: Transition, values: Array, value_
 def _next_values(batch: Transition, values: Array, value_fn: Callable[[Array], Array]) -> Array:
     """V of the observation that each step led to, [T, N]; anything after a terminal state, where nothing asks for it.
 
-    It is V of the next row, but for truncated steps and the last row. Where those are few (on CPU, where a branch is
-    cheap), V is evaluated for them alone.
+    It is V of the next row, but for truncated steps and the last row. Where no environment was truncated twice (and on
+    CPU, where a branch is cheap), V is evaluated for those alone.
     """
+    next_observation = batch.next_observation
     if jax.default_backend() != "cpu":
-        return value_fn(batch.next_observation)
-    num_steps, num_envs = values.shape
-    next_observation = batch.next_observation.reshape(-1, *batch.next_observation.shape[2:])
-    missing = (batch.truncated & ~batch.terminated).at[-1].set(True).reshape(-1)
-    room = num_envs + num_steps * num_envs // 8
+        return value_fn(next_observation)
+    truncated = batch.truncated & ~batch.terminated
+    here = jnp.argmax(truncated, axis=0), jnp.arange(truncated.shape[1])  # the one truncated step of each environment
 
-    def few() -> Array:
-        (index,) = jnp.nonzero(missing, size=room, fill_value=num_steps * num_envs)
-        known = jnp.concatenate([values[1:], values[-1:]]).reshape(-1)
-        return known.at[index].set(value_fn(next_observation[index]), mode="drop")
+    def once_each() -> Array:
+        at_truncation, at_end = jnp.split(value_fn(jnp.concatenate([next_observation[here], next_observation[-1]])), 2)
+        next_values = jnp.concatenate([values[1:], at_end[None]])
+        return next_values.at[here].set(jnp.where(truncated[here], at_truncation, next_values[here]))
 
-    next_values = jax.lax.cond(jnp.sum(missing) <= room, few, lambda: value_fn(next_observation))
-    return next_values.reshape(values.shape)
+    twice = jnp.any(jnp.sum(truncated[:-1], axis=0) > 1)
+    return jax.lax.cond(twice, lambda: value_fn(next_observation), once_each)
 
 
 def update_policy(
