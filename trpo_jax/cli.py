@@ -73,6 +73,31 @@ def _parser() -> _Parser:
     resume.add_argument("path", help="folder of the run")
     resume.set_defaults(run=_resume)
 
+    benchmark = commands.add_parser(
+        "benchmark", help="measure throughput, memory and where the time goes, alone and beside peers", allow_abbrev=False
+    )
+    benchmark.add_argument("env", nargs="?", default="CartPole-v1", help="environment (default: CartPole-v1)")
+    benchmark.add_argument("--output", help="JSON file for every figure (default: none)")
+    benchmark.add_argument("--num-agents", type=_whole, default=64, help="agents side by side (default: 64)")
+    benchmark.add_argument("--repetitions", type=_whole, default=7, help="times each figure is taken (default: 7)")
+    benchmark.add_argument(
+        "--threshold", type=float, help="return to train to (default: Gymnasium's, where it names one)"
+    )
+    benchmark.add_argument("--num-seeds", type=_whole, default=16, help="agents trained to it (default: 16)")
+    benchmark.add_argument(
+        "--max-steps", type=_whole, default=500_000, help="env steps after which a seed is given up (default: 500000)"
+    )
+    benchmark.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        choices=("sb3-contrib", "rejax"),
+        help="a peer to install in a throw-away virtual environment and to run in turn with us; may be repeated",
+    )
+    benchmark.add_argument("--peer-environments", help="folder that keeps the peers' environments for the next time")
+    _add_settings(benchmark)
+    benchmark.set_defaults(run=_benchmark)
+
     envs = commands.add_parser("envs", help="list what can be trained, with spaces and limits", allow_abbrev=False)
     envs.set_defaults(run=_envs)
     return parser
@@ -113,9 +138,14 @@ def _flags(parser: argparse.ArgumentParser, command: str) -> list[str]:
     return [flag for action in commands.choices[command]._actions for flag in action.option_strings]
 
 
+def _config(namespace: argparse.Namespace, **defaults: Any) -> Config:
+    flags = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(Config) if f.metadata["flag"]}
+    given = {name: value for name, value in flags.items() if value is not None}
+    return Config(env=namespace.env).replace(**{**defaults, **given})
+
+
 def _train(namespace: argparse.Namespace) -> int:
-    changes = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(Config) if f.metadata["flag"]}
-    config = Config(env=namespace.env).replace(**{name: value for name, value in changes.items() if value is not None})
+    config = _config(namespace)
     if namespace.num_seeds < 1:
         raise UsageError(f"num_seeds must be at least 1, got {namespace.num_seeds}.")
     if namespace.seed < 0:
@@ -287,6 +317,49 @@ def _evaluate(namespace: argparse.Namespace) -> int:
     unfinished = int((~np.asarray(result.finished)).sum())
     if unfinished:
         print(f"{unfinished} episodes had no end within the steps that evaluation allows; their returns are partial.")
+    return 0
+
+
+def _benchmark(namespace: argparse.Namespace) -> int:
+    config = _config(namespace, num_envs=64)
+    for name in ("num_agents", "repetitions", "num_seeds", "max_steps"):
+        if getattr(namespace, name) < 1:
+            raise UsageError(f"{name} must be at least 1, got {getattr(namespace, name)}.")
+    output = Path(namespace.output) if namespace.output else None
+    if output and not output.parent.is_dir():
+        raise UsageError(f"there is no folder {output.parent} for {output}; make it, or choose another --output.")
+
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from trpo_jax.benchmarks.report import THRESHOLDS, run_benchmark, tables
+    from trpo_jax.training.loop import make_agent
+
+    make_agent(config)
+    console = Console(highlight=False)
+    result = run_benchmark(
+        config,
+        num_agents=namespace.num_agents,
+        repetitions=namespace.repetitions,
+        threshold=THRESHOLDS.get(config.env) if namespace.threshold is None else namespace.threshold,
+        num_seeds=namespace.num_seeds,
+        max_steps=namespace.max_steps,
+        peers=namespace.compare,
+        environments=Path(namespace.peer_environments).resolve() if namespace.peer_environments else None,
+        report=lambda what: console.print(f"Measuring {what} …", soft_wrap=True),
+    )
+    if output:
+        output.write_text(json.dumps(result, indent=2) + "\n")
+    for title, columns, rows in tables(result):
+        table = Table(title=title or None, title_justify="left", show_header=any(columns), box=None, padding=(0, 2, 0, 0))
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table, soft_wrap=True)
+        console.print()
     return 0
 
 

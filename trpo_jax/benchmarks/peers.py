@@ -144,6 +144,26 @@ def compare(
         return {"error": f"{error}"}
 
 
+def _own_shape(ask: Ask, config: Config, repetitions: int) -> dict[str, Any]:
+    """sb3-contrib's TRPO on the one environment it is published with, and ours on the same batch in our default shape."""
+    default = Config(env=config.env)
+    ours_config = config.replace(num_envs=default.num_envs, num_steps=default.num_steps)
+    batch = ours_config.steps_per_iteration
+    ask("prepare", **{**settings_of(ours_config), "num_envs": 1, "num_steps": batch})
+    trainer = Trainer(ours_config)
+    ours, theirs = [], []
+    for _ in range(repetitions):
+        ours.append(trainer.run())
+        theirs.append(ask("run")["seconds"])
+    return {
+        "shape": f"1 x {batch}",
+        "our_shape": f"{ours_config.num_envs} x {ours_config.num_steps}",
+        "ours_env_steps_per_second": summary(batch / np.array(ours)),
+        "theirs_env_steps_per_second": summary(batch / np.array(theirs)),
+        "speed_ratio": float(np.median(theirs) / np.median(ours)),
+    }
+
+
 def _compare(
     name: str, ask: Ask, config: Config, repetitions: int, threshold: float | None, seeds: range, max_steps: int
 ) -> dict[str, Any]:
@@ -160,6 +180,8 @@ def _compare(
         "theirs_env_steps_per_second": summary(steps / np.array(theirs)),
         "speed_ratio": float(np.median(theirs) / np.median(ours)),
     }
+    if name == "sb3-contrib":
+        result["own_shape"] = _own_shape(ask, config, repetitions)
     if threshold is not None and name == "rejax":
         default = Config(env=config.env)
         request = {"env": config.env, "threshold": threshold, "max_steps": max_steps}

@@ -1,0 +1,147 @@
+"""The whole benchmark as one JSON object, and as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trpo_jax.benchmarks.measure import (
+    PARTS,
+    TimeToThreshold,
+    measure_many,
+    measure_one,
+    setting,
+    settings_of,
+    threshold_summary,
+)
+from trpo_jax.benchmarks.peers import compare
+from trpo_jax.types import Config
+
+# Returns at which Gymnasium's registry calls these tasks solved.
+THRESHOLDS = {"CartPole-v1": 475.0, "Acrobot-v1": -100.0, "MountainCar-v0": -110.0, "MountainCarContinuous-v0": 90.0}
+
+
+def run_benchmark(
+    config: Config,
+    *,
+    num_agents: int,
+    repetitions: int,
+    threshold: float | None,
+    num_seeds: int,
+    max_steps: int,
+    peers: Sequence[str] = (),
+    environments: Path | None = None,
+    report: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measure everything.
+
+    Args:
+      config: the settings to measure.
+      num_agents: K, agents side by side in one program.
+      repetitions: how often each figure is taken, at least 5 for a median worth the name.
+      threshold: return to reach; None leaves that out.
+      num_seeds: agents trained to the threshold, one after the other.
+      max_steps: env steps after which one of them counts as never.
+      peers: names of `PEERS` to measure in turn with us.
+      environments: folder that keeps the peers' virtual environments; by default they are thrown away.
+      report: called with a word on what is being measured.
+
+    Returns:
+      What the JSON file holds.
+    """
+    result: dict[str, Any] = {"setting": setting(), "settings": settings_of(config), "repetitions": repetitions}
+    report("one agent")
+    result["one_agent"] = measure_one(config, repetitions)
+    report(f"{num_agents} agents")
+    result["many_agents"] = measure_many(config, num_agents, repetitions)
+    if threshold is not None:
+        report(f"time to a return of {threshold:g}")
+        learner = TimeToThreshold(config, threshold, max_steps)
+        reached = threshold_summary([learner.run(seed) for seed in range(num_seeds)])
+        result["time_to_threshold"] = {"threshold": threshold, **reached}
+    result["peers"] = {}
+    for name in peers:
+        report(f"{name}, in its own environment")
+        result["peers"][name] = compare(
+            name,
+            config,
+            repetitions,
+            threshold=threshold,
+            seeds=range(num_seeds),
+            max_steps=max_steps,
+            environments=environments,
+        )
+    return result
+
+
+def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, columns, rows) for every part of a result."""
+    one, many, settings = result["one_agent"], result["many_agents"], result["settings"]
+    where = result["setting"]
+    title = (
+        f"{settings['env']}, {settings['num_envs']} envs x {settings['num_steps']} steps; {where['device']}, "
+        f"{where['cores']} cores, jax {where['jax']}; median of {result['repetitions']} (range)"
+    )
+    rows = [
+        ["1 agent", *(_range(one[key], 1) for key in ("env_steps_per_second", "updates_per_second", "iteration_ms"))],
+        [
+            f"{many['num_agents']} agents",
+            *(_range(many[key], 1) for key in ("env_steps_per_second", "updates_per_second")),
+            f"{_range(many['iteration_of_an_agent_ms'], 1)} an agent",
+        ],
+    ]
+    found = [(title, ["", "env steps/s", "updates/s", "iteration, ms"], rows)]
+
+    total = sum(one["parts_ms"][name]["median"] for name in PARTS)
+    rows = [
+        [name, _range(one["parts_ms"][name], 2), f"{100 * one['parts_ms'][name]['median'] / total:.0f} %"]
+        for name in PARTS
+    ]
+    rows.append(["value gradient (for the limit)", _range(one["parts_ms"]["value gradient"], 2), ""])
+    found.append(("each stage as a program of its own", ["", "ms", "share"], rows))
+
+    rows = [
+        ["limit: rollout + policy gradient + value gradient", f"{one['limit_ms']:.2f} ms"],
+        ["iteration ÷ limit", f"{one['iteration_over_limit']:.2f}"],
+        ["time of an agent among many ÷ alone", f"{many['time_of_an_agent_over_one_alone']:.2f}"],
+        ["compiling: one agent, many", f"{one['compile_seconds']:.1f} s, {many['compile_seconds']:.1f} s"],
+        [
+            f"memory of {many['num_agents']} agents: measured, predicted",
+            f"{many['memory_bytes'] / 1e6:.1f} MB, {many['predicted_memory_bytes'] / 1e6:.1f} MB",
+        ],
+    ]
+    if "time_to_threshold" in result:
+        reached = result["time_to_threshold"]
+        text = f"{reached['seconds']:.3f} s, {reached['env_steps']:,.0f} env steps (IQM of {len(reached['seeds'])} seeds)"
+        rows.append([f"training to a return of {reached['threshold']:g}", text])
+    found.append(("", ["", ""], rows))
+
+    rows = []
+    for name, peer in result["peers"].items():
+        if "error" in peer:
+            rows.append([name, peer["error"]])
+            continue
+        ours, theirs = (_range(peer[f"{side}_env_steps_per_second"], 1) for side in ("ours", "theirs"))
+        rows.append([f"{name}: env steps/s, ours ÷ theirs", f"{ours} ÷ {theirs} = {peer['speed_ratio']:.2f}"])
+        if "own_shape" in peer:
+            own = peer["own_shape"]
+            text = f"{_range(own['theirs_env_steps_per_second'], 1)}; ours ÷ theirs {own['speed_ratio']:.0f}"
+            rows.append([f"{name} at {own['shape']}, ours at {own['our_shape']}", text])
+        if "time_to_threshold" in peer:
+            both = peer["time_to_threshold"]
+            seconds, steps = (
+                f"{both['ours'][key]:,.{digits}f} ÷ {both['theirs'][key]:,.{digits}f} = {both[f'{key}_ratio']:.3f}"
+                for key, digits in (("seconds", 3), ("env_steps", 0))
+            )
+            rows.append([f"{name}: seconds to {both['threshold']:g}, each at its defaults", seconds])
+            rows.append([f"{name}: env steps to {both['threshold']:g}", steps])
+    if rows:
+        found.append(("peers, in turn with us", ["", ""], rows))
+    return found
+
+
+def _range(values: dict[str, float], digits: int) -> str:
+    if values["median"] >= 1e4:
+        return f"{values['median']:,.0f} ({values['low']:,.0f} – {values['high']:,.0f})"
+    return f"{values['median']:.{digits}f} ({values['low']:.{digits}f} – {values['high']:.{digits}f})"
