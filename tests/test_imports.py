@@ -19,6 +19,7 @@ LAYERS = {
     "environments": 1,
     "networks": 2,
     "training": 3,
+    "benchmarks": 4,
     "runs": 4,
     "cli": 5,
 }

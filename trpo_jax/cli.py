@@ -74,7 +74,9 @@ def _parser() -> _Parser:
     resume.set_defaults(run=_resume)
 
     benchmark = commands.add_parser(
-        "benchmark", help="measure throughput, memory and where the time goes, alone and beside peers", allow_abbrev=False
+        "benchmark",
+        help="measure throughput, memory and where the time goes, alone and beside peers",
+        allow_abbrev=False,
     )
     benchmark.add_argument("env", nargs="?", default="CartPole-v1", help="environment (default: CartPole-v1)")
     benchmark.add_argument("--output", help="JSON file for every figure (default: none)")
@@ -338,7 +340,7 @@ def _benchmark(namespace: argparse.Namespace) -> int:
     from trpo_jax.training.loop import make_agent
 
     make_agent(config)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     result = run_benchmark(
         config,
         num_agents=namespace.num_agents,
@@ -353,12 +355,14 @@ def _benchmark(namespace: argparse.Namespace) -> int:
     if output:
         output.write_text(json.dumps(result, indent=2) + "\n")
     for title, columns, rows in tables(result):
-        table = Table(title=title or None, title_justify="left", show_header=any(columns), box=None, padding=(0, 2, 0, 0))
+        table = Table(
+            title=title or None, title_justify="left", show_header=any(columns), box=None, padding=(0, 2, 0, 0)
+        )
         for i, column in enumerate(columns):
             table.add_column(column, justify="left" if i == 0 else "right")
         for row in rows:
             table.add_row(*row)
-        console.print(table, soft_wrap=True)
+        console.print(table)
         console.print()
     return 0
 

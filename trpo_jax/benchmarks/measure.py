@@ -22,7 +22,9 @@ from jax.flatten_util import ravel_pytree
 
 from trpo_jax.steps.curvature import curvature_sample
 from trpo_jax.steps.line_searches import backtracking_line_search, parallel_line_search
-from trpo_jax.steps.trust_region import candidate_judge, natural_gradient, surrogate_gradient
+from trpo_jax.steps.objectives import mean_kl, surrogate
+from trpo_jax.steps.solvers import conjugate_gradient
+from trpo_jax.steps.trust_region import candidate_judge, natural_gradient, surrogate_gradient, trpo_update
 from trpo_jax.training.evaluation import evaluate
 from trpo_jax.training.loop import (
     Learned,
@@ -202,29 +204,95 @@ def measure_one(config: Config, repetitions: int) -> dict[str, Any]:
     }
 
 
+def measure_policy_update(config: Config, samples: int, repetitions: int) -> dict[str, Any]:
+    """One policy update on a batch of random observations: as configured, and on every sample against a plain one.
+
+    The plain update differentiates the mean KL twice for each Fisher product, as most implementations do. Both take all
+    k products on all samples, and both end at the same parameters.
+    """
+    agent = make_agent(config)
+    keys = jax.random.split(jax.random.key(2), 4)
+    observation = jax.random.normal(keys[0], (samples, *agent.environment.observation_shape))
+    theta, unravel = ravel_pytree(agent.policy.init(keys[1], observation[0]))
+
+    def policy(vector: Any, observation: Any) -> Any:
+        return agent.policy.apply(unravel(vector), observation)
+
+    action = policy(theta, observation).sample(keys[2])
+    batch = observation, action, jax.random.normal(keys[3], (samples,))
+    options = {"max_kl": config.max_kl, "cg_damping": config.cg_damping, "cg_iterations": config.cg_iterations}
+
+    def update(theta: Any, *batch: Any, **changes: Any) -> Any:
+        return trpo_update(policy, theta, *batch, **{**options, **changes})[0]
+
+    def plain(theta: Any, observation: Any, action: Any, advantage: Any) -> Any:
+        old = jax.lax.stop_gradient(policy(theta, observation))
+        log_prob = old.log_prob(action)
+        gradient = jax.grad(lambda v: surrogate(policy(v, observation), log_prob, action, advantage))(theta)
+
+        def product(vector: Any) -> Any:
+            slope = jax.grad(lambda v: mean_kl(old, policy(v, observation)))
+            return jax.grad(lambda v: jnp.vdot(slope(v), vector))(theta) + config.cg_damping * vector
+
+        x, _ = conjugate_gradient(product, gradient, num_iterations=config.cg_iterations)
+        curvature = jnp.vdot(x, product(x) - config.cg_damping * x)
+        judge = candidate_judge(policy, old, observation, action, advantage)
+        step = jnp.sqrt(2 * config.max_kl / curvature) * x
+        return backtracking_line_search(judge, theta, step, max_kl=config.max_kl)[0]
+
+    programs: dict[str, Callable[..., Any]] = {
+        "configured": functools.partial(
+            update, fisher_fraction=config.fisher_fraction, cg_tolerance=config.cg_tolerance
+        ),
+        "all_samples": update,
+        "double_backward": plain,
+    }
+    compiled = {name: jax.jit(program) for name, program in programs.items()}
+    ends = [np.asarray(compiled[name](theta, *batch)) for name in ("all_samples", "double_backward")]
+    seconds = time_in_turn({name: functools.partial(p, theta, *batch) for name, p in compiled.items()}, repetitions)
+    return {
+        "samples": samples,
+        **{f"{name}_ms": summary(1e3 * values) for name, values in seconds.items()},
+        "double_backward_over_all_samples": float(
+            np.median(seconds["double_backward"]) / np.median(seconds["all_samples"])
+        ),
+        "largest_difference": float(np.max(np.abs(ends[0] - ends[1]))),
+        "largest_change": float(np.max(np.abs(ends[0] - np.asarray(theta)))),
+    }
+
+
+class Agents:
+    """The compiled iterations of K agents in one program, warmed up; `run` trains on and returns an agent's seconds."""
+
+    def __init__(self, config: Config, num_agents: int):
+        self.config, self.num_agents = config, num_agents
+        keys = jax.random.split(jax.random.key(1), num_agents)
+        self.states = jax.jit(jax.vmap(init, in_axes=(None, 0)))(config, keys)
+        start = time.perf_counter()
+        self.program = compile_agents(config, num_agents, _ITERATIONS_TOGETHER)
+        self.compile_seconds = time.perf_counter() - start
+        for _ in range(WARM_UP_ITERATIONS // _ITERATIONS_TOGETHER):
+            self.run()
+
+    def run(self) -> float:
+        """Train a few iterations; the seconds spent on one iteration of one agent: of all, divided by K."""
+        start = time.perf_counter()
+        self.states, _ = jax.block_until_ready(self.program(self.config, self.states))
+        return (time.perf_counter() - start) / (self.num_agents * _ITERATIONS_TOGETHER)
+
+
 def measure_many(config: Config, num_agents: int, repetitions: int) -> dict[str, Any]:
     """Throughput and memory of K agents in one program, in turn with one agent alone."""
-    alone = Trainer(config)
-    keys = jax.random.split(jax.random.key(1), num_agents)
-    states = jax.jit(jax.vmap(init, in_axes=(None, 0)))(config, keys)
-    start = time.perf_counter()
-    program = compile_agents(config, num_agents, _ITERATIONS_TOGETHER)
-    compile_seconds = time.perf_counter() - start
-    for _ in range(WARM_UP_ITERATIONS // _ITERATIONS_TOGETHER):
-        states, _ = jax.block_until_ready(program(config, states))
-    together, one = [], []
-    for _ in range(repetitions):
-        one.append(alone.run())
-        start = time.perf_counter()
-        states, _ = jax.block_until_ready(program(config, states))
-        together.append((time.perf_counter() - start) / (num_agents * _ITERATIONS_TOGETHER))
-    memory, predicted = program_memory(program), predict_memory(config, num_agents)
+    alone, agents = Trainer(config), Agents(config, num_agents)
+    pairs = [(alone.run(), agents.run()) for _ in range(repetitions)]
+    one, together = np.array(pairs).T
+    memory, predicted = program_memory(agents.program), predict_memory(config, num_agents)
     return {
         "num_agents": num_agents,
-        "compile_seconds": compile_seconds,
-        "iteration_of_an_agent_ms": summary(1e3 * np.array(together)),
-        "env_steps_per_second": summary(config.steps_per_iteration / np.array(together)),
-        "updates_per_second": summary(1 / np.array(together)),
+        "compile_seconds": agents.compile_seconds,
+        "iteration_of_an_agent_ms": summary(1e3 * together),
+        "env_steps_per_second": summary(config.steps_per_iteration / together),
+        "updates_per_second": summary(1 / together),
         "time_of_an_agent_over_one_alone": float(np.median(together) / np.median(one)),
         "memory_bytes": memory,
         "predicted_memory_bytes": predicted,

@@ -17,7 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from trpo_jax.benchmarks.measure import TimeToThreshold, Trainer, settings_of, summary, threshold_summary
+from trpo_jax.benchmarks.measure import (
+    Agents,
+    TimeToThreshold,
+    Trainer,
+    measure_policy_update,
+    settings_of,
+    summary,
+    threshold_summary,
+)
 from trpo_jax.config import UsageError
 from trpo_jax.types import Config
 
@@ -116,6 +124,7 @@ def compare(
     config: Config,
     repetitions: int,
     *,
+    num_agents: int = 1,
     threshold: float | None = None,
     seeds: range = range(16),
     max_steps: int = 500_000,
@@ -127,6 +136,7 @@ def compare(
       name: one of `PEERS`.
       config: our settings; γ, λ and (for TRPO) δ, damping and k are given to the peer.
       repetitions: how often each side runs, in turn.
+      num_agents: with rejax, also this many agents side by side in one program.
       threshold: with rejax, also the time to this return: we at `Config`'s defaults, PPO at its published settings.
       seeds: seeds for that.
       max_steps: env steps after which a seed counts as never.
@@ -139,64 +149,83 @@ def compare(
         raise UsageError(f"there is no peer {name!r}; choose among {', '.join(PEERS)}.")
     try:
         with running(PEERS[name], environments) as ask:
-            return _compare(name, ask, config, repetitions, threshold, seeds, max_steps)
+            result = _compare_speed(ask, config, repetitions, about=ask("prepare", iterations=5, **settings_of(config)))
+            if name == "sb3-contrib":
+                result["own_shape"] = _compare_own_shape(ask, config, repetitions)
+                result["policy_update"] = _compare_policy_update(ask, config, repetitions)
+            if name == "rejax" and num_agents > 1:
+                result["many_agents"] = _compare_many(ask, config, num_agents, repetitions)
+            if name == "rejax" and threshold is not None:
+                result["time_to_threshold"] = _compare_learning(ask, config.env, threshold, seeds, max_steps)
+            return result
     except PeerError as error:
         return {"error": f"{error}"}
 
 
-def _own_shape(ask: Ask, config: Config, repetitions: int) -> dict[str, Any]:
-    """sb3-contrib's TRPO on the one environment it is published with, and ours on the same batch in our default shape."""
-    default = Config(env=config.env)
-    ours_config = config.replace(num_envs=default.num_envs, num_steps=default.num_steps)
-    batch = ours_config.steps_per_iteration
-    ask("prepare", **{**settings_of(ours_config), "num_envs": 1, "num_steps": batch})
-    trainer = Trainer(ours_config)
-    ours, theirs = [], []
-    for _ in range(repetitions):
-        ours.append(trainer.run())
-        theirs.append(ask("run")["seconds"])
-    return {
-        "shape": f"1 x {batch}",
-        "our_shape": f"{ours_config.num_envs} x {ours_config.num_steps}",
-        "ours_env_steps_per_second": summary(batch / np.array(ours)),
-        "theirs_env_steps_per_second": summary(batch / np.array(theirs)),
-        "speed_ratio": float(np.median(theirs) / np.median(ours)),
-    }
-
-
-def _compare(
-    name: str, ask: Ask, config: Config, repetitions: int, threshold: float | None, seeds: range, max_steps: int
-) -> dict[str, Any]:
-    about = ask("prepare", iterations=5, **settings_of(config))
+def _compare_speed(ask: Ask, config: Config, repetitions: int, about: dict[str, Any]) -> dict[str, Any]:
+    """Iterations in turn; the peer has been prepared."""
     trainer = Trainer(config)
     ours, theirs = [], []
     for _ in range(repetitions):
         ours.append(trainer.run())
         theirs.append(ask("run")["seconds"])
-    steps = config.steps_per_iteration
-    result: dict[str, Any] = {
-        "about": about,
-        "ours_env_steps_per_second": summary(steps / np.array(ours)),
-        "theirs_env_steps_per_second": summary(steps / np.array(theirs)),
+    return {"about": about, **_speeds(config.steps_per_iteration, ours, theirs)}
+
+
+def _speeds(env_steps: int, ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    return {
+        "ours_env_steps_per_second": summary(env_steps / np.array(ours)),
+        "theirs_env_steps_per_second": summary(env_steps / np.array(theirs)),
         "speed_ratio": float(np.median(theirs) / np.median(ours)),
     }
-    if name == "sb3-contrib":
-        result["own_shape"] = _own_shape(ask, config, repetitions)
-    if threshold is not None and name == "rejax":
-        default = Config(env=config.env)
-        request = {"env": config.env, "threshold": threshold, "max_steps": max_steps}
-        ask("prepare threshold", judge_every=default.steps_per_iteration, **request)
-        learner = TimeToThreshold(default, threshold, max_steps)
-        sides: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
-        for seed in seeds:
-            sides["ours"].append(learner.run(seed))
-            sides["theirs"].append(ask("train to threshold", seed=seed))
-        ours_summary, theirs_summary = (threshold_summary(side) for side in sides.values())
-        result["time_to_threshold"] = {
-            "threshold": threshold,
-            "ours": ours_summary,
-            "theirs": theirs_summary,
-            "seconds_ratio": ours_summary["seconds"] / theirs_summary["seconds"],
-            "env_steps_ratio": ours_summary["env_steps"] / theirs_summary["env_steps"],
-        }
-    return result
+
+
+def _compare_own_shape(ask: Ask, config: Config, repetitions: int) -> dict[str, Any]:
+    """sb3-contrib's TRPO on the one environment it is published with, ours on the same batch in our default shape."""
+    default = Config(env=config.env)
+    ours = config.replace(num_envs=default.num_envs, num_steps=default.num_steps)
+    batch = ours.steps_per_iteration
+    about = ask("prepare", **{**settings_of(ours), "num_envs": 1, "num_steps": batch})
+    shapes = {"shape": f"1 x {batch}", "our_shape": f"{ours.num_envs} x {ours.num_steps}"}
+    return {**shapes, **_compare_speed(ask, ours, repetitions, about)}
+
+
+def _compare_policy_update(ask: Ask, config: Config, repetitions: int) -> dict[str, Any]:
+    """A policy update alone on 65,536 samples, each side at its own settings."""
+    samples = 65_536
+    theirs = ask("policy update", env=config.env, samples=samples, repetitions=repetitions)
+    ours = measure_policy_update(config, samples, repetitions)["configured_ms"]
+    theirs_ms = summary(1e3 * np.array(theirs.pop("seconds")))
+    ratio = theirs_ms["median"] / ours["median"]
+    return {"samples": samples, "ours_ms": ours, "theirs_ms": theirs_ms, "ratio": ratio, "their_settings": theirs}
+
+
+def _compare_many(ask: Ask, config: Config, num_agents: int, repetitions: int) -> dict[str, Any]:
+    """K agents in one program on either side."""
+    ask("prepare", iterations=1, num_agents=num_agents, **settings_of(config))
+    agents = Agents(config, num_agents)
+    ours, theirs = [], []
+    for _ in range(repetitions):
+        ours.append(agents.run())
+        theirs.append(ask("run")["seconds"] / num_agents)
+    return {"num_agents": num_agents, **_speeds(config.steps_per_iteration, ours, theirs)}
+
+
+def _compare_learning(ask: Ask, env: str, threshold: float, seeds: range, max_steps: int) -> dict[str, Any]:
+    """Training to a return, seed by seed in turn: we at `Config`'s defaults, the peer at its published settings."""
+    default = Config(env=env)
+    about = ask(
+        "prepare threshold",
+        env=env,
+        threshold=threshold,
+        max_steps=max_steps,
+        judge_every=default.steps_per_iteration,
+    )
+    learner = TimeToThreshold(default, threshold, max_steps)
+    ours, theirs = [], []
+    for seed in seeds:
+        ours.append(learner.run(seed))
+        theirs.append(ask("train to threshold", seed=seed))
+    both = {"ours": threshold_summary(ours), "theirs": threshold_summary(theirs)}
+    ratios = {f"{key}_ratio": both["ours"][key] / both["theirs"][key] for key in ("seconds", "env_steps")}
+    return {"threshold": threshold, "about": about, **both, **ratios}

@@ -11,6 +11,7 @@ from trpo_jax.benchmarks.measure import (
     TimeToThreshold,
     measure_many,
     measure_one,
+    measure_policy_update,
     setting,
     settings_of,
     threshold_summary,
@@ -53,6 +54,8 @@ def run_benchmark(
     result: dict[str, Any] = {"setting": setting(), "settings": settings_of(config), "repetitions": repetitions}
     report("one agent")
     result["one_agent"] = measure_one(config, repetitions)
+    report("a policy update of 65,536 samples")
+    result["policy_update"] = measure_policy_update(config, 65_536, repetitions)
     report(f"{num_agents} agents")
     result["many_agents"] = measure_many(config, num_agents, repetitions)
     if threshold is not None:
@@ -67,6 +70,7 @@ def run_benchmark(
             name,
             config,
             repetitions,
+            num_agents=num_agents,
             threshold=threshold,
             seeds=range(num_seeds),
             max_steps=max_steps,
@@ -78,6 +82,7 @@ def run_benchmark(
 def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, columns, rows) for every part of a result."""
     one, many, settings = result["one_agent"], result["many_agents"], result["settings"]
+    update = result["policy_update"]
     where = result["setting"]
     title = (
         f"{settings['env']}, {settings['num_envs']} envs x {settings['num_steps']} steps; {where['device']}, "
@@ -105,6 +110,11 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         ["limit: rollout + policy gradient + value gradient", f"{one['limit_ms']:.2f} ms"],
         ["iteration ÷ limit", f"{one['iteration_over_limit']:.2f}"],
         ["time of an agent among many ÷ alone", f"{many['time_of_an_agent_over_one_alone']:.2f}"],
+        [
+            f"policy update of {update['samples']:,} samples: as configured; on all samples",
+            f"{update['configured_ms']['median']:.0f} ms; {update['all_samples_ms']['median']:.0f} ms",
+        ],
+        ["the same on all samples by double backward ÷ ours", f"{update['double_backward_over_all_samples']:.2f}"],
         ["compiling: one agent, many", f"{one['compile_seconds']:.1f} s, {many['compile_seconds']:.1f} s"],
         [
             f"memory of {many['num_agents']} agents: measured, predicted",
@@ -113,7 +123,9 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
     ]
     if "time_to_threshold" in result:
         reached = result["time_to_threshold"]
-        text = f"{reached['seconds']:.3f} s, {reached['env_steps']:,.0f} env steps (IQM of {len(reached['seeds'])} seeds)"
+        text = (
+            f"{reached['seconds']:.3f} s, {reached['env_steps']:,.0f} env steps (IQM of {len(reached['seeds'])} seeds)"
+        )
         rows.append([f"training to a return of {reached['threshold']:g}", text])
     found.append(("", ["", ""], rows))
 
@@ -128,6 +140,15 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
             own = peer["own_shape"]
             text = f"{_range(own['theirs_env_steps_per_second'], 1)}; ours ÷ theirs {own['speed_ratio']:.0f}"
             rows.append([f"{name} at {own['shape']}, ours at {own['our_shape']}", text])
+        if "policy_update" in peer:
+            both = peer["policy_update"]
+            text = f"{both['theirs_ms']['median']:,.0f} ms ÷ {both['ours_ms']['median']:.0f} ms = {both['ratio']:.1f}"
+            rows.append([f"{name}: policy update of {both['samples']:,} samples, theirs ÷ ours", text])
+        if "many_agents" in peer:
+            both = peer["many_agents"]
+            ours, theirs = (_range(both[f"{side}_env_steps_per_second"], 1) for side in ("ours", "theirs"))
+            text = f"{ours} ÷ {theirs} = {both['speed_ratio']:.2f}"
+            rows.append([f"{name}: the same, {both['num_agents']} agents side by side", text])
         if "time_to_threshold" in peer:
             both = peer["time_to_threshold"]
             seconds, steps = (
@@ -142,6 +163,6 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
 
 
 def _range(values: dict[str, float], digits: int) -> str:
-    if values["median"] >= 1e4:
-        return f"{values['median']:,.0f} ({values['low']:,.0f} – {values['high']:,.0f})"
-    return f"{values['median']:.{digits}f} ({values['low']:.{digits}f} – {values['high']:.{digits}f})"
+    unit, suffix = (1e3, "k") if values["median"] >= 1e4 else (1, "")
+    median, low, high = (f"{values[key] / unit:.{digits}f}{suffix}" for key in ("median", "low", "high"))
+    return f"{median} ({low} – {high})"

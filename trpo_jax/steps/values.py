@@ -31,8 +31,8 @@ def gauss_newton_fit(
     """One damped Gauss–Newton step on ½ mean_n[(V(s_n) − target_n)²], by the machinery of the policy's step.
 
     The step is x ≈ (G + λ I)⁻¹ mean_n[(target_n − V(s_n)) ∇V(s_n)] with G = mean_n[∇V ∇Vᵀ], the Fisher matrix of
-    N(V(s), 1), solved by conjugate gradient. It is halved until the loss of the curvature's sample falls. Such a step fits as
-    well as dozens of Adam steps at the price of a few, and has no learning rate.
+    N(V(s), 1), solved by conjugate gradient. It is halved until the loss of the curvature's sample falls. Such a step
+    fits as well as dozens of Adam steps at the price of a few, and has no learning rate.
 
     Args:
       value_apply: `value_apply(params, observation)` -> values [B].

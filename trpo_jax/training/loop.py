@@ -125,8 +125,8 @@ def train_step(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     Observation statistics are frozen from the rollout to the end of the update and merged after it. The value
     function is fitted after the advantages were computed with the old one.
     """
-    # On CPU, many agents under `vmap` are quicker one after the other, each within the cache and with branches and early
-    # exits of its own: the update nearly twice, the rollout where its environments fill the vector units alone.
+    # On CPU, many agents under `vmap` are quicker one after the other, each within the cache and with branches and
+    # early exits of its own: the update nearly twice, the rollout where its environments fill the vector units alone.
     one_by_one = jax.default_backend() == "cpu"
     iterate = _one_by_one(_iterate) if one_by_one and config.num_envs >= _ENVS_TO_FILL_A_CORE else _iterate
     return iterate(config, state)

@@ -16,10 +16,7 @@ def program_memory(compiled: Any) -> int:
     """Bytes that a compiled program holds at once: arguments, results and scratch, less what results take over."""
     sizes = compiled.memory_analysis()
     return (
-        sizes.argument_size_in_bytes
-        + sizes.output_size_in_bytes
-        + sizes.temp_size_in_bytes
-        - sizes.alias_size_in_bytes
+        sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
     )
 
 

@@ -39,9 +39,13 @@ def prepare(request):
         "gae_lambda": request["gae_lambda"],
         "skip_initial_evaluation": True,
     }
-    agent, iterations = PPO.create(**settings), request["iterations"]
-    run = jax.jit(lambda ts: jax.lax.scan(lambda ts, _: (agent.train_iteration(ts), None), ts, None, iterations)[0])
-    state = agent.init_state(jax.random.PRNGKey(0))
+    agent, iterations, num_agents = PPO.create(**settings), request["iterations"], request.get("num_agents", 1)
+    step, init_state = agent.train_iteration, agent.init_state
+    key = jax.random.PRNGKey(0)
+    if num_agents > 1:
+        step, init_state, key = jax.vmap(step), jax.vmap(init_state), jax.random.split(key, num_agents)
+    run = jax.jit(lambda ts: jax.lax.scan(lambda ts, _: (step(ts), None), ts, None, iterations)[0])
+    state = init_state(key)
     start = time.perf_counter()
     program = run.lower(state).compile()
     compile_seconds = time.perf_counter() - start
