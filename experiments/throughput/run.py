@@ -34,7 +34,8 @@ def main() -> None:
     file = arguments.output / "results.json"
     if not arguments.plot_only:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        results = {"start": measure_starts(), "benchmark": run_benchmark(arguments.peer_environments)}
+        results: dict[str, Any] = {"start": measure_starts()}
+        results["benchmark"] = run_benchmark(arguments.peer_environments)
         results["scaling"] = measure_scaling()
         file.write_text(json.dumps(results, indent=1) + "\n")
     results = json.loads(file.read_text())
@@ -104,11 +105,14 @@ def measure_scaling() -> list[dict[str, Any]]:
     tasks = ("CartPole-v1", "Breakout-MinAtar") if accelerator else ("CartPole-v1",)
     cases = [(task, n, 1, "envs") for task in tasks for n in envs]
     cases += [(task, 16, k, "agents") for task in tasks for k in agents]
-    programs, states, rows = [], [], []
+    programs: list[Any] = []
+    states: list[Any] = []
+    rows: list[dict[str, Any]] = []
     for task, num_envs, num_agents, axis in cases:
         config = Config(env=task, num_envs=num_envs)
         keys = jax.random.split(jax.random.key(0), num_agents)
-        begin, step = init, train_step
+        begin: Any = init
+        step: Any = train_step
         if num_agents > 1:
             begin, step = (jax.vmap(function, in_axes=(None, 0)) for function in (init, train_step))
         state = jax.jit(begin)(config, keys if num_agents > 1 else keys[0])

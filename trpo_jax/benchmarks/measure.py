@@ -284,7 +284,9 @@ class Agents:
 def measure_many(config: Config, num_agents: int, repetitions: int) -> dict[str, Any]:
     """Throughput and memory of K agents in one program, in turn with one agent alone."""
     alone, agents = Trainer(config), Agents(config, num_agents)
-    pairs = [(alone.run(), agents.run()) for _ in range(repetitions)]
+    # The lone agent runs for as long as the others do, so that a disturbance of the machine meets both alike.
+    runs = max(1, num_agents * _ITERATIONS_TOGETHER // alone.iterations)
+    pairs = [(np.mean([alone.run() for _ in range(runs)]), agents.run()) for _ in range(repetitions)]
     one, together = np.array(pairs).T
     memory, predicted = program_memory(agents.program), predict_memory(config, num_agents)
     return {

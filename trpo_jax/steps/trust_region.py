@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from trpo_jax.steps import trees
+from trpo_jax.steps.blocks import forward_and_gradient
 from trpo_jax.steps.curvature import curvature_sample, fisher_vector_product
 from trpo_jax.steps.line_searches import backtracking_line_search
 from trpo_jax.steps.objectives import effective_sample_fraction, surrogate, surrogate_gain
@@ -133,11 +134,16 @@ def surrogate_gradient(
 
     Arguments as in `trpo_update`.
     """
+
+    def cotangent(old_distribution: Any, advantage: Array, action: Array) -> Any:
+        log_prob = old_distribution.log_prob(action)
+        chex.assert_equal_shape([log_prob, advantage], custom_message="log_prob(action) and advantage differ in shape")
+        return jax.grad(surrogate)(old_distribution, log_prob, action, advantage)
+
     with jax.default_matmul_precision("highest"):
-        old_distribution, pull_back = jax.vjp(lambda p: policy_apply(p, observation), params)
-    old_log_prob = old_distribution.log_prob(action)
-    chex.assert_equal_shape([old_log_prob, advantage], custom_message="log_prob(action) and advantage differ in shape")
-    (gradient,) = pull_back(jax.grad(surrogate)(old_distribution, old_log_prob, action, advantage))
+        old_distribution, gradient = forward_and_gradient(
+            policy_apply, params, observation, cotangent, advantage, action
+        )
     return gradient, old_distribution
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 
 from trpo_jax.steps import trees
+from trpo_jax.steps.blocks import forward_and_gradient
 from trpo_jax.steps.curvature import curvature_sample, fisher_vector_product
 from trpo_jax.steps.distributions import DiagonalGaussian
 from trpo_jax.steps.line_searches import backtracking_line_search
 from trpo_jax.steps.solvers import conjugate_gradient
 from trpo_jax.steps.types import Array, PyTree, Scalar
+
+if TYPE_CHECKING:
+    import optax
 
 
 def gauss_newton_fit(
@@ -50,10 +54,13 @@ def gauss_newton_fit(
 
     Source: Schulman et al. 2016, section 5 (there with a trust region in place of the damping).
     """
-    values, pull_back = jax.vjp(lambda p: value_apply(p, observation), params)
-    chex.assert_equal_shape([values, target])
+
+    def cotangent(values: Array, target: Array) -> Array:
+        chex.assert_equal_shape([values, target])
+        return (target - values) / values.size
+
+    values, ascent = forward_and_gradient(value_apply, params, observation, cotangent, target)
     error = target - values
-    (ascent,) = pull_back(error / error.size)
     (sample, sample_target, sample_error), weight = curvature_sample(
         (observation, target, error), target.shape, fisher_fraction
     )
@@ -107,6 +114,8 @@ def fit_value_function(
       New parameters, new optimizer state, and the mean loss over the last epoch. If any of the new numbers is not
       finite, parameters and state come back as they were.
     """
+    import optax  # deferred: only this function pays for it
+
     batch_size = target.size
     chex.assert_is_divisible(batch_size, minibatches)
 

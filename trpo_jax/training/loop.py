@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.flatten_util import ravel_pytree
 
 from trpo_jax.config import Config, UsageError, validate
@@ -292,7 +291,9 @@ def fit_value(
     return unravel(vector), old.value_optimizer, loss
 
 
-def _adam(config: Config) -> optax.GradientTransformation:
+def _adam(config: Config) -> Any:
+    import optax  # deferred: the default fit does not need it
+
     return optax.adam(config.value_learning_rate)
 
 
