@@ -1,30 +1,35 @@
 """Shared by all tests."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
 
-@pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory):
-    """Environment for child processes that share compiled programs, so that a rerun does not compile again."""
-    folder = tmp_path_factory.mktemp("compilation_cache")
-    return {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(folder),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+
+def pytest_configure(config):
+    # Workers and child processes share what they compile; an empty folder a session, so that every run starts cold.
+    if _CACHE not in os.environ:
+        os.environ[_CACHE] = config.made_cache = tempfile.mkdtemp(prefix="trpo_jax_tests_")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "made_cache"):
+        shutil.rmtree(config.made_cache, ignore_errors=True)
 
 
 @pytest.fixture
-def python(compilation_cache):
+def python():
     """Run Python arguments in a child that is killed after a time limit; a variable that is None in `env` is unset."""
 
     def run(*arguments, timeout=120, env=None, **options):
         command = [sys.executable, *arguments]
-        environment = {name: value for name, value in {**compilation_cache, **(env or {})}.items() if value is not None}
+        environment = {name: value for name, value in {**os.environ, **(env or {})}.items() if value is not None}
         return subprocess.run(command, timeout=timeout, capture_output=True, text=True, env=environment, **options)
 
     return run

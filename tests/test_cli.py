@@ -157,3 +157,22 @@ def test_default_environment_and_output(python, tmp_path):
     names = sorted(os.listdir(tmp_path / "runs" / "CartPole-v1"))
     assert names == ["checkpoints", "config.json", "learning_curve.png", "metrics.csv"]
     assert result.stderr == ""
+
+
+def test_compiled_programs_are_kept_for_the_next_start(python, tmp_path):
+    cache = tmp_path / "cache"
+    own = {"JAX_COMPILATION_CACHE_DIR": None, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": None}
+    start = ["-m", "trpo_jax.cli", "train", *TINY, "--output"]
+    first = python(*start, str(tmp_path / "one"), env={**own, "XDG_CACHE_HOME": str(cache)})
+    assert first.returncode == 0, first.stderr
+    kept = sorted(cache.glob("trpo_jax/*/*-cache"))
+    assert kept
+    watched = {**own, "XDG_CACHE_HOME": str(cache), "JAX_EXPLAIN_CACHE_MISSES": "1", "JAX_LOG_COMPILES": "1"}
+    second = python(*start, str(tmp_path / "two"), env=watched)
+    assert second.returncode == 0 and "PERSISTENT COMPILATION CACHE MISS" not in second.stderr
+    assert "Persistent compilation cache hit" in second.stderr
+    assert (tmp_path / "one" / "metrics.csv").read_bytes() == (tmp_path / "two" / "metrics.csv").read_bytes()
+    for file in kept:  # a kill while it was written
+        file.write_bytes(file.read_bytes()[:100])
+    third = python(*start, str(tmp_path / "three"), env={**own, "XDG_CACHE_HOME": str(cache)})
+    assert third.returncode == 0 and third.stderr == ""

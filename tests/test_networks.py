@@ -16,7 +16,7 @@ from trpo_jax import (
     make_value,
 )
 from trpo_jax.environments.base import Box, Discrete, MultiDiscrete, make_box
-from trpo_jax.networks import orthogonal
+from trpo_jax.networks import _product_by_columns, orthogonal
 
 
 def environment(space, observation_shape=(3,)):
@@ -161,3 +161,23 @@ def test_orthogonal_initialisation(shape):
         small = matrix.T @ matrix if shape[0] >= shape[1] else matrix @ matrix.T
         np.testing.assert_allclose(small, 4 * np.eye(min(shape)), atol=1e-4)
     assert not np.allclose(*matrices)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 4, 5])
+def test_products_by_columns_are_the_product(columns):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(keys[0], (6, 7, 3)), jax.random.normal(keys[1], (3, columns))
+    cotangent = jax.random.normal(keys[2], (6, 7, columns))
+    axes = (((2,), (0,)), ((), ()))
+    product, pull_back = jax.vjp(lambda x, kernel: _product_by_columns(x, kernel, axes, precision=None), x, kernel)
+    expected, expected_pull_back = jax.vjp(jnp.matmul, x, kernel)
+    for a, b in zip((product, *pull_back(cotangent)), (expected, *expected_pull_back(cotangent)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_matmul_precision_asked_for_reaches_the_last_layer():
+    policy = make_policy(environment(Discrete(2)))
+    params = jax.eval_shape(policy.init, jax.random.key(0), jnp.zeros(3))
+    with jax.default_matmul_precision("highest"):
+        text = str(jax.make_jaxpr(policy.apply)(params, jax.ShapeDtypeStruct((5, 3), jnp.float32)))
+    assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") >= 3

@@ -75,9 +75,9 @@ def test_plot_is_drawn(run):
     assert picture[..., :3].std() > 0.02  # not a blank sheet
 
 
-def start(path, environment):
+def start(path):
     command = [sys.executable, "-m", "trpo_jax.cli", "train", *LONG, "--output", str(path)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_checkpoint(path, process):
@@ -89,9 +89,9 @@ def wait_for_checkpoint(path, process):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, compilation_cache):
+def uninterrupted(tmp_path_factory):
     path = tmp_path_factory.mktemp("long") / "run"
-    process = start(path, compilation_cache)
+    process = start(path)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     return path
@@ -106,9 +106,9 @@ def assert_same_results(path, uninterrupted):
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
-def test_kill_and_resume_gives_the_same_bits(uninterrupted, tmp_path, compilation_cache, python):
+def test_kill_and_resume_gives_the_same_bits(uninterrupted, tmp_path, python):
     path = tmp_path / "run"
-    process = start(path, compilation_cache)
+    process = start(path)
     wait_for_checkpoint(path, process)
     time.sleep(0.3)
     process.kill()
@@ -123,9 +123,9 @@ def test_kill_and_resume_gives_the_same_bits(uninterrupted, tmp_path, compilatio
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_keeps_what_is_done(number, uninterrupted, tmp_path, compilation_cache, python):
+def test_interrupt_keeps_what_is_done(number, uninterrupted, tmp_path, python):
     path = tmp_path / "run"
-    process = start(path, compilation_cache)
+    process = start(path)
     wait_for_checkpoint(path, process)
     process.send_signal(number)
     out, errors = process.communicate(timeout=60)

@@ -163,8 +163,8 @@ class Metrics:
       effective_sample_fraction: (Σw)²/(B Σw²) of the importance ratios after the step; 1 means unchanged.
       gradient_norm: norm of the policy gradient.
       cg_residual: relative residual that conjugate gradient left.
-      value_loss: mean squared error that the fit of the value function leaves, on the share of the batch that curvature
-        is estimated from (adam: on the batch, averaged over its last epoch).
+      value_loss: mean squared error that the fit of the value function leaves, on at most 1024 samples of the batch
+        (adam: on all, averaged over its last epoch).
       explained_variance: 1 − Var[return − V]/Var[return] before the fit; 1 is perfect, 0 a constant's worth.
     """
 

@@ -391,3 +391,17 @@ def test_default_policies_fit_the_action_space(name, distribution):
     policy = make_policy(environment)
     observation = jnp.zeros(environment.observation_shape)
     assert isinstance(policy.apply(policy.init(jax.random.key(0), observation), observation), distribution)
+
+
+def test_plotting_libraries_load_when_something_is_drawn(python):
+    code = """
+import sys
+from trpo_jax import make_environment
+make_environment("Pong-misc")
+print(sorted({"matplotlib", "seaborn", "pandas"} & set(sys.modules)))
+import gymnax.environments.misc.pong as pong
+print(pong.plt.Figure.__name__, pong.colors.ListedColormap.__name__)
+import matplotlib.pyplot
+print(matplotlib.pyplot.Figure is pong.plt.Figure)
+"""
+    assert python("-c", code).stdout.splitlines() == ["[]", "Figure ListedColormap", "True"]

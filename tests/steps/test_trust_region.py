@@ -37,6 +37,20 @@ def make_problem(policy=categorical, batch=40):
     return params, observation, action, advantage
 
 
+def test_a_tolerance_stops_the_solver_before_its_last_product(x64):
+    params, observation, action, advantage = make_problem()
+    problem = categorical, params, observation, action, advantage
+    _, exact = trpo_update(*problem, cg_iterations=50)
+    _, loose = trpo_update(*problem, cg_iterations=50, cg_tolerance=0.05)
+    assert exact.cg_residual < 1e-6 < loose.cg_residual <= 0.05
+    np.testing.assert_allclose(loose.predicted_gain, exact.predicted_gain, rtol=0.01)
+    gradient = jax.grad(lambda p: jnp.mean(categorical(p, observation).log_prob(action) * advantage))(params)
+    _, few = natural_gradient(
+        lambda p: categorical(p, observation), params, gradient, max_kl=0.01, cg_iterations=50, cg_tolerance=0.05
+    )
+    assert 0 < few.cg_iterations < 15
+
+
 @pytest.mark.parametrize("policy", [categorical, gaussian])
 @pytest.mark.parametrize("cg_iterations", [1, 5, 40])
 def test_damping_bends_the_direction_and_not_the_length(policy, cg_iterations, x64):

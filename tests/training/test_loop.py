@@ -24,7 +24,7 @@ from trpo_jax import (
     train,
     train_step,
 )
-from trpo_jax.training.loop import make_agent, train_chunk
+from trpo_jax.training.loop import _next_values, make_agent, train_chunk
 from trpo_jax.training.rollouts import rollout
 from trpo_jax.types import Transition
 
@@ -458,3 +458,46 @@ def test_probe_pair_of_choices():
     policy, _, metrics = learned(probes.PairOfChoices())
     assert policy(jnp.ones(1)).mode().tolist() == [1, 2]
     assert float(metrics.episode_return[-1]) > 1.8 > float(metrics.episode_return[0])
+
+
+# --- Shortcuts that change nothing -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("truncations", ["none", "once", "twice", "last", "every"])
+@pytest.mark.parametrize("num_steps", [1, 6])
+def test_values_of_next_observations_without_evaluating_each(truncations, num_steps):
+    rng = np.random.default_rng(0)
+    shape = num_steps, 4
+    observation = rng.normal(size=(num_steps + 1, 4, 2)).astype(np.float32)
+    truncated = np.zeros(shape, bool)
+    if truncations == "once":
+        truncated[rng.integers(0, num_steps, 4), np.arange(4)] = [True, True, False, True]
+    elif truncations == "twice":
+        truncated[[0, num_steps // 2], 1] = True
+    elif truncations == "last":
+        truncated[[0, -1], 2] = True
+    elif truncations == "every":
+        truncated[:] = True
+    terminated = rng.random(shape) < 0.2
+    terminated[0, 1] = True  # both flags at once: terminated wins
+    done = truncated | terminated
+    after = np.where(done[..., None], rng.normal(size=(*shape, 2)), observation[1:]).astype(np.float32)
+    flat = jnp.zeros(shape)
+    batch = Transition(observation[:-1], flat, flat, *map(jnp.asarray, (terminated, truncated)), jnp.asarray(after))
+
+    def value_fn(observation):
+        return observation @ jnp.array([1.0, -2.0])
+
+    found = jax.jit(lambda batch: _next_values(batch, value_fn(batch.observation), value_fn))(batch)
+    np.testing.assert_allclose(found[~terminated], value_fn(after)[~terminated], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="accelerators run many agents in lockstep")
+def test_many_agents_with_many_environments_keep_the_bits_of_each_alone():
+    config = small_config(probes.Countdown(), num_envs=32, normalize_observations=True)
+    keys = jax.random.split(jax.random.key(0), 3)
+    first = jax.jit(jax.vmap(init, in_axes=(None, 0)))(config, keys)  # the default compiler options: bits are compared
+    together, metrics = jax.jit(jax.vmap(train_step, in_axes=(None, 0)))(config, first)
+    alone = jax.jit(train_step)
+    for i in range(3):
+        assert same_bits(lane((together, metrics), i), alone(config, lane(first, i)))

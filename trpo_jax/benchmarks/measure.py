@@ -288,7 +288,7 @@ def measure_many(config: Config, num_agents: int, repetitions: int) -> dict[str,
     runs = max(1, num_agents * _ITERATIONS_TOGETHER // alone.iterations)
     pairs = [(np.mean([alone.run() for _ in range(runs)]), agents.run()) for _ in range(repetitions)]
     one, together = np.array(pairs).T
-    memory, predicted = program_memory(agents.program), predict_memory(config, num_agents)
+    memory, predicted = program_memory(agents.program), predict_memory(config, num_agents, _ITERATIONS_TOGETHER)
     return {
         "num_agents": num_agents,
         "compile_seconds": agents.compile_seconds,

@@ -9,7 +9,7 @@ import jax
 from trpo_jax.training.loop import init, train_step
 from trpo_jax.types import Config, Metrics, TrainState
 
-_PROBES = 2, 4  # agents; one alone is a program of another form
+_PROBES = 8, 16  # agents; a few alone are programs of another form
 
 
 def program_memory(compiled: Any) -> int:
@@ -32,12 +32,12 @@ def compile_agents(config: Config, num_agents: int, iterations: int = 1) -> Any:
     return jax.jit(run, donate_argnums=1).lower(config, states).compile()
 
 
-def predict_memory(config: Config, num_agents: int) -> int:
+def predict_memory(config: Config, num_agents: int, iterations: int = 1) -> int:
     """Bytes that a program of K agents needs at once, without building that program.
 
     What XLA allocates is a constant plus a multiple of K: on CPU, for instance, one workspace serves all agents, and
-    each adds its own state. So the programs of 2 and 4 agents are compiled, and a line is drawn through them.
+    each adds its own state. So the programs of 8 and 16 agents are compiled, and a line is drawn through them.
     """
     few, more = _PROBES
-    at_few, at_more = (program_memory(compile_agents(config, agents)) for agents in _PROBES)
+    at_few, at_more = (program_memory(compile_agents(config, agents, iterations)) for agents in _PROBES)
     return round(at_few + (num_agents - few) * (at_more - at_few) / (more - few))

@@ -1,0 +1,157 @@
+"""Figures that can be trusted: what is timed, what is predicted, and peers that answer or are named."""
+
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+from probes import Countdown, small_config
+
+from trpo_jax import UsageError
+from trpo_jax.benchmarks import peers, report
+from trpo_jax.benchmarks.measure import (
+    PARTS,
+    TimeToThreshold,
+    interquartile_mean,
+    measure_many,
+    measure_one,
+    measure_policy_update,
+    setting,
+    settings_of,
+    time_in_turn,
+)
+from trpo_jax.cli import main
+
+
+def test_programs_run_in_turn_after_a_warm_up_and_wait_for_their_results():
+    order = []
+
+    def program(name, seconds):
+        def run():
+            order.append(name)
+            time.sleep(seconds)
+            return np.zeros(1)
+
+        return run
+
+    seconds = time_in_turn({"short": program("short", 0.001), "long": program("long", 0.02)}, 3)
+    assert order == ["short", "long"] * 4
+    assert [len(values) for values in seconds.values()] == [3, 3]
+    assert seconds["long"].min() >= 0.02 > np.median(seconds["short"])
+
+
+def test_interquartile_mean():
+    assert interquartile_mean([1, 2, 3, 4]) == 2.5
+    assert interquartile_mean([5]) == 5
+    assert interquartile_mean([0, 1, 2, 3, 4, 5, 6, 100]) == 3.5
+    assert interquartile_mean([1, 1, 1, math.inf]) == 1  # a seed that never got there is not left out, but is an end
+
+
+@pytest.fixture(scope="module")
+def result():
+    config = small_config(Countdown())
+    one, many = measure_one(config, 2), measure_many(config, 32, 2)
+    update = measure_policy_update(config, 64, 2)
+    learner = TimeToThreshold(config, 1e9, 2 * config.steps_per_iteration)
+    reached = {"threshold": 1e9, **report.threshold_summary([learner.run(0)])}
+    parts = {"one_agent": one, "many_agents": many, "policy_update": update, "time_to_threshold": reached}
+    return {"setting": setting(), "settings": settings_of(config), "repetitions": 2, "peers": {}, **parts}
+
+
+def test_the_limit_is_rollout_and_two_gradients(result):
+    one = result["one_agent"]
+    parts = {name: values["median"] for name, values in one["parts_ms"].items()}
+    assert set(parts) == {*PARTS, "value gradient"} and min(parts.values()) > 0
+    assert one["limit_ms"] == pytest.approx(parts["rollout"] + parts["gradient"] + parts["value gradient"])
+    assert one["iteration_over_limit"] == pytest.approx(one["iteration_ms"]["median"] / one["limit_ms"])
+    steps, seconds = one["env_steps_per_second"]["median"], one["iteration_ms"]["median"] / 1e3
+    assert steps * seconds == pytest.approx(32, rel=0.5)  # medians of a quotient and of its inverse
+
+
+def test_memory_is_predicted_within_a_tenth(result):
+    assert result["many_agents"]["memory_bytes"] > 0
+    assert result["many_agents"]["predicted_over_measured_memory"] == pytest.approx(1, abs=0.1)
+
+
+def test_the_plain_update_is_ours(result):
+    update = result["policy_update"]
+    assert update["largest_difference"] < 1e-3 * update["largest_change"]
+
+
+def test_a_return_out_of_reach_is_never_and_costs_no_more_than_allowed(result):
+    assert result["time_to_threshold"]["seconds"] == result["time_to_threshold"]["env_steps"] == math.inf
+
+
+def test_a_return_within_reach_takes_one_iteration():
+    config = small_config(Countdown())
+    reached = TimeToThreshold(config, -1e9, 10 * config.steps_per_iteration).run(3)
+    assert reached["env_steps"] == config.steps_per_iteration and 0 < reached["seconds"] < 10
+
+
+def test_tables_say_what_the_figures_are(result):
+    speeds = {"median": 1234.0, "low": 1000.0, "high": 2000.0}
+    both = {"ours_env_steps_per_second": speeds, "theirs_env_steps_per_second": speeds, "speed_ratio": 1.0}
+    found = report.tables({**result, "peers": {"a": both, "b": {"error": "b could not be installed: no"}}})
+    text = "\n".join(" ".join(row) for _, _, rows in found for row in rows)
+    for phrase in ("line search", "limit", "memory of 32 agents", "inf", "b could not be installed: no", "1234.0"):
+        assert phrase in text, phrase
+    assert f"{result['setting']['cores']} cores" in found[0][0]
+
+
+WORKER = """
+import json, sys
+for line in sys.stdin:
+    request = json.loads(line)
+    print("a library's greeting")
+    if request["do"] == "stop":
+        sys.exit("out of luck")
+    print(json.dumps({"sum": sum(request["numbers"]), "trpo_jax": "trpo_jax" in sys.modules}), flush=True)
+"""
+
+
+def test_a_peer_answers_from_its_own_environment_or_says_why_it_stopped(tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    peer = peers.Peer("somebody", str(worker), ())
+    with peers.running(peer) as ask:
+        assert ask("add", numbers=[1, 2]) == {"sum": 3, "trpo_jax": False}
+        with pytest.raises(peers.PeerError, match="somebody stopped: out of luck"):
+            ask("stop")
+
+
+def test_a_peer_that_cannot_be_installed_is_named(tmp_path, monkeypatch):
+    absent = peers.Peer("somebody", "none.py", (("--no-index", "no-such-distribution==1"),))
+    monkeypatch.setitem(peers.PEERS, "somebody", absent)
+    answer = peers.compare("somebody", small_config(Countdown()), 1)
+    assert answer["error"].startswith("somebody could not be installed: ERROR: No matching distribution found")
+
+
+def test_an_unknown_peer_is_one_sentence():
+    with pytest.raises(UsageError, match="there is no peer 'nobody'; choose among sb3-contrib, rejax"):
+        peers.compare("nobody", small_config(Countdown()), 1)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--compare", "nobody"], "invalid choice: 'nobody' (choose from"),
+        (["--repetitions", "0"], "repetitions must be at least 1, got 0."),
+        (["--output", "no/such/folder/b.json"], "there is no folder no/such/folder"),
+        (["CartPol-v1"], "did you mean CartPole-v1"),
+    ],
+)
+def test_bad_input_to_the_command_is_one_sentence(arguments, sentence, capsys):
+    assert main(["benchmark", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_command_writes_every_figure(tmp_path, capsys):
+    file = tmp_path / "benchmark.json"
+    tiny = ["--num-envs", "2", "--num-steps", "16", "--num-agents", "3", "--repetitions", "1", "--num-seeds", "1"]
+    assert main(["benchmark", *tiny, "--max-steps", "64", "--output", str(file)]) == 0
+    written = json.loads(file.read_text())
+    assert written["settings"]["num_envs"] == 2 and written["many_agents"]["num_agents"] == 3
+    assert "env steps/s" in capsys.readouterr().out
