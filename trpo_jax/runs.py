@@ -92,7 +92,7 @@ def create_run(path: str | os.PathLike[str], config: Config, seed: int, num_seed
     versions = {name: version(name) for name in ("jax", "jaxlib", "gymnax", "flax", "optax")}
     made_by = {"python": platform.python_version(), **versions, "device": jax.devices()[0].device_kind}
     text = json.dumps({**run.description, "made_by": made_by}, indent=2) + "\n"
-    _write(file, text)
+    write_atomically(file, text)
     return run
 
 
@@ -148,7 +148,7 @@ def continue_run(run: Run, report: Callable[[Progress], None]) -> bool:
         if first_state is not None:
             state = first_state.result()(config, keys)
     started, first, length = time.perf_counter(), done, 1
-    with _interrupts() as interrupted:
+    with interrupts() as interrupted:
         while done < config.num_iterations and not interrupted():
             length = min(length, config.num_iterations - done, _CAPACITY)
             chunk_started = time.perf_counter()
@@ -246,7 +246,7 @@ def _truncate_metrics(run: Run, done: int) -> None:
     kept = lines[: done * run.num_seeds]
     if len(kept) < done * run.num_seeds or (kept and not kept[-1].startswith(f"{done},")):
         raise UsageError(f"{file} lacks rows of the {done} iterations that were done; restore it or train anew.")
-    _write(file, ",".join(_COLUMNS) + "\n" + "".join(kept))
+    write_atomically(file, ",".join(_COLUMNS) + "\n" + "".join(kept))
 
 
 def _save_state(run: Run, state: TrainState, done: int) -> None:
@@ -256,7 +256,7 @@ def _save_state(run: Run, state: TrainState, done: int) -> None:
         old.unlink()
 
 
-def _write(file: Path, text: str) -> None:
+def write_atomically(file: Path, text: str) -> None:
     """Write a small text file atomically."""
     temporary = file.with_name(f".{file.name}.tmp")
     try:
@@ -268,7 +268,7 @@ def _write(file: Path, text: str) -> None:
 
 
 @contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
+def interrupts() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C or SIGTERM into a flag, so that no chunk is lost half-written."""
     received: list[int] = []
 

@@ -166,6 +166,7 @@ class Metrics:
       value_loss: mean squared error that the fit of the value function leaves, on at most 1024 samples of the batch
         (adam: on all, averaged over its last epoch).
       explained_variance: 1 − Var[return − V]/Var[return] before the fit; 1 is perfect, 0 a constant's worth.
+      finite: 1 if every reward, observation and parameter was a finite number, 0 otherwise.
     """
 
     episode_return: Array
@@ -183,3 +184,4 @@ class Metrics:
     cg_residual: Array
     value_loss: Array
     explained_variance: Array
+    finite: Array

@@ -32,8 +32,8 @@ def save(path: str | os.PathLike[str], state: PyTree) -> None:
     path = Path(path)
     arrays: dict[str, np.ndarray] = {}
     keys: dict[str, str] = {}
-    for name, leaf in _named_leaves(state):
-        if _is_key(leaf):
+    for name, leaf in named_leaves(state):
+        if is_key(leaf):
             keys[name] = str(jax.random.key_impl(leaf))
             leaf = jax.random.key_data(leaf)
         arrays[name] = np.asarray(leaf)
@@ -71,7 +71,7 @@ def load(path: str | os.PathLike[str], like: PyTree) -> Any:
         like = jax.eval_shape(init, like, jax.random.key(0))
     arrays, keys = _read(path)
     leaves, batches = [], set()
-    for name, target in _named_leaves(like):
+    for name, target in named_leaves(like):
         if name not in arrays:
             raise UsageError(f"{path} holds no {name}; it was saved with other settings or another version.")
         array = arrays.pop(name)
@@ -111,9 +111,11 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         ) from error
 
 
-def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
+def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    """The leaves of a pytree, each with its path as a name."""
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def _is_key(leaf: Any) -> bool:
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed PRNG keys."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

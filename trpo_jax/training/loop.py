@@ -140,7 +140,14 @@ def _iterate(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     learn = _one_by_one(_learn) if jax.default_backend() == "cpu" else _learn
     learned, update, value_loss, explained = learn(config, learned, batch)
     state = dataclasses.replace(state, iteration=state.iteration + 1, **learned._asdict())
-    return state, _metrics(episodes, update, value_loss, explained)
+    finite = _all_finite(
+        (batch.reward, batch.observation, batch.next_observation, state.policy_params, state.value_params)
+    )
+    return state, _metrics(episodes, update, value_loss, explained, finite)
+
+
+def _all_finite(tree: PyTree) -> Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def _one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -297,7 +304,9 @@ def _adam(config: Config) -> Any:
     return optax.adam(config.value_learning_rate)
 
 
-def _metrics(episodes: EpisodeTotals, update: UpdateInfo, value_loss: Array, explained: Array) -> Metrics:
+def _metrics(
+    episodes: EpisodeTotals, update: UpdateInfo, value_loss: Array, explained: Array, finite: Array
+) -> Metrics:
     count = jnp.where(episodes.count > 0, episodes.count, jnp.float32(jnp.nan))
     return Metrics(
         episode_return=episodes.total_return / count,
@@ -315,4 +324,5 @@ def _metrics(episodes: EpisodeTotals, update: UpdateInfo, value_loss: Array, exp
         cg_residual=update.cg_residual,
         value_loss=value_loss,
         explained_variance=explained,
+        finite=finite.astype(jnp.float32),
     )

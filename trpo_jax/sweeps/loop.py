@@ -1,0 +1,473 @@
+"""Running a sweep: group by group, blocks of agents on every device, each finished block into the folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+
+from trpo_jax.config import UsageError
+from trpo_jax.runs import interrupts
+from trpo_jax.sweeps.grids import (
+    SETTINGS,
+    Point,
+    Spec,
+    group_by_program,
+    make_points,
+    stack_configs,
+)
+from trpo_jax.sweeps.placement import CAPACITY, Programs, agents_per_block, fit_programs
+from trpo_jax.sweeps.storage import Block, Checkpoint, Folder
+from trpo_jax.training.loop import check_key, init
+from trpo_jax.types import Config, Metrics
+
+METRICS = tuple(field.name for field in dataclasses.fields(Metrics))
+_CALL_SECONDS = 2.0  # aimed at: a call of the compiled program, after which progress shows and an interrupt is heard
+_LAST_SHARE = 0.1  # of the iterations count for the training return
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Agents that share a program, point by point, each with its seeds.
+
+    Attributes:
+      points: indices of the points.
+      configs: the configuration of each agent, [A].
+      keys: the PRNG key of each agent, [A].
+    """
+
+    points: list[int]
+    configs: list[Config]
+    keys: Any
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations of every agent."""
+        return self.configs[0].num_iterations
+
+    @property
+    def num_agents(self) -> int:
+        """A."""
+        return len(self.configs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a sweep is.
+
+    Attributes:
+      group: the group at work and the number of groups.
+      blocks: the blocks at work.
+      num_blocks: blocks of the group.
+      iteration: iterations those blocks have done, of `num_iterations`.
+      num_iterations: iterations of each agent of the group.
+      share: of all env steps of this process, done, in [0, 1].
+      steps_per_second: env steps a second since the start, compiling apart.
+      seconds_left: at that speed.
+    """
+
+    group: tuple[int, int]
+    blocks: list[Block]
+    num_blocks: int
+    iteration: int
+    num_iterations: int
+    share: float
+    steps_per_second: float
+    seconds_left: float
+
+
+def make_groups(points: Sequence[Point], keys: Any) -> list[Group]:
+    """The groups of a sweep; agent (point, seed) gets `keys[seed]`, so points are compared on equal seeds."""
+    num_seeds = keys.shape[0]
+    seeds = np.asarray(jax.random.key_data(keys))
+    impl = jax.random.key_impl(keys)
+    groups = []
+    for members in group_by_program(points):
+        configs = [points[i].config for i in members for _ in range(num_seeds)]
+        data = np.tile(seeds, (len(members), *[1] * (seeds.ndim - 1)))
+        groups.append(Group(members, configs, jax.random.wrap_key_data(data, impl=impl)))
+    return groups
+
+
+def seed_keys(spec: Spec) -> Any:
+    """The keys `jax.random.key(seed + i)` of a sweep's seeds."""
+    return jax.jit(jax.vmap(jax.random.key))(spec.seed + np.arange(spec.num_seeds))
+
+
+def sweep(
+    config: Config,
+    grid: Mapping[str, Sequence[Any]],
+    key: Any,
+    *,
+    num_seeds: int = 1,
+    num_episodes: int = 16,
+    devices: Sequence[Any] | None = None,
+) -> SweepResult:
+    """Train every combination of settings over seeds, and judge each agent.
+
+    All combinations that differ in traced settings alone are one compiled program; agents are spread over `devices`,
+    and taken in blocks where memory asks for it. Not to be called inside `jit`: it compiles and runs by itself.
+
+    Args:
+      config: the settings that all share.
+      grid: {setting: values}; every combination is a point, the last setting varying fastest.
+      key: a typed PRNG key; all points share the `num_seeds` keys split from it.
+      num_seeds: S, agents a point.
+      num_episodes: episodes by the policy's mode that judge each agent at the end; 0: none.
+      devices: where to run; by default all devices of this process.
+
+    Returns:
+      A `SweepResult` of NumPy arrays.
+
+    Raises:
+      UsageError: if a setting or value cannot be used.
+    """
+    check_key(key)
+    names = {field.name for field in dataclasses.fields(Config)}
+    base = {name: getattr(config, name) for name in names if name not in grid}
+    points = make_points(Spec(base=base, grid={name: list(values) for name, values in grid.items()}))
+    groups = make_groups(points, jax.random.split(key, num_seeds))
+    devices = jax.local_devices() if devices is None else devices
+    longest = max(group.num_iterations for group in groups)
+    shape = len(points), num_seeds
+    metrics = {name: np.full((*shape, longest), np.nan, np.float32) for name in METRICS}
+    final_return, failed_at = np.full(shape, np.nan, np.float32), np.zeros(shape, np.int32)
+    for group in groups:
+        most = agents_per_block(group.num_agents, len(devices))
+        programs = fit_programs(group.configs[0], most, num_episodes, devices)
+        blocks = cut_into_blocks(group, 0, programs.agents_per_block)
+        for first in range(0, len(blocks), len(devices)):
+            for block, rows in run_blocks(programs, group, blocks[first : first + len(devices)]):
+                agents = np.arange(block.first, block.last)
+                at = np.array(group.points)[agents // num_seeds], agents % num_seeds
+                for name in METRICS:
+                    metrics[name][(*at, slice(group.num_iterations))] = rows[name]
+                final_return[at], failed_at[at] = rows["final_return"], failed_iteration(rows)
+    return SweepResult([point.varied for point in points], Metrics(**metrics), final_return, failed_at)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepResult:
+    """What a sweep gives back: G points, S seeds, I iterations.
+
+    Attributes:
+      points: the varied settings of each point, [G].
+      metrics: `Metrics` of NumPy arrays, [G, S, I]; NaN after the end of a point that has fewer iterations.
+      final_return: mean return of each trained policy's mode, [G, S]; NaN where none was asked for.
+      failed_at: iteration, counted from 1, at which an agent met a number that is not finite; 0 if it did not. [G, S].
+    """
+
+    points: list[dict[str, Any]]
+    metrics: Metrics
+    final_return: np.ndarray
+    failed_at: np.ndarray
+
+
+def cut_into_blocks(group: Group, number: int, agents: int) -> list[Block]:
+    """Blocks of at most `agents` agents."""
+    starts = range(0, group.num_agents, agents)
+    return [Block(number, i, first, min(first + agents, group.num_agents)) for i, first in enumerate(starts)]
+
+
+def run_blocks(
+    programs: Programs,
+    group: Group,
+    blocks: Sequence[Block],
+    checkpoints: Sequence[Checkpoint] | None = None,
+    watch: Callable[[int, Callable[[], list[Checkpoint]]], bool] = lambda done, save: True,
+) -> list[tuple[Block, dict[str, np.ndarray]]]:
+    """Train at most D blocks, one a device, from their start or from checkpoints of one iteration, and judge them.
+
+    Args:
+      programs: the group's programs.
+      group: whose agents.
+      blocks: which of them; blocks shorter than U, and devices without one, are filled up with repeated agents.
+      checkpoints: where the blocks stand, if they stand anywhere.
+      watch: called after each call with the iterations done and a function that gives the checkpoints; it says
+        whether to go on.
+
+    Returns:
+      Each block with its rows: {metric: [agents, num_iterations], "final_return": [agents]}; nothing if `watch` said no.
+    """
+    size, iterations = programs.agents_per_block, group.num_iterations
+    # Whatever fills a program up repeats what is there; its results are dropped.
+    members = [min(i, block.last - 1) for block in blocks for i in range(block.first, block.first + size)]
+    members += members[:1] * (programs.num_blocks * size - len(members))
+    configs = stack_configs([group.configs[i] for i in members])
+    table = {name: np.full((len(members), iterations), np.nan, np.float32) for name in METRICS}
+    if checkpoints:
+        states, done = _join(checkpoints, len(members)), checkpoints[0].done
+        for i, checkpoint in enumerate(checkpoints):
+            for name in METRICS:
+                table[name][i * size : (i + 1) * size] = checkpoint.metrics[name]
+    else:
+        states, done = programs.start(configs, group.keys[np.array(members)]), 0
+
+    def save() -> list[Checkpoint]:
+        cuts = [slice(i * size, (i + 1) * size) for i in range(len(blocks))]
+        host = jax.tree.map(_to_host, states)
+        return [
+            Checkpoint(
+                jax.tree.map(lambda leaf, cut=cut: leaf[cut], host), {n: table[n][cut] for n in METRICS}, done
+            )
+            for cut in cuts
+        ]
+
+    length = 1
+    while done < iterations:
+        length = min(length, iterations - done, CAPACITY)
+        started = time.perf_counter()
+        states, metrics = jax.block_until_ready(programs.advance(configs, states, np.int32(length)))
+        for name in METRICS:
+            table[name][:, done : done + length] = np.asarray(getattr(metrics, name))[:, :length]
+        done += length
+        # At most doubled a call, so that one slow measurement cannot starve the display.
+        length = max(1, min(2 * length, int(length * _CALL_SECONDS / (time.perf_counter() - started))))
+        if not watch(done, save):
+            return []
+    judged = np.asarray(programs.judge(configs, states)) if programs.judge else np.full(len(members), np.nan)
+    table["final_return"] = judged.astype(np.float32)
+    rows = []
+    for i, block in enumerate(blocks):
+        cut = slice(i * size, i * size + block.last - block.first)
+        rows.append((block, {name: values[cut] for name, values in table.items()}))
+    return rows
+
+
+def _to_host(leaf: Any) -> Any:
+    """A NumPy copy; typed PRNG keys stay keys, on the first device."""
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(np.asarray(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+    return np.array(leaf)
+
+
+def _join(checkpoints: Sequence[Checkpoint], total: int) -> Any:
+    """States of the blocks after one another, filled up to `total` agents with the first."""
+
+    def join(*leaves: Any) -> Any:
+        is_key = jax.dtypes.issubdtype(leaves[0].dtype, jax.dtypes.prng_key)
+        parts = [np.asarray(jax.random.key_data(leaf) if is_key else leaf) for leaf in leaves]
+        joined = np.concatenate(parts)
+        joined = np.concatenate([joined, np.repeat(joined[:1], total - len(joined), axis=0)])
+        return jax.random.wrap_key_data(joined, impl=jax.random.key_impl(leaves[0])) if is_key else joined
+
+    return jax.tree.map(join, *(checkpoint.state for checkpoint in checkpoints))
+
+
+def failed_iteration(rows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """First iteration, from 1, whose numbers were not all finite; 0 if there is none. [agents]."""
+    bad = rows["finite"] == 0
+    return np.where(bad.any(axis=1), bad.argmax(axis=1) + 1, 0).astype(np.int32)
+
+
+def training_return(rows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Mean return of the episodes that ended in the last tenth of the iterations; NaN if none did. [agents]."""
+    last = max(1, round(_LAST_SHARE * rows["episode_return"].shape[1]))
+    count = np.nan_to_num(rows["num_episodes"][:, -last:].astype(np.float64))
+    total = np.nansum(rows["episode_return"][:, -last:].astype(np.float64) * count, axis=1)
+    episodes = count.sum(axis=1)
+    return np.where(episodes > 0, total / np.where(episodes > 0, episodes, 1), np.nan).astype(np.float32)
+
+
+# A sweep in a folder
+
+
+def plan(spec: Spec) -> tuple[list[Point], list[Group]]:
+    """The points and groups of a sweep."""
+    points = make_points(spec)
+    return points, make_groups(points, seed_keys(spec))
+
+
+def run_sweep(
+    path: str | os.PathLike[str],
+    spec: Spec,
+    *,
+    process: tuple[int, int] = (0, 1),
+    checkpoint_seconds: float = 60.0,
+    most_agents: int | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> bool:
+    """Run a sweep in a folder, or continue the one that is there, to its end.
+
+    Args:
+      path: the folder.
+      spec: the sweep.
+      process: this process's number and how many there are; block b is done by process b mod the second.
+      checkpoint_seconds: a block at work is saved so often.
+      most_agents: agents a device takes in one program at most; None: as many as serve.
+      report: called after every call of a compiled program.
+
+    Returns:
+      Whether all blocks of all processes are finished.
+
+    Raises:
+      UsageError: if the spec, the folder or a file in it cannot be used; what is finished stays as it is.
+    """
+    points, groups = plan(spec)
+    folder, devices = Folder(path), jax.local_devices()
+    with folder.locked(process[0]), interrupts() as interrupted:
+        folder.describe(dataclasses.asdict(spec), versions())
+        clock = _Clock(spec, points, groups, process)
+        for number, group in enumerate(groups):
+            settled = folder.program(number)
+            if settled and not unfinished(folder, group, number, settled, process):
+                clock.skip(number)
+                continue
+            agents = settled["agents_per_block"] if settled else agents_per_block(group.num_agents, len(devices))
+            if most_agents:
+                agents = min(agents, most_agents)
+            programs = fit_programs(group.configs[0], agents, spec.num_episodes, devices)
+            found = {"agents": group.num_agents, "agents_per_block": programs.agents_per_block}
+            settled = folder.settle_program(number, {**found, "memory": programs.memory})
+            if settled["agents_per_block"] != programs.agents_per_block:
+                raise UsageError(
+                    f"{folder.path} was started with {settled['agents_per_block']} agents a device; there is not "
+                    f"enough memory free for them here, or other numbers were asked for ({programs.agents_per_block})."
+                )
+            pending = unfinished(folder, group, number, settled, process)
+            clock.begin(number, pending)
+            while pending:
+                # Blocks that stand at one iteration run together, the furthest first.
+                stands = {block: folder.newest_iteration(block) for block in pending}
+                most = max(stands.values())
+                together = [block for block in pending if stands[block] == most][: len(devices)]
+                pending = [block for block in pending if block not in together]
+                watch = _Watch(folder, together, checkpoint_seconds, interrupted, clock, report, most)
+                like = functools.partial(_blank, programs, group)
+                checkpoints = [folder.restore(block, like()) for block in together] if most else None
+                for block, rows in run_blocks(programs, group, together, checkpoints, watch):
+                    folder.write_results(block, _rows_to_columns(spec, points, group, block, rows))
+                if interrupted():
+                    return False
+    return all(
+        folder.is_finished(block)
+        for number, group in enumerate(groups)
+        for block in cut_into_blocks(group, number, (folder.program(number) or {})["agents_per_block"])
+    )
+
+
+def unfinished(folder: Folder, group: Group, number: int, settled: Mapping[str, Any], process: tuple[int, int]) -> Any:
+    """The blocks of a group that this process has yet to do."""
+    blocks = cut_into_blocks(group, number, settled["agents_per_block"])
+    mine = [block for block in blocks if block.number % process[1] == process[0]]
+    return [block for block in mine if not folder.is_finished(block)]
+
+
+def versions() -> dict[str, Any]:
+    """What the results were made by."""
+    packages = {name: version(name) for name in ("jax", "jaxlib", "gymnax", "flax", "trpo_jax")}
+    return {"python": platform.python_version(), **packages, "device": jax.local_devices()[0].device_kind}
+
+
+def _blank(programs: Programs, group: Group) -> Checkpoint:
+    """Shapes of a block's checkpoint."""
+    size = programs.agents_per_block
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
+    configs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size,), np.float32), group.configs[0])
+    state = jax.eval_shape(jax.vmap(init), configs, keys)
+    return Checkpoint(state, {name: np.empty((size, group.num_iterations), np.float32) for name in METRICS}, 0)
+
+
+class _Watch:
+    """Between two calls: report, save when it is time, and stop when asked to."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        blocks: list[Block],
+        checkpoint_seconds: float,
+        interrupted: Callable[[], bool],
+        clock: _Clock,
+        report: Callable[[Progress], None],
+        done: int,
+    ):
+        self.folder, self.blocks, self.interval = folder, blocks, checkpoint_seconds
+        self.interrupted, self.clock, self.report = interrupted, clock, report
+        self.saved, self.done = time.monotonic(), done
+
+    def __call__(self, done: int, checkpoints: Callable[[], list[Checkpoint]]) -> bool:
+        self.clock.advance(self.blocks, done - self.done)
+        self.done = done
+        self.report(self.clock.progress(self.blocks, done))
+        stop = self.interrupted()
+        if stop or (time.monotonic() - self.saved >= self.interval and done < self.clock.group.num_iterations):
+            for block, checkpoint in zip(self.blocks, checkpoints(), strict=True):
+                self.folder.save(block, checkpoint)
+            self.saved = time.monotonic()
+        return not stop
+
+
+class _Clock:
+    """Env steps done and to do, and the speed at which they are done."""
+
+    def __init__(self, spec: Spec, points: list[Point], groups: list[Group], process: tuple[int, int]):
+        self.groups, self.number = groups, 0
+        self.steps = [group.num_agents * group.num_iterations * group.configs[0].steps_per_iteration for group in groups]
+        self.steps = [steps / process[1] for steps in self.steps]
+        self.done, self.here, self.seconds, self.since = 0.0, 0.0, 0.0, time.perf_counter()
+        self.num_blocks = 0
+
+    @property
+    def group(self) -> Group:
+        return self.groups[self.number]
+
+    def skip(self, number: int) -> None:
+        self.done += self.steps[number]
+
+    def begin(self, number: int, pending: list[Block]) -> None:
+        """Start on a group whose `pending` blocks are to do; compiling it does not count as time at work."""
+        self.number = number
+        agents = sum(block.last - block.first for block in pending)
+        per_agent = self.group.num_iterations * self.group.configs[0].steps_per_iteration
+        self.done += self.steps[number] - agents * per_agent
+        self.num_blocks = -(-self.group.num_agents // max(1, pending[0].last - pending[0].first)) if pending else 0
+        self.since = time.perf_counter()
+
+    def advance(self, blocks: list[Block], iterations: int) -> None:
+        now = time.perf_counter()
+        agents = sum(block.last - block.first for block in blocks)
+        steps = agents * iterations * self.group.configs[0].steps_per_iteration
+        self.done, self.here = self.done + steps, self.here + steps
+        self.seconds, self.since = self.seconds + now - self.since, now
+
+    def progress(self, blocks: list[Block], iteration: int) -> Progress:
+        speed = self.here / self.seconds if self.seconds else 0.0
+        total = sum(self.steps)
+        return Progress(
+            group=(self.number, len(self.groups)),
+            blocks=blocks,
+            num_blocks=self.num_blocks,
+            iteration=iteration,
+            num_iterations=self.group.num_iterations,
+            share=min(1.0, self.done / total),
+            steps_per_second=speed,
+            seconds_left=max(0.0, total - self.done) / speed if speed else float("inf"),
+        )
+
+
+def _rows_to_columns(
+    spec: Spec, points: list[Point], group: Group, block: Block, rows: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """A block's rows as the columns of its Parquet file."""
+    agents = np.arange(block.first, block.last)
+    at = np.array(group.points, np.int32)[agents // spec.num_seeds]
+    configs = [points[i].config for i in at]
+    failed = failed_iteration(rows)
+    return {
+        "point": at,
+        "seed": (spec.seed + agents % spec.num_seeds).astype(np.int32),
+        **{name: [getattr(config, name) for config in configs] for name in SETTINGS},
+        "env_steps": np.array([c.num_iterations * c.steps_per_iteration for c in configs], np.int64),
+        "final_return": rows["final_return"],
+        "training_return": training_return(rows),
+        "failed_at": np.ma.masked_equal(failed, 0),
+        **{name: rows[name] for name in METRICS},
+    }

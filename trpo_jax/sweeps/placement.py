@@ -1,0 +1,207 @@
+"""Where agents run: one after the other on each CPU core, side by side on an accelerator, sharded over devices and hosts.
+
+Agents never communicate, so every device runs the same program on a block of U agents of its own. On a CPU each agent is
+trained by itself, in a loop over the block, so its bits depend neither on U nor on its neighbours, only on how many threads
+XLA's pool has (it cuts long sums into as many parts): as many as cores, unless NPROC or a larger number of devices say
+otherwise. On an accelerator they depend on U, which is fixed when a sweep starts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from trpo_jax.config import UsageError
+from trpo_jax.training.evaluation import evaluate
+from trpo_jax.training.loop import init, train_chunk
+from trpo_jax.training.memory import program_memory
+from trpo_jax.types import Config, TrainState
+
+CAPACITY = 256  # rows of metrics that a call can hold
+_MOST_AGENTS = {"cpu": 256}  # a block; on a CPU more of them only mean rarer results
+_MOST_AGENTS_ELSEWHERE = 8192
+_SHARE_OF_FREE_MEMORY = 0.8
+_AFTER_LAST = 2**32 - 2  # folded into an agent's key for its evaluation; no iteration bears this number
+_AGENTS = "agents"
+
+
+class Programs(NamedTuple):
+    """The compiled programs of a group of agents, each over D blocks of U agents, [D·U, ...].
+
+    Attributes:
+      start: (configs, keys) -> states.
+      advance: (configs, states, number of iterations ≤ CAPACITY) -> (states, metrics [D·U, capacity]); takes over
+        the memory of the states.
+      judge: (configs, states) -> mean return of the policy's mode over fresh episodes; None where none were asked for.
+      agents_per_block: U.
+      num_blocks: D, devices.
+      memory: bytes that the largest of them needs on each device.
+    """
+
+    start: Any
+    advance: Any
+    judge: Any
+    agents_per_block: int
+    num_blocks: int
+    memory: int
+
+
+def agents_per_block(num_agents: int, num_devices: int) -> int:
+    """How many agents a device takes at most in one program: an equal share of all, within reason."""
+    most = _MOST_AGENTS.get(jax.default_backend(), _MOST_AGENTS_ELSEWHERE)
+    return min(most, -(-num_agents // num_devices))
+
+
+def fit_programs(config: Config, most_agents: int, num_episodes: int, devices: Sequence[Any]) -> Programs:
+    """Compile the programs for blocks of at most `most_agents`: fewer if the devices' free memory says so.
+
+    Raises:
+      UsageError: if not even one agent fits.
+    """
+    free = free_memory(devices)
+    agents = most_agents
+    while True:
+        programs = compile_programs(config, agents, num_episodes, devices)
+        if programs.memory <= _SHARE_OF_FREE_MEMORY * free:
+            return programs
+        if agents == 1:
+            raise UsageError(
+                f"one agent needs {programs.memory / 2**20:,.0f} MiB and the device has {free / 2**20:,.0f} MiB free; "
+                "lower num_envs, num_steps or the size of the networks."
+            )
+        agents = max(1, min(agents - 1, int(0.9 * agents * _SHARE_OF_FREE_MEMORY * free / programs.memory)))
+
+
+def compile_programs(config: Config, agents: int, num_episodes: int, devices: Sequence[Any]) -> Programs:
+    """Compile for blocks of U = `agents` on each device; `config` is any of the group's configurations."""
+    total = agents * len(devices)
+    mesh = Mesh(np.array(devices), (_AGENTS,))
+    capacity = min(config.num_iterations, CAPACITY)
+
+    def advance(config: Config, state: TrainState, length: Any) -> Any:
+        return train_chunk(config, state, length, capacity=capacity)
+
+    def judge(config: Config, state: TrainState) -> Any:
+        key = jax.random.fold_in(state.key, _AFTER_LAST)
+        return jnp.mean(evaluate(config, state, key, num_episodes=num_episodes).episode_return)
+
+    configs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((total,), np.float32), config)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), total))
+    start = _compile(init, mesh, configs, keys)
+    states = jax.eval_shape(jax.vmap(init), configs, keys)
+    compiled = [start, _compile(advance, mesh, configs, states, jax.ShapeDtypeStruct((), np.int32), donate=1)]
+    if num_episodes:
+        compiled.append(_compile(judge, mesh, configs, states))
+    memory = max(program_memory(program) for program in compiled)
+    return Programs(compiled[0], compiled[1], compiled[2] if num_episodes else None, agents, len(devices), memory)
+
+
+def _compile(function: Callable[..., Any], mesh: Mesh, *arguments: Any, donate: int | None = None) -> Any:
+    """Compile `function` of one agent for all agents [D·U, ...] over the mesh; scalars go to every agent."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    each, whole = PartitionSpec(_AGENTS), PartitionSpec()
+    specs = tuple(whole if isinstance(a, jax.ShapeDtypeStruct) and a.shape == () else each for a in arguments)
+
+    def block(*arguments: Any) -> Any:
+        agents = tuple(a for a, spec in zip(arguments, specs, strict=True) if spec is each)
+        shared = arguments[len(agents) :]
+        one = lambda agent: function(*agent, *shared)  # noqa: E731
+        return jax.lax.map(one, agents) if on_cpu else jax.vmap(one)(agents)
+
+    block.__name__ = function.__name__
+    # `check_vma` does not know custom batching rules and scans that start from constants.
+    sharded = jax.shard_map(block, mesh=mesh, in_specs=specs, out_specs=each, check_vma=False)
+    jitted = jax.jit(
+        sharded,
+        in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
+        donate_argnums=() if donate is None else donate,
+    )
+    return jitted.lower(*arguments).compile()
+
+
+def free_memory(devices: Sequence[Any]) -> int:
+    """Bytes free on each device; on a CPU an equal share of what the machine, or the container, has left."""
+    if devices[0].platform != "cpu":
+        statistics = [device.memory_stats() or {} for device in devices]
+        return min(s.get("bytes_limit", 2**62) - s.get("bytes_in_use", 0) for s in statistics)
+    return _free_host_memory() // len(devices)
+
+
+def _free_host_memory() -> int:
+    found = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        found.append(int(text) - int(used.read_text()))
+    if not found:  # no Linux: half of what is built in
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    return max(0, min(found))
+
+
+def connect_hosts(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> tuple[int, int]:
+    """This process's number and how many there are; call it before anything touches a device.
+
+    With a coordinator's address (host:port of process 0), or in a SLURM job of several tasks or on a TPU pod, where
+    everything is detected, the processes meet by `jax.distributed`. Numbers without a coordinator, as a job array has
+    them, need no meeting: the processes then know of each other only through the sweep's folder.
+
+    Raises:
+      UsageError: if the numbers do not fit together or the processes do not meet.
+    """
+    if (num_processes is None) != (process_id is None):
+        raise UsageError("num_processes and process_id belong together; give both or none.")
+    if num_processes is not None and process_id is not None:
+        if num_processes < 1 or not 0 <= process_id < num_processes:
+            raise UsageError(f"process_id must lie in 0 … num_processes - 1 = {num_processes - 1}, got {process_id}.")
+        if coordinator is None:
+            return process_id, num_processes
+    elif coordinator is None and not _on_a_cluster():
+        return 0, 1
+    try:
+        # A process that is done waits for the others at its exit, for as long as they may take.
+        jax.distributed.initialize(coordinator, num_processes, process_id, shutdown_timeout_seconds=30 * 24 * 3600)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UsageError(f"the processes did not meet at {coordinator or 'the cluster'}: {reason}.") from error
+    return jax.process_index(), jax.process_count()
+
+
+def _on_a_cluster() -> bool:
+    tasks = os.environ.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in os.environ else "1"
+    return (tasks.isdigit() and int(tasks) > 1) or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def shard_environments(state: TrainState, devices: Sequence[Any] | None = None) -> TrainState:
+    """Spread the environments of one large agent over devices; parameters are copied to each.
+
+    `train_step` on the result is data-parallel: every device steps its share of the N environments, and gradients,
+    Fisher products, advantage and observation statistics are sums over all devices.
+
+    Args:
+      state: the state of one agent.
+      devices: where to; by default all devices.
+
+    Raises:
+      UsageError: if the number of devices does not divide N.
+    """
+    devices = jax.devices() if devices is None else devices
+    num_envs = state.observation.shape[0]
+    if num_envs % len(devices):
+        raise UsageError(f"num_envs={num_envs} is not a multiple of the {len(devices)} devices; choose one that is.")
+    mesh = Mesh(np.array(devices), ("envs",))
+    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("envs"))
+    of_environments = {"env_state", "observation", "episode_return", "episode_length"}
+    fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
+    return TrainState(**jax.device_put(fields, {n: split if n in of_environments else whole for n in fields}))
