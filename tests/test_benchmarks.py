@@ -13,7 +13,6 @@ from trpo_jax.benchmarks import peers, report
 from trpo_jax.benchmarks.measure import (
     PARTS,
     TimeToThreshold,
-    interquartile_mean,
     measure_many,
     measure_one,
     measure_policy_update,
@@ -39,13 +38,6 @@ def test_programs_run_in_turn_after_a_warm_up_and_wait_for_their_results():
     assert order == ["short", "long"] * 4
     assert [len(values) for values in seconds.values()] == [3, 3]
     assert seconds["long"].min() >= 0.02 > np.median(seconds["short"])
-
-
-def test_interquartile_mean():
-    assert interquartile_mean([1, 2, 3, 4]) == 2.5
-    assert interquartile_mean([5]) == 5
-    assert interquartile_mean([0, 1, 2, 3, 4, 5, 6, 100]) == 3.5
-    assert interquartile_mean([1, 1, 1, math.inf]) == 1  # a seed that never got there is not left out, but is an end
 
 
 @pytest.fixture(scope="module")

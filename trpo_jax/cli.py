@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import platform
@@ -52,8 +53,9 @@ def _parser() -> _Parser:
     train = commands.add_parser(
         "train", help="train agents; the folder keeps metrics, checkpoints and a plot", allow_abbrev=False
     )
-    train.add_argument("env", nargs="?", default="CartPole-v1", help="environment (default: CartPole-v1)")
+    train.add_argument("env", nargs="?", help="environment (default: CartPole-v1)")
     train.add_argument("--output", help="folder of the run (default: runs/ENV)")
+    train.add_argument("--config", help="TOML file of settings, such as `trpo-jax tune` writes; flags override it")
     train.add_argument("--seed", type=_whole, default=0, help="seed of the first agent (default: 0)")
     train.add_argument("--num-seeds", type=_whole, default=1, help="agents trained side by side (default: 1)")
     train.add_argument(
@@ -72,6 +74,8 @@ def _parser() -> _Parser:
     resume = commands.add_parser("resume", help="continue a run that was stopped", allow_abbrev=False)
     resume.add_argument("path", help="folder of the run")
     resume.set_defaults(run=_resume)
+
+    _add_sweep_commands(commands)
 
     benchmark = commands.add_parser(
         "benchmark",
@@ -103,6 +107,46 @@ def _parser() -> _Parser:
     envs = commands.add_parser("envs", help="list what can be trained, with spaces and limits", allow_abbrev=False)
     envs.set_defaults(run=_envs)
     return parser
+
+
+def _add_sweep_commands(commands: Any) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="train agents over settings and seeds, as a file says; continues what is there",
+        allow_abbrev=False,
+    )
+    sweep.add_argument("file", help="TOML file of the sweep")
+    sweep.add_argument("--output", help="folder of the sweep (default: sweeps/NAME-OF-THE-FILE)")
+    sweep.add_argument("--dry-run", action="store_true", help="print programs, agents and memory, and train nothing")
+    sweep.add_argument(
+        "--checkpoint-seconds", type=float, default=60.0, help="save agents at work this often (default: 60)"
+    )
+    sweep.add_argument(
+        "--agents-per-device", type=_whole, help="agents a device takes in one program (default: as memory allows)"
+    )
+    sweep.add_argument(
+        "--num-devices", type=_whole, help="CPU only: devices to make of its cores (default: one a core)"
+    )
+    sweep.add_argument("--coordinator", help="host:port of process 0, where several hosts meet")
+    sweep.add_argument("--num-processes", type=_whole, help="processes that share the sweep and its folder")
+    sweep.add_argument("--process-id", type=_whole, help="which of them this is, from 0")
+    sweep.set_defaults(run=_sweep)
+
+    report = commands.add_parser(
+        "report", help="table, pictures and page of a sweep, finished or not", allow_abbrev=False
+    )
+    report.add_argument("path", help="folder of the sweep")
+    report.set_defaults(run=_report)
+
+    tune = commands.add_parser(
+        "tune", help="search settings with Optuna, batches of trials as one program", allow_abbrev=False
+    )
+    tune.add_argument("file", help="TOML file with [base] settings and [random] distributions")
+    tune.add_argument("--output", help="folder of the search (default: searches/NAME-OF-THE-FILE)")
+    tune.add_argument("--num-trials", type=_whole, help="trials (default: count in [random])")
+    tune.add_argument("--batch", type=_whole, default=16, help="trials trained together (default: 16)")
+    tune.add_argument("--storage", help="Optuna storage URL (default: an SQLite file in the folder)")
+    tune.set_defaults(run=_tune)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -143,11 +187,27 @@ def _flags(parser: argparse.ArgumentParser, command: str) -> list[str]:
 def _config(namespace: argparse.Namespace, **defaults: Any) -> Config:
     flags = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(Config) if f.metadata["flag"]}
     given = {name: value for name, value in flags.items() if value is not None}
-    return Config(env=namespace.env).replace(**{**defaults, **given})
+    if namespace.env is not None:
+        given["env"] = namespace.env
+    return Config().replace(**{**defaults, **given})
+
+
+def _settings_from(path: str) -> dict[str, Any]:
+    """Settings in a TOML file, as names and values."""
+    import tomllib
+
+    try:
+        settings = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {str(error).rstrip('.')}.") from None
+    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+    return {n: float(v) if kinds.get(n) == "float" and type(v) is int else v for n, v in settings.items()}
 
 
 def _train(namespace: argparse.Namespace) -> int:
-    config = _config(namespace)
+    config = _config(namespace, **(_settings_from(namespace.config) if namespace.config else {}))
     if namespace.num_seeds < 1:
         raise UsageError(f"num_seeds must be at least 1, got {namespace.num_seeds}.")
     if namespace.seed < 0:
@@ -164,7 +224,7 @@ def _train(namespace: argparse.Namespace) -> int:
         raise UsageError(
             f"initial_log_std sets σ of a Gaussian policy, but {config.env} has discrete actions; leave it out."
         )
-    output = namespace.output or f"runs/{namespace.env}"
+    output = namespace.output or f"runs/{config.env}"
     return _continue(create_run(output, config, namespace.seed, namespace.num_seeds))
 
 
@@ -275,6 +335,181 @@ class _Display:
         elif progress.seconds - self.printed >= 1 or progress.iteration == self.config.num_iterations:
             self.printed = progress.seconds
             self.console.print(status, soft_wrap=True)
+
+
+def _sweep(namespace: argparse.Namespace) -> int:
+    for name in ("agents_per_device", "num_devices"):
+        if (value := getattr(namespace, name)) is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}.")
+    if not namespace.checkpoint_seconds >= 0:
+        raise UsageError(f"checkpoint_seconds must not be negative, got {namespace.checkpoint_seconds}.")
+    output = Path(namespace.output or f"sweeps/{Path(namespace.file).stem}")
+    _use_every_core(output, namespace.num_devices)
+    _start_quickly()
+    from trpo_jax.sweeps.grids import read_spec
+    from trpo_jax.sweeps.loop import outline, plan, run_sweep
+    from trpo_jax.sweeps.placement import connect_hosts
+
+    console = _console()
+    spec = read_spec(namespace.file)
+    if namespace.dry_run:
+        titles, rows = outline(spec, most_agents=namespace.agents_per_device)
+        _print_table(console, f"{namespace.file}: {len(rows)} programs", titles, rows)
+        return 0
+    process = connect_hosts(namespace.coordinator, namespace.num_processes, namespace.process_id)
+    points, groups = plan(spec)
+    where = f", process {process[0]} of {process[1]}" if process[1] > 1 else ""
+    console.print(
+        f"{len(points)} points x {spec.num_seeds} seeds = {len(points) * spec.num_seeds:,} agents, "
+        f"{len(groups)} {'programs' if len(groups) > 1 else 'program'}{where}. Compiling …",
+        soft_wrap=True,
+    )
+    with _SweepDisplay(console) as display:
+        complete = run_sweep(
+            output,
+            spec,
+            process=process,
+            checkpoint_seconds=namespace.checkpoint_seconds,
+            most_agents=namespace.agents_per_device,
+            report=display,
+        )
+    if complete:
+        return _show_report(output)
+    if display.interrupted:
+        console.print("Stopped; the same command continues.")
+        return 130
+    console.print(f"This process is done; `trpo-jax report {output}` shows what all have finished.", soft_wrap=True)
+    return 0
+
+
+def _use_every_core(folder: Path, num_devices: int | None) -> None:
+    """On a CPU, make each core a device; a sweep that is there goes on with as many threads as it was started with."""
+    import json
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # new, or damaged and reported in its place
+        threads = json.loads((folder / "sweep.json").read_text())["made_by"]["threads"]
+    if isinstance(threads, int):
+        os.environ.setdefault("NPROC", str(threads))
+        cores = min(cores, threads)
+    import jax
+
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", num_devices or cores)
+
+
+class _SweepDisplay:
+    """The live line of a sweep, or plain lines a few seconds apart."""
+
+    def __init__(self, console: Any):
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        self.console, self.last, self.printed = console, None, 0.0
+        self.live = Bar(BarColumn(bar_width=20), TextColumn("{task.fields[status]}"), console=console)
+        self.task = self.live.add_task("", total=1.0, status="")
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last report was not the end of this process's share."""
+        return self.last is not None and self.last.share < 1 - 1e-9
+
+    def __enter__(self) -> _SweepDisplay:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self.live.stop()
+
+    def __call__(self, progress: Any) -> None:
+        import time
+
+        self.last = progress
+        minutes, seconds = divmod(round(progress.seconds_left), 60)
+        blocks = f"{progress.blocks[0].number + 1}"
+        blocks += f"–{progress.blocks[-1].number + 1}" if len(progress.blocks) > 1 else ""
+        status = (
+            f"{progress.share:6.1%}  program {progress.group[0] + 1}/{progress.group[1]}  "
+            f"blocks {blocks}/{progress.num_blocks}  iteration {progress.iteration}/{progress.num_iterations}  "
+            f"{progress.steps_per_second:>9,.0f} steps/s  {minutes}:{seconds:02d} left"
+        )
+        if self.console.is_terminal:
+            self.live.update(self.task, completed=progress.share, status=status)
+        elif time.monotonic() - self.printed >= 5 or progress.share >= 1:
+            self.printed = time.monotonic()
+            self.console.print(status, soft_wrap=True)
+
+
+def _report(namespace: argparse.Namespace) -> int:
+    return _show_report(Path(namespace.path))
+
+
+def _show_report(path: Path) -> int:
+    from trpo_jax.sweeps.reports import make_report, table_of, write_report
+
+    report, console, shown = make_report(path), _console(), 20
+    for env, rows in report.rows.items():
+        titles, cells = table_of(rows)
+        _print_table(console, f"{env}: {report.score}", titles, cells[:shown])
+        if len(cells) > shown:
+            console.print(f"and {len(cells) - shown} more.")
+    if report.failures:
+        console.print(f"{len(report.failures)} agents met a number that was not finite; the page names them.")
+    page = write_report(path, report)
+    console.print(f"Page: {page}", soft_wrap=True)
+    return 0
+
+
+def _tune(namespace: argparse.Namespace) -> int:
+    for name in ("num_trials", "batch"):
+        if (value := getattr(namespace, name)) is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}.")
+    output = Path(namespace.output or f"searches/{Path(namespace.file).stem}")
+    _use_every_core(output, None)
+    _start_quickly()
+    from trpo_jax.sweeps.grids import read_spec
+    from trpo_jax.sweeps.search import Batch, tune
+
+    console = _console()
+    spec = read_spec(namespace.file)
+    if namespace.num_trials is not None:
+        spec = dataclasses.replace(spec, random={**spec.random, "count": namespace.num_trials})
+
+    def show(batch: Batch) -> None:
+        console.print(
+            f"{batch.told:>5} of {batch.count} trials, {batch.pruned} of the last batch stopped early; its best "
+            f"{batch.batch_best:.1f}, best of all {batch.best:.1f}",
+            soft_wrap=True,
+        )
+
+    file, score = tune(output, spec, batch=namespace.batch, storage=namespace.storage, report=show)
+    console.print(file.read_text(), highlight=False)
+    console.print(
+        f"Score {score:.1f} on {spec.num_seeds} seeds that only tuning uses. "
+        f"Next: `trpo-jax train --config {file} --num-seeds 8`",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def _print_table(console: Any, title: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for i, column in enumerate(titles):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _evaluate(namespace: argparse.Namespace) -> int:

@@ -202,7 +202,7 @@ def plot_learning_curve(run: Run) -> Path:
     metrics = read_metrics(run)
     steps = np.unique(metrics["env_steps"])
     returns = metrics["episode_return"].reshape(len(steps), run.num_seeds)
-    returns = _fill_forward(returns)  # an iteration in which no episode ended says nothing new
+    returns = fill_forward(returns)  # an iteration in which no episode ended says nothing new
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -287,11 +287,11 @@ def interrupts() -> Iterator[Callable[[], bool]]:
 
 def _last_mean(rows: np.ndarray) -> float:
     """Mean over agents [A] of each one's last value in [A, rows] that is not NaN."""
-    filled = _fill_forward(rows.T)[-1]
+    filled = fill_forward(rows.T)[-1]
     return float(np.mean(filled[~np.isnan(filled)])) if not np.isnan(filled).all() else float("nan")
 
 
-def _fill_forward(rows: np.ndarray) -> np.ndarray:
+def fill_forward(rows: np.ndarray) -> np.ndarray:
     """Replace NaN by the last number above it in each column of [rows, A]."""
     index = np.where(np.isnan(rows), 0, np.arange(len(rows))[:, None])
     np.maximum.accumulate(index, axis=0, out=index)

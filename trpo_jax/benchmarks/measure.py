@@ -25,6 +25,7 @@ from trpo_jax.steps.line_searches import backtracking_line_search, parallel_line
 from trpo_jax.steps.objectives import mean_kl, surrogate
 from trpo_jax.steps.solvers import conjugate_gradient
 from trpo_jax.steps.trust_region import candidate_judge, natural_gradient, surrogate_gradient, trpo_update
+from trpo_jax.sweeps.statistics import interquartile_mean
 from trpo_jax.training.evaluation import evaluate
 from trpo_jax.training.loop import (
     Learned,
@@ -333,17 +334,10 @@ class TimeToThreshold:
 def threshold_summary(results: list[dict[str, float]]) -> dict[str, Any]:
     """The interquartile mean over seeds of seconds and env steps, beside every seed's own."""
     return {
-        "seconds": interquartile_mean([result["seconds"] for result in results]),
-        "env_steps": interquartile_mean([result["env_steps"] for result in results]),
+        "seconds": float(interquartile_mean([result["seconds"] for result in results])),
+        "env_steps": float(interquartile_mean([result["env_steps"] for result in results])),
         "seeds": results,
     }
-
-
-def interquartile_mean(values: Any) -> float:
-    """Mean of the middle half (Agarwal et al. 2021); a quarter of the values, rounded down, is left out at each end."""
-    ordered = np.sort(np.asarray(values, np.float64))
-    cut = len(ordered) // 4
-    return float(np.mean(ordered[cut : len(ordered) - cut]))
 
 
 def settings_of(config: Config) -> dict[str, Any]:

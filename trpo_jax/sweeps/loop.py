@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -24,9 +23,18 @@ from trpo_jax.sweeps.grids import (
     make_points,
     stack_configs,
 )
-from trpo_jax.sweeps.placement import CAPACITY, Programs, agents_per_block, fit_programs
+from trpo_jax.sweeps.placement import (
+    CAPACITY,
+    Programs,
+    agents_per_block,
+    fit_programs,
+    from_host,
+    num_threads,
+    to_host,
+)
 from trpo_jax.sweeps.storage import Block, Checkpoint, Folder
-from trpo_jax.training.loop import check_key, init
+from trpo_jax.training.checkpoints import is_key
+from trpo_jax.training.loop import check_key
 from trpo_jax.types import Config, Metrics
 
 METRICS = tuple(field.name for field in dataclasses.fields(Metrics))
@@ -87,12 +95,12 @@ class Progress:
 def make_groups(points: Sequence[Point], keys: Any) -> list[Group]:
     """The groups of a sweep; agent (point, seed) gets `keys[seed]`, so points are compared on equal seeds."""
     num_seeds = keys.shape[0]
-    seeds = np.asarray(jax.random.key_data(keys))
+    seeds: Any = np.asarray(jax.random.key_data(keys))
     impl = jax.random.key_impl(keys)
     groups = []
     for members in group_by_program(points):
         configs = [points[i].config for i in members for _ in range(num_seeds)]
-        data = np.tile(seeds, (len(members), *[1] * (seeds.ndim - 1)))
+        data: Any = np.tile(seeds, (len(members), *[1] * (seeds.ndim - 1)))
         groups.append(Group(members, configs, jax.random.wrap_key_data(data, impl=impl)))
     return groups
 
@@ -138,7 +146,7 @@ def sweep(
     devices = jax.local_devices() if devices is None else devices
     longest = max(group.num_iterations for group in groups)
     shape = len(points), num_seeds
-    metrics = {name: np.full((*shape, longest), np.nan, np.float32) for name in METRICS}
+    metrics: dict[str, Any] = {name: np.full((*shape, longest), np.nan, np.float32) for name in METRICS}
     final_return, failed_at = np.full(shape, np.nan, np.float32), np.zeros(shape, np.int32)
     for group in groups:
         most = agents_per_block(group.num_agents, len(devices))
@@ -195,7 +203,7 @@ def run_blocks(
         whether to go on.
 
     Returns:
-      Each block with its rows: {metric: [agents, num_iterations], "final_return": [agents]}; nothing if `watch` said no.
+      Each block with its rows {metric: [agents, num_iterations], "final_return": [agents]}; none if `watch` said no.
     """
     size, iterations = programs.agents_per_block, group.num_iterations
     # Whatever fills a program up repeats what is there; its results are dropped.
@@ -204,7 +212,12 @@ def run_blocks(
     configs = stack_configs([group.configs[i] for i in members])
     table = {name: np.full((len(members), iterations), np.nan, np.float32) for name in METRICS}
     if checkpoints:
-        states, done = _join(checkpoints, len(members)), checkpoints[0].done
+        fill = len(members) - size * len(checkpoints)
+        host = jax.tree.map(
+            lambda *leaves: np.concatenate([*leaves, np.repeat(leaves[0][:1], fill, axis=0)]),
+            *(checkpoint.state for checkpoint in checkpoints),
+        )
+        states, done = from_host(host, programs.states), checkpoints[0].done
         for i, checkpoint in enumerate(checkpoints):
             for name in METRICS:
                 table[name][i * size : (i + 1) * size] = checkpoint.metrics[name]
@@ -212,12 +225,9 @@ def run_blocks(
         states, done = programs.start(configs, group.keys[np.array(members)]), 0
 
     def save() -> list[Checkpoint]:
-        cuts = [slice(i * size, (i + 1) * size) for i in range(len(blocks))]
-        host = jax.tree.map(_to_host, states)
+        cuts, host = [slice(i * size, (i + 1) * size) for i in range(len(blocks))], to_host(states)
         return [
-            Checkpoint(
-                jax.tree.map(lambda leaf, cut=cut: leaf[cut], host), {n: table[n][cut] for n in METRICS}, done
-            )
+            Checkpoint(jax.tree.map(lambda leaf, cut=cut: leaf[cut], host), {n: table[n][cut] for n in METRICS}, done)
             for cut in cuts
         ]
 
@@ -240,26 +250,6 @@ def run_blocks(
         cut = slice(i * size, i * size + block.last - block.first)
         rows.append((block, {name: values[cut] for name, values in table.items()}))
     return rows
-
-
-def _to_host(leaf: Any) -> Any:
-    """A NumPy copy; typed PRNG keys stay keys, on the first device."""
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(np.asarray(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
-    return np.array(leaf)
-
-
-def _join(checkpoints: Sequence[Checkpoint], total: int) -> Any:
-    """States of the blocks after one another, filled up to `total` agents with the first."""
-
-    def join(*leaves: Any) -> Any:
-        is_key = jax.dtypes.issubdtype(leaves[0].dtype, jax.dtypes.prng_key)
-        parts = [np.asarray(jax.random.key_data(leaf) if is_key else leaf) for leaf in leaves]
-        joined = np.concatenate(parts)
-        joined = np.concatenate([joined, np.repeat(joined[:1], total - len(joined), axis=0)])
-        return jax.random.wrap_key_data(joined, impl=jax.random.key_impl(leaves[0])) if is_key else joined
-
-    return jax.tree.map(join, *(checkpoint.state for checkpoint in checkpoints))
 
 
 def failed_iteration(rows: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -341,8 +331,8 @@ def run_sweep(
                 together = [block for block in pending if stands[block] == most][: len(devices)]
                 pending = [block for block in pending if block not in together]
                 watch = _Watch(folder, together, checkpoint_seconds, interrupted, clock, report, most)
-                like = functools.partial(_blank, programs, group)
-                checkpoints = [folder.restore(block, like()) for block in together] if most else None
+                blank = _blank(programs, group.num_iterations)
+                checkpoints = [folder.restore(block, blank) for block in together] if most else None
                 for block, rows in run_blocks(programs, group, together, checkpoints, watch):
                     folder.write_results(block, _rows_to_columns(spec, points, group, block, rows))
                 if interrupted():
@@ -352,6 +342,43 @@ def run_sweep(
         for number, group in enumerate(groups)
         for block in cut_into_blocks(group, number, (folder.program(number) or {})["agents_per_block"])
     )
+
+
+def outline(spec: Spec, most_agents: int | None = None) -> tuple[list[str], list[list[str]]]:
+    """What a sweep would run, one row a program: titles and cells. Compiles the programs, which the sweep then finds
+    in the compilation cache."""
+    points, groups = plan(spec)
+    devices = jax.local_devices()
+    titles = [
+        "environment",
+        "points",
+        "agents",
+        "devices x agents",
+        "runs",
+        "env steps",
+        "memory a device",
+        "static settings",
+    ]
+    static = [name for name in SETTINGS if len({str(getattr(p.config, name)) for p in points}) > 1]
+    rows = []
+    for group in groups:
+        most = min(agents_per_block(group.num_agents, len(devices)), most_agents or group.num_agents)
+        programs = fit_programs(group.configs[0], most, spec.num_episodes, devices)
+        config = group.configs[0]
+        same = [n for n in static if n != "env" and len({str(getattr(c, n)) for c in group.configs}) == 1]
+        rows.append(
+            [
+                str(config.env),
+                str(len(group.points)),
+                f"{group.num_agents:,}",
+                f"{len(devices)} x {programs.agents_per_block}",
+                str(-(-group.num_agents // (programs.agents_per_block * len(devices)))),
+                f"{group.num_agents * group.num_iterations * config.steps_per_iteration:,}",
+                f"{programs.memory / 2**20:,.1f} MiB",
+                ", ".join(f"{name}={getattr(config, name)}" for name in same),
+            ]
+        )
+    return titles, rows
 
 
 def unfinished(folder: Folder, group: Group, number: int, settled: Mapping[str, Any], process: tuple[int, int]) -> Any:
@@ -364,16 +391,21 @@ def unfinished(folder: Folder, group: Group, number: int, settled: Mapping[str, 
 def versions() -> dict[str, Any]:
     """What the results were made by."""
     packages = {name: version(name) for name in ("jax", "jaxlib", "gymnax", "flax", "trpo_jax")}
-    return {"python": platform.python_version(), **packages, "device": jax.local_devices()[0].device_kind}
+    device = jax.local_devices()[0]
+    threads = {"threads": num_threads()} if device.platform == "cpu" else {}
+    return {"python": platform.python_version(), **packages, "device": device.device_kind, **threads}
 
 
-def _blank(programs: Programs, group: Group) -> Checkpoint:
+def _blank(programs: Programs, num_iterations: int) -> Checkpoint:
     """Shapes of a block's checkpoint."""
     size = programs.agents_per_block
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
-    configs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size,), np.float32), group.configs[0])
-    state = jax.eval_shape(jax.vmap(init), configs, keys)
-    return Checkpoint(state, {name: np.empty((size, group.num_iterations), np.float32) for name in METRICS}, 0)
+
+    def empty(leaf: Any) -> np.ndarray:
+        shape = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
+        return np.empty((size, *shape.shape[1:]), shape.dtype)
+
+    state = jax.tree.map(empty, programs.states)
+    return Checkpoint(state, {name: np.empty((size, num_iterations), np.float32) for name in METRICS}, 0)
 
 
 class _Watch:
@@ -410,8 +442,8 @@ class _Clock:
 
     def __init__(self, spec: Spec, points: list[Point], groups: list[Group], process: tuple[int, int]):
         self.groups, self.number = groups, 0
-        self.steps = [group.num_agents * group.num_iterations * group.configs[0].steps_per_iteration for group in groups]
-        self.steps = [steps / process[1] for steps in self.steps]
+        agents = [group.num_agents * group.num_iterations / process[1] for group in groups]
+        self.steps = [n * group.configs[0].steps_per_iteration for n, group in zip(agents, groups, strict=True)]
         self.done, self.here, self.seconds, self.since = 0.0, 0.0, 0.0, time.perf_counter()
         self.num_blocks = 0
 

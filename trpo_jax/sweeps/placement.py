@@ -1,9 +1,9 @@
-"""Where agents run: one after the other on each CPU core, side by side on an accelerator, sharded over devices and hosts.
+"""Where agents run: in a loop on each CPU core, side by side on an accelerator, sharded over devices and hosts.
 
-Agents never communicate, so every device runs the same program on a block of U agents of its own. On a CPU each agent is
-trained by itself, in a loop over the block, so its bits depend neither on U nor on its neighbours, only on how many threads
-XLA's pool has (it cuts long sums into as many parts): as many as cores, unless NPROC or a larger number of devices say
-otherwise. On an accelerator they depend on U, which is fixed when a sweep starts.
+Agents never communicate, so every device runs the same program on a block of U agents of its own. On a CPU each agent
+is trained by itself, in a loop over the block, so its bits depend neither on U nor on its neighbours, only on how many
+threads XLA's pool has (it cuts long sums into as many parts): as many as cores, unless NPROC or a larger number of
+devices say otherwise. On an accelerator they depend on U, which is fixed when a sweep starts.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trpo_jax.config import UsageError
+from trpo_jax.training.checkpoints import is_key
 from trpo_jax.training.evaluation import evaluate
 from trpo_jax.training.loop import init, train_chunk
 from trpo_jax.training.memory import program_memory
@@ -43,6 +44,7 @@ class Programs(NamedTuple):
       agents_per_block: U.
       num_blocks: D, devices.
       memory: bytes that the largest of them needs on each device.
+      states: shapes of the states, [D·U, ...].
     """
 
     start: Any
@@ -51,6 +53,7 @@ class Programs(NamedTuple):
     agents_per_block: int
     num_blocks: int
     memory: int
+    states: TrainState
 
 
 def agents_per_block(num_agents: int, num_devices: int) -> int:
@@ -100,7 +103,8 @@ def compile_programs(config: Config, agents: int, num_episodes: int, devices: Se
     if num_episodes:
         compiled.append(_compile(judge, mesh, configs, states))
     memory = max(program_memory(program) for program in compiled)
-    return Programs(compiled[0], compiled[1], compiled[2] if num_episodes else None, agents, len(devices), memory)
+    judge_or_none = compiled[2] if num_episodes else None
+    return Programs(compiled[0], compiled[1], judge_or_none, agents, len(devices), memory, states)
 
 
 def _compile(function: Callable[..., Any], mesh: Mesh, *arguments: Any, donate: int | None = None) -> Any:
@@ -126,6 +130,21 @@ def _compile(function: Callable[..., Any], mesh: Mesh, *arguments: Any, donate: 
     return jitted.lower(*arguments).compile()
 
 
+def to_host(states: TrainState) -> TrainState:
+    """NumPy copies of states; typed PRNG keys as their raw data."""
+    return jax.tree.map(lambda leaf: np.array(jax.random.key_data(leaf) if is_key(leaf) else leaf), states)
+
+
+def from_host(states: TrainState, like: TrainState) -> TrainState:
+    """States that the programs take, from what `to_host` gave; `like` says where the keys are."""
+    impls = {jax.random.key(0, impl=name).dtype: name for name in ("threefry2x32", "rbg", "unsafe_rbg")}
+
+    def restore(array: Any, leaf: Any) -> Any:
+        return jax.random.wrap_key_data(array, impl=impls[leaf.dtype]) if is_key(leaf) else array
+
+    return jax.tree.map(restore, states, like)
+
+
 def free_memory(devices: Sequence[Any]) -> int:
     """Bytes free on each device; on a CPU an equal share of what the machine, or the container, has left."""
     if devices[0].platform != "cpu":
@@ -146,6 +165,13 @@ def _free_host_memory() -> int:
     if not found:  # no Linux: half of what is built in
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     return max(0, min(found))
+
+
+def num_threads() -> int:
+    """Threads in the pool that XLA computes with on a CPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("NPROC", "")
+    return max(int(asked) if asked.isdigit() and int(asked) else cores, jax.local_device_count())
 
 
 def connect_hosts(

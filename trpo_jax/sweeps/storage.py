@@ -23,7 +23,6 @@ import numpy as np
 
 from trpo_jax.config import UsageError
 from trpo_jax.runs import write_atomically
-from trpo_jax.training.checkpoints import is_key, named_leaves
 from trpo_jax.types import TrainState
 
 
@@ -40,7 +39,7 @@ class Block(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """A block at work: its states [U, ...], the metrics so far {name: [U, num_iterations]}, and iterations done."""
+    """A block at work: states [U, ...] from `to_host`, metrics {name: [U, num_iterations]}, and iterations done."""
 
     state: TrainState
     metrics: dict[str, np.ndarray]
@@ -215,12 +214,12 @@ class Folder:
         target = self._checkpoints(block) / f"{checkpoint.done:08d}"
         before = [entry for entry in self._checkpoints(block).glob("*")] if self._checkpoints(block).exists() else []
         try:
-            _checkpointer().save(target, _to_arrays(checkpoint), force=True)
+            _checkpointer().save(target, _to_tree(checkpoint), force=True)
         except Exception as error:  # Orbax and TensorStore answer a full disk each in their own way
             shutil.rmtree(target, ignore_errors=True)
             raise UsageError(
-                f"cannot save {target} ({_first_line(error)}); what is finished is safe, and the same command continues "
-                "when the folder can be written to."
+                f"cannot save {target} ({_first_line(error)}); what is finished is safe, and the same command "
+                "continues when the folder can be written to."
             ) from error
         for entry in before:
             if entry != target:
@@ -233,14 +232,18 @@ class Folder:
           UsageError: if it is damaged.
         """
         entry = max(self._complete(block))
-        target = _to_arrays(like, empty=True)
         try:
-            arrays = _checkpointer().restore(entry, target)
+            found = _checkpointer().restore(entry, _to_tree(like))
         except Exception as error:  # whatever is broken, in whichever of its files
             raise UsageError(
                 f"{entry} is damaged ({_first_line(error)}); remove it, and the sweep trains its agents anew."
             ) from error
-        return _from_arrays(arrays, like)
+        leaves = [found["state"][name] for name, _ in _numbered(like.state)]
+        return Checkpoint(
+            jax.tree.unflatten(jax.tree.structure(like.state), leaves),
+            {name: np.array(values) for name, values in found["metrics"].items()},
+            int(found["done"]),
+        )
 
 
 def _column(values: Any) -> Any:
@@ -268,26 +271,19 @@ def _checkpointer() -> Any:
     alone = orbax.options.MultiprocessingOptions(
         primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process{own}"
     )
-    return orbax.Checkpointer(orbax.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
+    return orbax.Checkpointer(
+        orbax.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone
+    )
 
 
-def _to_arrays(checkpoint: Checkpoint, empty: bool = False) -> dict[str, Any]:
-    """A flat dictionary of NumPy arrays; PRNG keys as their raw data."""
-
-    def plain(leaf: Any) -> Any:
-        if empty:
-            shape = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
-            return np.empty(shape.shape, shape.dtype)
-        return np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
-
-    states = {f"{i:03d}": plain(leaf) for i, (_, leaf) in enumerate(named_leaves(checkpoint.state))}
-    return {"state": states, "metrics": checkpoint.metrics, "done": np.int64(checkpoint.done)}
+def _to_tree(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint as nested dictionaries, whatever the classes of its environment's state."""
+    return {
+        "state": dict(_numbered(checkpoint.state)),
+        "metrics": checkpoint.metrics,
+        "done": np.int64(checkpoint.done),
+    }
 
 
-def _from_arrays(arrays: dict[str, Any], like: Checkpoint) -> Checkpoint:
-    leaves = []
-    for i, (_, target) in enumerate(named_leaves(like.state)):
-        array = arrays["state"][f"{i:03d}"]
-        leaves.append(jax.random.wrap_key_data(array, impl=jax.random.key_impl(target)) if is_key(target) else array)
-    state = jax.tree.unflatten(jax.tree.structure(like.state), leaves)
-    return Checkpoint(state, {name: np.array(values) for name, values in arrays["metrics"].items()}, int(arrays["done"]))
+def _numbered(state: TrainState) -> list[tuple[str, np.ndarray]]:
+    return [(f"{i:03d}", leaf) for i, leaf in enumerate(jax.tree.leaves(state))]
