@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from trpo_jax.steps.trust_region import trpo_update as trpo_update
     from trpo_jax.steps.values import fit_value_function as fit_value_function
     from trpo_jax.steps.values import gauss_newton_fit as gauss_newton_fit
+    from trpo_jax.sweeps.loop import SweepResult as SweepResult
+    from trpo_jax.sweeps.loop import sweep as sweep
+    from trpo_jax.sweeps.placement import shard_environments as shard_environments
     from trpo_jax.training.checkpoints import load as load
     from trpo_jax.training.checkpoints import save as save
     from trpo_jax.training.evaluation import evaluate as evaluate
@@ -50,6 +53,7 @@ _HOME = {
     "Metrics": "types",
     "MultiCategorical": "steps.distributions",
     "Network": "types",
+    "SweepResult": "sweeps.loop",
     "TrainState": "types",
     "UsageError": "config",
     "available_environments": "environments.make",
@@ -70,7 +74,9 @@ _HOME = {
     "parallel_gae": "steps.advantages",
     "parallel_line_search": "steps.line_searches",
     "save": "training.checkpoints",
+    "shard_environments": "sweeps.placement",
     "surrogate": "steps.objectives",
+    "sweep": "sweeps.loop",
     "train": "training.loop",
     "train_step": "training.loop",
     "trpo_update": "steps.trust_region",

@@ -31,6 +31,7 @@ from trpo_jax.training.loop import (
     Learned,
     estimate_advantages,
     fit_value,
+    flatten_batch,
     init,
     make_agent,
     on_normalized,
@@ -120,9 +121,7 @@ def measure_parts(config: Config, state: TrainState, repetitions: int) -> dict[s
     collect = jax.jit(lambda state, key: rollout(agent.environment, policy_apply, state, key, config.num_steps))
     key = jax.random.fold_in(state.key, state.iteration)
     batch = collect(state, key)[1]
-    observation, action = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (batch.observation, batch.action)
-    )
+    observation, action = jax.tree.map(flatten_batch, (batch.observation, batch.action))
 
     @jax.jit
     def advantages(params: Any, batch: Any, observation: Any) -> tuple[Any, Any]:

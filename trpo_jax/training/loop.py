@@ -178,10 +178,9 @@ def _learn(config: Config, old: Learned, batch: Transition) -> tuple[Learned, Up
     policy_apply = on_normalized(config, old.statistics, agent.policy.apply)
     value_apply = on_normalized(config, old.statistics, agent.value.apply)
 
-    # One batch axis: a product over two of them makes XLA's CPU backend transpose its operands, at twice the time.
-    observation, action = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (batch.observation, batch.action)
-    )
+    # One batch axis: a product over two of them makes XLA's CPU backend transpose its operands, at twice the time. The
+    # environments lead, so that a batch whose environments are spread over devices stays where it is.
+    observation, action = jax.tree.map(flatten_batch, (batch.observation, batch.action))
     values = value_apply(old.value_params, observation)
     advantage = estimate_advantages(config, batch, values, lambda o: value_apply(old.value_params, o))
     targets = advantage + values
@@ -202,10 +201,10 @@ def on_normalized(config: Config, statistics: RunningStatistics, apply: Any) -> 
 
 
 def estimate_advantages(config: Config, batch: Transition, values: Array, value_fn: Callable[[Array], Array]) -> Array:
-    """GAE over the rollout, [T·N]: sequential on CPU, associative on accelerators."""
+    """GAE over the rollout, as a flat batch like `values` [N·T]: sequential on CPU, associative on accelerators."""
     estimate = gae if jax.default_backend() == "cpu" else parallel_gae
-    values = values.reshape(batch.reward.shape)
-    return estimate(
+    values = values.reshape(batch.reward.shape[::-1]).T
+    advantage = estimate(
         batch.reward,
         values,
         _next_values(batch, values, value_fn),
@@ -213,7 +212,13 @@ def estimate_advantages(config: Config, batch: Transition, values: Array, value_
         batch.truncated,
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
-    ).reshape(-1)
+    )
+    return flatten_batch(advantage)
+
+
+def flatten_batch(leaf: Array) -> Array:
+    """[T, N, ...] -> [N·T, ...], environment by environment."""
+    return jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:])
 
 
 def _next_values(batch: Transition, values: Array, value_fn: Callable[[Array], Array]) -> Array:

@@ -1,0 +1,249 @@
+"""Where an agent runs leaves no mark on it: one device or four, any block, any order, alone or among others."""
+
+import logging
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from probes import Faulty, lane, raw, same_bits, small_config
+
+from trpo_jax import Config, UsageError, init, sweep, train
+from trpo_jax.sweeps import placement
+from trpo_jax.sweeps.grids import stack_configs
+from trpo_jax.sweeps.loop import METRICS
+from trpo_jax.training.loop import train_chunk
+
+# Networks, lanes and minibatch as users have them; short, to be quick. Bits are looked at, so nothing is simplified.
+SMALL = Config(num_envs=4, num_steps=32, num_iterations=4)
+
+
+def run(agents, configs, keys):
+    """Final states and metrics of agents in blocks of `agents` on this process's one device."""
+    programs = placement.compile_programs(configs[0], agents, 0, jax.local_devices()[:1])
+    states, metrics = [], []
+    for first in range(0, len(configs), agents):
+        members = [min(i, len(configs) - 1) for i in range(first, first + agents)]
+        stacked = stack_configs([configs[i] for i in members])
+        state, rows = programs.advance(stacked, programs.start(stacked, keys[np.array(members)]), np.int32(4))
+        states.append(state)
+        metrics.append(rows)
+    join = lambda trees: jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[: len(configs)], *trees)  # noqa: E731
+    return join(states), join(metrics)
+
+
+@pytest.fixture(scope="module")
+def agents():
+    return [SMALL.replace(max_kl=0.004 * (i + 1), gamma=0.9 + 0.02 * i) for i in range(5)]
+
+
+def test_bits_do_not_depend_on_block_order_or_company(agents):
+    keys = jax.random.split(jax.random.key(0), 5)
+    whole = run(5, agents, keys)
+    assert same_bits(whole, run(2, agents, keys))
+    backwards = run(5, agents[::-1], keys[::-1])
+    assert same_bits(whole, jax.tree.map(lambda leaf: leaf[::-1], backwards))
+    alone = run(1, agents[3:4], keys[3:4])
+    assert same_bits(jax.tree.map(lambda leaf: leaf[3:4], whole), alone)
+
+
+def test_an_agent_of_a_sweep_is_the_one_that_train_trains(agents):
+    keys = jax.random.split(jax.random.key(0), 5)
+    states, metrics = run(5, agents, keys)
+    chunk = jax.jit(lambda config, state: train_chunk(config, state, np.int32(4), capacity=4))
+    expected = chunk(agents[2], jax.jit(init)(agents[2], keys[2]))
+    assert same_bits((lane(states, 2), lane(metrics, 2)), expected)
+
+
+DEVICES = """
+import sys
+import jax, numpy as np
+from trpo_jax import Config, sweep
+config = Config(num_envs=4, num_steps=32, num_iterations=4)
+grid = {"max_kl": [0.01, 0.02], "gamma": [0.9, 0.95, 0.99]}
+result = sweep(config, grid, jax.random.key(1), num_seeds=2, num_episodes=3)
+np.savez(sys.argv[1], final_return=result.final_return, **vars(result.metrics))
+print(jax.local_device_count())
+"""
+
+
+def test_one_device_and_four_give_the_same_bits(python, tmp_path):
+    found = []
+    for devices in (1, 4):
+        # As many threads in both: XLA cuts a long sum into as many parts as its pool has threads.
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": "4"}
+        file = tmp_path / f"{devices}.npz"
+        result = python("-c", DEVICES, str(file), env=flags, timeout=200)
+        assert result.stdout == f"{devices}\n", result.stderr
+        with np.load(file) as arrays:
+            found.append({name: arrays[name] for name in arrays})
+    assert found[0].keys() == found[1].keys() and found[0]["mean_kl"].shape == (6, 2, 4)
+    for name in found[0]:
+        assert found[0][name].tobytes() == found[1][name].tobytes(), name
+
+
+def test_384_agents_are_one_program_compiled_once(caplog):
+    config = Config(num_envs=2, num_steps=8, num_iterations=1, cg_iterations=2, value_cg_iterations=2)
+    grid = {"max_kl": [0.003, 0.01, 0.03, 0.1], "gae_lambda": [0.9, 0.95, 0.98]}
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
+        result = sweep(config, grid, jax.random.key(0), num_seeds=32, num_episodes=1)
+    assert result.final_return.shape == (12, 32) and np.isfinite(result.final_return).all()
+    names = re.findall(r"Finished XLA compilation of jit\(([\w<>]+)\)", caplog.text)
+    assert [name for name in names if name in ("init", "advance", "judge")] == ["init", "advance", "judge"]
+
+
+def test_sweep_hands_out_what_it_was_asked_for():
+    config = small_config(num_iterations=2)
+    grid = {"max_kl": [0.01, 0.03], "num_iterations": [2, 3]}
+    result = sweep(config, grid, jax.random.key(5), num_seeds=2, num_episodes=0)
+    assert result.points[1] == {"max_kl": 0.01, "num_iterations": 3}
+    assert result.metrics.mean_kl.shape == (4, 2, 3)
+    assert np.isnan(result.metrics.mean_kl[[0, 2], :, 2]).all() and np.isfinite(result.metrics.mean_kl[[1, 3]]).all()
+    key = jax.random.split(jax.random.key(5), 2)[1]
+    _, expected = jax.jit(train)(config.replace(max_kl=0.03, num_iterations=3), key)
+    for name in METRICS:
+        np.testing.assert_allclose(getattr(result.metrics, name)[3, 1], getattr(expected, name), rtol=1e-5, atol=1e-6)
+    assert np.isnan(result.final_return).all() and (result.failed_at == 0).all()
+
+
+def test_a_poisoned_agent_is_flagged_and_leaves_the_others_alone():
+    config = small_config(Faulty(16, 16), num_iterations=4, num_steps=8)  # NaN in the third iteration, step 17
+    healthy = sweep(small_config(Faulty(-1, -1), num_iterations=4, num_steps=8), {}, jax.random.key(0), num_seeds=3)
+    assert (healthy.failed_at == 0).all() and (healthy.metrics.finite == 1).all()
+    poisoned = sweep(config, {}, jax.random.key(0), num_seeds=3)
+    assert (poisoned.failed_at == 3).all()
+    np.testing.assert_array_equal(poisoned.metrics.finite[0], [[1, 1, 0, 1]] * 3)
+    assert (poisoned.metrics.accepted[0, :, 2] == 0).all()
+
+
+class SometimesFaulty(Faulty):
+    """NaN, or infinity in the observation, in about half of the environments of each agent: its reset draws which."""
+
+    def __init__(self, poison, where):
+        super().__init__(10, 10)
+        self.poison, self.where = poison, where
+
+    def start(self, key):
+        state, time = super().start(key)
+        return (state, jax.random.bernoulli(key, 0.1)), time
+
+    def observe(self, state):
+        (observed, marked), time = state
+        bad = marked & (time == 10) if self.poison and self.where == "observation" else False
+        return jnp.where(bad, jnp.inf, super().observe((observed, time)))
+
+    def move(self, key, state, action):
+        (observed, marked), time = state
+        (new, _), reward, terminated, truncated = super().move(key, (observed, time), action)
+        spoiled = marked & jnp.isnan(reward) if self.poison and self.where == "reward" else False
+        reward = jnp.where(spoiled, jnp.nan, jnp.where(jnp.isnan(reward), 0.0, reward))
+        return ((new, marked), time), reward, terminated, truncated
+
+
+@pytest.mark.parametrize("where", ["reward", "observation"])
+def test_poison_in_one_agent_leaves_every_bit_of_the_others(where):
+    def trained(poison):
+        config = small_config(SometimesFaulty(poison, where), num_iterations=3, num_envs=2)
+        return sweep(config, {}, jax.random.key(0), num_seeds=12, num_episodes=0)
+
+    clean, poisoned = trained(False), trained(True)
+    failed = poisoned.failed_at[0] > 0
+    assert 0 < failed.sum() < 12 and set(poisoned.failed_at[0][failed]) == {2} and not clean.failed_at.any()
+    for name in METRICS:
+        ours, theirs = getattr(poisoned.metrics, name)[0, ~failed], getattr(clean.metrics, name)[0, ~failed]
+        assert ours.tobytes() == theirs.tobytes(), name
+
+
+@pytest.mark.parametrize("free, fits", [(10_000, 64), (5_000, 39), (1_200, 9), (170, 1)])
+def test_fewer_agents_a_program_where_memory_is_short(free, fits, monkeypatch):
+    asked = []
+
+    def compile_programs(config, agents, num_episodes, devices):  # a constant and a share for each agent
+        asked.append(agents)
+        return placement.Programs(None, None, None, agents, 1, 30 + 100 * agents, None)
+
+    monkeypatch.setattr(placement, "compile_programs", compile_programs)
+    monkeypatch.setattr(placement, "free_memory", lambda devices: free)
+    found = placement.fit_programs(small_config(), 64, 0, jax.local_devices()[:1])
+    assert found.memory <= 0.8 * free
+    assert 0.7 * fits <= found.agents_per_block <= fits and len(asked) <= 4
+
+
+def test_an_agent_that_does_not_fit_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(placement, "free_memory", lambda devices: 100)
+    with pytest.raises(UsageError, match=r"one agent needs .* MiB and the device has 0 MiB free; lower num_envs"):
+        placement.fit_programs(small_config(), 1, 0, jax.local_devices()[:1])
+
+
+def test_free_memory_is_less_than_there_is():
+    free = placement.free_memory(jax.local_devices()[:1])
+    assert 2**20 < free < 2**50
+    assert placement.free_memory([jax.local_devices()[0]] * 4) == pytest.approx(free / 4, rel=0.2)
+
+
+ONE_LARGE_AGENT = """
+import jax, numpy as np
+from trpo_jax import Config, init, train_step
+from trpo_jax.sweeps.placement import shard_environments
+config = Config(num_envs=64, num_steps=16, normalize_observations=True)
+state = jax.jit(init)(config, jax.random.key(0))
+spread = shard_environments(state)
+step = jax.jit(train_step)
+compiled = step.lower(config, spread).compile()
+text = compiled.as_text()
+assert "all-reduce" in text
+new, metrics = compiled(config, spread)
+assert len(new.observation.sharding.device_set) == 4
+assert new.observation.sharding.shard_shape(new.observation.shape)[0] == 16, new.observation.sharding
+expected, expected_metrics = step(config, state)
+np.testing.assert_allclose(metrics.mean_kl, expected_metrics.mean_kl, rtol=1e-3)
+np.testing.assert_allclose(metrics.surrogate_gain, expected_metrics.surrogate_gain, rtol=1e-3)
+np.testing.assert_array_equal(metrics.num_episodes, expected_metrics.num_episodes)
+np.testing.assert_allclose(new.statistics.mean, expected.statistics.mean, rtol=1e-4, atol=1e-5)
+for a, b in zip(jax.tree.leaves(new.policy_params), jax.tree.leaves(expected.policy_params)):
+    np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+import re
+moved = re.findall(r"= \\w+\\[([\\d,]*)\\]\\S* (?:all-gather|all-to-all|collective-permute)\\(", text)
+print("largest array that moves:", max(int(np.prod([int(n) for n in shape.split(",") if n])) for shape in moved))
+"""
+
+
+def test_one_large_agent_over_four_devices(python):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "16"}
+    result = python("-c", ONE_LARGE_AGENT, env=flags, timeout=250)
+    assert result.returncode == 0, result.stderr[-3000:]
+    # The batch of 1024 samples stays where it is: what moves is an entry or two an environment.
+    assert 0 < int(result.stdout.split(":")[1]) <= 2 * 64
+
+
+def test_environments_must_divide_over_the_devices():
+    state = jax.jit(init)(small_config(num_envs=3), jax.random.key(0))
+    with pytest.raises(UsageError, match="num_envs=3 is not a multiple of the 2 devices"):
+        placement.shard_environments(state, jax.local_devices()[:1] * 2)
+
+
+def test_a_host_keeps_states_bit_for_bit():
+    config = small_config(num_envs=2)
+    programs = placement.compile_programs(config, 2, 0, jax.local_devices()[:1])
+    states = programs.start(stack_configs([config] * 2), jax.random.split(jax.random.key(3), 2))
+    host = placement.to_host(states)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(host))
+    back = placement.from_host(host, programs.states)
+    assert same_bits(states, jax.tree.map(jnp.asarray, back))
+    assert raw(back.key).tobytes() == raw(states.key).tobytes()
+
+
+def test_hosts_meet_only_where_there_are_several(monkeypatch):
+    for name in ("SLURM_PROCID", "SLURM_NTASKS", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    assert placement.connect_hosts() == (0, 1)
+    assert placement.connect_hosts(None, 5, 3) == (3, 5)  # a job array
+    met = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **_: met.append(arguments))
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert placement.connect_hosts() == (0, 1) and not met
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    placement.connect_hosts()
+    assert met == [(None, None, None)]

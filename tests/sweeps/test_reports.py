@@ -1,0 +1,182 @@
+"""The report: statistics that agree with others', a sorted table, pictures, and a page that stands alone."""
+
+import base64
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from trpo_jax.cli import main
+from trpo_jax.sweeps.loop import METRICS
+from trpo_jax.sweeps.reports import make_report, table_of, write_report
+from trpo_jax.sweeps.statistics import interquartile_mean, stratified_bootstrap
+from trpo_jax.sweeps.storage import Block, Folder
+from trpo_jax.types import Config
+
+SEEDS, ITERATIONS = 8, 20
+
+
+def test_interquartile_mean():
+    assert interquartile_mean([1, 2, 3, 4]) == 2.5
+    assert interquartile_mean([5]) == 5
+    assert interquartile_mean([0, 1, 2, 3, 4, 5, 6, 100]) == 3.5
+    values = np.random.default_rng(0).normal(size=(7, 33))
+    np.testing.assert_allclose(interquartile_mean(values, axis=1), stats.trim_mean(values, 0.25, axis=1))
+
+
+def test_not_a_number_counts_as_worst():
+    assert interquartile_mean([np.nan, 1, 2, 3]) == 1.5  # the lowest quarter is left out
+    assert np.isnan(interquartile_mean([np.nan, np.nan, 2, 3]))
+
+
+@pytest.mark.parametrize("sizes", [(30,), (24, 40)])
+def test_bootstrap_agrees_with_scipy(sizes):
+    rng = np.random.default_rng(1)
+    scores = [rng.gamma(2, size=n) + i for i, n in enumerate(sizes)]
+    ours = stratified_bootstrap(scores, resamples=20_000)
+
+    def statistic(*tasks, axis=-1):
+        return stats.trim_mean(np.concatenate(tasks, axis=axis), 0.25, axis=axis)
+
+    theirs = stats.bootstrap(scores, statistic, n_resamples=20_000, method="percentile", rng=rng, vectorized=True)
+    # The ends of an interval from 20,000 samples have a standard error of about a hundredth of its width.
+    width = ours[1] - ours[0]
+    np.testing.assert_allclose(ours, theirs.confidence_interval, atol=0.04 * width)
+    assert stratified_bootstrap(scores) == stratified_bootstrap(scores)
+
+
+def sweep_folder(path, points, failed=(), num_episodes=4):
+    """Results as a sweep writes them, from (settings, scores [SEEDS]) made up here."""
+    folder = Folder(path)
+    folder.describe({"num_seeds": SEEDS, "num_episodes": num_episodes}, {"jax": "0"})
+    for i, (settings, scores) in enumerate(points):
+        config = Config(num_iterations=ITERATIONS).replace(**settings)
+        flags = {name: [getattr(config, name)] * SEEDS for name in ("env", *_flags())}
+        rise = np.linspace(0, 1, ITERATIONS, dtype=np.float32)
+        metrics = {name: np.ones((SEEDS, ITERATIONS), np.float32) for name in METRICS}
+        metrics["episode_return"] = np.float32(scores)[:, None] * rise
+        at = np.array([3 if (i, seed) in failed else 0 for seed in range(SEEDS)])
+        columns = {
+            "point": np.full(SEEDS, i, np.int32),
+            "seed": np.arange(SEEDS, dtype=np.int32),
+            **flags,
+            "env_steps": np.full(SEEDS, 1, np.int64),
+            "final_return": np.float32(scores),
+            "training_return": np.float32(scores) / 2,
+            "failed_at": np.ma.masked_equal(at, 0),
+            **metrics,
+        }
+        folder.write_results(Block(0, i, 0, SEEDS), columns)
+    return path
+
+
+def _flags():
+    import dataclasses
+
+    return [field.name for field in dataclasses.fields(Config) if field.metadata["flag"]]
+
+
+def scores(mean):
+    return mean + np.random.default_rng(int(mean)).normal(size=SEEDS)
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """Two fields, best at max_kl = .03 and gamma = .99; one agent failed."""
+    points = [
+        ({"max_kl": kl, "gamma": gamma}, scores(100 * (kl == 0.03) + 10 * (gamma == 0.99) + i))
+        for i, (kl, gamma) in enumerate((kl, g) for kl in (0.01, 0.03, 0.1) for g in (0.9, 0.99))
+    ]
+    return sweep_folder(tmp_path / "grid", points, failed={(2, 5)})
+
+
+def test_table_is_sorted_by_iqm(grid):
+    report = make_report(grid)
+    (rows,) = report.rows.values()
+    assert rows[0].settings == {"gamma": 0.99, "max_kl": 0.03} and rows[0].iqm > 100
+    assert [row.iqm for row in rows] == sorted((row.iqm for row in rows), reverse=True)
+    np.testing.assert_allclose(rows[0].iqm, stats.trim_mean(rows[0].scores, 0.25))
+    assert all(row.interval[0] <= row.iqm <= row.interval[1] and row.num_seeds == SEEDS for row in rows)
+    assert report.failures == [("CartPole-v1", {"gamma": 0.9, "max_kl": 0.03}, 5, 3)]
+    assert report.num_agents == 6 * SEEDS and "4 episodes by the policy's mode" in report.score
+    titles, cells = table_of(rows)
+    assert titles[:3] == ["gamma", "max_kl", "IQM"] and cells[0][:2] == ["0.99", "0.03"]
+
+
+def test_training_return_is_the_score_where_nothing_was_evaluated(tmp_path):
+    report = make_report(sweep_folder(tmp_path / "s", [({}, np.full(SEEDS, 8.0))], num_episodes=0))
+    assert report.rows["CartPole-v1"][0].iqm == 4 and report.score.startswith("training return")
+
+
+def test_several_environments_are_ranked_together(tmp_path):
+    points = [
+        ({"env": env, "gamma": gamma}, scores(scale * (1 + (gamma == better))))
+        for env, scale, better in (("CartPole-v1", 1000, 0.9), ("Acrobot-v1", 10, 0.9))
+        for gamma in (0.9, 0.99)
+    ]
+    report = make_report(sweep_folder(tmp_path / "s", points))
+    assert list(report.rows) == ["CartPole-v1", "Acrobot-v1"]
+    assert [settings for settings, *_ in report.overall] == [{"gamma": 0.9}, {"gamma": 0.99}]
+    assert report.overall[0][1] == pytest.approx(1, abs=0.1) and report.overall[1][1] == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "points, drawn",
+    [
+        ([({"max_kl": 0.01 * 3**i}, scores(10 * i)) for i in range(4)], 2),
+        ([({"line_search": kind}, scores(3)) for kind in ("backtracking", "parallel")], 2),
+        ([({"max_kl": 0.01 * i, "gamma": 0.9 + 0.01 * i, "cg_damping": i}, scores(i)) for i in range(1, 8)], 2),
+        ([({}, scores(3))], 1),
+    ],
+    ids=["line", "choices", "scatter", "nothing varied"],
+)
+def test_pictures_are_drawn(points, drawn, tmp_path):
+    from matplotlib.image import imread
+
+    folder = sweep_folder(tmp_path / "s", points)
+    write_report(folder, make_report(folder))
+    pictures = sorted(folder.glob("*.png"))
+    assert len(pictures) == drawn
+    for file in pictures:
+        picture = imread(file)
+        assert picture.shape[0] > 300 and picture[..., :3].std() > 0.02  # not a blank sheet
+
+
+def test_page_stands_alone(grid, capsys):
+    assert main(["report", str(grid)]) == 0
+    out = capsys.readouterr().out
+    assert out.index("0.03") < out.index("Page:") and "1 agents met a number that was not finite" in out
+    page = (grid / "report.html").read_text()
+    assert not re.search(r"(src|href)=['\"](?!data:)", page) and "<script" not in page
+    images = re.findall(r"src='data:image/png;base64,([^']+)'", page)
+    assert [base64.b64decode(image) for image in images] == [
+        (grid / name).read_bytes() for name in ("learning_curves.png", "settings.png")
+    ]
+    assert (grid / "table.csv").read_text().splitlines()[1].startswith("CartPole-v1,0.99,0.03,")
+
+
+def test_page_in_a_browser(grid, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on this machine to open the page with")
+    write_report(grid, make_report(grid))
+    quiet = "--no-first-run --disable-background-networking --disable-component-update --disable-sync --disable-quic"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", *quiet.split(), f"--user-data-dir={tmp_path / 'browser'}"]
+    page = f"file://{grid / 'report.html'}"
+    shot = tmp_path / "page.png"
+    arguments = ["--hide-scrollbars", "--window-size=1000,2400", f"--screenshot={shot}", page]
+    subprocess.run([browser, *options, *arguments], check=True, capture_output=True, timeout=120)
+    dumped = subprocess.run(
+        [browser, *options, "--dump-dom", page], check=True, capture_output=True, text=True, timeout=120
+    ).stdout
+    assert dumped.count("<tr>") == 1 + 6 + 2 and dumped.index("<td>0.99</td><td>0.03</td>") > 0
+    from matplotlib.image import imread
+
+    picture = imread(shot)[..., :3]
+    # The heat map's colours (viridis: violet and yellow) are on the sheet only if the picture was decoded and drawn.
+    violet = (abs(picture - np.array([0.267, 0.005, 0.329])) < 0.05).all(axis=2).sum()
+    yellow = (abs(picture - np.array([0.993, 0.906, 0.144])) < 0.05).all(axis=2).sum()
+    assert violet > 1000 and yellow > 1000

@@ -1,0 +1,278 @@
+"""A sweep's folder: what it holds, and that kills, full disks and damage cost nothing that was finished."""
+
+import json
+import random
+import signal
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+
+from trpo_jax.cli import main
+
+EIGHT = "[0-9]" * 8  # a finished checkpoint; one at work has more to its name
+COMMON = ("--agents-per-device", "4", "--num-devices", "1")  # 12 agents: three blocks
+
+
+def files(folder, pattern="results/*"):
+    return {file.name: file.read_bytes() for file in sorted(folder.glob(pattern))}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A sweep that nobody interrupted."""
+    import subprocess
+
+    from conftest import SPEC
+
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "sweep.toml").write_text(SPEC.format(iterations=300, episodes=2))
+    command = [
+        sys.executable,
+        "-m",
+        "trpo_jax.cli",
+        "sweep",
+        folder / "sweep.toml",
+        "--output",
+        folder / "out",
+        *COMMON,
+    ]
+    result = subprocess.run([*command, *COMMON], capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stderr
+    assert "12 agents, 1 program" in result.stdout and "report.html" in result.stdout
+    return folder / "out"
+
+
+def test_results_are_one_row_an_agent(finished):
+    table = parquet.ParquetDataset(finished / "results").read()
+    assert table.num_rows == 12
+    assert table["point"].to_pylist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert table["seed"].to_pylist() == [0, 1, 2] * 4
+    assert table["max_kl"].to_pylist() == [0.001] * 6 + [0.01] * 6
+    assert set(table["num_envs"].to_pylist()) == {2} and set(table["env_steps"].to_pylist()) == {300 * 16}
+    assert all(len(curve) == 300 for curve in table["episode_return"].to_pylist())
+    assert np.isfinite(table["final_return"].to_numpy()).all() and table["failed_at"].null_count == 12
+    kl = np.array(table["mean_kl"].to_pylist())
+    assert (kl.max(axis=1) <= np.repeat([0.001, 0.01], 6)).all() and kl.max() > 0.005
+    returns = np.array(table["episode_return"].to_pylist(), float)[:, -30:]
+    count = np.array(table["num_episodes"].to_pylist())[:, -30:]
+    expected = np.nansum(returns * count, axis=1) / count.sum(axis=1)
+    np.testing.assert_allclose(table["training_return"].to_numpy(), expected, rtol=1e-6)
+    assert not (finished / "checkpoints").exists() or not list((finished / "checkpoints").iterdir())
+    about = json.loads((finished / "sweep.json").read_text())
+    assert about["num_seeds"] == 3 and about["made_by"]["threads"] >= 1
+
+
+def wait_for(condition, child, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.005)
+
+
+def killed_sweep(finished, tmp_path, start, kills, seed):
+    """Kill a sweep at random moments, `kills` times; the results of the process that came through."""
+    rng = random.Random(seed)
+    out = tmp_path / "out"
+    arguments = ("sweep", finished.parent / "sweep.toml", "--output", out, *COMMON, "--checkpoint-seconds", "0")
+    restored = 0
+    for _ in range(kills):
+        child = start(*arguments)
+        before = {name: (out / "results" / name).stat().st_mtime_ns for name in files(out)}
+        checkpoints = set(out.glob("checkpoints/*/" + EIGHT))
+        # Once there is progress beyond the start, at any moment of what follows.
+        wait_for(lambda c=checkpoints: set(out.glob("checkpoints/*/" + EIGHT)) - c, child)
+        time.sleep(rng.uniform(0, 0.6))
+        child.kill()
+        child.communicate()
+        restored += bool(checkpoints)
+        for name, when in before.items():  # what was finished was not done again
+            assert (out / "results" / name).stat().st_mtime_ns == when
+        if len(files(out)) == 3:
+            break
+    assert restored or kills == 1
+    child = start(*arguments)
+    _, errors = child.communicate(timeout=250)
+    assert child.returncode == 0, errors
+    return out
+
+
+def test_kills_leave_no_mark(finished, tmp_path, start):
+    assert files(killed_sweep(finished, tmp_path, start, 3, seed=0)) == files(finished)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_twenty_kills_leave_no_mark(finished, tmp_path, start):
+    done = 0
+    while done < 20:
+        folder = tmp_path / str(done)
+        folder.mkdir()
+        assert files(killed_sweep(finished, folder, start, 5, seed=done)) == files(finished)
+        done += 5
+
+
+def test_interrupt_says_how_to_go_on(finished, tmp_path, start):
+    out = tmp_path / "out"
+    arguments = ("sweep", finished.parent / "sweep.toml", "--output", out, *COMMON)
+    child = start(*arguments)
+    wait_for(lambda: (out / "programs" / "00.json").exists(), child)
+    time.sleep(0.3)
+    child.send_signal(signal.SIGINT)
+    printed, errors = child.communicate(timeout=60)
+    assert child.returncode == 130, (printed, errors)
+    assert "Stopped; the same command continues." in printed and "Traceback" not in errors
+    assert list(out.glob("checkpoints/*/" + EIGHT))
+    child = start(*arguments)
+    assert child.communicate(timeout=200) and child.returncode == 0
+    assert files(out) == files(finished)
+
+
+def test_finished_sweep_is_not_run_again(finished, capsys):
+    before = {file: file.stat().st_mtime_ns for file in (finished / "results").iterdir()}
+    assert main(["sweep", str(finished.parent / "sweep.toml"), "--output", str(finished)]) == 0
+    assert {file: file.stat().st_mtime_ns for file in (finished / "results").iterdir()} == before
+    assert "max_kl" in capsys.readouterr().out
+
+
+def sweep(*arguments):
+    return main(["sweep", *map(str, arguments)])
+
+
+def test_changed_file_is_refused(finished, tmp_path, capsys):
+    changed = tmp_path / "changed.toml"
+    changed.write_text((finished.parent / "sweep.toml").read_text().replace("num_seeds = 3", "num_seeds = 4"))
+    before = files(finished, "**/*.*")
+    assert sweep(changed, "--output", finished) == 2
+    assert "holds a sweep with another num_seeds; choose another --output" in capsys.readouterr().err
+    assert files(finished, "**/*.*") == before
+
+
+def test_foreign_folder_is_left_alone(finished, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert sweep(finished.parent / "sweep.toml", "--output", tmp_path) == 2
+    assert "is not the folder of a sweep" in capsys.readouterr().err
+    assert files(tmp_path, "*.tex") == {"thesis.tex": b"precious"}
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b""])
+def test_damaged_results_are_named(finished, capsys, damage):
+    file = finished / "results" / "00-0001.parquet"
+    good = file.read_bytes()
+    file.write_bytes(damage(good))
+    others = {name: data for name, data in files(finished).items() if name != file.name}
+    try:
+        for command in (["sweep", finished.parent / "sweep.toml", "--output", finished], ["report", finished]):
+            assert main([*map(str, command)]) == 2
+            error = capsys.readouterr().err
+            assert f"{file} is damaged" in error and "remove it" in error and error.count("\n") == 1
+        assert {name: data for name, data in files(finished).items() if name != file.name} == others
+    finally:
+        file.write_bytes(good)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_damaged_description_is_named(finished, capsys, text):
+    file = finished / "sweep.json"
+    good = file.read_text()
+    file.write_text(text)
+    try:
+        assert sweep(finished.parent / "sweep.toml", "--output", finished) == 2
+        assert f"{file} is damaged" in capsys.readouterr().err
+    finally:
+        file.write_text(good)
+
+
+def test_damaged_checkpoint_is_named(finished, tmp_path, start):
+    out = tmp_path / "out"
+    arguments = ("sweep", finished.parent / "sweep.toml", "--output", out, *COMMON, "--checkpoint-seconds", "0")
+    child = start(*arguments)
+    wait_for(lambda: list(out.glob("checkpoints/*/" + EIGHT)), child)
+    child.kill()
+    child.communicate()
+    (newest,) = [max(folder.glob(EIGHT)) for folder in out.glob("checkpoints/*")]
+    for file in newest.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    child = start(*arguments)
+    _, errors = child.communicate(timeout=100)
+    assert child.returncode == 2 and f"{newest} is damaged" in errors and "Traceback" not in errors, errors
+
+
+FULL_DISK = """
+import resource, signal, sys
+from trpo_jax.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_full_disk_is_one_sentence(finished, tmp_path, python):
+    out = tmp_path / "out"
+    arguments = ["sweep", str(finished.parent / "sweep.toml"), "--output", str(out), *COMMON]
+    limit = min(len(data) for data in files(finished).values()) // 2  # no file can grow beyond that
+    result = python("-c", FULL_DISK, str(limit), *arguments, timeout=200)
+    assert result.returncode == 2, (result.stdout, result.stderr)
+    assert "File too large; what is finished is safe" in result.stderr and "Traceback" not in result.stderr
+    assert not list(out.glob("results/*"))
+    assert python("-m", "trpo_jax.cli", *arguments, timeout=200).returncode == 0
+    assert files(out) == files(finished)
+
+
+def test_read_only_folder_is_one_sentence(finished, tmp_path, capsys, monkeypatch):
+    # The superuser may write to a read-only folder, so the refusal of the system is played.
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    assert sweep(finished.parent / "sweep.toml", "--output", tmp_path / "out") == 2
+    assert "Permission denied; choose a folder that can be written to." in capsys.readouterr().err
+
+
+def test_two_at_once_are_refused(finished, capsys):
+    from trpo_jax.sweeps.storage import Folder
+
+    with Folder(finished).locked(0):
+        assert sweep(finished.parent / "sweep.toml", "--output", finished) == 2
+        assert "another process is at work on" in capsys.readouterr().err
+
+
+def test_two_processes_meet_and_share_the_work(finished, tmp_path, start):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "out"
+    common = ("sweep", finished.parent / "sweep.toml", "--output", out, *COMMON, "--num-processes", "2")
+    children = [start(*common, "--coordinator", f"127.0.0.1:{port}", "--process-id", i) for i in range(2)]
+    printed = [child.communicate(timeout=250) for child in children]
+    assert [child.returncode for child in children] == [0, 0], printed
+    assert "process 0 of 2" in printed[0][0] and "process 1 of 2" in printed[1][0]
+    assert files(out) == files(finished)
+    assert any("report.html" in text for text, _ in printed)
+
+
+def test_processes_of_a_job_array_never_meet(finished, tmp_path, start):
+    out = tmp_path / "out"
+    common = ("sweep", finished.parent / "sweep.toml", "--output", out, *COMMON, "--num-processes", "2")
+    child = start(*common, "--process-id", "1")
+    text, errors = child.communicate(timeout=200)
+    assert child.returncode == 0 and "This process is done" in text, errors
+    assert list(files(out)) == ["00-0001.parquet"]
+    child = start(*common, "--process-id", "0")
+    assert child.communicate(timeout=200) and child.returncode == 0
+    assert files(out) == files(finished)
+
+
+def test_dry_run_shows_programs_and_writes_nothing(tmp_path, spec_file, python):
+    file = spec_file(more="num_envs = [2]\n").read_text().replace("num_envs = 2\nnum_steps", "num_steps")
+    (tmp_path / "sweep.toml").write_text(file)
+    result = python("-m", "trpo_jax.cli", "sweep", "sweep.toml", "--dry-run", cwd=tmp_path, env={"COLUMNS": "200"})
+    assert result.returncode == 0, result.stderr
+    assert "sweep.toml: 1 programs" in result.stdout and "MiB" in result.stdout and "CartPole-v1" in result.stdout
+    assert [entry.name for entry in tmp_path.iterdir()] == ["sweep.toml"]
