@@ -2,16 +2,19 @@
 
 import dataclasses
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 from readme_tables import metrics_rows, settings_rows
 
 from trpo_jax import Metrics
+from trpo_jax.sweeps.grids import make_points, make_spec
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TOML_BLOCKS = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
     line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line
 ]
@@ -25,7 +28,36 @@ def test_python_block_runs(index, python, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def test_sweep_file_means_what_it_says():
+    (text,) = TOML_BLOCKS
+    points = make_points(make_spec(tomllib.loads(text)))
+    assert len(points) == 4 * 3 * 2 * 4 and {point.config.env for point in points} == {"CartPole-v1", "Pendulum-v1"}
+
+
+def smaller_sweep():
+    """The README's sweep with the first value of each list and short runs."""
+    table = tomllib.loads(TOML_BLOCKS[0])
+    lines = ["num_seeds = 2", "num_episodes = 1", "[base]", "num_envs = 2", "num_steps = 64", "num_iterations = 2"]
+    for section in ("grid", "zip"):
+        lines += [f"[{section}]", *(f"{n} = {v[:1]}" for n, v in table[section].items() if n != "total_steps")]
+    return "\n".join(lines)
+
+
+SPACE = """
+num_episodes = 1
+[base]
+num_envs = 2
+num_steps = 32
+num_iterations = 4
+[random]
+count = 3
+max_kl = { log_uniform = [0.001, 0.1] }
+"""
+
+
 def test_commands_run_in_order(python, tmp_path):
+    (tmp_path / "sweep.toml").write_text(smaller_sweep())
+    (tmp_path / "space.toml").write_text(SPACE)
     commands = [line.split("#")[0].split()[1:] for line in COMMANDS if line.startswith("trpo-jax ")]
     assert len(commands) >= 4
     for arguments in commands:
