@@ -17,9 +17,11 @@ LAYERS = {
     "steps": 0,
     "types": 1,
     "environments": 1,
+    "theory": 1,
     "networks": 2,
     "training": 3,
     "benchmarks": 4,
+    "sweeps": 4,
     "runs": 4,
     "cli": 5,
 }

@@ -170,6 +170,13 @@ def test_fewer_agents_a_program_where_memory_is_short(free, fits, monkeypatch):
     assert 0.7 * fits <= found.agents_per_block <= fits and len(asked) <= 4
 
 
+@pytest.mark.parametrize("agents, devices, size", [(1, 2, 1), (96, 2, 48), (544, 2, 136), (10_000, 2, 250), (7, 3, 3)])
+def test_blocks_share_the_agents_out_evenly(agents, devices, size):
+    assert placement.agents_per_block(agents, devices) == size
+    rounds = -(-agents // (size * devices))
+    assert size * devices * rounds - agents < devices * rounds  # at most one repeated agent a block
+
+
 def test_an_agent_that_does_not_fit_is_one_sentence(monkeypatch):
     monkeypatch.setattr(placement, "free_memory", lambda devices: 100)
     with pytest.raises(UsageError, match=r"one agent needs .* MiB and the device has 0 MiB free; lower num_envs"):

@@ -57,9 +57,10 @@ class Programs(NamedTuple):
 
 
 def agents_per_block(num_agents: int, num_devices: int) -> int:
-    """How many agents a device takes at most in one program: an equal share of all, within reason."""
+    """How many agents a device takes at most in one program, so that all devices are busy to the end."""
     most = _MOST_AGENTS.get(jax.default_backend(), _MOST_AGENTS_ELSEWHERE)
-    return min(most, -(-num_agents // num_devices))
+    rounds = -(-num_agents // (num_devices * most))
+    return -(-num_agents // (num_devices * rounds))
 
 
 def fit_programs(config: Config, most_agents: int, num_episodes: int, devices: Sequence[Any]) -> Programs:
