@@ -1,0 +1,164 @@
+"""The trust-region subproblem, solved exactly, and rules that set its radius.
+
+The two rules are plain functions of scalars, for exact and for sampled problems: traced or not, and safe where a ratio
+or a divergence is not finite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from trpo_jax.steps.types import Array, Scalar
+from trpo_jax.theory.linear_algebra import contract, decreasing_root
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrustRegionTrace:
+    """The steps of a minimisation, one entry per iteration t < T.
+
+    Attributes:
+      position: x_t before the step, [T, n].
+      radius: δ_t, within which it was sought, [T].
+      step: Δ_t, [T, n], whether or not it was taken.
+      ratio: actual over predicted decrease, [T]; 1 where the model is exact.
+      accepted: whether the step was taken, bool [T].
+    """
+
+    position: Array
+    radius: Array
+    step: Array
+    ratio: Array
+    accepted: Array
+
+
+def solve_trust_region(gradient: Array, hessian: Array, radius: Scalar) -> tuple[Array, Array]:
+    """argmin_Δ gᵀΔ + ½ ΔᵀB Δ subject to ‖Δ‖ ≤ δ, exactly, also for an indefinite B.
+
+    Δ is the minimiser iff (B + λI) Δ = −g, λ (δ − ‖Δ‖) = 0, λ ≥ 0 and B + λI is positive semidefinite. In the
+    eigenbasis of B, ‖Δ(λ)‖ is explicit and decreasing in λ. In the "hard case", where it stays below δ as far down as
+    λ = −λ_min, an eigenvector of λ_min fills the gap.
+
+    Args:
+      gradient: g, [n].
+      hessian: B, symmetric, [n, n].
+      radius: δ > 0.
+
+    Returns:
+      Δ, [n], and the multiplier λ ≥ 0, a scalar. The eigenvectors are LAPACK's: for few problems at a time.
+
+    Source: Moré & Sorensen 1983; Nocedal & Wright 2006, theorem 4.1 and section 4.3.
+    """
+    eigenvalue, basis = jnp.linalg.eigh(hessian)
+    slope = contract("ij,i->j", basis, gradient)
+    least = jnp.maximum(-eigenvalue[0], 0)  # the smallest λ that leaves no negative curvature
+    curvature = eigenvalue + least
+    # Curvature and slope that are rounding: 0/0 there is a free direction, not a long step.
+    rounding = 8 * jnp.finfo(slope.dtype).eps * eigenvalue.size
+    curvature = jnp.where(curvature <= rounding * jnp.max(jnp.abs(eigenvalue)), 0, curvature)
+    norm = jnp.linalg.norm(slope)
+    slope = jnp.where(jnp.abs(slope) <= rounding * norm, 0, slope)
+
+    def coordinates(extra: Array) -> Array:
+        total = curvature + extra
+        return jnp.where(slope == 0, 0, -slope / jnp.where((slope == 0) & (total == 0), 1, total))
+
+    def length_excess(extra: Array) -> Array:
+        return jnp.sum(coordinates(extra) ** 2) - radius**2
+
+    # ‖Δ‖ ≤ ‖g‖/λ. Bisection that goes to 0 exactly needs as many halvings as there are exponents.
+    root = decreasing_root(length_excess, jnp.zeros_like(norm), norm / radius, num_iterations=200)
+    extra = jnp.where(length_excess(jnp.zeros_like(norm)) <= 0, 0, root)
+    step = coordinates(extra)
+    gap = jnp.sqrt(jnp.maximum(radius**2 - jnp.sum(step**2), 0))
+    hard = (eigenvalue[0] < 0) & (extra == 0)
+    step = step.at[0].add(jnp.where(hard, gap, 0))
+    return contract("ij,j->i", basis, step), least + extra
+
+
+def trust_region_minimize(
+    fn: Callable[[Array], Array],
+    position: Array,
+    *,
+    radius: Scalar,
+    maximum_radius: Scalar,
+    num_iterations: int,
+    minimum_radius: Scalar = 0.0,
+) -> tuple[Array, TrustRegionTrace]:
+    """Minimise a smooth function by its exact quadratic models inside a radius that `adapt_radius_by_ratio` sets.
+
+    A step is taken if it lowers the function.
+
+    Args:
+      fn: [n] -> scalar, twice differentiable.
+      position: x_0, [n].
+      radius: δ_0 > 0.
+      maximum_radius: δ_max.
+      num_iterations: T (static).
+      minimum_radius: δ_min.
+
+    Returns:
+      x_T, [n], and a `TrustRegionTrace`.
+
+    Source: Nocedal & Wright 2006, algorithm 4.1.
+    """
+
+    def iterate(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], TrustRegionTrace]:
+        position, radius = carry
+        gradient, hessian = jax.grad(fn)(position), jax.hessian(fn)(position)
+        step, multiplier = solve_trust_region(gradient, hessian, radius)
+        predicted = -(jnp.sum(gradient * step) + 0.5 * contract("i,ij,j->", step, hessian, step))
+        actual = fn(position) - fn(position + step)
+        ratio = actual / predicted
+        accepted = actual > 0
+        trace = TrustRegionTrace(position, radius, step, ratio, accepted)
+        radius = adapt_radius_by_ratio(radius, ratio, multiplier > 0, minimum_radius, maximum_radius)
+        return (jnp.where(accepted, position + step, position), radius), trace
+
+    start = position, jnp.asarray(radius, position.dtype)
+    (position, _), trace = jax.lax.scan(iterate, start, None, length=num_iterations)
+    return position, trace
+
+
+def adapt_radius_by_ratio(radius: Scalar, ratio: Scalar, at_boundary: bool | Array, low: Scalar, high: Scalar) -> Array:
+    """The next radius by how well the model predicted: r < ¼ → δ/4; r > ¾ at the boundary → 2δ; otherwise δ.
+
+    Args:
+      radius: δ > 0, in any unit: a length, or a KL divergence in nats.
+      ratio: r, actual over predicted gain. One that is not finite counts as a failure.
+      at_boundary: whether the step was as long as the radius allowed; if not, a larger one would not have mattered.
+      low: δ_min, the smallest radius returned.
+      high: δ_max, the largest.
+
+    Returns:
+      A scalar in [low, high].
+
+    Source: Nocedal & Wright 2006, algorithm 4.1.
+    """
+    poor = ~(jnp.isfinite(ratio) & (ratio >= 0.25))
+    good = (ratio > 0.75) & jnp.asarray(at_boundary, bool)
+    return jnp.clip(radius * jnp.where(poor, 0.25, jnp.where(good, 2.0, 1.0)), low, high)
+
+
+def adapt_radius_by_divergence(radius: Scalar, kl: Scalar, target: Scalar, low: Scalar, high: Scalar) -> Array:
+    """The next radius by how far the policy moved: KL > 1.5 target → δ/2; KL < target/1.5 → 2δ; otherwise δ.
+
+    Args:
+      radius: δ > 0, whatever limits the step.
+      kl: the divergence that the step caused, nats. One that is not finite counts as too large.
+      target: the divergence wanted, nats.
+      low: δ_min, the smallest radius returned.
+      high: δ_max, the largest.
+
+    Returns:
+      A scalar in [low, high].
+
+    Source: the rule for the penalty in Schulman et al. 2017, section 4, turned to a radius.
+    """
+    far = ~(kl <= 1.5 * jnp.asarray(target))  # true for NaN
+    near = kl < target / 1.5
+    return jnp.clip(radius * jnp.where(far, 0.5, jnp.where(near, 2.0, 1.0)), low, high)
