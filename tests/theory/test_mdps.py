@@ -127,6 +127,7 @@ def test_sampled_gradient_is_unbiased():
     logits, mdp = two_state()
     keys = jax.random.split(jax.random.key(0), 1000)
     means = np.asarray(jax.jit(jax.vmap(lambda key: sampled_policy_gradient(key, logits, mdp, 1000)))(keys))
+    np.testing.assert_allclose(means.sum(-1), 0, atol=1e-12)  # a score does not move the mean of the logits
     error = means.std(0, ddof=1) / np.sqrt(len(means))
     exact = np.asarray(jax.jit(policy_gradient)(logits, mdp))
     assert (error < 2e-3 * np.abs(exact).max()).all()

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 from exact_problems import random_logits
 
-from trpo_jax import DiagonalGaussian
+from trpo_jax import DiagonalGaussian, theory
 from trpo_jax.theory import (
     effective_fraction,
-    effective_sample_size,
     gaussian_effective_fraction,
     importance_weights,
     per_decision_fraction,
     softmax_policy,
     trajectory_fraction,
 )
+
+effective_sample_size = jax.jit(theory.effective_sample_size)
 
 
 def monte_carlo_fraction(shift, num_decisions, num_batches=100, batch_size=2000):

@@ -63,11 +63,14 @@ def test_inside_the_region_it_is_newtons_step():
         (np.zeros((2, 2)), [3.0, 4.0]),  # a linear function
     ],
 )
-def test_degenerate_subproblems(hessian, gradient):
-    gradient = np.array(gradient)
+@pytest.mark.parametrize("angle", [0.0, 1.0])  # turned, a slope of 0 is one of 1e-17
+def test_degenerate_subproblems(hessian, gradient, angle):
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    least = hessian[0, 0]
+    hessian, gradient = turn @ hessian @ turn.T, turn @ np.array(gradient)
     step, multiplier = solver(gradient, hessian, 2.0)
     check_optimal(gradient, hessian, 2.0, step, multiplier)
-    if hessian[0, 0] < 0:
+    if least < 0:
         np.testing.assert_allclose(np.linalg.norm(step), 2, rtol=1e-9)
 
 

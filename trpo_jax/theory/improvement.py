@@ -136,14 +136,14 @@ def _best_within(policy: Array, advantage: Array, max_kl: Scalar) -> tuple[Array
         return centred / nu, jnp.where(policy > 0, (top - centred + excess) / nu, 1), nu
 
     def kl_excess(log_excess: Array) -> Array:
-        # As Σ π x = 0, terms of first order are left out: they cancel, and would drown a small KL in rounding.
+        # Σ π/y = 1 + Σ π x²/y, as Σ π x = 0: with the 1 in it, the sum would drown a small KL in rounding.
         x, y, _ = tilt(log_excess)
         log_y = jnp.where(jnp.abs(x) < 0.5, jnp.log1p(-jnp.where(jnp.abs(x) < 0.5, x, 0)), jnp.log(y))
-        kl = jnp.log1p(jnp.sum(policy * x**2 / y, axis=-1)) + jnp.sum(policy * (log_y + x), axis=-1)
+        kl = jnp.log1p(jnp.sum(policy * x**2 / y, axis=-1)) + jnp.sum(policy * log_y, axis=-1)
         return kl - max_kl
 
     ends = jnp.full(policy.shape[0], 35, policy.dtype)
-    _, y, nu = tilt(decreasing_root(kl_excess, -ends, ends))
+    _, y, nu = tilt(decreasing_root(kl_excess, -ends, ends, num_iterations=50))
     weight = policy / y
     total = jnp.sum(weight, axis=-1, keepdims=True)
     return jnp.where(flat, policy, weight / total), jnp.where(flat, 0, scale * nu / total)[:, 0]

@@ -57,15 +57,11 @@ def solve_trust_region(gradient: Array, hessian: Array, radius: Scalar) -> tuple
     slope = contract("ij,i->j", basis, gradient)
     least = jnp.maximum(-eigenvalue[0], 0)  # the smallest λ that leaves no negative curvature
     curvature = eigenvalue + least
-    # Curvature and slope that are rounding: 0/0 there is a free direction, not a long step.
-    rounding = 8 * jnp.finfo(slope.dtype).eps * eigenvalue.size
-    curvature = jnp.where(curvature <= rounding * jnp.max(jnp.abs(eigenvalue)), 0, curvature)
     norm = jnp.linalg.norm(slope)
-    slope = jnp.where(jnp.abs(slope) <= rounding * norm, 0, slope)
 
     def coordinates(extra: Array) -> Array:
-        total = curvature + extra
-        return jnp.where(slope == 0, 0, -slope / jnp.where((slope == 0) & (total == 0), 1, total))
+        # A direction without a slope is not taken, though it be flat as well: 0/0.
+        return jnp.where(slope == 0, 0, -slope / jnp.where(slope == 0, 1, curvature + extra))
 
     def length_excess(extra: Array) -> Array:
         return jnp.sum(coordinates(extra) ** 2) - radius**2
