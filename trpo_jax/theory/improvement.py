@@ -41,8 +41,8 @@ def minorizer_step(policy: Array, mdp: TabularMDP, penalty: Scalar | None = None
     Args:
       policy: π, [S, A].
       mdp: γ < 1.
-      penalty: C > 0; `penalty_coefficient(policy, mdp)` where it is None, the smallest for which improvement is
-        proved.
+      penalty: C > 0; `penalty_coefficient(policy, mdp)` where it is None, with which M is a lower bound on η. With
+        a smaller one the return may fall.
 
     Returns:
       π̃, [S, A]. κ ends at 20 nats, for C may be 0.
