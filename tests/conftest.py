@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 
+import jax
 import pytest
 
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
@@ -21,6 +22,16 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if hasattr(config, "made_cache"):
         shutil.rmtree(config.made_cache, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Compile quickly and optimise little, here and in child processes, for tests that look at neither speed nor bits."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    yield
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -281,3 +281,21 @@ def stack(trees):
 
 def lane(tree, i):
     return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+# A sweep of twelve agents, as small as sweeps get.
+SMALL_SWEEP = """
+num_seeds = 3
+num_episodes = {episodes}
+
+[base]
+num_envs = 2
+num_steps = 8
+num_iterations = {iterations}
+cg_iterations = 2
+value_cg_iterations = 2
+
+[grid]
+max_kl = [0.001, 0.01]
+gae_lambda = [0.9, 0.95]
+"""

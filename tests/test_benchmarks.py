@@ -22,6 +22,8 @@ from trpo_jax.benchmarks.measure import (
 )
 from trpo_jax.cli import main
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def test_programs_run_in_turn_after_a_warm_up_and_wait_for_their_results():
     order = []

@@ -11,6 +11,8 @@ from readme_tables import metrics_rows, settings_rows
 from trpo_jax import Metrics
 from trpo_jax.sweeps.grids import make_points, make_spec
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

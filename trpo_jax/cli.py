@@ -354,7 +354,9 @@ def _sweep(namespace: argparse.Namespace) -> int:
     spec = read_spec(namespace.file)
     if namespace.dry_run:
         titles, rows = outline(spec, most_agents=namespace.agents_per_device)
-        _print_table(console, f"{namespace.file}: {len(rows)} programs", titles, rows)
+        _print_table(
+            console, f"{namespace.file}: {len(rows)} {'program' if len(rows) == 1 else 'programs'}", titles, rows
+        )
         return 0
     process = connect_hosts(namespace.coordinator, namespace.num_processes, namespace.process_id)
     points, groups = plan(spec)
@@ -396,7 +398,8 @@ def _use_every_core(folder: Path, num_devices: int | None) -> None:
     import jax
 
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", num_devices or cores)
+        with contextlib.suppress(RuntimeError):  # a program that calls `main` may have started JAX already
+            jax.config.update("jax_num_cpu_devices", num_devices or cores)
 
 
 class _SweepDisplay:

@@ -1,5 +1,6 @@
 """Where an agent runs leaves no mark on it: one device or four, any block, any order, alone or among others."""
 
+import functools
 import logging
 import re
 
@@ -19,9 +20,14 @@ from trpo_jax.training.loop import train_chunk
 SMALL = Config(num_envs=4, num_steps=32, num_iterations=4)
 
 
+@functools.cache
+def programs_of(agents):
+    return placement.compile_programs(SMALL, agents, 0, jax.local_devices()[:1])
+
+
 def run(agents, configs, keys):
     """Final states and metrics of agents in blocks of `agents` on this process's one device."""
-    programs = placement.compile_programs(configs[0], agents, 0, jax.local_devices()[:1])
+    programs = programs_of(agents)
     states, metrics = [], []
     for first in range(0, len(configs), agents):
         members = [min(i, len(configs) - 1) for i in range(first, first + agents)]

@@ -1,18 +1,27 @@
 """A sweep's folder: what it holds, and that kills, full disks and damage cost nothing that was finished."""
 
 import json
+import os
 import random
+import re
 import signal
+import socket
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
+from probes import SMALL_SWEEP
 
 from trpo_jax.cli import main
 
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 EIGHT = "[0-9]" * 8  # a finished checkpoint; one at work has more to its name
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 COMMON = ("--agents-per-device", "4", "--num-devices", "1")  # 12 agents: three blocks
 
 
@@ -23,12 +32,8 @@ def files(folder, pattern="results/*"):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A sweep that nobody interrupted."""
-    import subprocess
-
-    from conftest import SPEC
-
     folder = tmp_path_factory.mktemp("sweep")
-    (folder / "sweep.toml").write_text(SPEC.format(iterations=300, episodes=2))
+    (folder / "sweep.toml").write_text(SMALL_SWEEP.format(iterations=300, episodes=2))
     command = [
         sys.executable,
         "-m",
@@ -241,20 +246,37 @@ def test_two_at_once_are_refused(finished, capsys):
         assert "another process is at work on" in capsys.readouterr().err
 
 
-def test_two_processes_meet_and_share_the_work(finished, tmp_path, start):
-    import socket
-
+def test_two_processes_meet_and_share_the_work(finished, tmp_path):
+    # By the example script for several hosts, which are this one twice.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    command = tmp_path / "trpo-jax"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m trpo_jax.cli "$@" {" ".join(COMMON)}\n')
+    command.chmod(0o755)
     out = tmp_path / "out"
-    common = ("sweep", finished.parent / "sweep.toml", "--output", out, *COMMON, "--num-processes", "2")
-    children = [start(*common, "--coordinator", f"127.0.0.1:{port}", "--process-id", i) for i in range(2)]
-    printed = [child.communicate(timeout=250) for child in children]
-    assert [child.returncode for child in children] == [0, 0], printed
-    assert "process 0 of 2" in printed[0][0] and "process 1 of 2" in printed[1][0]
-    assert files(out) == files(finished)
-    assert any("report.html" in text for text, _ in printed)
+    result = subprocess.run(
+        [SCRIPTS / "sweep_hosts.sh", finished.parent / "sweep.toml", out, "localhost", "localhost"],
+        env={**os.environ, "PORT": str(port), "TRPO_JAX": str(command)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "process 0 of 2" in result.stdout and "process 1 of 2" in result.stdout
+    assert files(out) == files(finished) and "report.html" in result.stdout
+
+
+def test_slurm_job_runs_one_process_a_task(tmp_path):
+    # `srun` is played: it shows what would run on each node.
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    script = SCRIPTS / "sweep_slurm.sh"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", script, "s.toml", "out"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
+    assert result.stdout == "trpo-jax sweep s.toml --output out\n", result.stderr
+    assert "#SBATCH --ntasks-per-node=1" in script.read_text()
 
 
 def test_processes_of_a_job_array_never_meet(finished, tmp_path, start):
@@ -269,10 +291,10 @@ def test_processes_of_a_job_array_never_meet(finished, tmp_path, start):
     assert files(out) == files(finished)
 
 
-def test_dry_run_shows_programs_and_writes_nothing(tmp_path, spec_file, python):
-    file = spec_file(more="num_envs = [2]\n").read_text().replace("num_envs = 2\nnum_steps", "num_steps")
-    (tmp_path / "sweep.toml").write_text(file)
-    result = python("-m", "trpo_jax.cli", "sweep", "sweep.toml", "--dry-run", cwd=tmp_path, env={"COLUMNS": "200"})
+def test_dry_run_shows_programs_and_writes_nothing(tmp_path, python):
+    (tmp_path / "sweep.toml").write_text(SMALL_SWEEP.format(iterations=300, episodes=2))
+    result = python("-m", "trpo_jax.cli", "sweep", "sweep.toml", "--dry-run", *COMMON, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "sweep.toml: 1 programs" in result.stdout and "MiB" in result.stdout and "CartPole-v1" in result.stdout
+    assert "sweep.toml: 1 program" in result.stdout and "MiB" in result.stdout
+    assert re.search(r"CartPole-v1 +4 +12 +1 x 4 +3 +57,600", result.stdout)
     assert [entry.name for entry in tmp_path.iterdir()] == ["sweep.toml"]
