@@ -26,7 +26,7 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="module")
 def quick_compiles():
-    """Compile quickly and optimise little, here and in child processes, for tests that look at neither speed nor bits."""
+    """Compile quickly and optimise little, here and in child processes; for tests of neither speed nor rounding."""
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     yield
