@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from trpo_jax.networks import make_value as make_value
     from trpo_jax.steps.advantages import gae as gae
     from trpo_jax.steps.advantages import parallel_gae as parallel_gae
+    from trpo_jax.steps.candidates import Judgement as Judgement
+    from trpo_jax.steps.candidates import judge_candidate as judge_candidate
     from trpo_jax.steps.curvature import fisher_vector_product as fisher_vector_product
     from trpo_jax.steps.distributions import Categorical as Categorical
     from trpo_jax.steps.distributions import DiagonalGaussian as DiagonalGaussian
@@ -50,6 +52,7 @@ _HOME = {
     "Config": "types",
     "DiagonalGaussian": "steps.distributions",
     "Environment": "environments.base",
+    "Judgement": "steps.candidates",
     "Metrics": "types",
     "MultiCategorical": "steps.distributions",
     "Network": "types",
@@ -65,6 +68,7 @@ _HOME = {
     "gae": "steps.advantages",
     "gauss_newton_fit": "steps.values",
     "init": "training.loop",
+    "judge_candidate": "steps.candidates",
     "load": "training.checkpoints",
     "make_environment": "environments.make",
     "make_policy": "networks",
