@@ -14,6 +14,8 @@ from probes import quick_jit
 from trpo_jax import Environment, UsageError, make_environment
 from trpo_jax.environments.base import Box, Discrete, MultiDiscrete, auto_reset, make_box, time_limit
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def count_up(limit):
     """A raw environment: counts to `limit`; a reset starts at −10, so that fresh and old states differ."""

@@ -349,9 +349,17 @@ def test_gymnax_tuples_and_dictionaries():
 
 # Each train step is a program of its own, two seconds and more to compile. The quick suite keeps Breakout for grids and
 # one or more of every kind of space and ending; slow are the MinAtar games and Pong, whose own steps are the largest
-# programs, and five whose spaces another environment shares. The contract above covers them all.
+# programs, and those whose spaces another environment shares. The contract above covers them all.
 EXPENSIVE = {"Asterix-MinAtar", "Freeway-MinAtar", "Pong-misc", "Seaquest-MinAtar", "SpaceInvaders-MinAtar"}
-ALIKE = {"Acrobot-v1", "FourRooms-misc", "MetaMaze-misc", "Reacher-misc", "Swimmer-misc"}
+ALIKE = {
+    "Acrobot-v1",
+    "BernoulliBandit-misc",
+    "DeepSea-bsuite",
+    "FourRooms-misc",
+    "MetaMaze-misc",
+    "Reacher-misc",
+    "Swimmer-misc",
+}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import pytest
 
 from trpo_jax import Categorical, DiagonalGaussian, MultiCategorical, fisher_vector_product, mean_kl
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 BATCHES = [(7,), (3, 4)]
 
 

@@ -10,6 +10,8 @@ from trpo_jax import fit_value_function, gauss_newton_fit
 from trpo_jax.steps.statistics import init_statistics, normalize, update_statistics
 from trpo_jax.steps.values import explained_variance
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def linear(params, observation):
     return observation @ params

@@ -16,6 +16,8 @@ from trpo_jax.theory import (
     trajectory_fraction,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 effective_sample_size = jax.jit(theory.effective_sample_size)
 
 

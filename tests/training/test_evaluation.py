@@ -14,6 +14,8 @@ from trpo_jax.steps.statistics import RunningStatistics
 from trpo_jax.training.loop import make_agent
 from trpo_jax.training.rollouts import reset_environments
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def prepare(env, **options):
     """A compiled (state, key) -> Evaluation and a first state."""
