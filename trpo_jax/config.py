@@ -49,7 +49,41 @@ class Config:
     num_iterations: int = _static(150, "iterations (one rollout and one update each)", low=1)
     gamma: float = _traced(0.99, "discount γ", interval="[0, 1]")
     gae_lambda: float = _traced(0.98, "λ of generalized advantage estimation", interval="[0, 1]")
-    max_kl: float = _traced(0.01, "trust-region radius δ: bound on the mean KL of an update, nats", interval="(0, inf)")
+    baseline: bool = _static(True, "weight actions by advantages; False: by returns, as REINFORCE without a baseline")
+    update: str = _static(
+        "trpo",
+        "how the policy is updated; all but trpo take gradient steps: one (policy-gradient), or epochs of minibatches "
+        "on the clipped (ppo) or the penalised surrogate (kl-penalty)",
+        choices=("trpo", "policy-gradient", "ppo", "kl-penalty"),
+    )
+    max_kl: float = _traced(
+        0.01,
+        "trust-region radius δ: bound on the divergence of an update, nats; the first, if it adapts",
+        interval="(0, inf)",
+    )
+    constraint: str = _static(
+        "mean-kl",
+        "the divergence that δ bounds: mean or maximum of KL(old‖new) over the batch, or the mean of KL(new‖old)",
+        choices=("mean-kl", "max-kl", "reverse-kl"),
+    )
+    radius_rule: str = _static(
+        "fixed",
+        "ratio: δ grows while the realised gain, measured on the next batch, is near the predicted one, and shrinks "
+        "where it is not; divergence: δ moves until the divergence is near target_kl",
+        choices=("fixed", "ratio", "divergence"),
+    )
+    smallest_max_kl: float = _traced(1e-5, "radius_rule: lower bound of δ, nats", interval="(0, inf)")
+    largest_max_kl: float = _traced(1.0, "radius_rule: upper bound of δ, nats", interval="(0, inf)")
+    target_kl: float = _traced(
+        0.01, "divergence that radius_rule=divergence and kl-penalty aim at", interval="(0, inf)"
+    )
+    anneal_max_kl: float = _traced(
+        0.0, "share of δ that is gone at the end of the run, linearly; 1: shrinks towards 0", interval="[0, 1]"
+    )
+    reuse: int = _static(1, "batches an update learns from: the newest and reuse − 1 before it", low=1)
+    entropy_coefficient: float = _traced(
+        0.0, "weight of the policy's mean entropy in the objective", interval="[0, inf)"
+    )
     cg_damping: float = _traced(0.1, "damping λ_d of the Fisher matrix in conjugate gradient", interval="[0, inf)")
     cg_iterations: int = _static(10, "conjugate-gradient iterations k at most", low=1)
     cg_tolerance: float = _traced(
@@ -66,11 +100,22 @@ class Config:
     )
     line_search: str = _static(
         "auto",
-        "one candidate after the other, or all in one batched pass; auto: parallel on accelerators",
-        choices=("auto", "backtracking", "parallel"),
+        "one candidate after the other, or all in one batched pass; auto: parallel on accelerators; none: the full "
+        "step is taken as it is, which is the natural gradient method",
+        choices=("auto", "backtracking", "parallel", "none"),
     )
     line_search_shrink: float = _traced(0.8, "factor α between candidates of the line search", interval="(0, 1)")
     line_search_steps: int = _static(10, "candidates that the line search tries", low=1)
+    policy_optimizer: str = _static(
+        "adam", "gradient steps: by Adam, or plain, θ + learning rate · gradient", choices=("adam", "sgd")
+    )
+    policy_learning_rate: float = _traced(3e-3, "gradient steps: learning rate", interval="[0, inf)")
+    policy_epochs: int = _static(10, "ppo, kl-penalty: passes over the batch", low=1)
+    policy_minibatches: int = _static(8, "ppo, kl-penalty: minibatches a pass; must divide the batch", low=1)
+    clip_ratio: float = _traced(0.2, "ppo: ε, the ratio counts within [1 − ε, 1 + ε]", interval="(0, inf)")
+    penalty: float = _traced(
+        1.0, "kl-penalty: coefficient β of the KL at the start; adapts to target_kl", interval="(0, inf)"
+    )
     value_fit: str = _static(
         "gauss-newton",
         "how the value function is fitted: one damped Gauss-Newton step, or epochs of minibatches by Adam",
@@ -126,11 +171,21 @@ def validate(config: Config) -> None:
             isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < meta["low"]
         ):
             raise UsageError(f"{field.name} must be a whole number of at least {meta['low']:g}, got {value!r}.")
-    if config.value_fit == "adam" and config.steps_per_iteration % config.value_minibatches:
-        raise UsageError(
-            f"value_minibatches={config.value_minibatches} does not divide the batch of num_envs x num_steps = "
-            f"{config.num_envs} x {config.num_steps} = {config.steps_per_iteration}; choose a divisor of it."
-        )
+    for name, used in (
+        ("value_minibatches", config.value_fit == "adam"),
+        ("policy_minibatches", config.update in ("ppo", "kl-penalty")),
+    ):
+        if used and config.steps_per_iteration % getattr(config, name):
+            raise UsageError(
+                f"{name}={getattr(config, name)} does not divide the batch of num_envs x num_steps = "
+                f"{config.num_envs} x {config.num_steps} = {config.steps_per_iteration}; choose a divisor of it."
+            )
+    if config.update != "trpo":
+        for name, default in (("radius_rule", "fixed"), ("constraint", "mean-kl"), ("reuse", 1)):
+            if getattr(config, name) != default:
+                raise UsageError(
+                    f"{name}={getattr(config, name)} needs a trust region; use update=trpo, not {config.update}."
+                )
 
 
 def _check_interval(name: str, value: Any, interval: str) -> None:

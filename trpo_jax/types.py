@@ -19,7 +19,7 @@ from trpo_jax.steps.statistics import RunningStatistics
 Array = jax.Array
 PyTree = Any
 
-__all__ = ["Config", "Metrics", "Network", "TrainState", "Transition"]
+__all__ = ["Config", "Control", "LastUpdate", "Memory", "Metrics", "Network", "TrainState", "Transition"]
 
 
 def _flatten_config(config: Config) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, Any]]:
@@ -114,6 +114,48 @@ class Transition:
     next_observation: Array
 
 
+class LastUpdate(NamedTuple):
+    """What the next batch needs to know of an update in order to measure its gain.
+
+    Attributes:
+      policy_params: θ before it.
+      statistics: of the observations, as that policy had them.
+      gain: surrogate gain that it promised, in units of the raw advantage; 0 if it was rejected.
+      at_boundary: whether the radius, not the gain, limited the step, bool.
+    """
+
+    policy_params: PyTree
+    statistics: RunningStatistics
+    gain: Array
+    at_boundary: Array
+
+
+class Control(NamedTuple):
+    """What adapts from update to update; None where the settings do not ask for it.
+
+    Attributes:
+      radius: trust-region radius δ of the next update, nats (`radius_rule`).
+      penalty: coefficient β of the KL in the next update (kl-penalty).
+      last: what `radius_rule="ratio"` measures on the next batch.
+    """
+
+    radius: Any = None
+    penalty: Any = None
+    last: Any = None
+
+
+class Memory(NamedTuple):
+    """Batches side by side as if of more environments, the newest first.
+
+    Attributes:
+      batch: transitions [T, K·N, ...].
+      log_prob: of the actions under the policies that took them, [T, K·N].
+    """
+
+    batch: Transition
+    log_prob: Array
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -124,7 +166,10 @@ class TrainState:
       key: the run's constant PRNG key; iteration i draws from `fold_in(key, i)`.
       policy_params: policy parameters θ.
       value_params: value-function parameters.
+      policy_optimizer: state of the policy's optimizer; () for trpo, which has none.
       value_optimizer: state of the value function's optimizer; () for gauss-newton, which has none.
+      control: what adapts from update to update, see `Control`.
+      memory: earlier batches that the next update learns from too, see `Memory`; () without reuse.
       statistics: running mean and variance of observations.
       env_state: states of the N environments.
       observation: the N current observations, [N, ...].
@@ -136,7 +181,10 @@ class TrainState:
     key: Array
     policy_params: PyTree
     value_params: PyTree
+    policy_optimizer: PyTree
     value_optimizer: PyTree
+    control: Control
+    memory: Memory | tuple[()]
     statistics: RunningStatistics
     env_state: PyTree
     observation: Array
@@ -157,15 +205,21 @@ class Metrics:
       step_fraction: share αʲ of the full natural step that was taken; 0 if rejected.
       surrogate_gain: L(θ_new) − L(θ_old), in units of the (normalised) advantage.
       predicted_gain: the same by the linear model at the full step, gᵀs.
-      mean_kl: mean KL(old ‖ new) over the batch, nats; never above max_kl.
+      divergence: what `constraint` bounds, nats, by default the mean KL; never above `radius` (but with
+        line_search=none, and where there is no radius).
+      mean_kl: mean KL(old ‖ new) over the batch, nats.
       maximum_kl: largest KL(old ‖ new) of a single sample, nats.
       entropy: mean entropy of the policy that collected the batch, nats.
-      effective_sample_fraction: (Σw)²/(B Σw²) of the importance ratios after the step; 1 means unchanged.
+      effective_sample_fraction: (Σw)²/(B Σw²) of the importance ratios after the step, to the policies that took the
+        actions (over all batches that the update learned from); 1 means unchanged.
       gradient_norm: norm of the policy gradient.
       cg_residual: relative residual that conjugate gradient left.
       value_loss: mean squared error that the fit of the value function leaves, on at most 1024 samples of the batch
         (adam: on all, averaged over its last epoch).
       explained_variance: 1 − Var[return − V]/Var[return] before the fit; 1 is perfect, 0 a constant's worth.
+      radius: δ of this update, nats; NaN where the update has none.
+      gain_ratio: realised over predicted gain of the update before, measured on this batch; NaN where it was not.
+      penalty: coefficient β of the KL in this update; NaN but for kl-penalty.
       finite: 1 if every reward, observation and parameter was a finite number, 0 otherwise.
     """
 
@@ -176,6 +230,7 @@ class Metrics:
     step_fraction: Array
     surrogate_gain: Array
     predicted_gain: Array
+    divergence: Array
     mean_kl: Array
     maximum_kl: Array
     entropy: Array
@@ -184,4 +239,7 @@ class Metrics:
     cg_residual: Array
     value_loss: Array
     explained_variance: Array
+    radius: Array
+    gain_ratio: Array
+    penalty: Array
     finite: Array

@@ -42,7 +42,7 @@ def test_accepts_the_first_that_passes(search, case):
     )(PARAMS, STEP)
     if expected is None:
         assert not info.accepted and info.num_rejected == 5
-        assert info.step_fraction == info.surrogate_gain == info.mean_kl == info.extra[0] == 0
+        assert info.step_fraction == info.surrogate_gain == info.divergence == info.extra[0] == 0
         for name in PARAMS:  # also the sign of −0
             np.testing.assert_array_equal(
                 np.asarray(new[name]).view(np.uint32), np.asarray(PARAMS[name]).view(np.uint32)
@@ -51,7 +51,7 @@ def test_accepts_the_first_that_passes(search, case):
         alpha = 0.5**expected
         assert info.accepted and info.num_rejected == expected and info.step_fraction == alpha
         gain, kl = evaluate(jnp.float32(alpha))
-        np.testing.assert_allclose((info.surrogate_gain, info.mean_kl, info.extra[0]), (gain, kl, alpha), rtol=1e-6)
+        np.testing.assert_allclose((info.surrogate_gain, info.divergence, info.extra[0]), (gain, kl, alpha), rtol=1e-6)
         jax.tree.map(lambda n, p, s: np.testing.assert_allclose(n, p + alpha * s), new, PARAMS, STEP)
 
 

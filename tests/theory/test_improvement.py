@@ -60,7 +60,7 @@ def test_two_state_golden_step():
     expected = [[0.3315515114, 0.6684484886], [0.6566523372, 0.3433476628]]
     np.testing.assert_allclose(policy, expected, atol=1e-10)
     certificate = certificate_of(softmax_policy(logits), policy, mdp)
-    np.testing.assert_allclose(info.mean_kl, 0.0097914243, atol=1e-10)
+    np.testing.assert_allclose(info.divergence, 0.0097914243, atol=1e-10)
     np.testing.assert_allclose(certificate.mean_kl, 0.0097914243, atol=1e-10)
     np.testing.assert_allclose(certificate.maximum_kl, 0.0145143095, atol=1e-10)
     np.testing.assert_allclose(expected_return(policy, mdp), 10.3374129265, atol=1e-10)
@@ -76,7 +76,7 @@ def test_bandit_golden_step_must_backtrack():
     new, info = trpo_step(logits, mdp)
     assert info.num_rejected == 1
     np.testing.assert_allclose(new - logits, 0.8 * 0.2020305089 * direction, atol=1e-10)
-    assert info.mean_kl <= 0.01
+    assert info.divergence <= 0.01
 
 
 @pytest.mark.parametrize("problem", [two_state, bandit])

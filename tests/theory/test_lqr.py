@@ -123,7 +123,7 @@ def test_a_limited_step_converges_from_the_same_start():
         old, (k, info) = k, step(k)
         assert info.accepted
         assert gain_kl(old, k, problem, 0.3) <= 0.01
-        np.testing.assert_allclose(info.mean_kl, 0.01 * info.step_fraction**2, rtol=1e-10)
+        np.testing.assert_allclose(info.divergence, 0.01 * info.step_fraction**2, rtol=1e-10)
         gaps.append(float(best - lqr_return(k, problem)))
     assert np.all(np.diff(gaps) < 0)
     assert gaps[0] > 1

@@ -24,7 +24,8 @@ from trpo_jax import (
     train,
     train_step,
 )
-from trpo_jax.training.loop import _next_values, make_agent, train_chunk
+from trpo_jax.training.learning import _next_values, make_agent
+from trpo_jax.training.loop import train_chunk
 from trpo_jax.training.rollouts import rollout
 from trpo_jax.types import Transition
 
@@ -104,8 +105,34 @@ def test_eight_seeds_at_once_are_eight_runs_and_seeds_differ():
     assert len(np.unique(weights, axis=0)) == 8
 
 
-@pytest.mark.parametrize("value_fit, unused", [("gauss-newton", "value_learning_rate"), ("adam", "value_damping")])
-def test_a_lane_for_each_float_setting_is_a_run_with_it(value_fit, unused):
+# Every float setting, a value for it, and the static settings under which it matters.
+SWEPT = [
+    (
+        {},
+        {
+            "gamma": 0.3,
+            "gae_lambda": 0.2,
+            "max_kl": 0.05,
+            "anneal_max_kl": 0.5,
+            "entropy_coefficient": 0.5,
+            "cg_damping": 1.0,
+            "cg_tolerance": 0.5,
+            "line_search_shrink": 0.9,
+            "value_damping": 3.0,
+            "initial_log_std": -1.0,
+        },
+    ),
+    ({"radius_rule": "divergence"}, {"target_kl": 1e-4, "smallest_max_kl": 0.02, "largest_max_kl": 0.005}),
+    (
+        {"update": "ppo", "value_fit": "adam"},
+        {"clip_ratio": 0.01, "policy_learning_rate": 0.1, "value_learning_rate": 0.1},
+    ),
+    ({"update": "kl-penalty"}, {"penalty": 30.0}),
+]
+
+
+@pytest.mark.parametrize("choices, values", SWEPT, ids=["trpo", "divergence", "ppo", "kl-penalty"])
+def test_a_lane_for_each_float_setting_is_a_run_with_it(choices, values):
     """Every float setting is swept in one program: lane i changes the i-th setting."""
     gaussian = small_config(
         probes.ReachTarget(),
@@ -113,20 +140,10 @@ def test_a_lane_for_each_float_setting_is_a_run_with_it(value_fit, unused):
         initial_log_std=0.0,
         num_iterations=2,
         line_search_shrink=0.5,
-        value_fit=value_fit,
+        policy_epochs=2,
+        policy_minibatches=2,
+        **choices,
     )  # the default policy, which reads initial_log_std
-    values = {
-        "gamma": 0.3,
-        "gae_lambda": 0.2,
-        "max_kl": 0.05,
-        "cg_damping": 1.0,
-        "cg_tolerance": 0.5,
-        "line_search_shrink": 0.9,
-        "value_damping": 3.0,
-        "value_learning_rate": 0.1,
-        "initial_log_std": -1.0,
-    }
-    assert sorted(values) == sorted(TRACED)
     configs = [gaussian, *(gaussian.replace(**{name: value}) for name, value in values.items())]
     one, many = trainers()
     key = jax.random.key(0)
@@ -136,8 +153,12 @@ def test_a_lane_for_each_float_setting_is_a_run_with_it(value_fit, unused):
         assert_trees_close(lane(together, i), alone, rtol=1e-4, atol=1e-5)
     base = lane(together, 0)[1]
     for i, name in enumerate(values, start=1):
-        if name not in ("gamma", "gae_lambda", "line_search_shrink", unused):  # one-step episodes; nothing rejected
+        if name not in ("gamma", "gae_lambda", "line_search_shrink"):  # one-step episodes; nothing rejected
             assert not same_bits(lane(together, i)[1], base), name
+
+
+def test_every_float_setting_was_swept():
+    assert sorted(name for _, values in SWEPT for name in values) == sorted(TRACED)
 
 
 @pytest.mark.parametrize("name", TRACED)
@@ -253,15 +274,19 @@ def test_every_field_is_documented(cls):
     assert documented == [field.name for field in dataclasses.fields(cls)]
 
 
+ABSENT = "gain_ratio", "penalty"  # NaN: the defaults have none of them
+
+
 def test_metrics_are_finite_and_within_their_meaning():
     for state, metrics in [whole_run(), *map(run_of, range(3))]:
         for name, column in vars(metrics).items():
-            assert column.ndim == 1 and np.isfinite(column).all(), name
+            assert column.ndim == 1 and np.isfinite(column).all() == (name not in ABSENT), name
         assert int(state.iteration) == metrics.accepted.size
         assert set(np.unique(metrics.accepted)) <= {0, 1} and metrics.accepted.any()
         taken = np.asarray(metrics.accepted == 1)
         assert (metrics.mean_kl <= 0.01).all() and (metrics.mean_kl[taken] > 0).all()
-        assert (metrics.mean_kl <= metrics.maximum_kl).all()
+        assert (metrics.mean_kl <= metrics.maximum_kl).all() and (metrics.radius == np.float32(0.01)).all()
+        np.testing.assert_array_equal(metrics.divergence, metrics.mean_kl)
         assert (metrics.surrogate_gain[taken] > 0).all()
         assert (metrics.surrogate_gain[~taken] == 0).all() and (metrics.step_fraction[~taken] == 0).all()
         assert (metrics.effective_sample_fraction > 0).all() and (metrics.effective_sample_fraction <= 1 + 1e-6).all()
@@ -281,7 +306,7 @@ def test_without_an_end_the_mean_return_is_nan_and_the_rest_is_finite():
     _, metrics = trainers()[0](small_config(probes.Endless(), num_iterations=1), jax.random.key(0))
     assert int(metrics.num_episodes[0]) == 0
     for name, column in vars(metrics).items():
-        assert np.isnan(column).all() == (name in ("episode_return", "episode_length")), name
+        assert np.isnan(column).all() == (name in ("episode_return", "episode_length", *ABSENT)), name
 
 
 def test_memory_grows_only_by_the_metrics():

@@ -21,23 +21,22 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from trpo_jax.steps.curvature import curvature_sample
-from trpo_jax.steps.line_searches import backtracking_line_search, parallel_line_search
+from trpo_jax.steps.line_searches import backtracking_line_search
 from trpo_jax.steps.objectives import mean_kl, surrogate
 from trpo_jax.steps.solvers import conjugate_gradient
 from trpo_jax.steps.trust_region import candidate_judge, natural_gradient, surrogate_gradient, trpo_update
 from trpo_jax.sweeps.statistics import interquartile_mean
 from trpo_jax.training.evaluation import evaluate
-from trpo_jax.training.loop import (
+from trpo_jax.training.learning import (
     Learned,
     estimate_advantages,
     fit_value,
     flatten_batch,
-    init,
+    line_search_of,
     make_agent,
     on_normalized,
-    train_step,
-    uses_parallel_line_search,
 )
+from trpo_jax.training.loop import init, train_step
 from trpo_jax.training.memory import compile_agents, predict_memory, program_memory
 from trpo_jax.training.rollouts import rollout
 from trpo_jax.types import Config, TrainState
@@ -112,7 +111,7 @@ def measure_parts(config: Config, state: TrainState, repetitions: int) -> dict[s
     agent = make_agent(config)
     policy_apply = on_normalized(config, state.statistics, agent.policy.apply)
     value_apply = on_normalized(config, state.statistics, agent.value.apply)
-    old = Learned(state.policy_params, state.value_params, state.value_optimizer, state.statistics)
+    old = Learned(*(getattr(state, name) for name in Learned._fields))
     theta, unravel = ravel_pytree(state.policy_params)
 
     def policy(vector: Any, observation: Any) -> Any:
@@ -148,7 +147,7 @@ def measure_parts(config: Config, state: TrainState, repetitions: int) -> dict[s
             weight=weight,
         )[0]
 
-    line_search = parallel_line_search if uses_parallel_line_search(config) else backtracking_line_search
+    line_search = line_search_of(config)
 
     @jax.jit
     def search(theta: Any, step: Any, old_distribution: Any, *batch: Any) -> Any:

@@ -21,6 +21,7 @@ def gae(
     *,
     gamma: Scalar,
     gae_lambda: Scalar,
+    ratios: Array | None = None,
 ) -> Array:
     """Estimate advantages by one backward scan.
 
@@ -38,6 +39,8 @@ def gae(
       truncated: whether a time limit cut it off, bool [T, ...].
       gamma: discount γ in [0, 1].
       gae_lambda: λ in [0, 1]: 0 is the one-step temporal difference, 1 the discounted return minus V.
+      ratios: π(a_t|s_t)/π_b(a_t|s_t), [T, ...], if another policy π_b took the actions than the one whose advantage is
+        asked for: λ becomes λ min(1, ratio_{t+1}), which cuts the sum where they part (Munos et al. 2016).
 
     Returns:
       Advantages, [T, ...]. Add `values` for the λ-return that a value function is fitted to.
@@ -45,7 +48,7 @@ def gae(
     Raises:
       AssertionError: if the shapes differ or there is no time axis.
     """
-    deltas, decay = _deltas(rewards, values, next_values, terminated, truncated, gamma, gae_lambda)
+    deltas, decay = _deltas(rewards, values, next_values, terminated, truncated, gamma, gae_lambda, ratios)
 
     def step(advantage: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         delta, factor = inputs
@@ -65,12 +68,13 @@ def parallel_gae(
     *,
     gamma: Scalar,
     gae_lambda: Scalar,
+    ratios: Array | None = None,
 ) -> Array:
     """`gae` by an associative scan: O(log T) depth, for accelerators. Arguments and result as in `gae`.
 
     The recursion A = δ + f·A' is a composition of affine maps, (f₁, δ₁) ∘ (f₂, δ₂) = (f₁ f₂, δ₁ + f₁ δ₂).
     """
-    deltas, decay = _deltas(rewards, values, next_values, terminated, truncated, gamma, gae_lambda)
+    deltas, decay = _deltas(rewards, values, next_values, terminated, truncated, gamma, gae_lambda, ratios)
 
     def compose(later: tuple[Array, Array], earlier: tuple[Array, Array]) -> tuple[Array, Array]:
         return later[0] * earlier[0], earlier[1] + earlier[0] * later[1]
@@ -86,6 +90,7 @@ def _deltas(
     truncated: Array,
     gamma: Scalar,
     gae_lambda: Scalar,
+    ratios: Array | None,
 ) -> tuple[Array, Array]:
     """Temporal differences δ_t and the factor γλ(1 − done_t) that carries A_{t+1} back, each [T, ...]."""
     chex.assert_equal_shape([rewards, values, next_values, terminated, truncated])
@@ -95,4 +100,7 @@ def _deltas(
     bootstrap = jnp.where(terminated, 0, next_values)
     deltas = rewards + gamma * bootstrap - values
     decay = jnp.where(terminated | truncated, 0, gamma * gae_lambda)
+    if ratios is not None:
+        chex.assert_equal_shape([rewards, ratios])
+        decay = decay.at[:-1].multiply(jnp.minimum(ratios[1:], 1))  # nothing follows the last step
     return jnp.asarray(deltas, dtype), jnp.asarray(decay, dtype)

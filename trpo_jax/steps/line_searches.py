@@ -18,7 +18,7 @@ from trpo_jax.steps import trees
 from trpo_jax.steps.types import Array, PyTree, Scalar
 
 Evaluate = Callable[[PyTree], tuple[Any, ...]]
-"""`evaluate(params)` -> (surrogate gain over the start, mean KL from the start, *anything else worth keeping)."""
+"""`evaluate(params)` -> (gain over the start, divergence from the start, *anything else worth keeping)."""
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +30,7 @@ class LineSearchInfo:
       accepted: whether a candidate passed, bool.
       step_fraction: αʲ of the accepted candidate.
       surrogate_gain: its surrogate gain, > 0.
-      mean_kl: its mean KL divergence, ≤ max_kl.
+      divergence: how far it is from the start, ≤ max_kl: the mean KL, or what else `evaluate` measures.
       num_rejected: candidates that failed before it, int32.
       extra: a tuple of whatever else `evaluate` returned for it.
     """
@@ -38,7 +38,7 @@ class LineSearchInfo:
     accepted: Array
     step_fraction: Array
     surrogate_gain: Array
-    mean_kl: Array
+    divergence: Array
     num_rejected: Array
     extra: tuple[Any, ...]
 
@@ -48,14 +48,14 @@ def backtracking_line_search(
 ) -> tuple[PyTree, LineSearchInfo]:
     """Try params + shrinkʲ · step for j = 0, 1, … and keep the first candidate that passes.
 
-    A candidate passes if its parameters, gain and KL are finite, gain > 0 and mean KL ≤ max_kl. If none of
+    A candidate passes if its parameters, gain and divergence are finite, gain > 0 and divergence ≤ max_kl. If none of
     `max_steps` candidates passes, `params` comes back bit-identical and `info.accepted` is False.
 
     Args:
-      evaluate: `evaluate(params)` -> (surrogate gain, mean KL(old ‖ new), *extra).
+      evaluate: `evaluate(params)` -> (surrogate gain, divergence, *extra), usually with the mean KL(old ‖ new).
       params: θ_old, a pytree.
       step: the full step, a pytree like params.
-      max_kl: δ > 0, the bound on the mean KL.
+      max_kl: δ > 0, the bound on the divergence.
       shrink: α in (0, 1).
       max_steps: number of candidates, ≥ 1 (static).
 
@@ -95,6 +95,24 @@ def parallel_line_search(
     return _conclude(params, step, fractions, first, accepted, evaluation)
 
 
+def full_step(
+    evaluate: Evaluate, params: PyTree, step: PyTree, *, max_kl: Scalar, shrink: Scalar = 0.8, max_steps: int = 10
+) -> tuple[PyTree, LineSearchInfo]:
+    """No search: take the whole step, whatever it gains and however far it leads, unless something is not finite.
+
+    With it `trpo_update` is the natural gradient method. Arguments and result as in `backtracking_line_search`;
+    max_kl, shrink and max_steps are not looked at.
+
+    Source: Kakade 2001.
+    """
+    del max_kl, shrink, max_steps
+    candidate = trees.add_scaled(params, jnp.ones(()), step)
+    evaluation = evaluate(candidate)
+    moves = trees.max_abs(step) > 0
+    accepted = moves & trees.all_finite((candidate, evaluation[:2]))
+    return _conclude(params, step, jnp.ones(1), jnp.int32(0), accepted, evaluation)
+
+
 def _fractions(step: PyTree, shrink: Scalar, max_steps: int) -> Array:
     """(1, α, α², …), [max_steps]. One formula for both searches, so that they try the same candidates."""
     dtype = jnp.result_type(*jax.tree.leaves(step))
@@ -102,8 +120,8 @@ def _fractions(step: PyTree, shrink: Scalar, max_steps: int) -> Array:
 
 
 def _passes(candidate: PyTree, evaluation: tuple[Any, ...], max_kl: Scalar) -> Array:
-    gain, kl = evaluation[:2]
-    return trees.all_finite((candidate, gain, kl)) & (gain > 0) & (kl <= max_kl)
+    gain, divergence = evaluation[:2]
+    return trees.all_finite((candidate, gain, divergence)) & (gain > 0) & (divergence <= max_kl)
 
 
 def _conclude(
@@ -112,12 +130,12 @@ def _conclude(
     # Selected, not scaled by 0: 0 · NaN is NaN.
     candidate = trees.add_scaled(params, fractions[index], step)
     new_params = trees.select(accepted, candidate, params)
-    gain, kl, *extra = jax.tree.map(lambda leaf: jnp.where(accepted, leaf, 0), evaluation)
+    gain, divergence, *extra = jax.tree.map(lambda leaf: jnp.where(accepted, leaf, 0), evaluation)
     info = LineSearchInfo(
         accepted=accepted,
         step_fraction=jnp.where(accepted, fractions[index], 0),
         surrogate_gain=gain,
-        mean_kl=kl,
+        divergence=divergence,
         num_rejected=index + ~accepted,
         extra=tuple(extra),
     )

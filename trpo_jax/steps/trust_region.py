@@ -23,6 +23,8 @@ from trpo_jax.steps.objectives import effective_sample_fraction, surrogate, surr
 from trpo_jax.steps.solvers import conjugate_gradient
 from trpo_jax.steps.types import Array, DistributionFn, PolicyApply, PyTree, Scalar
 
+CONSTRAINTS = "mean-kl", "max-kl", "reverse-kl"
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +51,14 @@ class UpdateInfo:
 
     Attributes:
       accepted: whether a candidate passed the line search, bool.
-      surrogate_gain: L(θ_new) − L(θ_old).
+      surrogate_gain: L(θ_new) − L(θ_old), with the entropy bonus if there is one.
       predicted_gain: gain of the linear model at the full step, gᵀs.
+      divergence: what the constraint bounds, nats: the mean KL, unless another one was chosen.
       mean_kl: mean over the batch of KL(old ‖ new), nats.
       maximum_kl: largest KL(old ‖ new) of any sample in the batch, nats.
       entropy: mean entropy of the policy before the update, nats.
       step_fraction: fraction αʲ of the full step that was taken.
-      effective_sample_fraction: (Σw)²/(B Σw²) of the new ratios w.
+      effective_sample_fraction: (Σw)²/(B Σw²) of the new ratios w to the policies that took the actions.
       gradient_norm: ‖∇L‖₂ at θ_old.
       cg_residual: relative residual that conjugate gradient left.
     """
@@ -63,6 +66,7 @@ class UpdateInfo:
     accepted: Array
     surrogate_gain: Array
     predicted_gain: Array
+    divergence: Array
     mean_kl: Array
     maximum_kl: Array
     entropy: Array
@@ -128,7 +132,12 @@ def natural_gradient(
 
 
 def surrogate_gradient(
-    policy_apply: PolicyApply, params: PyTree, observation: PyTree, action: Array, advantage: Array
+    policy_apply: PolicyApply,
+    params: PyTree,
+    observation: PyTree,
+    action: Array,
+    advantage: Array,
+    entropy_coefficient: Scalar = 0.0,
 ) -> tuple[PyTree, Any]:
     """The gradient of the surrogate at θ_old and the distributions there, from one forward pass for both.
 
@@ -138,7 +147,12 @@ def surrogate_gradient(
     def cotangent(old_distribution: Any, advantage: Array, action: Array) -> Any:
         log_prob = old_distribution.log_prob(action)
         chex.assert_equal_shape([log_prob, advantage], custom_message="log_prob(action) and advantage differ in shape")
-        return jax.grad(surrogate)(old_distribution, log_prob, action, advantage)
+
+        def objective(distribution: Any) -> Array:
+            bonus = entropy_coefficient * jnp.mean(distribution.entropy())
+            return surrogate(distribution, log_prob, action, advantage) + bonus
+
+        return jax.grad(objective)(old_distribution)
 
     with jax.default_matmul_precision("highest"):
         old_distribution, gradient = forward_and_gradient(
@@ -148,21 +162,41 @@ def surrogate_gradient(
 
 
 def candidate_judge(
-    policy_apply: PolicyApply, old_distribution: Any, observation: PyTree, action: Array, advantage: Array
+    policy_apply: PolicyApply,
+    old_distribution: Any,
+    observation: PyTree,
+    action: Array,
+    advantage: Array,
+    *,
+    entropy_coefficient: Scalar = 0.0,
+    constraint: str = "mean-kl",
+    behaviour_log_prob: Array | None = None,
 ) -> Callable[[PyTree], tuple[Array, ...]]:
-    """What the line search asks: parameters -> (surrogate gain, mean KL, largest KL, effective sample fraction).
+    """What the line search asks of parameters, as a function of them.
 
-    Arguments as in `trpo_update`; `old_distribution` is what `surrogate_gradient` returned.
+    Its answers: (surrogate gain, divergence, mean KL, largest KL, effective sample fraction). Arguments as in
+    `trpo_update`; `old_distribution` is what `surrogate_gradient` returned.
     """
     old_log_prob = old_distribution.log_prob(action)
+    old_entropy = jnp.mean(old_distribution.entropy())
+    behaviour = old_log_prob if behaviour_log_prob is None else behaviour_log_prob
 
     def evaluate(candidate: PyTree) -> tuple[Array, ...]:
         # The KL is as small as the rounding of TF32 and bfloat16 products.
         with jax.default_matmul_precision("highest"):
             distribution = policy_apply(candidate, observation)
         kl = old_distribution.kl(distribution)
+        mean_kl, maximum_kl = jnp.mean(kl), jnp.max(kl)
+        match constraint:
+            case "mean-kl":
+                divergence = mean_kl
+            case "max-kl":
+                divergence = maximum_kl
+            case "reverse-kl":
+                divergence = jnp.mean(distribution.kl(old_distribution))
         gain = surrogate_gain(distribution, old_log_prob, action, advantage)
-        return gain, jnp.mean(kl), jnp.max(kl), effective_sample_fraction(distribution, old_log_prob, action)
+        gain += entropy_coefficient * (jnp.mean(distribution.entropy()) - old_entropy)
+        return gain, divergence, mean_kl, maximum_kl, effective_sample_fraction(distribution, behaviour, action)
 
     return evaluate
 
@@ -182,8 +216,11 @@ def trpo_update(
     line_search_steps: int = 10,
     fisher_fraction: Scalar = 1.0,
     line_search: Callable[..., Any] = backtracking_line_search,
+    constraint: str = "mean-kl",
+    entropy_coefficient: Scalar = 0.0,
+    behaviour_log_prob: Array | None = None,
 ) -> tuple[PyTree, UpdateInfo]:
-    """One trust-region step on a batch that the policy at `params` collected.
+    """One trust-region step on a batch that the policy at `params` collected, or policies before it.
 
     The gradient, the line search's surrogate and its KL use every sample; the Fisher matrix uses an evenly spread
     fraction of them. The step is taken only if the surrogate improves and the mean KL(old ‖ new) stays within
@@ -196,7 +233,7 @@ def trpo_update(
       observation: an array or pytree of arrays, [B, ...].
       action: actions taken, [B] or [B, D].
       advantage: advantage estimates, [B], usually normalised by the caller. B may be of any rank, such as [T, N].
-      max_kl: δ > 0, a bound on the mean KL (not a target), nats.
+      max_kl: δ > 0, a bound on the divergence (not a target), nats.
       cg_damping: λ_d ≥ 0, added to the Fisher diagonal while solving, not when the step is scaled.
       cg_iterations: Fisher products k (static).
       cg_tolerance: relative residual at which the solver stops before k products; 0 asks for all that help.
@@ -204,19 +241,40 @@ def trpo_update(
       line_search_steps: candidates αʲ tried, j = 0 … steps − 1 (static).
       fisher_fraction: share of the batch that the Fisher matrix is estimated from, in (0, 1]. As a Python number
         it saves the work; as a traced array it weights the very same samples, at full cost.
-      line_search: `backtracking_line_search` or `parallel_line_search`.
+      line_search: `backtracking_line_search`, `parallel_line_search`, or `full_step`: the natural gradient method.
+      constraint: the divergence that δ bounds (static): "mean-kl", the mean of KL(old ‖ new) over the batch; "max-kl",
+        its maximum, which the theory asks for; "reverse-kl", the mean of KL(new ‖ old).
+      entropy_coefficient: c of a bonus c · mean entropy in the objective.
+      behaviour_log_prob: log-probabilities [B] of the actions under the policies that took them, if not all θ_old's.
+        Each sample then counts by its per-decision ratio π_θ/π_behaviour; the divergence is the mean over all states.
 
     Returns:
       The new parameters and an `UpdateInfo` of scalars.
 
     Raises:
-      ValueError: if `fisher_fraction` is a number outside (0, 1].
+      ValueError: if `fisher_fraction` is a number outside (0, 1], or `constraint` is unknown.
       AssertionError: if the log-probabilities of the actions do not have the shape of the advantages.
 
     Source: Schulman et al. 2015, section 6 and Appendix C.
     """
-    gradient, old_distribution = surrogate_gradient(policy_apply, params, observation, action, advantage)
-    evaluate = candidate_judge(policy_apply, old_distribution, observation, action, advantage)
+    if constraint not in CONSTRAINTS:
+        raise ValueError(f"constraint must be one of {', '.join(CONSTRAINTS)}, got {constraint!r}")
+    if behaviour_log_prob is not None:
+        # π_θ/π_b · A = π_θ/π_old · (π_old/π_b · A): the update on other advantages.
+        advantage = jnp.exp(policy_apply(params, observation).log_prob(action) - behaviour_log_prob) * advantage
+    gradient, old_distribution = surrogate_gradient(
+        policy_apply, params, observation, action, advantage, entropy_coefficient
+    )
+    evaluate = candidate_judge(
+        policy_apply,
+        old_distribution,
+        observation,
+        action,
+        advantage,
+        entropy_coefficient=entropy_coefficient,
+        constraint=constraint,
+        behaviour_log_prob=behaviour_log_prob,
+    )
     sample, weight = curvature_sample(observation, advantage.shape, fisher_fraction)
     step, solve = natural_gradient(
         lambda p: policy_apply(p, sample),
@@ -228,19 +286,27 @@ def trpo_update(
         cg_tolerance=cg_tolerance,
         weight=weight,
     )
+    if constraint == "max-kl":
+        # The step was scaled for the mean; a KL grows with the square of the step.
+        excess = evaluate(trees.add_scaled(params, jnp.ones(()), step))[1] / max_kl
+        factor = jnp.where(excess > 1, 1 / jnp.sqrt(excess), 1)
+        step = jax.tree.map(lambda leaf: (factor * leaf).astype(leaf.dtype), step)
+        solve = dataclasses.replace(solve, predicted_gain=factor * solve.predicted_gain)
     new_params, search = line_search(
         evaluate, params, step, max_kl=max_kl, shrink=line_search_shrink, max_steps=line_search_steps
     )
-    maximum_kl, sample_fraction = search.extra
+    mean_kl, maximum_kl, sample_fraction = search.extra
+    untouched = 1.0 if behaviour_log_prob is None else evaluate(params)[4]
     info = UpdateInfo(
         accepted=search.accepted,
         surrogate_gain=search.surrogate_gain,
         predicted_gain=solve.predicted_gain,
-        mean_kl=search.mean_kl,
+        divergence=search.divergence,
+        mean_kl=mean_kl,
         maximum_kl=maximum_kl,
         entropy=jnp.mean(old_distribution.entropy()),
         step_fraction=search.step_fraction,
-        effective_sample_fraction=jnp.where(search.accepted, sample_fraction, 1),
+        effective_sample_fraction=jnp.where(search.accepted, sample_fraction, untouched),
         gradient_norm=solve.gradient_norm,
         cg_residual=solve.cg_residual,
     )

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import chex
-import jax
 import jax.numpy as jnp
 
-from trpo_jax.steps import trees
 from trpo_jax.steps.blocks import forward_and_gradient
 from trpo_jax.steps.curvature import curvature_sample, fisher_vector_product
 from trpo_jax.steps.distributions import DiagonalGaussian
 from trpo_jax.steps.line_searches import backtracking_line_search
+from trpo_jax.steps.minibatches import minibatch_descent
 from trpo_jax.steps.solvers import conjugate_gradient
 from trpo_jax.steps.types import Array, PyTree, Scalar
 
@@ -94,10 +93,7 @@ def fit_value_function(
     epochs: int,
     minibatches: int,
 ) -> tuple[PyTree, optax.OptState, Array]:
-    """Minimise mean_n[(V(s_n) − target_n)²] by minibatch steps of an optax optimizer.
-
-    Minibatch m holds the samples m, m + M, m + 2M, … of the flattened batch: a strided split needs no permutation,
-    whose gather costs more than the step.
+    """Minimise mean_n[(V(s_n) − target_n)²] by minibatch steps of an optax optimizer, see `minibatch_descent`.
 
     Args:
       value_apply: `value_apply(params, observation)` -> values [B].
@@ -113,35 +109,22 @@ def fit_value_function(
       New parameters, new optimizer state, and the mean loss over the last epoch. If any of the new numbers is not
       finite, parameters and state come back as they were.
     """
-    import optax  # deferred: only this function pays for it
-
-    batch_size = target.size
-    chex.assert_is_divisible(batch_size, minibatches)
-
-    def split(leaf: Array) -> Array:
-        flat = leaf.reshape(batch_size, *leaf.shape[target.ndim :])
-        return jnp.swapaxes(flat.reshape(batch_size // minibatches, minibatches, *flat.shape[1:]), 0, 1)
-
-    batches = jax.tree.map(split, (observation, target))
 
     def loss_fn(params: PyTree, observation: PyTree, target: Array) -> Array:
         values = value_apply(params, observation)
         chex.assert_equal_shape([values, target])
         return jnp.mean((values - target) ** 2)
 
-    def step(carry: tuple, batch: tuple) -> tuple[tuple, Array]:
-        params, state = carry
-        loss, gradient = jax.value_and_grad(loss_fn)(params, *batch)
-        updates, state = optimizer.update(gradient, state, params)
-        return (optax.apply_updates(params, updates), state), loss
-
-    def epoch(carry: tuple, _: None) -> tuple[tuple, Array]:
-        return jax.lax.scan(step, carry, batches)
-
-    old = params, optimizer_state
-    new, losses = jax.lax.scan(epoch, old, None, length=epochs)
-    params, optimizer_state = trees.select(trees.all_finite(new), new, old)
-    return params, optimizer_state, jnp.mean(losses[-1])
+    return minibatch_descent(
+        loss_fn,
+        params,
+        optimizer_state,
+        (observation, target),
+        target.shape,
+        optimizer=optimizer,
+        epochs=epochs,
+        minibatches=minibatches,
+    )
 
 
 def explained_variance(values: Array, targets: Array) -> Array:

@@ -1,5 +1,6 @@
 """The mathematics of trust-region policy optimisation on problems small enough to be exact."""
 
+from trpo_jax.steps.radii import adapt_radius_by_divergence, adapt_radius_by_ratio
 from trpo_jax.theory.bounds import (
     Certificate,
     certify,
@@ -55,8 +56,6 @@ from trpo_jax.theory.sampling import (
 )
 from trpo_jax.theory.trust_regions import (
     TrustRegionTrace,
-    adapt_radius_by_divergence,
-    adapt_radius_by_ratio,
     solve_trust_region,
     trust_region_minimize,
 )

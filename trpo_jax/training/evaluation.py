@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from trpo_jax.steps.statistics import normalize
 from trpo_jax.steps.types import Array
-from trpo_jax.training.loop import check_key, make_agent
+from trpo_jax.training.learning import make_agent
+from trpo_jax.training.loop import check_key
 from trpo_jax.training.rollouts import reset_environments
 from trpo_jax.types import Config, TrainState
 

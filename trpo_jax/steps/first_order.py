@@ -1,0 +1,135 @@
+"""First-order policy updates, TRPO's baselines: the plain policy gradient, PPO, and the KL-penalised objective.
+
+    maximise  mean_n[objective(π_θ, π_old, A_n)] + c · mean entropy
+
+by gradient steps. One step of the surrogate from θ_old is the policy gradient; what keeps several steps on one batch
+from running away is the objective: PPO clips the ratio, the penalty counts the KL against the gain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from trpo_jax.steps import trees
+from trpo_jax.steps.minibatches import minibatch_descent
+from trpo_jax.steps.trust_region import UpdateInfo, candidate_judge, surrogate_gradient
+from trpo_jax.steps.types import Array, PolicyApply, PyTree, Scalar
+
+if TYPE_CHECKING:
+    import optax
+
+Objective = Callable[[Any, Any, Array, Array], Array]
+"""`objective(distribution, old_distribution, ratio [b], advantage [b])` -> what each sample contributes, [b]."""
+
+
+def surrogate_objective(distribution: Any, old_distribution: Any, ratio: Array, advantage: Array) -> Array:
+    """ratio · A. Its gradient at θ_old is the policy gradient, mean_n[∇log π(a_n|s_n) · A_n]."""
+    del distribution, old_distribution
+    return ratio * advantage
+
+
+def clipped_objective(clip_ratio: Scalar) -> Objective:
+    """min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A) (Schulman et al. 2017, equation 7)."""
+
+    def objective(distribution: Any, old_distribution: Any, ratio: Array, advantage: Array) -> Array:
+        del distribution, old_distribution
+        return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip_ratio, 1 + clip_ratio) * advantage)
+
+    return objective
+
+
+def penalized_objective(penalty: Scalar) -> Objective:
+    """ratio · A − β KL(old ‖ new): minorize–maximize with a coefficient for practice (Schulman et al. 2017, eq. 8)."""
+
+    def objective(distribution: Any, old_distribution: Any, ratio: Array, advantage: Array) -> Array:
+        return ratio * advantage - penalty * old_distribution.kl(distribution)
+
+    return objective
+
+
+def first_order_update(
+    policy_apply: PolicyApply,
+    params: PyTree,
+    optimizer_state: optax.OptState,
+    observation: PyTree,
+    action: Array,
+    advantage: Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    objective: Objective = surrogate_objective,
+    epochs: int = 1,
+    minibatches: int = 1,
+    entropy_coefficient: Scalar = 0.0,
+) -> tuple[PyTree, optax.OptState, UpdateInfo]:
+    """Gradient ascent on an objective over a batch that the policy at `params` collected.
+
+    With the defaults it is one step of the policy gradient: REINFORCE where `advantage` is the return, the advantage
+    form where it is an advantage.
+
+    Args:
+      policy_apply: `policy_apply(params, observation)` -> a distribution.
+      params: policy parameters, a pytree of float arrays.
+      optimizer_state: `optimizer.init(params)`, or what the last call returned.
+      observation: an array or pytree of arrays, [B, ...].
+      action: actions taken, [B] or [B, D].
+      advantage: what weights each action, [B].
+      optimizer: an optax transformation; `optax.sgd(α)` is the plain step θ + α g.
+      objective: `surrogate_objective`, `clipped_objective(ε)` or `penalized_objective(β)`.
+      epochs: passes over the batch (static).
+      minibatches: minibatches a pass, which must divide B (static).
+      entropy_coefficient: c.
+
+    Returns:
+      New parameters, new optimizer state, and an `UpdateInfo` of the surrogate and KL as for `trpo_update`:
+      `step_fraction` is 1, `cg_residual` 0, `predicted_gain` gᵀ(θ_new − θ_old), and `surrogate_gain` may be negative.
+      If any of the new numbers is not finite, all come back as they were and `accepted` is False.
+
+    Source: Williams 1992 (REINFORCE); Schulman et al. 2017 (PPO).
+    """
+    gradient, old_distribution = surrogate_gradient(
+        policy_apply, params, observation, action, advantage, entropy_coefficient
+    )
+    old_log_prob = old_distribution.log_prob(action)
+
+    def loss_fn(new: PyTree, observation: PyTree, action: Array, advantage: Array, old_log_prob: Array) -> Array:
+        distribution = policy_apply(new, observation)
+        ratio = jnp.exp(distribution.log_prob(action) - old_log_prob)
+        value = objective(distribution, policy_apply(params, observation), ratio, advantage)
+        return -jnp.mean(value + entropy_coefficient * distribution.entropy())
+
+    new_params, new_state, _ = minibatch_descent(
+        loss_fn,
+        params,
+        optimizer_state,
+        (observation, action, advantage, old_log_prob),
+        advantage.shape,
+        optimizer=optimizer,
+        epochs=epochs,
+        minibatches=minibatches,
+    )
+    judge = candidate_judge(
+        policy_apply, old_distribution, observation, action, advantage, entropy_coefficient=entropy_coefficient
+    )
+    step = jax.tree.map(jnp.subtract, new_params, params)
+    evaluation = judge(new_params)
+    moved = (trees.max_abs(step) > 0) & trees.all_finite(evaluation[:2])
+    gain, divergence, mean_kl, maximum_kl = (jnp.where(moved, value, 0) for value in evaluation[:4])
+    info = UpdateInfo(
+        accepted=moved,
+        surrogate_gain=gain,
+        predicted_gain=jnp.where(moved, trees.dot(gradient, step), 0),
+        divergence=divergence,
+        mean_kl=mean_kl,
+        maximum_kl=maximum_kl,
+        entropy=jnp.mean(old_distribution.entropy()),
+        step_fraction=moved.astype(gain.dtype),
+        effective_sample_fraction=jnp.where(moved, evaluation[4], 1),
+        gradient_norm=trees.norm(gradient),
+        cg_residual=jnp.zeros_like(gain),
+    )
+    params, optimizer_state = trees.select(moved, (new_params, new_state), (params, optimizer_state))
+    return params, optimizer_state, info
