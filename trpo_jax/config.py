@@ -180,6 +180,9 @@ def validate(config: Config) -> None:
                 f"{name}={getattr(config, name)} does not divide the batch of num_envs x num_steps = "
                 f"{config.num_envs} x {config.num_steps} = {config.steps_per_iteration}; choose a divisor of it."
             )
+    low, high = config.smallest_max_kl, config.largest_max_kl
+    if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low > high:
+        raise UsageError(f"smallest_max_kl must not be above largest_max_kl, got {low} and {high}.")
     if config.update != "trpo":
         for name, default in (("radius_rule", "fixed"), ("constraint", "mean-kl"), ("reuse", 1)):
             if getattr(config, name) != default:

@@ -119,8 +119,7 @@ def natural_gradient(
     curvature = trees.dot(x, applied) - cg_damping * trees.dot(x, x)  # xᵀF x
     positive = (curvature > 0) & jnp.isfinite(curvature)
     # A hair inside the region: where the KL is exactly quadratic, its rounding must not refuse the full step.
-    inside = 1 - 16 * jnp.finfo(curvature.dtype).eps
-    beta = jnp.where(positive, inside * jnp.sqrt(2 * max_kl / jnp.where(positive, curvature, 1)), 0)
+    beta = jnp.where(positive, _inside(curvature) * jnp.sqrt(2 * max_kl / jnp.where(positive, curvature, 1)), 0)
     step = jax.tree.map(lambda leaf: jnp.where(positive, beta * leaf, 0).astype(leaf.dtype), x)
     info = NaturalGradientInfo(
         predicted_gain=gradient_norm * trees.dot(unit, step),
@@ -129,6 +128,11 @@ def natural_gradient(
         cg_iterations=cg.num_iterations,
     )
     return step, info
+
+
+def _inside(like: Array) -> Array:
+    """Just less than 1, by the rounding of a divergence."""
+    return 1 - 16 * jnp.finfo(like.dtype).eps
 
 
 def surrogate_gradient(
@@ -289,7 +293,7 @@ def trpo_update(
     if constraint == "max-kl":
         # The step was scaled for the mean; a KL grows with the square of the step.
         excess = evaluate(trees.add_scaled(params, jnp.ones(()), step))[1] / max_kl
-        factor = jnp.where(excess > 1, 1 / jnp.sqrt(excess), 1)
+        factor = jnp.where(excess > 1, _inside(excess) / jnp.sqrt(excess), 1)
         step = jax.tree.map(lambda leaf: (factor * leaf).astype(leaf.dtype), step)
         solve = dataclasses.replace(solve, predicted_gain=factor * solve.predicted_gain)
     new_params, search = line_search(

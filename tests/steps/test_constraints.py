@@ -1,0 +1,151 @@
+"""What bounds and what drives the step, other than the mean KL and the surrogate of the policy's own batch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trpo_jax import Categorical, DiagonalGaussian, gae, natural_gradient, parallel_gae, trpo_update
+from trpo_jax.steps.line_searches import full_step
+
+
+def categorical(params, observation):
+    return Categorical(jnp.tanh(observation @ params["hidden"]) @ params["out"])
+
+
+def fixed_gaussian(params, observation):
+    return DiagonalGaussian(observation @ params["out"], jnp.full(2, -0.5))
+
+
+def make_problem(policy=categorical, batch=60, seed=0):
+    rng = np.random.default_rng(seed)
+    params = {"out": jnp.asarray(rng.normal(size=(4, 2)))}
+    if policy is categorical:
+        params["hidden"] = jnp.asarray(rng.normal(size=(4, 4)))
+    observation = jnp.asarray(rng.normal(size=(batch, 4)))
+    action = policy(params, observation).sample(jax.random.key(seed))
+    return params, observation, action, jnp.asarray(rng.normal(size=batch))
+
+
+def divergences(policy, params, new, observation):
+    old, now = policy(params, observation), policy(new, observation)
+    kl = old.kl(now)
+    return {"mean-kl": kl.mean(), "max-kl": kl.max(), "reverse-kl": now.kl(old).mean()}
+
+
+@pytest.mark.parametrize("constraint", ["mean-kl", "max-kl", "reverse-kl"])
+@pytest.mark.parametrize("max_kl", [1e-4, 0.01, 0.3])
+@pytest.mark.parametrize("policy", [categorical, fixed_gaussian])
+def test_the_chosen_divergence_is_within_its_bound_and_reported(constraint, max_kl, policy, x64):
+    problem = make_problem(policy)
+    new, info = jax.jit(functools.partial(trpo_update, policy, constraint=constraint))(*problem, max_kl=max_kl)
+    found = divergences(policy, problem[0], new, problem[1])
+    assert info.accepted
+    assert max_kl / 3 < found[constraint] <= max_kl  # near the boundary, not just somewhere inside
+    np.testing.assert_allclose(info.divergence, found[constraint], rtol=1e-9)
+    np.testing.assert_allclose(info.mean_kl, found["mean-kl"], rtol=1e-9)
+    np.testing.assert_allclose(info.maximum_kl, found["max-kl"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("constraint", ["mean-kl", "max-kl", "reverse-kl"])
+def test_where_every_kl_is_quadratic_the_bound_is_met_at_once(constraint, x64):
+    problem = make_problem(fixed_gaussian)
+    _, info = trpo_update(fixed_gaussian, *problem, max_kl=0.01, constraint=constraint)
+    assert info.step_fraction == 1
+    np.testing.assert_allclose(info.divergence, 0.01, rtol=1e-12)
+
+
+def test_an_unknown_constraint_is_refused():
+    with pytest.raises(ValueError, match="one of mean-kl, max-kl, reverse-kl, got 'tv'"):
+        trpo_update(categorical, *make_problem(), constraint="tv")
+
+
+def test_without_a_line_search_it_is_the_natural_gradient_step(x64):
+    params, observation, action, advantage = make_problem()
+    new, info = trpo_update(categorical, params, observation, action, advantage, max_kl=2.0, line_search=full_step)
+    gradient = jax.grad(lambda p: jnp.mean(categorical(p, observation).log_prob(action) * advantage))(params)
+    step, _ = natural_gradient(lambda p: categorical(p, observation), params, gradient, max_kl=2.0)
+    for name in params:
+        np.testing.assert_allclose(new[name], params[name] + step[name], rtol=1e-10)
+    assert info.accepted and info.step_fraction == 1
+    assert abs(info.mean_kl - 2.0) > 0.01  # nobody looked
+    poisoned, refused = trpo_update(
+        categorical, params, observation, action, advantage.at[0].set(jnp.nan), line_search=full_step
+    )
+    assert not refused.accepted
+    assert all((poisoned[name] == params[name]).all() for name in params)
+
+
+def test_an_entropy_bonus_changes_the_gradient_and_the_gain(x64):
+    params, observation, action, advantage = make_problem()
+    new, info = trpo_update(categorical, params, observation, action, advantage, entropy_coefficient=0.7)
+    old, now = categorical(params, observation), categorical(new, observation)
+    ratio = jnp.exp(now.log_prob(action) - old.log_prob(action))
+    gain = jnp.mean((ratio - 1) * advantage) + 0.7 * (now.entropy().mean() - old.entropy().mean())
+    np.testing.assert_allclose(info.surrogate_gain, gain, rtol=1e-9)
+
+    def objective(p):
+        distribution = categorical(p, observation)
+        return jnp.mean(distribution.log_prob(action) * advantage) + 0.7 * jnp.mean(distribution.entropy())
+
+    gradient = jax.grad(objective)(params)
+    norm = np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in gradient.values()))
+    np.testing.assert_allclose(info.gradient_norm, norm, rtol=1e-10)
+    nothing = jnp.zeros_like(advantage)
+    new, info = trpo_update(categorical, params, observation, action, nothing, entropy_coefficient=1.0)
+    assert info.accepted and categorical(new, observation).entropy().mean() > old.entropy().mean()
+
+
+# --- Samples of other policies -----------------------------------------------------------------------------------
+
+
+def test_own_log_probabilities_as_behaviour_change_nothing(x64):
+    params, observation, action, advantage = make_problem()
+    log_prob = categorical(params, observation).log_prob(action)
+    plain = trpo_update(categorical, params, observation, action, advantage)
+    given = trpo_update(categorical, params, observation, action, advantage, behaviour_log_prob=log_prob)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(given), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_each_sample_counts_by_its_ratio_to_the_policy_that_took_it(x64):
+    params, observation, action, advantage = make_problem()
+    behaviour = categorical(jax.tree.map(lambda leaf: leaf + 0.3, params), observation).log_prob(action)
+    new, info = trpo_update(categorical, params, observation, action, advantage, behaviour_log_prob=behaviour)
+    assert info.accepted
+
+    def importance(p):
+        return jnp.exp(categorical(p, observation).log_prob(action) - behaviour)
+
+    gradient = jax.grad(lambda p: jnp.mean(importance(p) * advantage))(params)
+    norm = np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in gradient.values()))
+    np.testing.assert_allclose(info.gradient_norm, norm, rtol=1e-10)
+    gain = jnp.mean(importance(new) * advantage) - jnp.mean(importance(params) * advantage)
+    np.testing.assert_allclose(info.surrogate_gain, gain, rtol=1e-9)
+    weight = importance(new)
+    np.testing.assert_allclose(info.effective_sample_fraction, weight.sum() ** 2 / (60 * (weight**2).sum()), rtol=1e-10)
+    _, refused = trpo_update(categorical, params, observation, action, jnp.zeros(60), behaviour_log_prob=behaviour)
+    weight = importance(params)
+    np.testing.assert_allclose(
+        refused.effective_sample_fraction, weight.sum() ** 2 / (60 * (weight**2).sum()), rtol=1e-10
+    )
+
+
+@pytest.mark.parametrize("estimate", [gae, parallel_gae])
+def test_advantages_of_another_policy_are_cut_where_the_two_part(estimate, x64):
+    rewards, values = jnp.array([1.0, 2, 3, 4]), jnp.array([0.5, 1, 1.5, 2])
+    next_values, never = jnp.array([1, 1.5, 2, 2.5]), jnp.zeros(4, bool)
+    settings = {"gamma": 0.9, "gae_lambda": 0.95}
+
+    def at(*ratios):
+        return np.asarray(estimate(rewards, values, next_values, never, never, **settings, ratios=jnp.array(ratios)))
+
+    golden = [8.4779945938, 8.27835625, 6.93375, 4.25]
+    np.testing.assert_allclose(at(1.0, 1, 1, 1), golden, atol=1e-10)
+    np.testing.assert_allclose(at(0.0, 5, 1, 2), golden, atol=1e-10)  # its own first action does not count, nor a gain
+    np.testing.assert_allclose(at(1.0, 0, 0, 0), [1.4, 2.35, 3.3, 4.25], atol=1e-12)  # λ = 0
+    half = at(1.0, 1, 0.5, 1)
+    np.testing.assert_allclose(half[2:], golden[2:], atol=1e-10)
+    np.testing.assert_allclose(half[1], 2.35 + 0.855 * 0.5 * golden[2], atol=1e-8)

@@ -1,0 +1,262 @@
+"""The trainer's updates other than plain TRPO: what adapts, what is remembered, and that all of it continues."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import probes
+import pytest
+from probes import lane, quick_jit, same_bits, small_config, stack
+
+from trpo_jax import Config, UsageError, init, load, save, train, train_step, validate
+from trpo_jax.training.learning import Learned, adapt, flatten_batch, make_agent
+from trpo_jax.training.rollouts import rollout
+from trpo_jax.types import Control
+
+OPTIONS = {
+    "ratio": {"radius_rule": "ratio", "normalize_observations": True},
+    "divergence": {"radius_rule": "divergence"},
+    "annealed": {"anneal_max_kl": 0.8},
+    "max-kl": {"constraint": "max-kl"},
+    "reverse-kl": {"constraint": "reverse-kl", "entropy_coefficient": 0.01},
+    "natural gradient": {"line_search": "none"},
+    "policy gradient": {"update": "policy-gradient", "policy_optimizer": "sgd"},
+    "REINFORCE": {"update": "policy-gradient", "baseline": False, "gae_lambda": 1.0},
+    "PPO": {"update": "ppo", "policy_epochs": 2, "policy_minibatches": 2},
+    "penalty": {"update": "kl-penalty", "policy_epochs": 2, "policy_minibatches": 2},
+    "reuse": {"reuse": 3},
+}
+
+
+@functools.cache
+def trainer():
+    return quick_jit(train)
+
+
+@functools.cache
+def run(name, num_iterations=4):
+    return trainer()(small_config(num_iterations=num_iterations, **OPTIONS[name]), jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_saved_run_of_every_option_continues_to_the_same_bits(name, tmp_path):
+    config = small_config(num_iterations=4, **OPTIONS[name])
+    step = quick_jit(train_step)
+    state = quick_jit(init)(config, jax.random.key(0))
+    for i in range(4):
+        state, row = step(config, state)
+        if i == 1:
+            save(tmp_path / "state.npz", state)
+            state = load(tmp_path / "state.npz", config)
+    assert row.finite == 1 and row.accepted == 1
+    again = quick_jit(init)(config, jax.random.key(0))
+    for _ in range(4):
+        again, _ = step(config, again)
+    assert same_bits(state, again)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"update": "ppo", "radius_rule": "ratio"}, "radius_rule=ratio needs a trust region; use update=trpo, not ppo"),
+        ({"update": "policy-gradient", "reuse": 2}, "reuse=2 needs a trust region"),
+        ({"update": "kl-penalty", "constraint": "max-kl"}, "constraint=max-kl needs a trust region"),
+        ({"update": "ppo", "policy_minibatches": 7}, "policy_minibatches=7 does not divide the batch"),
+        ({"update": "a2c"}, "update must be one of trpo, policy-gradient, ppo, kl-penalty, got 'a2c'"),
+        ({"smallest_max_kl": 0.1, "largest_max_kl": 0.01}, "smallest_max_kl must not be above largest_max_kl"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        validate(Config(**changes))
+
+
+# --- The radius --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def cartpole(rule):
+    """Radii that start right, 100 x too large and 100 x too small; 5 seeds each; 21 iterations."""
+    config = Config(num_iterations=21, radius_rule=rule)
+    configs = stack([config.replace(max_kl=radius) for radius in (0.01, 1.0, 1e-4)])
+    keys = jax.vmap(jax.random.key)(jnp.arange(5))
+    return jax.jit(jax.vmap(jax.vmap(lambda c, k: train(c, k)[1], (None, 0)), (0, None)))(configs, keys)
+
+
+@pytest.mark.parametrize("rule", ["ratio", "divergence"])
+@pytest.mark.parametrize("start", [1, 2], ids=["too large", "too small"])
+def test_a_radius_a_hundred_times_wrong_recovers_within_twenty_iterations(rule, start):
+    metrics = cartpole(rule)
+    radius = np.median(metrics.radius, axis=1)
+    assert radius[start, 0] / radius[0, 0] == pytest.approx([100, 0.01][start - 1])
+    assert 1 / 4 < radius[start, 20] / radius[0, 20] < 4
+    late = np.nanmean(metrics.episode_return[:, :, 15:], axis=(1, 2))
+    assert late[start] > 0.6 * late[0] and late[0] > 250
+
+
+def test_the_realised_gain_of_a_bandit_is_the_predicted_one():
+    """One-step episodes: the states do not depend on the policy, so r = 1 but for the noise, and δ grows to its cap."""
+    config = Config(
+        env=probes.MatchObservation(),
+        policy=probes.linear_policy(),
+        value=probes.linear_value(),
+        num_envs=64,
+        num_iterations=9,
+        radius_rule="ratio",
+        max_kl=1e-4,
+        largest_max_kl=2e-3,
+    )
+    _, metrics = trainer()(config, jax.random.key(0))
+    assert np.isnan(metrics.gain_ratio[0])
+    np.testing.assert_allclose(metrics.gain_ratio[1:], 1, atol=0.1)
+    expected = np.minimum(1e-4 * 2.0 ** np.arange(9), 2e-3)
+    np.testing.assert_allclose(metrics.radius, expected, rtol=1e-5)
+
+
+@dataclasses.dataclass
+class Outcome:
+    accepted: jax.Array
+    gradient_norm: float = 1.0
+    divergence: float = 0.01
+
+
+@pytest.mark.parametrize("rule", ["ratio", "divergence"])
+def test_a_refused_step_shrinks_the_radius_and_a_zero_gradient_does_not(rule):
+    config = Config(radius_rule=rule)
+    control = Control(jnp.float32(0.01))
+    old = Learned(None, None, (), (), control, (), None)
+
+    def radius_after(outcome):
+        return float(adapt(config, control, old, outcome, radius=control.radius, gain=jnp.float32(1)).radius)
+
+    shrunk = 0.0025 if rule == "ratio" else 0.005
+    assert radius_after(Outcome(jnp.bool_(False))) == pytest.approx(shrunk)
+    assert radius_after(Outcome(jnp.bool_(False), gradient_norm=0.0)) == pytest.approx(0.01)
+    assert radius_after(Outcome(jnp.bool_(False), gradient_norm=float("nan"))) == pytest.approx(0.01)
+    assert radius_after(Outcome(jnp.bool_(True))) == pytest.approx(0.01)
+
+
+def test_the_radius_stays_within_its_bounds():
+    config = small_config(num_iterations=6, radius_rule="divergence", target_kl=1.0, max_kl=1e-3, largest_max_kl=4e-3)
+    _, metrics = trainer()(config, jax.random.key(0))
+    np.testing.assert_allclose(metrics.radius, [1e-3, 2e-3, 4e-3, 4e-3, 4e-3, 4e-3], rtol=1e-6)
+    _, metrics = trainer()(config.replace(target_kl=1e-7, smallest_max_kl=4e-4), jax.random.key(0))
+    np.testing.assert_allclose(metrics.radius, [1e-3, 5e-4, *[4e-4] * 4], rtol=1e-6)
+    _, metrics = trainer()(config.replace(max_kl=1.0), jax.random.key(0))
+    assert metrics.radius[0] == np.float32(4e-3)
+
+
+def test_the_annealed_radius_falls_in_a_line():
+    _, metrics = run("annealed")
+    np.testing.assert_allclose(metrics.radius, 0.01 * (1 - 0.8 * np.arange(4) / 4), rtol=1e-6)
+    assert (metrics.divergence <= metrics.radius).all()
+
+
+@pytest.mark.parametrize("name, divergence", [("max-kl", "maximum_kl"), ("annealed", "mean_kl")])
+def test_the_constraint_holds_in_every_iteration(name, divergence):
+    _, metrics = run(name)
+    assert (metrics.divergence <= metrics.radius).all() and metrics.accepted.all()
+    np.testing.assert_array_equal(metrics.divergence, getattr(metrics, divergence))
+
+
+# --- First-order updates ------------------------------------------------------------------------------------------
+
+
+def test_the_penalty_follows_the_divergence():
+    config = small_config(
+        num_iterations=12, num_envs=16, target_kl=0.02, policy_learning_rate=0.1, **OPTIONS["penalty"]
+    )
+    _, metrics = trainer()(config, jax.random.key(0))
+    kl, penalty = np.asarray(metrics.mean_kl), np.asarray(metrics.penalty)
+    assert penalty[0] == 1 and np.isnan(metrics.radius).all()
+    expected = np.where(kl > 0.03, 2.0, np.where(kl < 0.02 / 1.5, 0.5, 1.0))
+    np.testing.assert_allclose(penalty[1:] / penalty[:-1], expected[:-1], rtol=1e-6)
+    assert {0.5, 2.0} <= set(expected[:-1])
+
+
+def test_reinforce_weights_actions_by_returns():
+    """With one-step episodes and no normalisation, its gradient is that of mean[log π · r]."""
+    config = small_config(
+        num_iterations=1,
+        update="policy-gradient",
+        policy_optimizer="sgd",
+        policy_learning_rate=0.5,
+        baseline=False,
+        gae_lambda=1.0,
+        normalize_advantages=False,
+    )
+    state = init(config, jax.random.key(0))
+    batch = newest_batch(config, state)
+    new, _ = quick_jit(train_step)(config, state)
+
+    def objective(params):
+        return jnp.mean(config.policy.apply(params, batch.observation).log_prob(batch.action) * batch.reward)
+
+    gradient = jax.grad(objective)(state.policy_params)
+    for name, leaf in state.policy_params.items():
+        np.testing.assert_allclose(new.policy_params[name], leaf + 0.5 * gradient[name], rtol=1e-5, atol=1e-6)
+
+
+def newest_batch(config, state):
+    """What the next iteration collects."""
+    agent = make_agent(config)
+    key = jax.random.fold_in(state.key, state.iteration)
+    return rollout(agent.environment, agent.policy.apply, state, key, config.num_steps)[1]
+
+
+# --- Reuse --------------------------------------------------------------------------------------------------------
+
+
+def test_the_memory_holds_the_last_batches_and_who_took_their_actions():
+    config = small_config(**OPTIONS["reuse"])
+    step = quick_jit(train_step)
+    state = init(config, jax.random.key(0))
+    collected = []
+    for _ in range(4):
+        batch = newest_batch(config, state)
+        collected.insert(0, (batch, config.policy.apply(state.policy_params, batch.observation).log_prob(batch.action)))
+        state, metrics = step(config, state)
+    held = state.memory
+    assert held.log_prob.shape == (8, 2 * 4)
+    for slot in range(2):
+        part = jax.tree.map(lambda leaf, i=slot: leaf[:, 4 * i : 4 * (i + 1)], held)
+        batch, log_prob = collected[slot]
+        np.testing.assert_array_equal(part.batch.action, batch.action)
+        np.testing.assert_array_equal(part.batch.reward, batch.reward)
+        np.testing.assert_allclose(part.log_prob, log_prob, rtol=1e-4, atol=1e-5)
+    assert metrics.effective_sample_fraction < 0.999
+
+
+def test_the_radius_of_reuse_is_that_of_generalized_improvement():
+    """δ/(Σ ν_i (i + 1))² with three batches: ages 0; 0, 1, 1; 0, 1, 2; 0, 1, 2."""
+    _, metrics = run("reuse")
+    np.testing.assert_allclose(metrics.radius, 0.01 / np.array([1, 5 / 3, 2, 2]) ** 2, rtol=1e-5)
+    assert (metrics.divergence <= metrics.radius).all()
+    assert metrics.effective_sample_fraction[0] > metrics.effective_sample_fraction[2]
+
+
+def test_reusing_the_first_batch_alone_is_using_it():
+    """In the first iteration the memory is filled with copies, which change no mean."""
+    plain, reused = (
+        quick_jit(train_step)(c, init(c, jax.random.key(0)))
+        for c in (small_config(fisher_fraction=1.0), small_config(reuse=3, fisher_fraction=1.0))
+    )
+    for name, leaf in plain[0].policy_params.items():
+        np.testing.assert_allclose(reused[0].policy_params[name], leaf, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(reused[1].surrogate_gain, plain[1].surrogate_gain, rtol=1e-4)
+
+
+def test_several_agents_of_an_option_are_each_a_run_of_their_own():
+    for name in ("ratio", "PPO", "reuse"):
+        config = small_config(num_iterations=3, **OPTIONS[name])
+        keys = jax.random.split(jax.random.key(1), 2)
+        together = quick_jit(jax.vmap(train, in_axes=(None, 0)))(config, keys)
+        for i in range(2):
+            probes.assert_trees_close(lane(together, i), trainer()(config, keys[i]), rtol=1e-4, atol=1e-5)
+
+
+def test_flat_batches_keep_the_newest_environments_first():
+    wide = jnp.arange(2 * 6).reshape(2, 6)
+    np.testing.assert_array_equal(flatten_batch(wide)[:4], flatten_batch(wide[:, :2]))
