@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trpo_jax import Config, UsageError, validate
+from trpo_jax import Config, Metrics, UsageError, validate
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 TRACED = [
@@ -24,7 +24,7 @@ TRACED = [
     "line_search_shrink",
     "policy_learning_rate",
     "clip_ratio",
-    "penalty",
+    "initial_penalty",
     "value_damping",
     "value_learning_rate",
     "initial_log_std",
@@ -50,6 +50,11 @@ def test_a_number_is_one_strong_float32_leaf_however_it_was_given(value):
     assert leaf.dtype == np.float32 and leaf.shape == () and not getattr(leaf, "weak_type", False)
     inside = jax.jit(lambda config: config.gamma)(Config(gamma=value))
     assert inside.dtype == jnp.float32 and not inside.weak_type and inside == 1
+
+
+def test_no_setting_bears_the_name_of_a_metric():
+    """Both are columns of a sweep's results."""
+    assert not FIELDS.keys() & {field.name for field in dataclasses.fields(Metrics)}
 
 
 def test_unflattening_gives_the_same_config():

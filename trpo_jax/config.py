@@ -113,7 +113,7 @@ class Config:
     policy_epochs: int = _static(10, "ppo, kl-penalty: passes over the batch", low=1)
     policy_minibatches: int = _static(8, "ppo, kl-penalty: minibatches a pass; must divide the batch", low=1)
     clip_ratio: float = _traced(0.2, "ppo: ε, the ratio counts within [1 − ε, 1 + ε]", interval="(0, inf)")
-    penalty: float = _traced(
+    initial_penalty: float = _traced(
         1.0, "kl-penalty: coefficient β of the KL at the start; adapts to target_kl", interval="(0, inf)"
     )
     value_fit: str = _static(

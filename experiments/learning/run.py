@@ -1,7 +1,8 @@
-"""Train classic-control tasks with the default settings over many seeds and record how well the policies do.
+"""Train classic-control tasks over many seeds and record how well the policies do.
 
-    python experiments/learning/run.py [--num-seeds 64] [--output experiments/learning]
+    python experiments/learning/run.py [defaults | options] [--num-seeds 64] [--output experiments/learning]
 
+`defaults`: the default settings on several tasks. `options`: each of the trainer's variants and baselines on CartPole.
 All seeds of a task are one vmapped program. Each final policy is judged by its deterministic mode on fresh episodes.
 """
 
@@ -26,31 +27,54 @@ TASKS: list[dict[str, Any]] = [
     {"env": "CartPole-v1", "steps": 100_000, "solved": 475},
     {"env": "CartPole-v1", "steps": 300_000, "solved": 475},
     {"env": "Acrobot-v1", "steps": 100_000, "solved": -100},
-    {"env": "Pendulum-v1", "steps": 200_000, "solved": -300, "gamma": 0.9},
+    {"env": "Pendulum-v1", "steps": 200_000, "solved": -300, "settings": {"gamma": 0.9}},
 ]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "TRPO (the defaults)": {},
+    "max KL bounded": {"constraint": "max-kl"},
+    "reverse KL bounded": {"constraint": "reverse-kl"},
+    "radius by the gain ratio": {"radius_rule": "ratio"},
+    "radius by the divergence": {"radius_rule": "divergence"},
+    "radius annealed": {"anneal_max_kl": 1.0},
+    "entropy bonus": {"entropy_coefficient": 0.01},
+    "reuse of 2 batches": {"reuse": 2},
+    "reuse of 4 batches": {"reuse": 4},
+    "natural gradient, no line search": {"line_search": "none"},
+    "KL penalty": {"update": "kl-penalty"},
+    "PPO": {"update": "ppo"},
+    "policy gradient, Adam": {"update": "policy-gradient"},
+    "policy gradient, plain": {"update": "policy-gradient", "policy_optimizer": "sgd", "policy_learning_rate": 1.0},
+    "REINFORCE, Adam": {"update": "policy-gradient", "baseline": False, "gae_lambda": 1.0},
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tasks", nargs="?", choices=("defaults", "options"), default="defaults")
     parser.add_argument("--num-seeds", type=int, default=64)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
 
-    results = [run_task(task, arguments.num_seeds) for task in TASKS]
+    options = [
+        {"name": name, "env": "CartPole-v1", "steps": 200_000, "solved": 475, "settings": settings}
+        for name, settings in OPTIONS.items()
+    ]
+    tasks = TASKS if arguments.tasks == "defaults" else options
+    results = [run_task(task, arguments.num_seeds) for task in tasks]
     packages = {name: version(name) for name in ("jax", "jaxlib", "gymnax", "trpo_jax")}
     record = {"device": jax.devices()[0].device_kind, **packages, "num_seeds": arguments.num_seeds, "tasks": results}
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (arguments.output / "results.md").write_text(table(results))
-    plot(results, arguments.output / "learning_curves.png")
+    name = "results" if arguments.tasks == "defaults" else "options"
+    (arguments.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (arguments.output / f"{name}.md").write_text(table(results))
+    if arguments.tasks == "defaults":
+        plot(results, arguments.output / "learning_curves.png")
     print(table(results))
 
 
 def run_task(task: dict[str, Any], num_seeds: int) -> dict[str, Any]:
     """Train seeds 0 … num_seeds − 1 and evaluate each; settings were chosen on seeds from 10,000 on."""
-    config = trpo_jax.Config(env=task["env"])
-    if "gamma" in task:
-        config = config.replace(gamma=task["gamma"])
+    config = trpo_jax.Config(env=task["env"], **task.get("settings", {}))
     config = config.replace(num_iterations=task["steps"] // config.steps_per_iteration)
     keys = jax.vmap(jax.random.key)(jnp.arange(num_seeds))
     train = jax.jit(jax.vmap(trpo_jax.train, in_axes=(None, 0))).lower(config, keys).compile()
@@ -91,13 +115,14 @@ def iqm_of_rows(returns: Any) -> np.ndarray:
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| task | env steps | IQM | 95 % interval | mean | worst seed | seeds at or above | training, s |",
+        "| run | env steps | IQM | 95 % interval | mean | worst seed | seeds at or above | training, s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         low, high = r["interval"]
         solved = f"{r['num_solved']} of {len(r['returns'])} ({r['solved']})"
-        name = r["env"] + (f" (`gamma={r['gamma']}`)" if "gamma" in r else "")
+        settings = ", ".join(f"{name}={value}" for name, value in r.get("settings", {}).items())
+        name = r.get("name", r["env"]) + (f" (`{settings}`)" if settings else "")
         lines.append(
             f"| {name} | {r['env_steps']:,} | {r['iqm']:.1f} | {low:.1f} … {high:.1f} | {r['mean']:.1f} "
             f"| {r['worst']:.1f} | {solved} | {r['training_seconds']:.0f} |"

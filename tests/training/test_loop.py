@@ -127,7 +127,7 @@ SWEPT = [
         {"update": "ppo", "value_fit": "adam"},
         {"clip_ratio": 0.01, "policy_learning_rate": 0.1, "value_learning_rate": 0.1},
     ),
-    ({"update": "kl-penalty"}, {"penalty": 30.0}),
+    ({"update": "kl-penalty"}, {"initial_penalty": 30.0}),
 ]
 
 

@@ -251,7 +251,7 @@ def adapt(config: Config, control: Control, old: Learned, update: UpdateInfo, *,
 def init_control(config: Config, policy_params: PyTree, statistics: RunningStatistics) -> Control:
     """What adapts, before the first update."""
     if config.radius_rule == "fixed":
-        return Control(penalty=jnp.float32(config.penalty) if config.update == "kl-penalty" else None)
+        return Control(penalty=jnp.float32(config.initial_penalty) if config.update == "kl-penalty" else None)
     radius = jnp.clip(jnp.float32(config.max_kl), config.smallest_max_kl, config.largest_max_kl)
     if config.radius_rule == "divergence":
         return Control(radius)
