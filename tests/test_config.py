@@ -27,6 +27,10 @@ TRACED = [
     "initial_penalty",
     "value_damping",
     "value_learning_rate",
+    "value_clip",
+    "anneal_learning_rates",
+    "observation_clip",
+    "reward_clip",
     "initial_log_std",
 ]
 

@@ -124,10 +124,27 @@ class Config:
     value_damping: float = _traced(1.0, "gauss-newton: damping λ of the value function's matrix", interval="[0, inf)")
     value_cg_iterations: int = _static(5, "gauss-newton: conjugate-gradient iterations at most", low=1)
     value_learning_rate: float = _traced(3e-3, "adam: learning rate", interval="[0, inf)")
+    value_clip: float = _traced(
+        0.0,
+        "adam: V counts within ± this of what it was, where that raises the loss; 0: everywhere",
+        interval="[0, inf)",
+    )
+    anneal_learning_rates: float = _traced(
+        0.0, "share of both learning rates that is gone at the end of the run, linearly", interval="[0, 1]"
+    )
     value_epochs: int = _static(5, "adam: passes over the batch", low=1)
     value_minibatches: int = _static(8, "adam: minibatches a pass; must divide num_envs x num_steps", low=1)
     normalize_advantages: bool = _static(True, "shift and scale the advantages of a batch to mean 0 and variance 1")
     normalize_observations: bool = _static(False, "running normalisation of observations, frozen within an iteration")
+    observation_clip: float = _traced(
+        10.0, "normalize_observations: clip to ± this many standard deviations", interval="(0, inf)"
+    )
+    normalize_rewards: bool = _static(
+        False, "divide rewards by the running standard deviation of the discounted return"
+    )
+    reward_clip: float = _traced(
+        0.0, "clip rewards to ± this, after their normalisation; 0: never", interval="[0, inf)"
+    )
     initial_log_std: float = _traced(
         0.0, "log σ of a Gaussian policy at the start, in units of half the action range", interval="(-inf, inf)"
     )
@@ -183,6 +200,8 @@ def validate(config: Config) -> None:
     low, high = config.smallest_max_kl, config.largest_max_kl
     if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low > high:
         raise UsageError(f"smallest_max_kl must not be above largest_max_kl, got {low} and {high}.")
+    if config.value_fit != "adam" and isinstance(config.value_clip, (int, float)) and config.value_clip:
+        raise UsageError(f"value_clip={config.value_clip} needs value_fit=adam; gauss-newton clips nothing.")
     if config.update != "trpo":
         for name, default in (("radius_rule", "fixed"), ("constraint", "mean-kl"), ("reuse", 1)):
             if getattr(config, name) != default:

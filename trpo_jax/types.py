@@ -171,6 +171,8 @@ class TrainState:
       control: what adapts from update to update, see `Control`.
       memory: earlier batches that the next update learns from too, see `Memory`; () without reuse.
       statistics: running mean and variance of observations.
+      return_statistics: running mean and variance of the discounted return; () unless `normalize_rewards`.
+      discounted_return: discounted return of the N running episodes so far, [N]; () unless `normalize_rewards`.
       env_state: states of the N environments.
       observation: the N current observations, [N, ...].
       episode_return: undiscounted return of the N running episodes, [N].
@@ -184,8 +186,10 @@ class TrainState:
     policy_optimizer: PyTree
     value_optimizer: PyTree
     control: Control
-    memory: Memory | tuple[()]
+    memory: Any
     statistics: RunningStatistics
+    return_statistics: Any
+    discounted_return: Any
     env_state: PyTree
     observation: Array
     episode_return: Array

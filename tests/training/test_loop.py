@@ -119,19 +119,27 @@ SWEPT = [
             "cg_tolerance": 0.5,
             "line_search_shrink": 0.9,
             "value_damping": 3.0,
+            "reward_clip": 0.1,
             "initial_log_std": -1.0,
         },
     ),
+    ({"normalize_observations": True}, {"observation_clip": 0.1}),
     ({"radius_rule": "divergence"}, {"target_kl": 1e-4, "smallest_max_kl": 0.02, "largest_max_kl": 0.005}),
     (
         {"update": "ppo", "value_fit": "adam"},
-        {"clip_ratio": 0.01, "policy_learning_rate": 0.1, "value_learning_rate": 0.1},
+        {
+            "clip_ratio": 0.01,
+            "policy_learning_rate": 0.1,
+            "value_learning_rate": 0.1,
+            "value_clip": 1e-3,
+            "anneal_learning_rates": 0.9,
+        },
     ),
     ({"update": "kl-penalty"}, {"initial_penalty": 30.0}),
 ]
 
 
-@pytest.mark.parametrize("choices, values", SWEPT, ids=["trpo", "divergence", "ppo", "kl-penalty"])
+@pytest.mark.parametrize("choices, values", SWEPT, ids=["trpo", "normalised", "divergence", "ppo", "kl-penalty"])
 def test_a_lane_for_each_float_setting_is_a_run_with_it(choices, values):
     """Every float setting is swept in one program: lane i changes the i-th setting."""
     gaussian = small_config(

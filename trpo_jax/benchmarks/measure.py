@@ -160,7 +160,11 @@ def measure_parts(config: Config, state: TrainState, repetitions: int) -> dict[s
             max_steps=config.line_search_steps,
         )
 
-    fit = jax.jit(lambda old, observation, target: fit_value(config, value_apply, old, observation, target))
+    fit = jax.jit(
+        lambda old, observation, target: fit_value(
+            config, value_apply, old, observation, target, values, config.value_learning_rate
+        )
+    )
 
     @jax.jit
     def value_gradient(params: Any, observation: Any, target: Any) -> Any:

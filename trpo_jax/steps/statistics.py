@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from trpo_jax.steps import trees
-from trpo_jax.steps.types import Array
+from trpo_jax.steps.types import Array, Scalar
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +49,7 @@ def update_statistics(statistics: RunningStatistics, batch: Array) -> RunningSta
     return trees.select(trees.all_finite(merged), merged, statistics)
 
 
-def normalize(statistics: RunningStatistics, observation: Array, *, clip: float = 10.0) -> Array:
+def normalize(statistics: RunningStatistics, observation: Array, *, clip: Scalar = 10.0) -> Array:
     """(observation − mean) / σ, clipped to ±clip; a constant entry (σ = 0) maps to 0."""
     std = jnp.sqrt(statistics.variance)
     # The mean of equal numbers is rounded, so their variance is the square of that rounding, not 0.

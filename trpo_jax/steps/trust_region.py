@@ -130,7 +130,7 @@ def natural_gradient(
     return step, info
 
 
-def _inside(like: Array) -> Array:
+def _inside(like: Array) -> Any:
     """Just less than 1, by the rounding of a divergence."""
     return 1 - 16 * jnp.finfo(like.dtype).eps
 

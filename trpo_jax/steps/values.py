@@ -89,6 +89,8 @@ def fit_value_function(
     observation: PyTree,
     target: Array,
     *,
+    old_values: Array | None = None,
+    clip: Scalar = 0.0,
     optimizer: optax.GradientTransformation,
     epochs: int,
     minibatches: int,
@@ -101,6 +103,9 @@ def fit_value_function(
       optimizer_state: `optimizer.init(params)`, or what the last call returned.
       observation: [B, ...], an array or a pytree of arrays.
       target: [B].
+      old_values: V(s_n) before the fit, [B], needed for `clip`.
+      clip: ε > 0 replaces the squared error by the larger one of V's and of V's clipped to old value ± ε, as in PPO
+        (Engstrom et al. 2020); 0 does not.
       optimizer: an optax transformation.
       epochs: passes over the batch (static).
       minibatches: M, which must divide the batch size (static).
@@ -110,16 +115,18 @@ def fit_value_function(
       finite, parameters and state come back as they were.
     """
 
-    def loss_fn(params: PyTree, observation: PyTree, target: Array) -> Array:
+    def loss_fn(params: PyTree, observation: PyTree, target: Array, old_values: Array) -> Array:
         values = value_apply(params, observation)
-        chex.assert_equal_shape([values, target])
-        return jnp.mean((values - target) ** 2)
+        chex.assert_equal_shape([values, target, old_values])
+        error = (values - target) ** 2
+        clipped = (jnp.clip(values, old_values - clip, old_values + clip) - target) ** 2
+        return jnp.mean(jnp.where(jnp.asarray(clip) > 0, jnp.maximum(error, clipped), error))
 
     return minibatch_descent(
         loss_fn,
         params,
         optimizer_state,
-        (observation, target),
+        (observation, target, target if old_values is None else old_values),
         target.shape,
         optimizer=optimizer,
         epochs=epochs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from trpo_jax.steps.line_searches import backtracking_line_search, full_step, pa
 from trpo_jax.steps.radii import adapt_radius_by_divergence, adapt_radius_by_ratio
 from trpo_jax.steps.statistics import RunningStatistics, normalize, update_statistics
 from trpo_jax.steps.trust_region import UpdateInfo, trpo_update
-from trpo_jax.steps.types import Array, PyTree
+from trpo_jax.steps.types import Array, PyTree, Scalar
 from trpo_jax.steps.values import explained_variance, fit_value_function, gauss_newton_fit
 from trpo_jax.types import Control, LastUpdate, Memory, Network, Transition
 
@@ -51,8 +52,10 @@ class Learned(NamedTuple):
     policy_optimizer: PyTree
     value_optimizer: PyTree
     control: Control
-    memory: Memory | tuple[()]
+    memory: Any
     statistics: RunningStatistics
+    return_statistics: Any
+    discounted_return: Any
 
 
 class Lesson(NamedTuple):
@@ -73,6 +76,9 @@ def learn(config: Config, old: Learned, batch: Transition, iteration: Array) -> 
     policy_apply = on_normalized(config, old.statistics, agent.policy.apply)
     value_apply = on_normalized(config, old.statistics, agent.value.apply)
     num_new, memory, ratios = batch.reward.size, old.memory, None
+    return_statistics, discounted_return = old.return_statistics, old.discounted_return
+    if config.normalize_rewards:
+        return_statistics, discounted_return = observe_returns(config, old, batch)
     if config.reuse > 1:
         batch, memory, ratios = recall(config, policy_apply, old, batch, iteration)
 
@@ -80,6 +86,7 @@ def learn(config: Config, old: Learned, batch: Transition, iteration: Array) -> 
     # environments lead, so that a batch whose environments are spread over devices stays where it is.
     observation, action = jax.tree.map(flatten_batch, (batch.observation, batch.action))
     values = value_apply(old.value_params, observation)
+    batch = dataclasses.replace(batch, reward=scale_rewards(config, return_statistics, batch.reward))
     advantage = estimate_advantages(config, batch, values, lambda o: value_apply(old.value_params, o), ratios)
     # Of a value target, unlike of an advantage, the first action may be off-policy too.
     on_policy = 1 if ratios is None else jnp.minimum(flatten_batch(ratios), 1)
@@ -92,17 +99,38 @@ def learn(config: Config, old: Learned, batch: Transition, iteration: Array) -> 
     behaviour = None if ratios is None else flatten_batch(memory.log_prob)
     scale, weight = normalize_weights(config, weight)
     policy_params, policy_optimizer, update = update_policy(
-        config, policy_apply, old, observation, action, weight, radius=radius, behaviour_log_prob=behaviour
+        config,
+        policy_apply,
+        old,
+        observation,
+        action,
+        weight,
+        radius=radius,
+        learning_rate=annealed(config.policy_learning_rate, config.anneal_learning_rates, config, iteration),
+        behaviour_log_prob=behaviour,
     )
     control = adapt(config, control, old, update, radius=radius, gain=scale * update.surrogate_gain)
 
-    value_params, value_optimizer, value_loss = fit_value(config, value_apply, old, observation, targets)
+    learning_rate = annealed(config.value_learning_rate, config.anneal_learning_rates, config, iteration)
+    value_params, value_optimizer, value_loss = fit_value(
+        config, value_apply, old, observation, targets, values, learning_rate
+    )
     statistics = old.statistics
     if config.normalize_observations:
         statistics = update_statistics(statistics, observation[:num_new])
     if config.reuse > 1:
         memory = jax.tree.map(lambda leaf: leaf[:, : (config.reuse - 1) * config.num_envs], memory)
-    new = Learned(policy_params, value_params, policy_optimizer, value_optimizer, control, memory, statistics)
+    new = Learned(
+        policy_params,
+        value_params,
+        policy_optimizer,
+        value_optimizer,
+        control,
+        memory,
+        statistics,
+        return_statistics,
+        discounted_return,
+    )
     absent = jnp.float32(jnp.nan)
     lesson = Lesson(
         update=update,
@@ -119,7 +147,44 @@ def on_normalized(config: Config, statistics: RunningStatistics, apply: Any) -> 
     """A network's `apply` on observations as the settings have them normalised."""
     if not config.normalize_observations:
         return apply
-    return lambda params, observation: apply(params, normalize(statistics, observation))
+    clip = config.observation_clip
+    return lambda params, observation: apply(params, normalize(statistics, observation, clip=clip))
+
+
+def observe_returns(config: Config, old: Learned, batch: Transition) -> tuple[RunningStatistics, Array]:
+    """Statistics of the running discounted return R ← γ R + r of every environment, with those of a batch merged.
+
+    R starts at 0 with each episode. Unlike those of observations they are merged before they are used: no reward is
+    looked at while the batch is collected, so even the first batch is scaled.
+
+    Returns:
+      The statistics, and R of the running episodes, [N].
+
+    Source: Engstrom et al. 2020, section 3.
+    """
+
+    def step(running: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        reward, done = inputs
+        running = config.gamma * running + reward
+        return jnp.where(done, 0, running), running
+
+    done = batch.terminated | batch.truncated
+    running, returns = jax.lax.scan(step, old.discounted_return, (batch.reward, done))
+    return update_statistics(old.return_statistics, returns), running
+
+
+def scale_rewards(config: Config, statistics: RunningStatistics, reward: Array) -> Array:
+    """Rewards as the settings have them normalised and clipped; normalised ones are divided by σ, not centred."""
+    if config.normalize_rewards:
+        varies = statistics.variance > 0
+        reward = reward / jnp.where(varies, jnp.sqrt(jnp.where(varies, statistics.variance, 1)), 1)
+    clip = config.reward_clip
+    return jnp.where(clip > 0, jnp.clip(reward, -clip, clip), reward)
+
+
+def annealed(value: Any, share: Any, config: Config, iteration: Array) -> Array:
+    """A setting of which a share is gone at the end of the run: value (1 − share k/n) in iteration k of n."""
+    return value * (1 - share * iteration / config.num_iterations)
 
 
 def estimate_advantages(
@@ -193,7 +258,7 @@ def radius_of(config: Config, control: Control, iteration: Array) -> Array:
     δ = ε²/2).
     """
     radius = config.max_kl if control.radius is None else control.radius
-    radius *= 1 - config.anneal_max_kl * iteration / config.num_iterations
+    radius = annealed(radius, config.anneal_max_kl, config, iteration)
     if config.reuse > 1:
         age = jnp.minimum(np.arange(config.reuse), iteration)
         radius /= jnp.mean(age + 1.0) ** 2
@@ -260,7 +325,7 @@ def init_control(config: Config, policy_params: PyTree, statistics: RunningStati
 
 def init_policy_optimizer(config: Config, policy_params: PyTree) -> PyTree:
     """State of the policy's optimizer before the first step; () for trpo."""
-    return () if config.update == "trpo" else _policy_optimizer(config).init(ravel_pytree(policy_params)[0])
+    return () if config.update == "trpo" else _policy_optimizer(config, 0.0).init(ravel_pytree(policy_params)[0])
 
 
 def normalize_weights(config: Config, weight: Array) -> tuple[Array, Array]:
@@ -281,6 +346,7 @@ def update_policy(
     weight: Array,
     *,
     radius: Array,
+    learning_rate: Scalar,
     behaviour_log_prob: Array | None = None,
 ) -> tuple[PyTree, PyTree, UpdateInfo]:
     """The update that the settings name on a flat batch: new parameters, optimizer state, and what it did."""
@@ -323,7 +389,7 @@ def update_policy(
         observation,
         action,
         weight,
-        optimizer=_policy_optimizer(config),
+        optimizer=_policy_optimizer(config, learning_rate),
         objective=objectives[config.update],
         epochs=1 if one_step else config.policy_epochs,
         minibatches=1 if one_step else config.policy_minibatches,
@@ -341,17 +407,27 @@ def line_search_of(config: Config) -> Callable[..., Any]:
 
 
 def fit_value(
-    config: Config, value_apply: Any, old: Learned, observation: Array, target: Array
+    config: Config,
+    value_apply: Any,
+    old: Learned,
+    observation: Array,
+    target: Array,
+    values: Array,
+    learning_rate: Scalar,
 ) -> tuple[PyTree, PyTree, Array]:
     """Fit the value function to a flat batch as the configuration says: new parameters, optimizer state, and loss."""
     if config.value_fit == "adam":
+        import optax
+
         return fit_value_function(
             value_apply,
             old.value_params,
             old.value_optimizer,
             observation,
             target,
-            optimizer=value_optimizer(config),
+            old_values=values,
+            clip=config.value_clip,
+            optimizer=optax.adam(learning_rate),
             epochs=config.value_epochs,
             minibatches=config.value_minibatches,
         )
@@ -369,14 +445,16 @@ def fit_value(
     return unravel(vector), old.value_optimizer, loss
 
 
-def value_optimizer(config: Config) -> Any:
-    """Adam for the value function."""
+def init_value_optimizer(config: Config, value_params: PyTree) -> PyTree:
+    """State of the value function's optimizer before the first step; () for gauss-newton."""
+    if config.value_fit != "adam":
+        return ()
     import optax  # deferred: the default fit does not need it
 
-    return optax.adam(config.value_learning_rate)
+    return optax.adam(0.0).init(value_params)
 
 
-def _policy_optimizer(config: Config) -> Any:
+def _policy_optimizer(config: Config, learning_rate: Any) -> Any:
     import optax
 
-    return {"adam": optax.adam, "sgd": optax.sgd}[config.policy_optimizer](config.policy_learning_rate)
+    return {"adam": optax.adam, "sgd": optax.sgd}[config.policy_optimizer](learning_rate)

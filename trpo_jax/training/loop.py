@@ -18,10 +18,10 @@ from trpo_jax.training.learning import (
     Lesson,
     init_control,
     init_policy_optimizer,
+    init_value_optimizer,
     learn,
     make_agent,
     on_normalized,
-    value_optimizer,
 )
 from trpo_jax.training.rollouts import EpisodeTotals, reset_environments, rollout
 from trpo_jax.types import Memory, Metrics, TrainState
@@ -53,10 +53,12 @@ def init(config: Config, key: Array) -> TrainState:
         policy_params=policy_params,
         value_params=value_params,
         policy_optimizer=init_policy_optimizer(config, policy_params),
-        value_optimizer=value_optimizer(config).init(value_params) if config.value_fit == "adam" else (),
+        value_optimizer=init_value_optimizer(config, value_params),
         control=init_control(config, policy_params, statistics),
         memory=(),
         statistics=statistics,
+        return_statistics=init_statistics(()) if config.normalize_rewards else (),
+        discounted_return=jnp.zeros(config.num_envs, jnp.float32) if config.normalize_rewards else (),
         env_state=env_state,
         observation=observation,
         episode_return=jnp.zeros(config.num_envs, jnp.float32),

@@ -1,0 +1,138 @@
+"""Normalisation, clipping and annealing, each against a known answer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import probes
+import pytest
+from probes import quick_jit, same_bits, small_config
+
+from trpo_jax import Config, UsageError, fit_value_function, init, train, train_step, validate
+from trpo_jax.steps.statistics import init_statistics
+from trpo_jax.training.learning import Learned, observe_returns, on_normalized, scale_rewards
+from trpo_jax.types import Control, Transition
+
+
+def learned(**changes):
+    blank = dict.fromkeys(Learned._fields, ())
+    return Learned(**{**blank, "control": Control(), **changes})
+
+
+def batch_of(reward, terminated, truncated):
+    nothing = jnp.zeros(reward.shape)
+    return Transition(nothing, nothing, reward, terminated, truncated, nothing)
+
+
+def test_statistics_of_the_discounted_return_are_those_of_a_loop():
+    rng = np.random.default_rng(0)
+    config = Config(gamma=0.9)
+    running, seen = np.zeros(3), []
+    old = learned(return_statistics=init_statistics(()), discounted_return=jnp.zeros(3))
+    for _ in range(3):  # three rollouts, across which episodes go on
+        reward = rng.normal(2, 3, (7, 3))
+        ends = rng.random((2, 7, 3)) < 0.15
+        for t in range(7):
+            running = 0.9 * running + reward[t]
+            seen.append(running.copy())
+            running[ends[0, t] | ends[1, t]] = 0
+        batch = batch_of(*map(jnp.asarray, (reward.astype(np.float32), ends[0], ends[1])))
+        statistics, discounted = observe_returns(config, old, batch)
+        old = old._replace(return_statistics=statistics, discounted_return=discounted)
+        np.testing.assert_allclose(discounted, running, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(statistics.variance, np.var(seen), rtol=1e-4)
+        assert statistics.count == np.size(seen)
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({}, [-30.0, 0.5, 8.0]),
+        ({"reward_clip": 1.0}, [-1.0, 0.5, 1.0]),
+        ({"normalize_rewards": True}, [-7.5, 0.125, 2.0]),
+        ({"normalize_rewards": True, "reward_clip": 3.0}, [-3.0, 0.125, 2.0]),
+    ],
+)
+def test_rewards_are_divided_by_the_deviation_and_then_clipped(settings, expected):
+    statistics = init_statistics(())
+    statistics = type(statistics)(jnp.float32(5), jnp.float32(100), jnp.float32(16))
+    scaled = scale_rewards(Config(**settings), statistics, jnp.array([-30.0, 0.5, 8.0]))
+    np.testing.assert_allclose(scaled, expected, rtol=1e-6)
+
+
+def test_constant_returns_are_not_divided_by_zero():
+    statistics = type(init_statistics(()))(jnp.float32(5), jnp.float32(3), jnp.float32(0))
+    np.testing.assert_array_equal(scale_rewards(Config(normalize_rewards=True), statistics, jnp.ones(2)), 1)
+
+
+def test_observations_are_clipped_at_the_setting():
+    statistics = type(init_statistics((1,)))(jnp.float32(9), jnp.array([1.0]), jnp.array([4.0]))
+    config = Config(normalize_observations=True, observation_clip=1.5)
+    seen = on_normalized(config, statistics, lambda _, observation: observation)(None, jnp.array([[1.0], [2.0], [9.0]]))
+    np.testing.assert_allclose(seen[:, 0], [0, 0.5, 1.5])
+
+
+def test_normalised_rewards_do_not_know_their_unit():
+    """Rewards 1000 x as large train to the same policy, and are reported as they are."""
+
+    class Kilo(probes.RewardedAction):
+        def move(self, key, state, action):
+            state, reward, *rest = super().move(key, state, action)
+            return state, 1000.0 * reward, *rest
+
+    runs = [
+        quick_jit(train)(small_config(env, normalize_rewards=True, num_iterations=4), jax.random.key(0))
+        for env in (probes.RewardedAction(), Kilo())
+    ]
+    for name, leaf in runs[0][0].policy_params.items():
+        np.testing.assert_allclose(runs[1][0].policy_params[name], leaf, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(runs[1][1].episode_return, 1000 * runs[0][1].episode_return, rtol=1e-5)
+    np.testing.assert_allclose(runs[1][1].value_loss, runs[0][1].value_loss, rtol=1e-2)
+
+
+def test_a_clipped_value_moves_no_further_than_its_range():
+    """One parameter, V = θ: with the target far away, the loss is flat once V has moved by ε."""
+
+    def fit(clip):
+        theta, optimizer = jnp.zeros(1), optax.sgd(0.01)
+        new, _, _ = fit_value_function(
+            lambda p, observation: p[0] + 0 * observation[:, 0],
+            theta,
+            optimizer.init(theta),
+            jnp.zeros((8, 1)),
+            jnp.full(8, 10.0),
+            old_values=jnp.zeros(8),
+            clip=clip,
+            optimizer=optimizer,
+            epochs=100,
+            minibatches=1,
+        )
+        return float(new[0])
+
+    assert fit(0.0) == pytest.approx(10 * (1 - 0.98**100), rel=1e-4)  # θ ← θ + .02 (10 − θ)
+    assert 0.5 <= fit(0.5) < 0.5 + 0.2  # beyond ε the larger error is constant: at most one step too far
+
+
+def test_clipping_a_value_needs_adam():
+    with pytest.raises(UsageError, match=r"value_clip=0.2 needs value_fit=adam"):
+        validate(Config(value_clip=0.2))
+    validate(Config(value_clip=0.2, value_fit="adam"))
+
+
+def test_annealed_learning_rates_fall_in_a_line():
+    """Plain steps: the change of θ is α(1 − k/2) g, with g from the same state at iteration k = 0 and k = 1 of 2."""
+    config = small_config(
+        update="policy-gradient", policy_optimizer="sgd", num_iterations=2, value_fit="adam", policy_learning_rate=0.1
+    )
+    step = quick_jit(train_step)
+    middle, _ = step(config.replace(anneal_learning_rates=1.0), init(config, jax.random.key(0)))
+    plain, _ = step(config, init(config, jax.random.key(0)))
+    assert same_bits(middle.policy_params, plain.policy_params)  # the first iteration has the whole rate
+    whole, _ = step(config, middle)
+    half, _ = step(config.replace(anneal_learning_rates=1.0), middle)
+    for name in ("w", "b"):
+        moved = whole.policy_params[name] - middle.policy_params[name]
+        np.testing.assert_allclose(half.policy_params[name] - middle.policy_params[name], 0.5 * moved, atol=1e-6)
+        fitted = whole.value_params[name] - middle.value_params[name]
+        np.testing.assert_allclose(half.value_params[name] - middle.value_params[name], 0.5 * fitted, atol=2e-3)
+        assert not np.allclose(half.value_params[name], whole.value_params[name], atol=1e-5)
