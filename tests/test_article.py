@@ -54,12 +54,13 @@ def test_gradients_explode_and_vanish_and_natural_ones_do_not():
     assert found["limited_kl_range_until_one_half"][1] <= 0.01
 
 
+@pytest.mark.slow
 def test_the_larger_the_update_the_deeper_the_fall():
-    found = numbers_of("cliff", num_seeds=4, num_iterations=32, num_after=1, factors=(1, 1000), num_episodes=4)
-    small, large = found["by_factor"].values()
-    assert small["median_kl_of_the_update"] <= 0.01 < 0.05 < large["median_kl_of_the_update"]
-    assert small["mean_return_after_it"] > 0.9 * found["mean_return_before"]
-    assert large["mean_return_after_it"] < 0.9 * found["mean_return_before"]
+    found = numbers_of("cliff", num_seeds=8, num_after=2, factors=(1, 100, 1000), num_episodes=8)
+    small, middle, large = found["by_factor"].values()
+    assert small["median_kl_of_the_update"] <= 0.01 < 0.1 < large["median_kl_of_the_update"]
+    assert small["mean_return_after_it"] > 0.95 * found["mean_return_before"] > middle["mean_return_after_it"]
+    assert middle["mean_return_after_it"] > large["mean_return_after_it"]
 
 
 def test_distance_depends_on_the_parametrisation_unless_it_is_natural():
@@ -157,8 +158,9 @@ def test_judgement_is_good_close_by():
     assert far["true_gain_inside_the_interval"] < near["true_gain_inside_the_interval"]
 
 
+@pytest.mark.slow
 def test_mean_kl_is_bounded_and_the_largest_is_not():
-    found = numbers_of("spread", num_problems=100, num_seeds=4, num_iterations=32)
+    found = numbers_of("spread", num_problems=100, num_seeds=8)
     for steps in found.values():
         assert steps["largest_mean_kl_over_delta"] <= 1
         assert steps["median_maximum_kl_over_delta"] > 1.5

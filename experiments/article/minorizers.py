@@ -88,9 +88,7 @@ def compute_minorizer(gamma: float = 0.5, num_points: int = 401, num_pairs: int 
     curves = {"gamma": gamma, "position": position, **{name: found[name] for name in names}}
     numbers = {
         "penalty_coefficient": found["penalty"],
-        "penalty_coefficient_at_gamma_0.9": jax.jit(lambda z, m: penalty_coefficient(softmax_policy(z), m))(
-            *two_state()
-        ),
+        "penalty_coefficient_at_gamma_0.9": measure(*two_state(0.9), position)["penalty"],
         "touches_within": abs(found["touch"]),
         "gradients_differ_by": found["slopes"],
         "bound_above_return_on_the_line": (found["bound"] - found["true"]).max(),

@@ -24,6 +24,7 @@ from trpo_jax.theory import (
     state_moment,
     trust_region_minimize,
 )
+from trpo_jax.theory.linear_algebra import solve
 
 
 def rosenbrock(x: Any) -> Any:
@@ -33,10 +34,9 @@ def rosenbrock(x: Any) -> Any:
 
 def compute_circles(num_iterations: int = 60, num_line_searches: int = 20_000) -> Findings:
     """Rosenbrock's valley by a line search along −∇f, by one along Newton's direction, and by a trust region."""
-    start = jnp.array([-1.2, 1.0])
     gradient = jax.grad(rosenbrock)
 
-    def search(direction_of: Any) -> Any:
+    def search(direction_of: Any, start: Any) -> Any:
         def iterate(x: Any, _: Any) -> Any:
             direction, slope = direction_of(x), gradient(x)
             direction = jnp.where(direction @ slope < 0, direction, -slope)
@@ -45,38 +45,34 @@ def compute_circles(num_iterations: int = 60, num_line_searches: int = 20_000) -
                 enough = rosenbrock(x + size * direction) <= rosenbrock(x) + 1e-4 * size * (slope @ direction)
                 return ~enough & (size > 1e-12)
 
-            size = jax.lax.while_loop(too_long, lambda size: size / 2, jnp.array(1.0))
+            size = jax.lax.while_loop(too_long, lambda size: size / 2, jnp.ones_like(x[0]))
             return x + size * direction, x
 
-        return jax.jit(lambda: jax.lax.scan(iterate, start, None, length=num_line_searches)[1])()
+        return jax.lax.scan(iterate, start, None, length=num_line_searches)[1]
 
-    paths = {
-        "steepest": search(lambda x: -gradient(x)),
-        "newton": search(lambda x: -jnp.linalg.solve(jax.hessian(rosenbrock)(x), gradient(x))),
-    }
-    minimize = jax.jit(
-        lambda x: trust_region_minimize(rosenbrock, x, radius=0.5, maximum_radius=2.0, num_iterations=num_iterations)
-    )
-    last, trace = minimize(start)
-    paths["trust region"] = trace.position
-    length = jnp.linalg.norm(trace.step, axis=1)
+    @jax.jit
+    def measure(start: Any) -> Any:
+        steepest = search(lambda x: -gradient(x), start)
+        newton = search(lambda x: -solve(jax.hessian(rosenbrock)(x), gradient(x)), start)
+        return (
+            steepest,
+            newton,
+            trust_region_minimize(rosenbrock, start, radius=0.5, maximum_radius=2.0, num_iterations=num_iterations),
+        )
+
+    steepest, newton, (last, trace) = jax.tree.map(np.asarray, measure(np.array([-1.2, 1.0])))
+    length = np.linalg.norm(trace.step, axis=1)
 
     def iterations(path: Any) -> int:
-        close = np.asarray(jax.vmap(rosenbrock)(path)) < 1e-8
+        close = rosenbrock(path.T) < 1e-8
         return int(np.argmax(close)) if close.any() else -1
 
-    curves = {
-        "steepest": paths["steepest"],
-        "newton": paths["newton"],
-        "trust_region": trace.position,
-        "radius": trace.radius,
-        "step": trace.step,
-        "accepted": trace.accepted,
-    }
+    paths = {"steepest": steepest, "newton": newton, "trust region": trace.position}
+    curves = {"paths": paths, "radius": trace.radius, "step": trace.step, "accepted": trace.accepted}
     count = iterations(trace.position)
     numbers = {
         "iterations_to_1e-8": {name: iterations(path) for name, path in paths.items()},
-        "longest_step_over_radius": jnp.max(length / trace.radius),
+        "longest_step_over_radius": np.max(length / trace.radius),
         "steps_at_the_radius": int((length > 0.999 * trace.radius)[:count].sum()),
         "steps_refused": int((~trace.accepted)[:count].sum()),
         "last_value": rosenbrock(last),
@@ -93,17 +89,18 @@ def draw_circles(findings: Findings) -> Any:
     for panel in axes:
         panel.contour(x, y, np.log10(surface + 1e-3), levels=12, cmap="Greys", linewidths=0.7, alpha=0.8)
         panel.plot(1, 1, "*", color="black", markersize=10)
-    shown = curves["steepest"][:400]
+    paths = curves["paths"]
+    shown = paths["steepest"][:400]
     axes[0].plot(*shown.T, ".-", color=PLAIN, markersize=3, linewidth=0.8, label=f"−∇f: {counts['steepest']:,} steps")
     axes[0].plot(
-        *curves["newton"][: counts["newton"] + 1].T,
+        *paths["newton"][: counts["newton"] + 1].T,
         "o-",
         color=NATURAL,
         markersize=3,
         label=f"Newton: {counts['newton']}",
     )
     count = counts["trust region"]
-    path = curves["trust_region"][: count + 1]
+    path = paths["trust region"][: count + 1]
     axes[1].plot(*path.T, "o-", color=LIMITED, markersize=3, label=f"trust region: {count} steps")
     for i in range(count):
         colour, style = (LIMITED, "-") if curves["accepted"][i] else (PLAIN, ":")
@@ -120,11 +117,12 @@ def draw_circles(findings: Findings) -> Any:
 
 def compute_radius(num_iterations: int = 16, target: float = 0.01) -> Findings:
     """Radii that start right, 100 times too small and 100 times too large, and the two rules that mend them."""
-    factors = jnp.array([0.01, 1.0, 100.0])
+    factors = np.array([0.01, 1.0, 100.0])
     problem, std, first = scalar_lqr(), 0.3, jnp.full((1, 1), 0.03)
-    best = lqr_return(optimal_gain(problem), problem)
 
     def by_ratio(radius: Any) -> Any:
+        best = lqr_return(optimal_gain(problem), problem)
+
         def iterate(carry: Any, _: Any) -> Any:
             gain, radius = carry
             slope = lqr_gradient(gain, problem)
@@ -152,11 +150,13 @@ def compute_radius(num_iterations: int = 16, target: float = 0.01) -> Findings:
 
         return jax.lax.scan(iterate, (logits, radius), None, length=num_iterations)[1]
 
-    ratio_rule = jax.jit(jax.vmap(by_ratio))(target * factors)
+    @jax.jit
+    def measure(radius: Any, length: Any) -> Any:
+        return jax.vmap(by_ratio)(radius), jax.vmap(by_divergence)(length)
+
     # A length of 0.13 in logits is a KL of about 0.001 at the start, and the KL goes with its square.
-    divergence_rule = jax.jit(jax.vmap(by_divergence))(0.13 * jnp.sqrt(factors))
-    radius, ratio, cost = map(np.asarray, ratio_rule)
-    length, kl, returns = map(np.asarray, divergence_rule)
+    found = measure(target * factors, 0.13 * np.sqrt(factors))
+    (radius, ratio, cost), (length, kl, returns) = jax.tree.map(np.asarray, found)
     names = ("100 times too small", "right", "100 times too large")
     numbers = {
         "ratio_iterations_to_1_percent": dict(zip(names, (int(np.argmax(row < 0.01)) for row in cost), strict=True)),
