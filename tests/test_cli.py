@@ -29,7 +29,7 @@ def snapshot(folder):
     "arguments, sentence",
     [
         (["train", "CartPol-v1"], "there is no environment 'CartPol-v1'; did you mean CartPole-v1"),
-        (["train", "--max-kll", "1"], "unknown argument --max-kll; did you mean --max-kl?"),
+        (["train", "--max-kll", "1"], "unknown argument --max-kll; did you mean --max-kl or "),
         (["train", "--max-kl", "-0.1"], "max_kl must lie in (0, inf), got -0.1."),
         (["train", "--max-kl", "nan"], "max_kl must lie in (0, inf), got nan."),
         (["train", "--gamma", "1.1"], "gamma must lie in [0, 1]"),

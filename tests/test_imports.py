@@ -14,6 +14,7 @@ README = (PACKAGE.parent / "README.md").read_text()
 # A module may import modules of its own layer and of lower ones.
 LAYERS = {
     "config": 0,
+    "files": 0,
     "steps": 0,
     "types": 1,
     "environments": 1,
@@ -23,6 +24,7 @@ LAYERS = {
     "benchmarks": 4,
     "sweeps": 4,
     "runs": 4,
+    "displays": 5,
     "cli": 5,
 }
 ALONE = {"steps", "config"}  # these import nothing of the package but themselves
@@ -63,7 +65,7 @@ def test_only_networks_imports_a_network_library(path):
     assert path.name == "networks.py" or not libraries & {"flax", "haiku", "equinox"}
 
 
-@pytest.mark.parametrize("module", ["trpo_jax", "trpo_jax.cli", "trpo_jax.config"])
+@pytest.mark.parametrize("module", ["trpo_jax", "trpo_jax.cli", "trpo_jax.config", "trpo_jax.displays"])
 def test_import_needs_no_jax(python, module):
     code = f"import sys, {module}; print(sorted({{'jax', 'numpy', 'gymnax', 'flax'}} & set(sys.modules)))"
     assert python("-c", code).stdout.strip() == "[]"

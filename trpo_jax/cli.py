@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trpo_jax.config import Config, UsageError, nearest
+from trpo_jax.files import cast, iterations_within, read_toml
 
 if TYPE_CHECKING:
     from trpo_jax.runs import Progress, Run
@@ -194,16 +195,7 @@ def _config(namespace: argparse.Namespace, **defaults: Any) -> Config:
 
 def _settings_from(path: str) -> dict[str, Any]:
     """Settings in a TOML file, as names and values."""
-    import tomllib
-
-    try:
-        settings = tomllib.loads(Path(path).read_text())
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {str(error).rstrip('.')}.") from None
-    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
-    return {n: float(v) if kinds.get(n) == "float" and type(v) is int else v for n, v in settings.items()}
+    return {name: cast(name, value) for name, value in read_toml(path).items()}
 
 
 def _train(namespace: argparse.Namespace) -> int:
@@ -213,7 +205,9 @@ def _train(namespace: argparse.Namespace) -> int:
     if namespace.seed < 0:
         raise UsageError(f"seed must not be negative, got {namespace.seed}.")
     if namespace.total_steps is not None:
-        config = config.replace(num_iterations=_iterations(config, namespace))
+        if namespace.num_iterations is not None:
+            raise UsageError("total_steps and num_iterations both set the length of the run; give one of them.")
+        config = config.replace(num_iterations=iterations_within(namespace.total_steps, config))
 
     _start_quickly()
     from trpo_jax.environments.base import Box
@@ -226,18 +220,6 @@ def _train(namespace: argparse.Namespace) -> int:
         )
     output = namespace.output or f"runs/{config.env}"
     return _continue(create_run(output, config, namespace.seed, namespace.num_seeds))
-
-
-def _iterations(config: Config, namespace: argparse.Namespace) -> int:
-    if namespace.num_iterations is not None:
-        raise UsageError("total_steps and num_iterations both set the length of the run; give one of them.")
-    iterations = namespace.total_steps // config.steps_per_iteration
-    if iterations < 1:
-        raise UsageError(
-            f"total_steps={namespace.total_steps} is less than one iteration of num_envs x num_steps = "
-            f"{config.steps_per_iteration}; raise it, or lower num_envs or num_steps."
-        )
-    return iterations
 
 
 def _resume(namespace: argparse.Namespace) -> int:
@@ -270,23 +252,27 @@ def _start_quickly() -> None:
 
 
 def _continue(run: Run) -> int:
-    from rich.console import Console
-
+    from trpo_jax.displays import LiveLine, make_console, run_status
     from trpo_jax.runs import continue_run, plot_learning_curve
 
-    console = Console(highlight=False)
-    config = run.config
+    console, config = make_console(), run.config
     agents = f"{run.num_seeds} agents" if run.num_seeds > 1 else "1 agent"
     console.print(
         f"{config.env}: {agents}, {config.num_iterations} iterations of {config.num_envs} x {config.num_steps} steps "
         f"({config.num_iterations * config.steps_per_iteration:,} steps an agent), δ = {config.max_kl:g}. Compiling …",
         soft_wrap=True,
     )
-    with _Display(console, config) as display:
-        complete = continue_run(run, display)
+    last: Progress | None = None
+    with LiveLine(console, config.num_iterations, seconds=1) as line:
+
+        def show(progress: Progress) -> None:
+            nonlocal last
+            last = progress
+            line.show(progress.iteration, run_status(progress, config))
+
+        complete = continue_run(run, show)
     plot = plot_learning_curve(run)
-    if display.last is not None:
-        last = display.last
+    if last is not None:
         console.print(f"{last.iteration} of {config.num_iterations} iterations done; trained for {last.seconds:.1f} s.")
     elif complete:
         console.print("Every iteration is done already.")
@@ -298,45 +284,6 @@ def _continue(run: Run) -> int:
     return 0
 
 
-class _Display:
-    """The live line in a terminal, or plain lines a few seconds apart elsewhere."""
-
-    def __init__(self, console: Any, config: Config):
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as Bar
-
-        self.console, self.config = console, config
-        self.last: Progress | None = None
-        self.live = Bar(BarColumn(bar_width=20), TextColumn("{task.fields[status]}"), console=console)
-        self.task = self.live.add_task("", total=config.num_iterations, status="")
-        self.printed = 0.0
-
-    def __enter__(self) -> _Display:
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.console.is_terminal:
-            self.live.stop()
-
-    def __call__(self, progress: Progress) -> None:
-        self.last = progress
-        metrics = progress.metrics
-        minutes, seconds = divmod(round(progress.seconds_left), 60)
-        steps = progress.iteration * self.config.steps_per_iteration
-        status = (
-            f"{steps:>9,} steps  return {metrics['episode_return']:8.1f}  "
-            f"KL {metrics['mean_kl']:.4f}  step {metrics['step_fraction']:.2f}  "
-            f"{progress.steps_per_second:>9,.0f} steps/s  {minutes}:{seconds:02d} left"
-        )
-        if self.console.is_terminal:
-            self.live.update(self.task, completed=progress.iteration, status=status)
-        elif progress.seconds - self.printed >= 1 or progress.iteration == self.config.num_iterations:
-            self.printed = progress.seconds
-            self.console.print(status, soft_wrap=True)
-
-
 def _sweep(namespace: argparse.Namespace) -> int:
     for name in ("agents_per_device", "num_devices"):
         if (value := getattr(namespace, name)) is not None and value < 1:
@@ -346,17 +293,15 @@ def _sweep(namespace: argparse.Namespace) -> int:
     output = Path(namespace.output or f"sweeps/{Path(namespace.file).stem}")
     _use_every_core(output, namespace.num_devices)
     _start_quickly()
-    from trpo_jax.sweeps.grids import read_spec
-    from trpo_jax.sweeps.loop import outline, plan, run_sweep
+    from trpo_jax.displays import LiveLine, make_console, print_outline, sweep_status
+    from trpo_jax.sweeps.grids import plan, read_spec
+    from trpo_jax.sweeps.loop import outline, run_sweep
     from trpo_jax.sweeps.placement import connect_hosts
 
-    console = _console()
+    console = make_console()
     spec = read_spec(namespace.file)
     if namespace.dry_run:
-        titles, rows = outline(spec, most_agents=namespace.agents_per_device)
-        _print_table(
-            console, f"{namespace.file}: {len(rows)} {'program' if len(rows) == 1 else 'programs'}", titles, rows
-        )
+        print_outline(console, namespace.file, outline(spec, most_agents=namespace.agents_per_device))
         return 0
     process = connect_hosts(namespace.coordinator, namespace.num_processes, namespace.process_id)
     points, groups = plan(spec)
@@ -366,18 +311,18 @@ def _sweep(namespace: argparse.Namespace) -> int:
         f"{len(groups)} {'programs' if len(groups) > 1 else 'program'}{where}. Compiling …",
         soft_wrap=True,
     )
-    with _SweepDisplay(console) as display:
-        complete = run_sweep(
+    with LiveLine(console, 1.0, seconds=5) as line:
+        ending = run_sweep(
             output,
             spec,
             process=process,
             checkpoint_seconds=namespace.checkpoint_seconds,
             most_agents=namespace.agents_per_device,
-            report=display,
+            report=lambda progress: line.show(progress.share, sweep_status(progress)),
         )
-    if complete:
+    if ending == "complete":
         return _show_report(output)
-    if display.interrupted:
+    if ending == "interrupted":
         console.print("Stopped; the same command continues.")
         return 130
     console.print(f"This process is done; `trpo-jax report {output}` shows what all have finished.", soft_wrap=True)
@@ -402,61 +347,18 @@ def _use_every_core(folder: Path, num_devices: int | None) -> None:
             jax.config.update("jax_num_cpu_devices", num_devices or cores)
 
 
-class _SweepDisplay:
-    """The live line of a sweep, or plain lines a few seconds apart."""
-
-    def __init__(self, console: Any):
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as Bar
-
-        self.console, self.last, self.printed = console, None, 0.0
-        self.live = Bar(BarColumn(bar_width=20), TextColumn("{task.fields[status]}"), console=console)
-        self.task = self.live.add_task("", total=1.0, status="")
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether the last report was not the end of this process's share."""
-        return self.last is not None and self.last.share < 1 - 1e-9
-
-    def __enter__(self) -> _SweepDisplay:
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.console.is_terminal:
-            self.live.stop()
-
-    def __call__(self, progress: Any) -> None:
-        import time
-
-        self.last = progress
-        minutes, seconds = divmod(round(progress.seconds_left), 60)
-        blocks = f"{progress.blocks[0].number + 1}"
-        blocks += f"–{progress.blocks[-1].number + 1}" if len(progress.blocks) > 1 else ""
-        status = (
-            f"{progress.share:6.1%}  program {progress.group[0] + 1}/{progress.group[1]}  "
-            f"blocks {blocks}/{progress.num_blocks}  iteration {progress.iteration}/{progress.num_iterations}  "
-            f"{progress.steps_per_second:>9,.0f} steps/s  {minutes}:{seconds:02d} left"
-        )
-        if self.console.is_terminal:
-            self.live.update(self.task, completed=progress.share, status=status)
-        elif time.monotonic() - self.printed >= 5 or progress.share >= 1:
-            self.printed = time.monotonic()
-            self.console.print(status, soft_wrap=True)
-
-
 def _report(namespace: argparse.Namespace) -> int:
     return _show_report(Path(namespace.path))
 
 
 def _show_report(path: Path) -> int:
+    from trpo_jax.displays import make_console, print_table
     from trpo_jax.sweeps.reports import make_report, table_of, write_report
 
-    report, console, shown = make_report(path), _console(), 20
+    report, console, shown = make_report(path), make_console(), 20
     for env, rows in report.rows.items():
         titles, cells = table_of(rows)
-        _print_table(console, f"{env}: {report.score}", titles, cells[:shown])
+        print_table(console, f"{env}: {report.score}", titles, cells[:shown])
         if len(cells) > shown:
             console.print(f"and {len(cells) - shown} more.")
     if report.failures:
@@ -473,10 +375,11 @@ def _tune(namespace: argparse.Namespace) -> int:
     output = Path(namespace.output or f"searches/{Path(namespace.file).stem}")
     _use_every_core(output, None)
     _start_quickly()
+    from trpo_jax.displays import make_console
     from trpo_jax.sweeps.grids import read_spec
     from trpo_jax.sweeps.search import Batch, tune
 
-    console = _console()
+    console = make_console()
     spec = read_spec(namespace.file)
     if namespace.num_trials is not None:
         spec = dataclasses.replace(spec, random={**spec.random, "count": namespace.num_trials})
@@ -496,23 +399,6 @@ def _tune(namespace: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     return 0
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-
-
-def _print_table(console: Any, title: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for i, column in enumerate(titles):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 def _evaluate(namespace: argparse.Namespace) -> int:
@@ -571,14 +457,12 @@ def _benchmark(namespace: argparse.Namespace) -> int:
 
     import json
 
-    from rich.console import Console
-    from rich.table import Table
-
     from trpo_jax.benchmarks.report import THRESHOLDS, run_benchmark, tables
+    from trpo_jax.displays import make_console, print_table
     from trpo_jax.training.loop import make_agent
 
     make_agent(config)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = make_console()
     result = run_benchmark(
         config,
         num_agents=namespace.num_agents,
@@ -593,14 +477,7 @@ def _benchmark(namespace: argparse.Namespace) -> int:
     if output:
         output.write_text(json.dumps(result, indent=2) + "\n")
     for title, columns, rows in tables(result):
-        table = Table(
-            title=title or None, title_justify="left", show_header=any(columns), box=None, padding=(0, 2, 0, 0)
-        )
-        for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 else "right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        print_table(console, title, columns, rows)
         console.print()
     return 0
 

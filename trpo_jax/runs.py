@@ -26,11 +26,11 @@ import jax
 import numpy as np
 
 from trpo_jax.config import UsageError, validate
+from trpo_jax.files import settings_of, write_atomically
 from trpo_jax.training.checkpoints import load, save
 from trpo_jax.training.loop import init, make_agent, train_chunk
 from trpo_jax.types import Config, Metrics, TrainState
 
-SETTINGS = tuple(field.name for field in dataclasses.fields(Config) if field.metadata["flag"])
 _COLUMNS = ("iteration", "env_steps", "seed", *(field.name for field in dataclasses.fields(Metrics)))
 _CAPACITY = 256  # rows of metrics a chunk can hold
 _CHUNK_SECONDS = 0.5  # aimed at: often enough to watch and to lose little, rare enough to cost nothing
@@ -54,8 +54,7 @@ class Run:
     @property
     def description(self) -> dict[str, Any]:
         """What decides the results, as config.json keeps it."""
-        settings = {name: getattr(self.config, name) for name in SETTINGS}
-        return {"env": self.config.env, **settings, "seed": self.seed, "num_seeds": self.num_seeds}
+        return {**settings_of(self.config), "seed": self.seed, "num_seeds": self.num_seeds}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,17 +253,6 @@ def _save_state(run: Run, state: TrainState, done: int) -> None:
     save(folder / f"{done:08d}.npz", state)
     for old in sorted(folder.glob("[0-9]*.npz"))[:-_KEPT_CHECKPOINTS]:
         old.unlink()
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a small text file atomically."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
-        os.replace(temporary, file)
-    except OSError as error:
-        raise UsageError(f"cannot write {file}: {error.strerror}; choose a folder that can be written to.") from error
 
 
 @contextmanager

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 COMMON = ("--agents-per-device", "4", "--num-devices", "1")  # 12 agents: three blocks
 
 
-def files(folder, pattern="results/*"):
+def files(folder, pattern="results/*.parquet"):
     return {file.name: file.read_bytes() for file in sorted(folder.glob(pattern))}
 
 

@@ -165,6 +165,7 @@ def test_foreign_files(tmp_path, config):
     refusal(path, config)
     np.savez(path, __header__=np.frombuffer(b'{"format": "trpo_jax state 9", "keys": {}}', np.uint8))
     assert "'trpo_jax state 9'" in refusal(path, config)
+    # Unpickling runs whatever code the file names, so `load` must refuse a pickle; to see that, one has to be written.
     np.savez(path, weights=np.array([object()]), allow_pickle=True)
     assert "damaged or not a checkpoint" in refusal(path, config)  # and nothing was unpickled
     path.write_text("a note")

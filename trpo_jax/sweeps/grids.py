@@ -6,21 +6,18 @@ import dataclasses
 import itertools
 import math
 import os
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from trpo_jax.config import UsageError, nearest, validate
+from trpo_jax.files import SETTINGS, TOTAL_STEPS, cast, is_whole, iterations_within, read_toml
 from trpo_jax.training.loop import make_agent
 from trpo_jax.types import Config
 
 TUNING_SEEDS = 2**30  # `tune` takes its seeds from here on, sweeps theirs from below
-SETTINGS = ("env", *(field.name for field in dataclasses.fields(Config) if field.metadata["flag"]))
-_STEPS = "total_steps"  # may stand for num_iterations wherever a setting may
 _DISTRIBUTIONS = ("uniform", "log_uniform", "choice")
 
 
@@ -30,6 +27,31 @@ class Point:
 
     varied: dict[str, Any]
     config: Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Agents that share a program, point by point, each with its seeds.
+
+    Attributes:
+      points: indices of the points.
+      configs: the configuration of each agent, [A].
+      keys: the PRNG key of each agent, [A].
+    """
+
+    points: list[int]
+    configs: list[Config]
+    keys: Any
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations of every agent."""
+        return self.configs[0].num_iterations
+
+    @property
+    def num_agents(self) -> int:
+        """A."""
+        return len(self.configs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +79,7 @@ class Spec:
 
 def read_spec(path: str | os.PathLike[str]) -> Spec:
     """Read a TOML file into a `Spec`; raise `UsageError` with one sentence if it is not one."""
-    try:
-        table = tomllib.loads(Path(path).read_text())
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {str(error).rstrip('.')}.") from None
-    return make_spec(table, str(path))
+    return make_spec(read_toml(path), str(path))
 
 
 def make_spec(table: Mapping[str, Any], source: str = "the sweep") -> Spec:
@@ -71,14 +87,16 @@ def make_spec(table: Mapping[str, Any], source: str = "the sweep") -> Spec:
     known = [field.name for field in dataclasses.fields(Spec)]
     for name in table:
         if name not in known:
-            where = "; put settings into [base]" if name in (*SETTINGS, _STEPS) else nearest(name, known).rstrip(".")
+            where = (
+                "; put settings into [base]" if name in (*SETTINGS, TOTAL_STEPS) else nearest(name, known).rstrip(".")
+            )
             raise UsageError(f"{source} has an unknown entry {name!r}{where}.")
     for name in ("base", "grid", "zip", "random"):
         section = table.get(name, {})
         if not isinstance(section, Mapping):
             raise UsageError(f"{name} in {source} must be a table of settings, got {section!r}.")
         for setting in section:
-            if setting not in (*SETTINGS, _STEPS) and not (name == "random" and setting in ("count", "seed")):
+            if setting not in (*SETTINGS, TOTAL_STEPS) and not (name == "random" and setting in ("count", "seed")):
                 raise UsageError(f"[{name}] in {source} has no setting {setting!r}{nearest(setting, SETTINGS)}")
     for name, low in (("num_seeds", 1), ("seed", 0), ("num_episodes", 0)):
         value = table.get(name, low)
@@ -152,31 +170,15 @@ def make_points(spec: Spec) -> list[Point]:
 
 def make_point(base: Mapping[str, Any], varied: Mapping[str, Any]) -> Point:
     """The configuration of a point, checked; `total_steps` becomes `num_iterations`."""
-    settings = {name: _cast(name, value) for name, value in {**base, **varied}.items()}
-    total_steps = settings.pop(_STEPS, None)
+    settings = {name: cast(name, value) for name, value in {**base, **varied}.items()}
+    total_steps = settings.pop(TOTAL_STEPS, None)
     config = Config().replace(**settings)
     validate(config)
     if total_steps is not None:
         if "num_iterations" in settings:
             raise UsageError("total_steps and num_iterations both set the length of a run; give one of them.")
-        iterations = int(total_steps) // config.steps_per_iteration if isinstance(total_steps, (int, float)) else 0
-        if iterations < 1:
-            raise UsageError(
-                f"total_steps={total_steps} is less than one iteration of num_envs x num_steps = "
-                f"{config.steps_per_iteration}; raise it, or lower num_envs or num_steps."
-            )
-        config = config.replace(num_iterations=iterations)
-    return Point({name: _cast(name, value) for name, value in varied.items()}, config)
-
-
-def _cast(name: str, value: Any) -> Any:
-    """TOML writes 1 for 1.0 and 1e5 for a whole number."""
-    kind = {field.name: field.type for field in dataclasses.fields(Config)}.get(name, "int")
-    if isinstance(value, int) and not isinstance(value, bool) and kind == "float":
-        return float(value)
-    if isinstance(value, float) and kind == "int" and value.is_integer():
-        return int(value)
-    return value
+        config = config.replace(num_iterations=iterations_within(total_steps, config))
+    return Point({name: cast(name, value) for name, value in varied.items()}, config)
 
 
 def draw(random: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -199,11 +201,6 @@ def _sample(rng: np.random.Generator, name: str, distribution: Mapping[str, Any]
     return round(value) if is_whole(name) else float(value)
 
 
-def is_whole(name: str) -> bool:
-    """Whether a setting takes whole numbers."""
-    return name == _STEPS or any(f.name == name and f.type == "int" for f in dataclasses.fields(Config))
-
-
 def static_part(config: Config) -> Any:
     """What decides the compiled program: configurations with an equal one share it."""
     return jax.tree.structure(config)
@@ -215,6 +212,30 @@ def group_by_program(points: Sequence[Point]) -> list[list[int]]:
     for i, point in enumerate(points):
         groups.setdefault(static_part(point.config), []).append(i)
     return list(groups.values())
+
+
+def make_groups(points: Sequence[Point], keys: Any) -> list[Group]:
+    """The groups of a sweep; agent (point, seed) gets `keys[seed]`, so points are compared on equal seeds."""
+    num_seeds = keys.shape[0]
+    seeds: Any = np.asarray(jax.random.key_data(keys))
+    impl = jax.random.key_impl(keys)
+    groups = []
+    for members in group_by_program(points):
+        configs = [points[i].config for i in members for _ in range(num_seeds)]
+        data: Any = np.tile(seeds, (len(members), *[1] * (seeds.ndim - 1)))
+        groups.append(Group(members, configs, jax.random.wrap_key_data(data, impl=impl)))
+    return groups
+
+
+def seed_keys(spec: Spec) -> Any:
+    """The keys `jax.random.key(seed + i)` of a sweep's seeds."""
+    return jax.jit(jax.vmap(jax.random.key))(spec.seed + np.arange(spec.num_seeds))
+
+
+def plan(spec: Spec) -> tuple[list[Point], list[Group]]:
+    """The points and groups of a sweep."""
+    points = make_points(spec)
+    return points, make_groups(points, seed_keys(spec))
 
 
 def stack_configs(configs: Iterable[Config]) -> Config:

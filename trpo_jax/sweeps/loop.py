@@ -8,21 +8,15 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from trpo_jax.config import UsageError
+from trpo_jax.files import SETTINGS
 from trpo_jax.runs import interrupts
-from trpo_jax.sweeps.grids import (
-    SETTINGS,
-    Point,
-    Spec,
-    group_by_program,
-    make_points,
-    stack_configs,
-)
+from trpo_jax.sweeps.grids import Group, Point, Spec, make_groups, make_points, plan, stack_configs
 from trpo_jax.sweeps.placement import (
     CAPACITY,
     Programs,
@@ -32,6 +26,7 @@ from trpo_jax.sweeps.placement import (
     num_threads,
     to_host,
 )
+from trpo_jax.sweeps.progress import Clock, Progress, Watch
 from trpo_jax.sweeps.storage import Block, Checkpoint, Folder
 from trpo_jax.training.checkpoints import is_key
 from trpo_jax.training.loop import check_key
@@ -40,74 +35,6 @@ from trpo_jax.types import Config, Metrics
 METRICS = tuple(field.name for field in dataclasses.fields(Metrics))
 _CALL_SECONDS = 2.0  # aimed at: a call of the compiled program, after which progress shows and an interrupt is heard
 _LAST_SHARE = 0.1  # of the iterations count for the training return
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Agents that share a program, point by point, each with its seeds.
-
-    Attributes:
-      points: indices of the points.
-      configs: the configuration of each agent, [A].
-      keys: the PRNG key of each agent, [A].
-    """
-
-    points: list[int]
-    configs: list[Config]
-    keys: Any
-
-    @property
-    def num_iterations(self) -> int:
-        """Iterations of every agent."""
-        return self.configs[0].num_iterations
-
-    @property
-    def num_agents(self) -> int:
-        """A."""
-        return len(self.configs)
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """How far a sweep is.
-
-    Attributes:
-      group: the group at work and the number of groups.
-      blocks: the blocks at work.
-      num_blocks: blocks of the group.
-      iteration: iterations those blocks have done, of `num_iterations`.
-      num_iterations: iterations of each agent of the group.
-      share: of all env steps of this process, done, in [0, 1].
-      steps_per_second: env steps a second since the start, compiling apart.
-      seconds_left: at that speed.
-    """
-
-    group: tuple[int, int]
-    blocks: list[Block]
-    num_blocks: int
-    iteration: int
-    num_iterations: int
-    share: float
-    steps_per_second: float
-    seconds_left: float
-
-
-def make_groups(points: Sequence[Point], keys: Any) -> list[Group]:
-    """The groups of a sweep; agent (point, seed) gets `keys[seed]`, so points are compared on equal seeds."""
-    num_seeds = keys.shape[0]
-    seeds: Any = np.asarray(jax.random.key_data(keys))
-    impl = jax.random.key_impl(keys)
-    groups = []
-    for members in group_by_program(points):
-        configs = [points[i].config for i in members for _ in range(num_seeds)]
-        data: Any = np.tile(seeds, (len(members), *[1] * (seeds.ndim - 1)))
-        groups.append(Group(members, configs, jax.random.wrap_key_data(data, impl=impl)))
-    return groups
-
-
-def seed_keys(spec: Spec) -> Any:
-    """The keys `jax.random.key(seed + i)` of a sweep's seeds."""
-    return jax.jit(jax.vmap(jax.random.key))(spec.seed + np.arange(spec.num_seeds))
 
 
 def sweep(
@@ -270,12 +197,6 @@ def training_return(rows: Mapping[str, np.ndarray]) -> np.ndarray:
 # A sweep in a folder
 
 
-def plan(spec: Spec) -> tuple[list[Point], list[Group]]:
-    """The points and groups of a sweep."""
-    points = make_points(spec)
-    return points, make_groups(points, seed_keys(spec))
-
-
 def run_sweep(
     path: str | os.PathLike[str],
     spec: Spec,
@@ -284,7 +205,7 @@ def run_sweep(
     checkpoint_seconds: float = 60.0,
     most_agents: int | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
-) -> bool:
+) -> Literal["complete", "interrupted", "shared"]:
     """Run a sweep in a folder, or continue the one that is there, to its end.
 
     Args:
@@ -296,7 +217,8 @@ def run_sweep(
       report: called after every call of a compiled program.
 
     Returns:
-      Whether all blocks of all processes are finished.
+      How it ended: "complete" where all blocks of all processes are finished, "interrupted" by Ctrl-C or SIGTERM, or
+      "shared" where this process is done and others are not.
 
     Raises:
       UsageError: if the spec, the folder or a file in it cannot be used; what is finished stays as it is.
@@ -305,7 +227,7 @@ def run_sweep(
     folder, devices = Folder(path), jax.local_devices()
     with folder.locked(process[0]), interrupts() as interrupted:
         folder.describe(dataclasses.asdict(spec), versions())
-        clock = _Clock(spec, points, groups, process)
+        clock = Clock(groups, process)
         for number, group in enumerate(groups):
             settled = folder.program(number)
             if settled and not unfinished(folder, group, number, settled, process):
@@ -330,55 +252,75 @@ def run_sweep(
                 most = max(stands.values())
                 together = [block for block in pending if stands[block] == most][: len(devices)]
                 pending = [block for block in pending if block not in together]
-                watch = _Watch(folder, together, checkpoint_seconds, interrupted, clock, report, most)
+                watch = Watch(folder, together, checkpoint_seconds, interrupted, clock, report, most)
                 blank = _blank(programs, group.num_iterations)
                 checkpoints = [folder.restore(block, blank) for block in together] if most else None
                 for block, rows in run_blocks(programs, group, together, checkpoints, watch):
                     folder.write_results(block, _rows_to_columns(spec, points, group, block, rows))
                 if interrupted():
-                    return False
-    return all(
+                    return "interrupted"
+    complete = all(
         folder.is_finished(block)
         for number, group in enumerate(groups)
         for block in cut_into_blocks(group, number, (folder.program(number) or {})["agents_per_block"])
     )
+    return "complete" if complete else "shared"
 
 
-def outline(spec: Spec, most_agents: int | None = None) -> tuple[list[str], list[list[str]]]:
-    """What a sweep would run, one row a program: titles and cells. Compiles the programs, which the sweep then finds
-    in the compilation cache."""
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """What a group of agents that share a program would run.
+
+    Attributes:
+      env: environment.
+      num_points: points.
+      num_agents: A.
+      num_devices: D.
+      agents_per_block: U, agents a device takes at a time.
+      env_steps: of all its agents.
+      memory: bytes that the largest of its programs needs on each device.
+      static: the settings by which it differs from other groups.
+    """
+
+    env: str
+    num_points: int
+    num_agents: int
+    num_devices: int
+    agents_per_block: int
+    env_steps: int
+    memory: int
+    static: dict[str, Any]
+
+    @property
+    def num_runs(self) -> int:
+        """How often the devices are filled."""
+        return -(-self.num_agents // (self.agents_per_block * self.num_devices))
+
+
+def outline(spec: Spec, most_agents: int | None = None) -> list[Outline]:
+    """What a sweep would run. Compiles the programs, which the sweep then finds in the compilation cache."""
     points, groups = plan(spec)
     devices = jax.local_devices()
-    titles = [
-        "environment",
-        "points",
-        "agents",
-        "devices x agents",
-        "runs",
-        "env steps",
-        "memory a device",
-        "static settings",
-    ]
-    static = [name for name in SETTINGS if len({str(getattr(p.config, name)) for p in points}) > 1]
-    rows = []
+    varied = [name for name in SETTINGS if len({str(getattr(p.config, name)) for p in points}) > 1]
+    found = []
     for group in groups:
         most = min(agents_per_block(group.num_agents, len(devices)), most_agents or group.num_agents)
         programs = fit_programs(group.configs[0], most, spec.num_episodes, devices)
         config = group.configs[0]
-        same = [n for n in static if n != "env" and len({str(getattr(c, n)) for c in group.configs}) == 1]
-        rows.append(
-            [
-                str(config.env),
-                str(len(group.points)),
-                f"{group.num_agents:,}",
-                f"{len(devices)} x {programs.agents_per_block}",
-                str(-(-group.num_agents // (programs.agents_per_block * len(devices)))),
-                f"{group.num_agents * group.num_iterations * config.steps_per_iteration:,}",
-                f"{programs.memory / 2**20:,.1f} MiB",
-                ", ".join(f"{name}={getattr(config, name)}" for name in same),
-            ]
+        static = [n for n in varied if n != "env" and len({str(getattr(c, n)) for c in group.configs}) == 1]
+        found.append(
+            Outline(
+                env=str(config.env),
+                num_points=len(group.points),
+                num_agents=group.num_agents,
+                num_devices=len(devices),
+                agents_per_block=programs.agents_per_block,
+                env_steps=group.num_agents * group.num_iterations * config.steps_per_iteration,
+                memory=programs.memory,
+                static={name: getattr(config, name) for name in static},
+            )
         )
-    return titles, rows
+    return found
 
 
 def unfinished(folder: Folder, group: Group, number: int, settled: Mapping[str, Any], process: tuple[int, int]) -> Any:
@@ -406,83 +348,6 @@ def _blank(programs: Programs, num_iterations: int) -> Checkpoint:
 
     state = jax.tree.map(empty, programs.states)
     return Checkpoint(state, {name: np.empty((size, num_iterations), np.float32) for name in METRICS}, 0)
-
-
-class _Watch:
-    """Between two calls: report, save when it is time, and stop when asked to."""
-
-    def __init__(
-        self,
-        folder: Folder,
-        blocks: list[Block],
-        checkpoint_seconds: float,
-        interrupted: Callable[[], bool],
-        clock: _Clock,
-        report: Callable[[Progress], None],
-        done: int,
-    ):
-        self.folder, self.blocks, self.interval = folder, blocks, checkpoint_seconds
-        self.interrupted, self.clock, self.report = interrupted, clock, report
-        self.saved, self.done = time.monotonic(), done
-
-    def __call__(self, done: int, checkpoints: Callable[[], list[Checkpoint]]) -> bool:
-        self.clock.advance(self.blocks, done - self.done)
-        self.done = done
-        self.report(self.clock.progress(self.blocks, done))
-        stop = self.interrupted()
-        if stop or (time.monotonic() - self.saved >= self.interval and done < self.clock.group.num_iterations):
-            for block, checkpoint in zip(self.blocks, checkpoints(), strict=True):
-                self.folder.save(block, checkpoint)
-            self.saved = time.monotonic()
-        return not stop
-
-
-class _Clock:
-    """Env steps done and to do, and the speed at which they are done."""
-
-    def __init__(self, spec: Spec, points: list[Point], groups: list[Group], process: tuple[int, int]):
-        self.groups, self.number = groups, 0
-        agents = [group.num_agents * group.num_iterations / process[1] for group in groups]
-        self.steps = [n * group.configs[0].steps_per_iteration for n, group in zip(agents, groups, strict=True)]
-        self.done, self.here, self.seconds, self.since = 0.0, 0.0, 0.0, time.perf_counter()
-        self.num_blocks = 0
-
-    @property
-    def group(self) -> Group:
-        return self.groups[self.number]
-
-    def skip(self, number: int) -> None:
-        self.done += self.steps[number]
-
-    def begin(self, number: int, pending: list[Block]) -> None:
-        """Start on a group whose `pending` blocks are to do; compiling it does not count as time at work."""
-        self.number = number
-        agents = sum(block.last - block.first for block in pending)
-        per_agent = self.group.num_iterations * self.group.configs[0].steps_per_iteration
-        self.done += self.steps[number] - agents * per_agent
-        self.num_blocks = -(-self.group.num_agents // max(1, pending[0].last - pending[0].first)) if pending else 0
-        self.since = time.perf_counter()
-
-    def advance(self, blocks: list[Block], iterations: int) -> None:
-        now = time.perf_counter()
-        agents = sum(block.last - block.first for block in blocks)
-        steps = agents * iterations * self.group.configs[0].steps_per_iteration
-        self.done, self.here = self.done + steps, self.here + steps
-        self.seconds, self.since = self.seconds + now - self.since, now
-
-    def progress(self, blocks: list[Block], iteration: int) -> Progress:
-        speed = self.here / self.seconds if self.seconds else 0.0
-        total = sum(self.steps)
-        return Progress(
-            group=(self.number, len(self.groups)),
-            blocks=blocks,
-            num_blocks=self.num_blocks,
-            iteration=iteration,
-            num_iterations=self.group.num_iterations,
-            share=min(1.0, self.done / total),
-            steps_per_second=speed,
-            seconds_left=max(0.0, total - self.done) / speed if speed else float("inf"),
-        )
 
 
 def _rows_to_columns(

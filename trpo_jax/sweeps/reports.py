@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from trpo_jax.config import UsageError
-from trpo_jax.runs import fill_forward, write_atomically
-from trpo_jax.sweeps.grids import SETTINGS
+from trpo_jax.files import SETTINGS, write_atomically
+from trpo_jax.runs import fill_forward
 from trpo_jax.sweeps.statistics import interquartile_mean, stratified_bootstrap
 from trpo_jax.sweeps.storage import Folder
 

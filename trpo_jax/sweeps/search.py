@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 from trpo_jax.config import UsageError
-from trpo_jax.runs import write_atomically
-from trpo_jax.sweeps.grids import SETTINGS, TUNING_SEEDS, Spec, is_whole, make_point, stack_configs, static_part
+from trpo_jax.files import is_whole, settings_of, write_atomically
+from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, make_point, stack_configs, static_part
 from trpo_jax.sweeps.loop import METRICS, training_return
 from trpo_jax.sweeps.placement import CAPACITY, Programs, agents_per_block, fit_programs, from_host, to_host
 from trpo_jax.sweeps.statistics import interquartile_mean
@@ -107,7 +107,7 @@ def tune(
         raise UsageError(f"no trial in {folder} reached a finite score; widen or move the distributions in [random].")
     config = make_point(spec.base, study.best_params).config
     file = folder / "best.toml"
-    lines = [f"{name} = {json.dumps(getattr(config, name), ensure_ascii=False)}" for name in SETTINGS]
+    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in settings_of(config).items()]
     score = f"# score {study.best_value:.6g} on {spec.num_seeds} tuning seeds, best of {count} trials\n"
     write_atomically(file, score + "\n".join(lines) + "\n")
     return file, study.best_value

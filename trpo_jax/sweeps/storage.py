@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from trpo_jax.config import UsageError
-from trpo_jax.runs import write_atomically
+from trpo_jax.files import write_atomically
 from trpo_jax.types import TrainState
 
 
@@ -60,11 +60,11 @@ class Folder:
         """
         file = self.path / "sweep.json"
         if not file.exists():
-            if self.path.exists() and (not self.path.is_dir() or set(os.listdir(self.path)) - {"locks"}):
+            if self.path.exists() and (not self.path.is_dir() or any(map(_is_foreign, os.listdir(self.path)))):
                 raise UsageError(f"{self.path} exists and is not the folder of a sweep; choose another --output.")
-            write_atomically(file, json.dumps({**description, "made_by": made_by}, indent=1) + "\n")
-            return
-        found = self.description()
+            found = self._settle(file, {**description, "made_by": made_by})
+        else:
+            found = self.description()
         # Compared as JSON has them: a tuple is a list there.
         asked = json.loads(json.dumps(description))
         changed = [name for name in {**asked, **found} if name != "made_by" and found.get(name) != asked.get(name)]
@@ -85,9 +85,12 @@ class Folder:
 
     def settle_program(self, group: int, program: dict[str, Any]) -> dict[str, Any]:
         """Settle a group's program; where several processes try, the first one's counts for all."""
-        file = self.path / "programs" / f"{group:02d}.json"
-        own = file.with_name(f"{file.name}.{os.getpid()}")
-        write_atomically(own, json.dumps(program, indent=1) + "\n")
+        return self._settle(self.path / "programs" / f"{group:02d}.json", program)
+
+    def _settle(self, file: Path, value: dict[str, Any]) -> dict[str, Any]:
+        """What a file says that is written once, by whoever comes first."""
+        own = file.with_name(f".{file.name}.{os.getpid()}")
+        write_atomically(own, json.dumps(value, indent=1) + "\n")
         try:
             with contextlib.suppress(FileExistsError):
                 os.link(own, file)
@@ -155,21 +158,11 @@ class Folder:
 
         table = pa.table({name: _column(values) for name, values in columns.items()})
         file = self.result_file(block)
-        temporary = file.with_name(f".{file.name}.tmp")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as sink:
-                parquet.write_table(table, sink, compression="zstd")
-                sink.flush()
-                os.fsync(sink.fileno())
-            os.replace(temporary, file)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise UsageError(
-                f"cannot write {file}: {error.strerror or error}; what is finished is safe, and the same command "
-                "continues when there is room."
-            ) from error
+        write_atomically(
+            file,
+            lambda sink: parquet.write_table(table, sink, compression="zstd"),
+            "what is finished is safe, and the same command continues when there is room",
+        )
         shutil.rmtree(self._checkpoints(block), ignore_errors=True)
 
     def read_results(self, columns: list[str] | None = None) -> Any:
@@ -244,6 +237,11 @@ class Folder:
             {name: np.array(values) for name, values in found["metrics"].items()},
             int(found["done"]),
         )
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether an entry of a folder without sweep.json was not left by the beginning of a sweep."""
+    return name != "locks" and not name.startswith(".sweep.json")
 
 
 def _column(values: Any) -> Any:

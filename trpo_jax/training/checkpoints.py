@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config import UsageError
+from trpo_jax.files import write_atomically
 from trpo_jax.steps.types import PyTree
 from trpo_jax.training.loop import init
 from trpo_jax.types import Config
@@ -38,18 +38,7 @@ def save(path: str | os.PathLike[str], state: PyTree) -> None:
             leaf = jax.random.key_data(leaf)
         arrays[name] = np.asarray(leaf)
     arrays["__header__"] = np.frombuffer(json.dumps({"format": _FORMAT, "keys": keys}).encode(), np.uint8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UsageError(f"cannot write {path}: {error.strerror}; choose a folder that can be written to.") from error
+    write_atomically(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
 
 def load(path: str | os.PathLike[str], like: PyTree) -> Any:
