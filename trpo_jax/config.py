@@ -42,8 +42,8 @@ class Config:
     """
 
     env: Any = _object("CartPole-v1", "a gymnax name, an Environment, or any object with gymnax's six-value step")
-    policy: Any = _object(None, "a Network whose apply returns a distribution; None: separate MLP with tanh")
-    value: Any = _object(None, "a Network whose apply returns V, [...]; None: separate MLP with tanh")
+    policy: Any = _object(None, "a Network whose apply returns a distribution; None: see `network`")
+    value: Any = _object(None, "a Network whose apply returns V, [...]; None: see `network`")
     num_envs: int = _static(16, "environments stepped in parallel, N", low=1)
     num_steps: int = _static(128, "steps in each environment an iteration, T", low=1)
     num_iterations: int = _static(150, "iterations (one rollout and one update each)", low=1)
@@ -145,6 +145,13 @@ class Config:
     reward_clip: float = _traced(
         0.0, "clip rewards to ± this, after their normalisation; 0: never", interval="[0, inf)"
     )
+    network: str = _static(
+        "auto",
+        "what the default policy and value function are made of; auto: cnn for observations of rank 3, else mlp; gru "
+        "remembers",
+        choices=("auto", "mlp", "cnn", "gru"),
+    )
+    state_dependent_std: bool = _static(False, "a Gaussian policy's σ depends on the observation")
     initial_log_std: float = _traced(
         0.0, "log σ of a Gaussian policy at the start, in units of half the action range", interval="(-inf, inf)"
     )

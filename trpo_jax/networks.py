@@ -1,4 +1,4 @@
-"""Default policies and value functions: separate tanh MLPs, orthogonally initialised.
+"""Default policies and value functions, orthogonally initialised: tanh MLPs, CNNs for grids, GRUs with a memory.
 
 The only file that imports a network library; the update steps take any `apply(params, observation)`.
 """
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trpo_jax.config import UsageError
 from trpo_jax.environments.base import Box, Discrete, Environment
 from trpo_jax.steps.distributions import Categorical, DiagonalGaussian, MultiCategorical
 from trpo_jax.steps.types import Array, PyTree, Scalar
@@ -89,48 +90,160 @@ class MLP(nn.Module):
         return nn.Dense(self.outputs, kernel_init=orthogonal(self.last_scale), dot_general=_product_by_columns)(x)
 
 
+class CNN(nn.Module):
+    """One convolution of 16 3 x 3 filters and a dense layer of 128, the network of MinAtar (Young & Tian 2019).
+
+    Attributes:
+      outputs: width of the last, linear layer.
+      last_scale: gain of the last layer's orthogonal initialisation.
+    """
+
+    outputs: int
+    last_scale: float
+
+    @nn.compact
+    def __call__(self, observation: Array) -> Array:
+        """[..., height, width, channels] -> [..., outputs]."""
+        batch_shape = observation.shape[:-3]
+        grid = observation.reshape(-1, *observation.shape[-3:])
+        filters = nn.Conv(16, (3, 3), padding="SAME", kernel_init=_orthogonal_filters)(grid)
+        x = nn.relu(filters).reshape(*batch_shape, -1)
+        x = nn.relu(nn.Dense(128, kernel_init=orthogonal(2**0.5))(x))
+        return nn.Dense(self.outputs, kernel_init=orthogonal(self.last_scale), dot_general=_product_by_columns)(x)
+
+
+class GRU(nn.Module):
+    """A dense tanh layer, a gated recurrent unit (Cho et al. 2014), and a linear layer: one step of it.
+
+    Attributes:
+      units: width of the first layer and of the memory.
+      outputs: width of the last, linear layer.
+      last_scale: gain of the last layer's orthogonal initialisation.
+      observation_ndim: rank of one observation, whose axes are flattened.
+    """
+
+    units: int
+    outputs: int
+    last_scale: float
+    observation_ndim: int
+
+    @nn.compact
+    def __call__(self, carry: Array, observation: Array) -> tuple[Array, Array]:
+        """Memory [..., units] and observation [..., *observation_shape] -> memory and [..., outputs]."""
+        batch_shape = observation.shape[: observation.ndim - self.observation_ndim]
+        x = nn.tanh(nn.Dense(self.units, kernel_init=orthogonal(2**0.5))(observation.reshape(*batch_shape, -1)))
+        cell = nn.GRUCell(self.units, kernel_init=orthogonal(1.0), recurrent_kernel_init=orthogonal(1.0))
+        carry, x = cell(carry, x)
+        last = nn.Dense(self.outputs, kernel_init=orthogonal(self.last_scale), dot_general=_product_by_columns)
+        return carry, last(x)
+
+
+def _orthogonal_filters(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    matrix = orthogonal(2**0.5)(key, (int(np.prod(shape[:-1])), shape[-1]), dtype)
+    return matrix.reshape(shape)
+
+
 def make_policy(
-    environment: Environment, *, hidden: Sequence[int] = (64, 64), initial_log_std: Scalar = 0.0
+    environment: Environment,
+    *,
+    network: str = "auto",
+    hidden: Sequence[int] = (64, 64),
+    initial_log_std: Scalar = 0.0,
+    state_dependent_std: bool = False,
 ) -> Network:
     """The default policy for an action space: `Categorical`, `MultiCategorical` or `DiagonalGaussian`.
 
-    The last layer is scaled by 0.01, so that the first policy is nearly uniform (discrete) or centred (Box). A
-    Gaussian has a state-independent log σ; mean and σ are in units of half the action range around its centre, so
-    one default suits a box of ±0.1 and one of ±2.
-    """
-    space, ndim = environment.action_space, len(environment.observation_shape)
-    if isinstance(space, Box):
-        return _gaussian_policy(space, hidden, ndim, initial_log_std)
-    sizes = (space.n,) if isinstance(space, Discrete) else space.n
-    mlp = MLP(tuple(hidden), sum(sizes), 0.01, ndim)
+    The last layer is scaled by 0.01, so that the first policy is nearly uniform (discrete) or centred (Box). Mean and
+    σ of a Gaussian are in units of half the action range around its centre, so one default suits a box of ±0.1 and
+    one of ±2.
 
-    def apply(params: PyTree, observation: Array) -> Categorical | MultiCategorical:
-        logits = mlp.apply(params, observation)
+    Args:
+      environment: whose spaces and shapes the network fits.
+      network: "mlp" of tanh layers, "cnn" for grids, "gru" with a memory; "auto": cnn for observations of rank 3, else
+        mlp.
+      hidden: widths of the mlp's layers; the gru has units of the first of them.
+      initial_log_std: log σ of a Gaussian at the start.
+      state_dependent_std: whether log σ is an output of the network, and not a parameter of its own.
+    """
+    space = environment.action_space
+    if isinstance(space, Box):
+        return _gaussian_policy(environment, network, hidden, initial_log_std, state_dependent_std)
+    sizes = (space.n,) if isinstance(space, Discrete) else space.n
+
+    def distribution(params: PyTree, logits: Array) -> Categorical | MultiCategorical:
         if isinstance(space, Discrete):
             return Categorical(logits)
         return MultiCategorical(tuple(jnp.split(logits, np.cumsum(sizes)[:-1], axis=-1)))
 
-    return Network(mlp.init, apply)
+    return _then(_body(environment, network, hidden, sum(sizes), 0.01), distribution)
 
 
-def make_value(environment: Environment, *, hidden: Sequence[int] = (64, 64)) -> Network:
-    """The default value function, V(observation) of shape [...]."""
-    mlp = MLP(tuple(hidden), 1, 1.0, len(environment.observation_shape))
-    return Network(mlp.init, lambda params, observation: mlp.apply(params, observation)[..., 0])
+def make_value(environment: Environment, *, network: str = "auto", hidden: Sequence[int] = (64, 64)) -> Network:
+    """The default value function, V(observation) of shape [...]; arguments as in `make_policy`."""
+    return _then(_body(environment, network, hidden, 1, 1.0), lambda params, outputs: outputs[..., 0])
 
 
-def _gaussian_policy(space: Box, hidden: Sequence[int], ndim: int, initial_log_std: Scalar) -> Network:
+def _body(environment: Environment, network: str, hidden: Sequence[int], outputs: int, last_scale: float) -> Network:
+    ndim = len(environment.observation_shape)
+    if network == "auto":
+        network = "cnn" if ndim == 3 else "mlp"
+    if network == "cnn":
+        if ndim != 3:
+            raise UsageError(
+                f"network=cnn needs observations [height, width, channels]; {environment.name} has "
+                f"{environment.observation_shape}."
+            )
+        grid = CNN(outputs, last_scale)
+        return Network(grid.init, grid.apply)
+    if network == "gru":
+        cell = GRU(hidden[0], outputs, last_scale, ndim)
+        return Network(
+            lambda key, observation: cell.init(key, jnp.zeros(hidden[0]), observation),
+            cell.apply,
+            lambda: jnp.zeros(hidden[0], jnp.float32),
+        )
+    mlp = MLP(tuple(hidden), outputs, last_scale, ndim)
+    return Network(mlp.init, mlp.apply)
+
+
+def _then(network: Network, function: Callable[[PyTree, Any], Any]) -> Network:
+    """A network whose output is `function(params, output)`."""
+
+    def apply(params: PyTree, *inputs: Any) -> Any:
+        if network.initial_carry is None:
+            return function(params, network.apply(params, *inputs))
+        carry, output = network.apply(params, *inputs)
+        return carry, function(params, output)
+
+    return network._replace(apply=apply)
+
+
+def _gaussian_policy(
+    environment: Environment, network: str, hidden: Sequence[int], initial_log_std: Scalar, state_dependent_std: bool
+) -> Network:
+    space: Any = environment.action_space
     bounded = (np.abs(space.low) < _UNBOUNDED) & (np.abs(space.high) < _UNBOUNDED) & (space.high > space.low)
     low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
     centre, half_range = ((high + low) / 2).astype(np.float32), ((high - low) / 2).astype(np.float32)
-    mlp = MLP(tuple(hidden), space.low.size, 0.01, ndim)
+
+    def gaussian(mean: Any, log_std: Any) -> DiagonalGaussian:
+        return DiagonalGaussian(jnp.asarray(centre + half_range * mean), log_std + np.log(half_range))
+
+    if state_dependent_std:
+        body = _body(environment, network, hidden, 2 * space.low.size, 0.01)
+
+        def both(params: PyTree, outputs: Array) -> DiagonalGaussian:
+            mean, log_std = jnp.split(outputs, 2, axis=-1)
+            return gaussian(mean, log_std + initial_log_std)
+
+        return _then(body, both)
+    body = _body(environment, network, hidden, space.low.size, 0.01)
 
     def init(key: Array, observation: Array) -> PyTree:
-        log_std = jnp.full(space.shape, initial_log_std, jnp.float32)
-        return {"mean": mlp.init(key, observation), "log_std": log_std}
+        return {
+            "mean": body.init(key, observation),
+            "log_std": jnp.full(space.shape, initial_log_std, jnp.float32),
+        }
 
-    def apply(params: PyTree, observation: Array) -> DiagonalGaussian:
-        mean = centre + half_range * mlp.apply(params["mean"], observation)
-        return DiagonalGaussian(mean, params["log_std"] + np.log(half_range))
-
-    return Network(init, apply)
+    of_mean = body._replace(init=init, apply=lambda params, *inputs: body.apply(params["mean"], *inputs))
+    return _then(of_mean, lambda params, mean: gaussian(mean, params["log_std"]))

@@ -86,10 +86,14 @@ class Network(NamedTuple):
       init: `init(key, observation)` -> params, a pytree of float arrays; `observation` is a single one, [...].
       apply: `apply(params, observation)` -> a distribution (policy) or values (value function) with the batch shape
         of `observation`, which may have any leading batch axes.
+      initial_carry: None, or, for a network with a memory, `initial_carry()` -> what it remembers at the start of an
+        episode, a pytree of arrays for one environment. It is then `apply(params, carry, observation)` ->
+        (carry, output), where the carry has the leading axes of `observation`.
     """
 
     init: Callable[[Array, Array], PyTree]
-    apply: Callable[[PyTree, Array], Any]
+    apply: Callable[..., Any]
+    initial_carry: Callable[[], PyTree] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -175,6 +179,8 @@ class TrainState:
       discounted_return: discounted return of the N running episodes so far, [N]; () unless `normalize_rewards`.
       env_state: states of the N environments.
       observation: the N current observations, [N, ...].
+      policy_carry: what a recurrent policy remembers of the N running episodes, [N, ...]; () without a memory.
+      value_carry: the same of a recurrent value function.
       episode_return: undiscounted return of the N running episodes, [N].
       episode_length: steps of the N running episodes, int32 [N].
     """
@@ -192,6 +198,8 @@ class TrainState:
     discounted_return: Any
     env_state: PyTree
     observation: Array
+    policy_carry: PyTree
+    value_carry: PyTree
     episode_return: Array
     episode_length: Array
 

@@ -14,6 +14,7 @@ from probes import assert_trees_close, lane, quick_jit, raw, same_bits, small_co
 from trpo_jax import (
     Config,
     Metrics,
+    Network,
     TrainState,
     UsageError,
     init,
@@ -394,7 +395,7 @@ def test_statistics_are_frozen_within_an_iteration_and_exact_after_it():
             return agent.policy.apply(params, jnp.clip((observation - state.statistics.mean) / std, -10, 10))
 
         key = jax.random.fold_in(state.key, state.iteration)
-        return rollout(agent.environment, policy_apply, state, key, config.num_steps)
+        return rollout(agent.environment, Network(None, policy_apply), state, key, config.num_steps)
 
     step, collect = quick_jit(train_step), quick_jit(collect)
     state, seen = quick_jit(init)(config, jax.random.key(0)), []

@@ -8,7 +8,7 @@ import probes
 import pytest
 from probes import quick_jit, same_bits, small_config
 
-from trpo_jax import Config, UsageError, fit_value_function, init, train, train_step, validate
+from trpo_jax import Config, Network, UsageError, fit_value_function, init, train, train_step, validate
 from trpo_jax.steps.statistics import init_statistics
 from trpo_jax.training.learning import Learned, observe_returns, on_normalized, scale_rewards
 from trpo_jax.types import Control, Transition
@@ -68,7 +68,8 @@ def test_constant_returns_are_not_divided_by_zero():
 def test_observations_are_clipped_at_the_setting():
     statistics = type(init_statistics((1,)))(jnp.float32(9), jnp.array([1.0]), jnp.array([4.0]))
     config = Config(normalize_observations=True, observation_clip=1.5)
-    seen = on_normalized(config, statistics, lambda _, observation: observation)(None, jnp.array([[1.0], [2.0], [9.0]]))
+    network = Network(None, lambda params, observation: observation)
+    seen = on_normalized(config, statistics, network).apply(None, jnp.array([[1.0], [2.0], [9.0]]))
     np.testing.assert_allclose(seen[:, 0], [0, 0.5, 1.5])
 
 

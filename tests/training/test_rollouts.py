@@ -20,7 +20,7 @@ NUM_ENVS, NUM_STEPS = 4, 16
 def compile_rollout(config):
     """A compiled (state, key) -> (state, transitions, totals), and a first state."""
     agent = make_agent(config)
-    run = quick_jit(lambda state, key: rollout(agent.environment, agent.policy.apply, state, key, NUM_STEPS))
+    run = quick_jit(lambda state, key: rollout(agent.environment, agent.policy, state, key, NUM_STEPS))
     return run, quick_jit(lambda key: init(config, key))(jax.random.key(0))
 
 

@@ -203,7 +203,7 @@ def newest_batch(config, state):
     """What the next iteration collects."""
     agent = make_agent(config)
     key = jax.random.fold_in(state.key, state.iteration)
-    return rollout(agent.environment, agent.policy.apply, state, key, config.num_steps)[1]
+    return rollout(agent.environment, agent.policy, state, key, config.num_steps)[1]
 
 
 # --- Reuse --------------------------------------------------------------------------------------------------------

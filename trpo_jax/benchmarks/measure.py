@@ -109,15 +109,15 @@ def measure_parts(config: Config, state: TrainState, repetitions: int) -> dict[s
     the rollout they are the least that any method of policy optimisation does, the *limit*.
     """
     agent = make_agent(config)
-    policy_apply = on_normalized(config, state.statistics, agent.policy.apply)
-    value_apply = on_normalized(config, state.statistics, agent.value.apply)
+    network = on_normalized(config, state.statistics, agent.policy)
+    policy_apply, value_apply = network.apply, on_normalized(config, state.statistics, agent.value).apply
     old = Learned(*(getattr(state, name) for name in Learned._fields))
     theta, unravel = ravel_pytree(state.policy_params)
 
     def policy(vector: Any, observation: Any) -> Any:
         return policy_apply(unravel(vector), observation)
 
-    collect = jax.jit(lambda state, key: rollout(agent.environment, policy_apply, state, key, config.num_steps))
+    collect = jax.jit(lambda state, key: rollout(agent.environment, network, state, key, config.num_steps))
     key = jax.random.fold_in(state.key, state.iteration)
     batch = collect(state, key)[1]
     observation, action = jax.tree.map(flatten_batch, (batch.observation, batch.action))

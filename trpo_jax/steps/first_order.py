@@ -64,6 +64,7 @@ def first_order_update(
     epochs: int = 1,
     minibatches: int = 1,
     entropy_coefficient: Scalar = 0.0,
+    sample_ndim: int | None = None,
 ) -> tuple[PyTree, optax.OptState, UpdateInfo]:
     """Gradient ascent on an objective over a batch that the policy at `params` collected.
 
@@ -80,8 +81,9 @@ def first_order_update(
       optimizer: an optax transformation; `optax.sgd(α)` is the plain step θ + α g.
       objective: `surrogate_objective`, `clipped_objective(ε)` or `penalized_objective(β)`.
       epochs: passes over the batch (static).
-      minibatches: minibatches a pass, which must divide B (static).
+      minibatches: minibatches a pass, which must divide the number of samples (static).
       entropy_coefficient: c.
+      sample_ndim: leading axes of B that tell independent samples apart, as in `trpo_update`.
 
     Returns:
       New parameters, new optimizer state, and an `UpdateInfo` of the surrogate and KL as for `trpo_update`:
@@ -106,7 +108,7 @@ def first_order_update(
         params,
         optimizer_state,
         (observation, action, advantage, old_log_prob),
-        advantage.shape,
+        advantage.shape[:sample_ndim],
         optimizer=optimizer,
         epochs=epochs,
         minibatches=minibatches,

@@ -223,6 +223,7 @@ def trpo_update(
     constraint: str = "mean-kl",
     entropy_coefficient: Scalar = 0.0,
     behaviour_log_prob: Array | None = None,
+    sample_ndim: int | None = None,
 ) -> tuple[PyTree, UpdateInfo]:
     """One trust-region step on a batch that the policy at `params` collected, or policies before it.
 
@@ -251,6 +252,8 @@ def trpo_update(
       entropy_coefficient: c of a bonus c · mean entropy in the objective.
       behaviour_log_prob: log-probabilities [B] of the actions under the policies that took them, if not all θ_old's.
         Each sample then counts by its per-decision ratio π_θ/π_behaviour; the divergence is the mean over all states.
+      sample_ndim: how many leading axes of B tell samples apart that may be evaluated without each other, for
+        `fisher_fraction`: all (None), or 1 where B is [N, T] and a recurrent policy needs whole sequences (static).
 
     Returns:
       The new parameters and an `UpdateInfo` of scalars.
@@ -279,7 +282,9 @@ def trpo_update(
         constraint=constraint,
         behaviour_log_prob=behaviour_log_prob,
     )
-    sample, weight = curvature_sample(observation, advantage.shape, fisher_fraction)
+    sample, weight = curvature_sample(observation, advantage.shape[:sample_ndim], fisher_fraction)
+    if weight is not None:
+        weight = jnp.broadcast_to(weight.reshape(weight.shape + (1,) * (advantage.ndim - weight.ndim)), advantage.shape)
     step, solve = natural_gradient(
         lambda p: policy_apply(p, sample),
         params,

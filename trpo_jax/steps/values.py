@@ -32,6 +32,7 @@ def gauss_newton_fit(
     cg_iterations: int = 5,
     cg_tolerance: Scalar = 0.0,
     fisher_fraction: Scalar = 1.0,
+    sample_ndim: int | None = None,
 ) -> tuple[PyTree, Array]:
     """One damped Gauss–Newton step on ½ mean_n[(V(s_n) − target_n)²], by the machinery of the policy's step.
 
@@ -49,6 +50,7 @@ def gauss_newton_fit(
       cg_iterations: Gauss–Newton products (static).
       cg_tolerance: relative residual at which the solver stops before that.
       fisher_fraction: share of the batch that G is estimated from, as in `trpo_update`.
+      sample_ndim: leading axes of B that tell independent samples apart, as in `trpo_update`.
 
     Returns:
       New parameters, and the mean squared error that they leave on the samples that judged. If no step helps or
@@ -63,9 +65,12 @@ def gauss_newton_fit(
 
     values, ascent = forward_and_gradient(value_apply, params, observation, cotangent, target)
     error = target - values
-    sample, weight = curvature_sample(observation, target.shape, fisher_fraction)
+    sample_shape = target.shape[:sample_ndim]
+    sample, weight = curvature_sample(observation, sample_shape, fisher_fraction)
+    if weight is not None:
+        weight = jnp.broadcast_to(weight.reshape(weight.shape + (1,) * (target.ndim - weight.ndim)), target.shape)
     judges = min(1.0, _JUDGES / target.size)
-    (judge, judge_target, judge_error), _ = curvature_sample((observation, target, error), target.shape, judges)
+    (judge, judge_target, judge_error), _ = curvature_sample((observation, target, error), sample_shape, judges)
     loss = jnp.mean(judge_error**2)
 
     def distribution_fn(params: PyTree) -> DiagonalGaussian:
@@ -94,6 +99,7 @@ def fit_value_function(
     optimizer: optax.GradientTransformation,
     epochs: int,
     minibatches: int,
+    sample_ndim: int | None = None,
 ) -> tuple[PyTree, optax.OptState, Array]:
     """Minimise mean_n[(V(s_n) − target_n)²] by minibatch steps of an optax optimizer, see `minibatch_descent`.
 
@@ -108,7 +114,8 @@ def fit_value_function(
         (Engstrom et al. 2020); 0 does not.
       optimizer: an optax transformation.
       epochs: passes over the batch (static).
-      minibatches: M, which must divide the batch size (static).
+      minibatches: M, which must divide the number of samples (static).
+      sample_ndim: leading axes of B that tell independent samples apart, as in `trpo_update`.
 
     Returns:
       New parameters, new optimizer state, and the mean loss over the last epoch. If any of the new numbers is not
@@ -127,7 +134,7 @@ def fit_value_function(
         params,
         optimizer_state,
         (observation, target, target if old_values is None else old_values),
-        target.shape,
+        target.shape[:sample_ndim],
         optimizer=optimizer,
         epochs=epochs,
         minibatches=minibatches,

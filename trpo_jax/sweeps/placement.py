@@ -229,6 +229,14 @@ def shard_environments(state: TrainState, devices: Sequence[Any] | None = None) 
         raise UsageError(f"num_envs={num_envs} is not a multiple of the {len(devices)} devices; choose one that is.")
     mesh = Mesh(np.array(devices), ("envs",))
     whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("envs"))
-    of_environments = {"env_state", "observation", "episode_return", "episode_length", "discounted_return"}
+    of_environments = {
+        "env_state",
+        "observation",
+        "policy_carry",
+        "value_carry",
+        "episode_return",
+        "episode_length",
+        "discounted_return",
+    }
     fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
     return TrainState(**jax.device_put(fields, {n: split if n in of_environments else whole for n in fields}))

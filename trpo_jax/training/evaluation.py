@@ -7,10 +7,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from trpo_jax.steps.statistics import normalize
 from trpo_jax.steps.types import Array
-from trpo_jax.training.learning import make_agent
+from trpo_jax.training.learning import make_agent, on_normalized
 from trpo_jax.training.loop import check_key
+from trpo_jax.training.recurrence import advance, initial_carries, restart
 from trpo_jax.training.rollouts import reset_environments
 from trpo_jax.types import Config, TrainState
 
@@ -58,6 +58,7 @@ def evaluate(
     check_key(key)
     key_reset, key_run = jax.random.split(key)
     observation, env_state = reset_environments(agent.environment, key_reset, num_episodes)
+    policy = on_normalized(config, state.statistics, agent.policy)
     limit = min(max_steps, agent.environment.max_steps or max_steps)
 
     def unfinished(carry: tuple) -> Array:
@@ -65,10 +66,9 @@ def evaluate(
         return (time < limit) & ~jnp.all(evaluation.finished)
 
     def step(carry: tuple) -> tuple:
-        time, observation, env_state, evaluation = carry
+        time, observation, memory, env_state, evaluation = carry
         key_action, key_step = jax.random.split(jax.random.fold_in(key_run, time))
-        seen = normalize(state.statistics, observation) if config.normalize_observations else observation
-        distribution = agent.policy.apply(state.policy_params, seen)
+        memory, distribution = advance(policy, state.policy_params, memory, observation)
         action = distribution.mode() if deterministic else distribution.sample(key_action)
         result = jax.vmap(agent.environment.step)(jax.random.split(key_step, num_episodes), env_state, action)
         running = ~evaluation.finished
@@ -77,10 +77,12 @@ def evaluate(
             episode_length=evaluation.episode_length + running,
             finished=evaluation.finished | result.terminated | result.truncated,
         )
-        return time + 1, result.observation, result.state, evaluation
+        memory = restart(policy, result.terminated | result.truncated, memory)
+        return time + 1, result.observation, memory, result.state, evaluation
 
     blank = Evaluation(
         jnp.zeros(num_episodes, jnp.float32), jnp.zeros(num_episodes, jnp.int32), jnp.zeros(num_episodes, bool)
     )
-    *_, evaluation = jax.lax.while_loop(unfinished, step, (jnp.int32(0), observation, env_state, blank))
+    start = jnp.int32(0), observation, initial_carries(policy, num_episodes), env_state, blank
+    *_, evaluation = jax.lax.while_loop(unfinished, step, start)
     return evaluation

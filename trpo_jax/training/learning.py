@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from trpo_jax.config import Config, validate
+from trpo_jax.config import Config, UsageError, validate
 from trpo_jax.environments.base import Environment
 from trpo_jax.environments.make import make_environment
 from trpo_jax.networks import make_policy, make_value
@@ -23,6 +23,7 @@ from trpo_jax.steps.statistics import RunningStatistics, normalize, update_stati
 from trpo_jax.steps.trust_region import UpdateInfo, trpo_update
 from trpo_jax.steps.types import Array, PyTree, Scalar
 from trpo_jax.steps.values import explained_variance, fit_value_function, gauss_newton_fit
+from trpo_jax.training.recurrence import Sequence, advance, restart, starts, unroll
 from trpo_jax.types import Control, LastUpdate, Memory, Network, Transition
 
 _INVERSE_PENALTIES = 1e-4, 1e4  # bounds of 1/β
@@ -40,8 +41,30 @@ def make_agent(config: Config) -> Agent:
     """Build the environment and the networks that a configuration names; raise `UsageError` for what cannot be."""
     validate(config)
     environment = make_environment(config.env)
-    policy = config.policy or make_policy(environment, initial_log_std=config.initial_log_std)
-    return Agent(environment, policy, config.value or make_value(environment))
+    policy = config.policy or make_policy(
+        environment,
+        network=config.network,
+        initial_log_std=config.initial_log_std,
+        state_dependent_std=config.state_dependent_std,
+    )
+    agent = Agent(environment, policy, config.value or make_value(environment, network=config.network))
+    if is_recurrent(agent):
+        _check_sequences(config)
+    return agent
+
+
+def _check_sequences(config: Config) -> None:
+    """A network with a memory needs whole sequences: an environment's steps are one sample."""
+    if config.reuse > 1:
+        raise UsageError(f"reuse={config.reuse} needs networks without a memory, such as network=mlp.")
+    for name, used in (
+        ("policy_minibatches", config.update in ("ppo", "kl-penalty")),
+        ("value_minibatches", config.value_fit == "adam"),
+    ):
+        if used and config.num_envs % getattr(config, name):
+            raise UsageError(
+                f"{name}={getattr(config, name)} must divide num_envs={config.num_envs} where a network has a memory."
+            )
 
 
 class Learned(NamedTuple):
@@ -56,6 +79,7 @@ class Learned(NamedTuple):
     statistics: RunningStatistics
     return_statistics: Any
     discounted_return: Any
+    value_carry: PyTree
 
 
 class Lesson(NamedTuple):
@@ -70,30 +94,38 @@ class Lesson(NamedTuple):
 
 
 @jax.jit  # traced once, however often `vmap` and `lax.map` ask for it
-def learn(config: Config, old: Learned, batch: Transition, iteration: Array) -> tuple[Learned, Lesson]:
-    """Advantages, policy update and value fit from one batch [T, N]."""
+def learn(
+    config: Config, old: Learned, batch: Transition, iteration: Array, policy_carry: PyTree
+) -> tuple[Learned, Lesson]:
+    """Advantages, policy update and value fit from one batch [T, N], before which the policy remembered its carry."""
     agent = make_agent(config)
-    policy_apply = on_normalized(config, old.statistics, agent.policy.apply)
-    value_apply = on_normalized(config, old.statistics, agent.value.apply)
+    policy = on_normalized(config, old.statistics, agent.policy)
+    value = on_normalized(config, old.statistics, agent.value)
     num_new, memory, ratios = batch.reward.size, old.memory, None
     return_statistics, discounted_return = old.return_statistics, old.discounted_return
     if config.normalize_rewards:
         return_statistics, discounted_return = observe_returns(config, old, batch)
     if config.reuse > 1:
-        batch, memory, ratios = recall(config, policy_apply, old, batch, iteration)
+        batch, memory, ratios = recall(config, policy.apply, old, batch, iteration)
 
     # One batch axis: a product over two of them makes XLA's CPU backend transpose its operands, at twice the time. The
-    # environments lead, so that a batch whose environments are spread over devices stays where it is.
-    observation, action = jax.tree.map(flatten_batch, (batch.observation, batch.action))
-    values = value_apply(old.value_params, observation)
+    # environments lead, so that a batch whose environments are spread over devices stays where it is. Only a memory
+    # needs the two axes, and whole sequences.
+    recurrent = is_recurrent(agent)
+    flatten = by_environment if recurrent else flatten_batch
+    observation, action = jax.tree.map(flatten, (batch.observation, batch.action))
+    start = by_environment(starts(batch.terminated, batch.truncated)) if recurrent else None
+    policy_apply, policy_input = over_batch(policy, observation, start, policy_carry)
+    value_apply, value_input = over_batch(value, observation, start, old.value_carry)
+    values, value_of_next, value_carry = evaluate_values(value, old, value_apply, value_input, batch)
     batch = dataclasses.replace(batch, reward=scale_rewards(config, return_statistics, batch.reward))
-    advantage = estimate_advantages(config, batch, values, lambda o: value_apply(old.value_params, o), ratios)
+    advantage = estimate_advantages(config, batch, values, value_of_next, ratios, flatten=flatten)
     # Of a value target, unlike of an advantage, the first action may be off-policy too.
     on_policy = 1 if ratios is None else jnp.minimum(flatten_batch(ratios), 1)
     targets = on_policy * advantage + values
     weight = advantage if config.baseline else targets
 
-    newest = observation[:num_new], action[:num_new], advantage[:num_new]
+    newest = jax.tree.map(lambda leaf: leaf[:num_new], (policy_input, action, advantage))
     control, gain_ratio = measure_last_update(config, agent, policy_apply, old, *newest)
     radius = radius_of(config, control, iteration)
     behaviour = None if ratios is None else flatten_batch(memory.log_prob)
@@ -102,18 +134,19 @@ def learn(config: Config, old: Learned, batch: Transition, iteration: Array) -> 
         config,
         policy_apply,
         old,
-        observation,
+        policy_input,
         action,
         weight,
         radius=radius,
         learning_rate=annealed(config.policy_learning_rate, config.anneal_learning_rates, config, iteration),
         behaviour_log_prob=behaviour,
+        sample_ndim=1 if recurrent else None,
     )
     control = adapt(config, control, old, update, radius=radius, gain=scale * update.surrogate_gain)
 
     learning_rate = annealed(config.value_learning_rate, config.anneal_learning_rates, config, iteration)
     value_params, value_optimizer, value_loss = fit_value(
-        config, value_apply, old, observation, targets, values, learning_rate
+        config, value_apply, old, value_input, targets, values, learning_rate, sample_ndim=1 if recurrent else None
     )
     statistics = old.statistics
     if config.normalize_observations:
@@ -130,6 +163,7 @@ def learn(config: Config, old: Learned, batch: Transition, iteration: Array) -> 
         statistics,
         return_statistics,
         discounted_return,
+        value_carry,
     )
     absent = jnp.float32(jnp.nan)
     lesson = Lesson(
@@ -143,12 +177,52 @@ def learn(config: Config, old: Learned, batch: Transition, iteration: Array) -> 
     return new, lesson
 
 
-def on_normalized(config: Config, statistics: RunningStatistics, apply: Any) -> Any:
-    """A network's `apply` on observations as the settings have them normalised."""
+def is_recurrent(agent: Agent) -> bool:
+    """Whether one of the networks has a memory."""
+    return agent.policy.initial_carry is not None or agent.value.initial_carry is not None
+
+
+def on_normalized(config: Config, statistics: RunningStatistics, network: Network) -> Network:
+    """A network on observations as the settings have them normalised."""
     if not config.normalize_observations:
-        return apply
-    clip = config.observation_clip
-    return lambda params, observation: apply(params, normalize(statistics, observation, clip=clip))
+        return network
+
+    def apply(params: PyTree, *carry_and_observation: Any) -> Any:
+        *carry, observation = carry_and_observation
+        return network.apply(params, *carry, normalize(statistics, observation, clip=config.observation_clip))
+
+    return network._replace(apply=apply)
+
+
+def over_batch(network: Network, observation: Array, start: Any, carry: PyTree) -> tuple[Any, Any]:
+    """`apply(params, input)` of a network on a whole batch, and that input: observations, or sequences of them."""
+    if network.initial_carry is None:
+        return network.apply, observation
+    return lambda params, sequence: unroll(network, params, sequence)[0], Sequence(observation, start, carry)
+
+
+def evaluate_values(
+    value: Network, old: Learned, value_apply: Any, value_input: Any, batch: Transition
+) -> tuple[Array, Callable[[Array], Array] | None, PyTree]:
+    """V of a batch, V as a function of what steps led to, and what V remembers after the last step.
+
+    With a memory, a next observation is judged by what is remembered at its step; that needs all of [T, N].
+    """
+    if value.initial_carry is None:
+        values = value_apply(old.value_params, value_input)
+        return values, lambda observation: value_apply(old.value_params, observation), ()
+    values, carries = unroll(value, old.value_params, value_input)
+
+    def value_of_next(observation: Array) -> Array:
+        return by_environment(advance(value, old.value_params, carries, by_environment(observation))[1])
+
+    last = jax.tree.map(lambda leaf: leaf[:, -1], carries)
+    return values, value_of_next, restart(value, batch.terminated[-1] | batch.truncated[-1], last)
+
+
+def by_environment(leaf: Array) -> Array:
+    """[T, N, ...] <-> [N, T, ...]."""
+    return jnp.swapaxes(leaf, 0, 1)
 
 
 def observe_returns(config: Config, old: Learned, batch: Transition) -> tuple[RunningStatistics, Array]:
@@ -188,7 +262,12 @@ def annealed(value: Any, share: Any, config: Config, iteration: Array) -> Array:
 
 
 def estimate_advantages(
-    config: Config, batch: Transition, values: Array, value_fn: Callable[[Array], Array], ratios: Array | None = None
+    config: Config,
+    batch: Transition,
+    values: Array,
+    value_fn: Any,
+    ratios: Array | None = None,
+    flatten: Callable[[Array], Array] | None = None,
 ) -> Array:
     """GAE over the rollout, as a flat batch like `values` [N·T]: sequential on CPU, associative on accelerators."""
     estimate = gae if jax.default_backend() == "cpu" else parallel_gae
@@ -196,14 +275,14 @@ def estimate_advantages(
     advantage = estimate(
         batch.reward,
         values,
-        _next_values(batch, values, value_fn),
+        _next_values(batch, values, value_fn, sparse=flatten is not by_environment),
         batch.terminated,
         batch.truncated,
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
         ratios=ratios,
     )
-    return flatten_batch(advantage)
+    return (flatten or flatten_batch)(advantage)
 
 
 def flatten_batch(leaf: Array) -> Array:
@@ -211,14 +290,14 @@ def flatten_batch(leaf: Array) -> Array:
     return jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:])
 
 
-def _next_values(batch: Transition, values: Array, value_fn: Callable[[Array], Array]) -> Array:
+def _next_values(batch: Transition, values: Array, value_fn: Callable[[Array], Array], sparse: bool = True) -> Array:
     """V of the observation that each step led to, [T, N]; anything after a terminal state, where nothing asks for it.
 
     It is V of the next row, but for truncated steps and the last row. Where no environment was truncated twice (and on
-    CPU, where a branch is cheap), V is evaluated for those alone.
+    CPU, where a branch is cheap), V is evaluated for those alone, if it can be (`sparse`).
     """
     next_observation = batch.next_observation
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or not sparse:
         return value_fn(next_observation)
     truncated = batch.truncated & ~batch.terminated
     here = jnp.argmax(truncated, axis=0), jnp.arange(truncated.shape[1])  # the one truncated step of each environment
@@ -266,7 +345,7 @@ def radius_of(config: Config, control: Control, iteration: Array) -> Array:
 
 
 def measure_last_update(
-    config: Config, agent: Agent, policy_apply: Any, old: Learned, observation: Array, action: Array, advantage: Array
+    config: Config, agent: Agent, policy_apply: Any, old: Learned, observation: Any, action: Array, advantage: Array
 ) -> tuple[Control, Array]:
     """Realised over predicted gain of the last update, and the radius that follows from it (`radius_rule="ratio"`).
 
@@ -280,7 +359,12 @@ def measure_last_update(
     if last is None:
         return control, jnp.float32(jnp.nan)
     log_prob = policy_apply(old.policy_params, observation).log_prob(action)
-    last_policy = on_normalized(config, last.statistics, agent.policy.apply)(last.policy_params, observation)
+    before = on_normalized(config, last.statistics, agent.policy)
+    last_policy = (
+        before.apply(last.policy_params, observation)
+        if before.initial_carry is None
+        else unroll(before, last.policy_params, observation)[0]
+    )
     backward = -jnp.expm1(last_policy.log_prob(action) - log_prob) * advantage
     measured = last.gain > 0
     gain = jnp.where(measured, last.gain, 1)
@@ -348,6 +432,7 @@ def update_policy(
     radius: Array,
     learning_rate: Scalar,
     behaviour_log_prob: Array | None = None,
+    sample_ndim: int | None = None,
 ) -> tuple[PyTree, PyTree, UpdateInfo]:
     """The update that the settings name on a flat batch: new parameters, optimizer state, and what it did."""
     # One flat vector instead of a pytree halves the time to compile the solver.
@@ -374,6 +459,7 @@ def update_policy(
             constraint=config.constraint,
             entropy_coefficient=config.entropy_coefficient,
             behaviour_log_prob=behaviour_log_prob,
+            sample_ndim=sample_ndim,
         )
         return unravel(vector), old.policy_optimizer, info
     objectives = {
@@ -394,6 +480,7 @@ def update_policy(
         epochs=1 if one_step else config.policy_epochs,
         minibatches=1 if one_step else config.policy_minibatches,
         entropy_coefficient=config.entropy_coefficient,
+        sample_ndim=sample_ndim,
     )
     return unravel(vector), optimizer_state, info
 
@@ -414,6 +501,7 @@ def fit_value(
     target: Array,
     values: Array,
     learning_rate: Scalar,
+    sample_ndim: int | None = None,
 ) -> tuple[PyTree, PyTree, Array]:
     """Fit the value function to a flat batch as the configuration says: new parameters, optimizer state, and loss."""
     if config.value_fit == "adam":
@@ -430,6 +518,7 @@ def fit_value(
             optimizer=optax.adam(learning_rate),
             epochs=config.value_epochs,
             minibatches=config.value_minibatches,
+            sample_ndim=sample_ndim,
         )
     vector, unravel = ravel_pytree(old.value_params)
     vector, loss = gauss_newton_fit(
@@ -441,6 +530,7 @@ def fit_value(
         cg_iterations=config.value_cg_iterations,
         cg_tolerance=config.cg_tolerance,
         fisher_fraction=config.fisher_fraction,
+        sample_ndim=sample_ndim,
     )
     return unravel(vector), old.value_optimizer, loss
 

@@ -23,6 +23,7 @@ from trpo_jax.training.learning import (
     make_agent,
     on_normalized,
 )
+from trpo_jax.training.recurrence import initial_carries
 from trpo_jax.training.rollouts import EpisodeTotals, reset_environments, rollout
 from trpo_jax.types import Memory, Metrics, TrainState
 
@@ -61,6 +62,8 @@ def init(config: Config, key: Array) -> TrainState:
         discounted_return=jnp.zeros(config.num_envs, jnp.float32) if config.normalize_rewards else (),
         env_state=env_state,
         observation=observation,
+        policy_carry=initial_carries(agent.policy, config.num_envs),
+        value_carry=initial_carries(agent.value, config.num_envs),
         episode_return=jnp.zeros(config.num_envs, jnp.float32),
         episode_length=jnp.zeros(config.num_envs, jnp.int32),
     )
@@ -71,7 +74,7 @@ def _blank_memory(config: Config, agent: Agent, state: TrainState) -> Memory:
     """Zeros of the shape of what is remembered; the first batch overwrites them."""
 
     def first(state: TrainState) -> Memory:
-        batch = rollout(agent.environment, agent.policy.apply, state, state.key, config.num_steps)[1]
+        batch = rollout(agent.environment, agent.policy, state, state.key, config.num_steps)[1]
         return Memory(batch, jnp.zeros_like(batch.reward))
 
     shapes = jax.eval_shape(first, state)
@@ -141,11 +144,11 @@ def train_step(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
 def _iterate(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     agent = make_agent(config)
     key = jax.random.fold_in(state.key, state.iteration)
-    policy_apply = on_normalized(config, state.statistics, agent.policy.apply)
-    state, batch, episodes = rollout(agent.environment, policy_apply, state, key, config.num_steps)
+    policy, policy_carry = on_normalized(config, state.statistics, agent.policy), state.policy_carry
+    state, batch, episodes = rollout(agent.environment, policy, state, key, config.num_steps)
     learned = Learned(*(getattr(state, name) for name in Learned._fields))
     learn_batch = _one_by_one(learn) if jax.default_backend() == "cpu" else learn
-    learned, lesson = learn_batch(config, learned, batch, state.iteration)
+    learned, lesson = learn_batch(config, learned, batch, state.iteration, policy_carry)
     state = dataclasses.replace(state, iteration=state.iteration + 1, **learned._asdict())
     finite = _all_finite(
         (batch.reward, batch.observation, batch.next_observation, state.policy_params, state.value_params)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from trpo_jax.environments.base import Environment, step_environments
-from trpo_jax.steps.types import Array, PolicyApply, PyTree
-from trpo_jax.types import TrainState, Transition
+from trpo_jax.steps.types import Array, PyTree
+from trpo_jax.training.recurrence import advance, restart
+from trpo_jax.types import Network, TrainState, Transition
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +25,7 @@ class EpisodeTotals:
 
 
 def rollout(
-    environment: Environment, policy_apply: PolicyApply, state: TrainState, key: Array, num_steps: int
+    environment: Environment, policy: Network, state: TrainState, key: Array, num_steps: int
 ) -> tuple[TrainState, Transition, EpisodeTotals]:
     """Step the N environments T times, sampling every action.
 
@@ -33,7 +34,7 @@ def rollout(
 
     Args:
       environment: the environment.
-      policy_apply: `policy_apply(params, observation [N, ...])` -> distribution over N actions.
+      policy: the policy network, on observations as the environment gives them.
       state: where the environments stand.
       key: PRNG key for this rollout.
       num_steps: T.
@@ -43,9 +44,10 @@ def rollout(
     """
 
     def step(carry: tuple[Any, ...], keys: Array) -> tuple[tuple[Any, ...], Transition]:
-        observation, env_state, episode_return, episode_length, totals = carry
+        observation, memory, env_state, episode_return, episode_length, totals = carry
         key_action, key_step = keys
-        action = policy_apply(state.policy_params, observation).sample(key_action)
+        memory, distribution = advance(policy, state.policy_params, memory, observation)
+        action = distribution.sample(key_action)
         result = step_environments(environment, key_step, env_state, action)
         transition = Transition(
             observation, action, result.reward, result.terminated, result.truncated, result.next_observation
@@ -59,17 +61,26 @@ def rollout(
         )
         episode_return = jnp.where(done, 0, episode_return)
         episode_length = jnp.where(done, 0, episode_length)
-        return (result.observation, result.state, episode_return, episode_length, totals), transition
+        memory = restart(policy, done, memory)
+        return (result.observation, memory, result.state, episode_return, episode_length, totals), transition
 
     # Summed an environment until the end: a reduction a step would be a kernel a step.
     none = jnp.zeros_like(state.episode_length)
     totals = EpisodeTotals(none, jnp.zeros_like(state.episode_return), none)
-    start = (state.observation, state.env_state, state.episode_return, state.episode_length, totals)
+    start = (
+        state.observation,
+        state.policy_carry,
+        state.env_state,
+        state.episode_return,
+        state.episode_length,
+        totals,
+    )
     end, transitions = jax.lax.scan(step, start, jax.random.split(key, (num_steps, 2)))
-    observation, env_state, episode_return, episode_length, totals = end
+    observation, policy_carry, env_state, episode_return, episode_length, totals = end
     state = dataclasses.replace(
         state,
         observation=observation,
+        policy_carry=policy_carry,
         env_state=env_state,
         episode_return=episode_return,
         episode_length=episode_length,
