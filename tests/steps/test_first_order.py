@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from probes import quick_jit
 from scipy.optimize import brentq
 
 from trpo_jax import Categorical, DiagonalGaussian
@@ -13,6 +14,15 @@ from trpo_jax.steps.first_order import clipped_objective, first_order_update, pe
 
 def categorical(params, observation):
     return Categorical(jnp.tanh(observation @ params["hidden"]) @ params["out"])
+
+
+def update(policy, params, *batch, optimizer, **options):
+    """`first_order_update` from the optimizer's start, as one compiled program."""
+    return quick_jit(
+        lambda params, *batch: first_order_update(
+            policy, params, optimizer.init(params), *batch, optimizer=optimizer, **options
+        )
+    )(params, *batch)
 
 
 def make_problem(batch=24):
@@ -43,19 +53,23 @@ def pulls():
 def test_one_plain_step_is_the_policy_gradient(x64):
     params, observation, action, advantage = make_problem()
     optimizer = optax.sgd(0.3)
-    new, _, info = first_order_update(
-        categorical, params, optimizer.init(params), observation, action, advantage, optimizer=optimizer
-    )
-    gradient = jax.grad(lambda p: jnp.mean(categorical(p, observation).log_prob(action) * advantage))(params)
+    new, _, info = update(categorical, params, observation, action, advantage, optimizer=optimizer)
+    gradient = quick_jit(jax.grad(lambda p: jnp.mean(categorical(p, observation).log_prob(action) * advantage)))(params)
     for name in params:
         np.testing.assert_allclose(new[name], params[name] + 0.3 * gradient[name], rtol=1e-12)
     norm = np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in gradient.values()))
     np.testing.assert_allclose(info.gradient_norm, norm, rtol=1e-12)
     np.testing.assert_allclose(info.predicted_gain, 0.3 * norm**2, rtol=1e-12)
-    old, now = categorical(params, observation), categorical(new, observation)
-    np.testing.assert_allclose(info.mean_kl, jnp.mean(old.kl(now)), rtol=1e-12)
-    ratio = jnp.exp(now.log_prob(action) - old.log_prob(action))
-    np.testing.assert_allclose(info.surrogate_gain, jnp.mean((ratio - 1) * advantage), rtol=1e-10)
+
+    @quick_jit
+    def kl_and_gain(params, new):
+        old, now = categorical(params, observation), categorical(new, observation)
+        ratio = jnp.exp(now.log_prob(action) - old.log_prob(action))
+        return jnp.mean(old.kl(now)), jnp.mean((ratio - 1) * advantage)
+
+    kl, gain = kl_and_gain(params, new)
+    np.testing.assert_allclose(info.mean_kl, kl, rtol=1e-12)
+    np.testing.assert_allclose(info.surrogate_gain, gain, rtol=1e-10)
     assert info.accepted and info.step_fraction == 1 and info.divergence == info.mean_kl
 
 
@@ -63,26 +77,17 @@ def test_the_bandit_step_is_the_one_by_hand(x64):
     """∇ of Σ p A in logits is p ⊙ (A − pᵀA), and pᵀA = 0."""
     logits, observation, action, advantage = pulls()
     optimizer = optax.sgd(1.0)
-    new, _, _ = first_order_update(
-        bandit, logits, optimizer.init(logits), observation, action, advantage, optimizer=optimizer
-    )
+    new, _, _ = update(bandit, logits, observation, action, advantage, optimizer=optimizer)
     np.testing.assert_allclose(new - logits, [0.05, -0.27, 0.22], atol=1e-12)
 
 
 def test_an_entropy_bonus_adds_its_gradient(x64):
     params, observation, action, _ = make_problem()
     optimizer = optax.sgd(1.0)
-    new, _, info = first_order_update(
-        categorical,
-        params,
-        optimizer.init(params),
-        observation,
-        action,
-        jnp.zeros(24),
-        optimizer=optimizer,
-        entropy_coefficient=0.01,
+    new, _, info = update(
+        categorical, params, observation, action, jnp.zeros(24), optimizer=optimizer, entropy_coefficient=0.01
     )
-    gradient = jax.grad(lambda p: 0.01 * jnp.mean(categorical(p, observation).entropy()))(params)
+    gradient = quick_jit(jax.grad(lambda p: 0.01 * jnp.mean(categorical(p, observation).entropy())))(params)
     np.testing.assert_allclose(new["out"] - params["out"], gradient["out"], rtol=1e-8)
     assert jnp.mean(categorical(new, observation).entropy()) > info.entropy
     assert info.surrogate_gain > 0
@@ -99,22 +104,17 @@ def test_epochs_of_minibatches_are_a_loop_over_strided_parts(x64):
         return -jnp.mean(jnp.minimum(ratio * advantage[part], clipped * advantage[part]))
 
     expected, state = params, optimizer.init(params)
+
+    @quick_jit
+    def step(params, state, part):
+        updates, state = optimizer.update(jax.grad(loss)(params, part), state)
+        return optax.apply_updates(params, updates), state
+
     for _ in range(2):
         for m in range(3):
-            updates, state = optimizer.update(jax.grad(loss)(expected, np.s_[m::3]), state)
-            expected = optax.apply_updates(expected, updates)
-    new, new_state, _ = first_order_update(
-        categorical,
-        params,
-        optimizer.init(params),
-        observation,
-        action,
-        advantage,
-        optimizer=optimizer,
-        objective=objective,
-        epochs=2,
-        minibatches=3,
-    )
+            expected, state = step(expected, state, np.arange(24)[m::3])
+    options = {"objective": objective, "epochs": 2, "minibatches": 3}
+    new, new_state, _ = update(categorical, params, observation, action, advantage, optimizer=optimizer, **options)
     for a, b in zip(jax.tree.leaves((new, new_state)), jax.tree.leaves((expected, state)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
@@ -139,17 +139,8 @@ def test_the_penalty_climbs_to_the_maximum_of_its_minorizer(penalty, x64):
     exact = policy(brentq(lambda nu: policy(nu).sum() - 1, ADVANTAGE.max() + 1e-9, 100, xtol=1e-14))
     logits, observation, action, advantage = pulls()
     optimizer = optax.adam(0.01)
-    new, _, info = first_order_update(
-        bandit,
-        logits,
-        optimizer.init(logits),
-        observation,
-        action,
-        advantage,
-        optimizer=optimizer,
-        objective=penalized_objective(penalty),
-        epochs=3000,
-    )
+    options = {"objective": penalized_objective(penalty), "epochs": 3000}
+    new, _, info = update(bandit, logits, observation, action, advantage, optimizer=optimizer, **options)
     np.testing.assert_allclose(jax.nn.softmax(new), exact, atol=1e-6)
     np.testing.assert_allclose(info.surrogate_gain, exact @ ADVANTAGE, atol=1e-6)
 
@@ -158,13 +149,9 @@ def test_the_penalty_climbs_to_the_maximum_of_its_minorizer(penalty, x64):
 def test_what_is_not_finite_leaves_everything_as_it_was(bad):
     params, observation, action, advantage = make_problem()
     params = jax.tree.map(jnp.float32, params)
-    optimizer = optax.adam(0.1)
-    state = optimizer.init(params)
-    new, new_state, info = jax.jit(
-        lambda advantage: first_order_update(
-            categorical, params, state, observation, action, advantage, optimizer=optimizer, epochs=2, minibatches=2
-        )
-    )(advantage.at[3].set(bad))
+    optimizer, advantage = optax.adam(0.1), advantage.at[3].set(bad)
+    state, options = optimizer.init(params), {"epochs": 2, "minibatches": 2}
+    new, new_state, info = update(categorical, params, observation, action, advantage, optimizer=optimizer, **options)
     assert not info.accepted and info.step_fraction == info.mean_kl == 0 and info.effective_sample_fraction == 1
     for a, b in zip(jax.tree.leaves((new, new_state)), jax.tree.leaves((params, state)), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -176,8 +163,6 @@ def test_a_step_out_of_all_bounds_is_refused():
 
     params, observation = jnp.zeros((3, 1)), jnp.ones((8, 3))
     optimizer = optax.sgd(1e30)
-    new, _, info = first_order_update(
-        shifted, params, optimizer.init(params), observation, jnp.ones((8, 1)), jnp.ones(8), optimizer=optimizer
-    )
+    new, _, info = update(shifted, params, observation, jnp.ones((8, 1)), jnp.ones(8), optimizer=optimizer)
     assert not info.accepted  # the KL overflows
     np.testing.assert_array_equal(new, params)
