@@ -17,10 +17,10 @@ from trpo_jax.benchmarks.measure import (
     measure_one,
     measure_policy_update,
     setting,
-    settings_of,
     time_in_turn,
 )
 from trpo_jax.cli import main
+from trpo_jax.files import settings_of
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -86,7 +86,8 @@ def create_run(path: str | os.PathLike[str], config: Config, seed: int, num_seed
                 f"with `trpo-jax resume {path}`."
             )
         return run
-    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+    begun = f".{file.name}."  # a kill may have left the beginning of the file
+    if run.path.exists() and (not run.path.is_dir() or any(not e.name.startswith(begun) for e in run.path.iterdir())):
         raise UsageError(f"{path} exists and is not the folder of a run; choose another --output.")
     versions = {name: version(name) for name in ("jax", "jaxlib", "gymnax", "flax", "optax")}
     made_by = {"python": platform.python_version(), **versions, "device": jax.devices()[0].device_kind}

@@ -6,7 +6,6 @@ one process so that a drift of the machine meets them all, the median of several
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import platform
@@ -340,9 +339,3 @@ def threshold_summary(results: list[dict[str, float]]) -> dict[str, Any]:
         "env_steps": float(interquartile_mean([result["env_steps"] for result in results])),
         "seeds": results,
     }
-
-
-def settings_of(config: Config) -> dict[str, Any]:
-    """The settings that a figure belongs to, with the environment."""
-    flags = [field.name for field in dataclasses.fields(Config) if field.metadata["flag"]]
-    return {"env": str(config.env), **{name: getattr(config, name) for name in flags}}

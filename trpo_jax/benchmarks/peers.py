@@ -22,11 +22,11 @@ from trpo_jax.benchmarks.measure import (
     TimeToThreshold,
     Trainer,
     measure_policy_update,
-    settings_of,
     summary,
     threshold_summary,
 )
 from trpo_jax.config import UsageError
+from trpo_jax.files import settings_of
 from trpo_jax.types import Config
 
 

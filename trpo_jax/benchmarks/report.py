@@ -13,10 +13,10 @@ from trpo_jax.benchmarks.measure import (
     measure_one,
     measure_policy_update,
     setting,
-    settings_of,
     threshold_summary,
 )
 from trpo_jax.benchmarks.peers import compare
+from trpo_jax.files import settings_of
 from trpo_jax.types import Config
 
 # Returns at which Gymnasium's registry calls these tasks solved.
