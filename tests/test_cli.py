@@ -14,11 +14,23 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 TINY = ["--num-envs", "2", "--num-steps", "8", "--value-minibatches", "1", "--num-iterations", "3"]
 
 
+# No cache of compiled programs is named, as where users start.
+OWN_CACHE = {"JAX_COMPILATION_CACHE_DIR": None, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": None}
+TRAIN = ["-m", "trpo_jax.cli", "train", *TINY, "--num-seeds", "2"]
+
+
 @pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory):
-    path = tmp_path_factory.mktemp("runs") / "tiny"
-    assert main(["train", *TINY, "--num-seeds", "2", "--output", str(path)]) == 0
-    return path
+def first_start(python, tmp_path_factory):
+    """A folder in which a child trained; it is its home and keeps what was compiled."""
+    folder = tmp_path_factory.mktemp("first")
+    result = python(*TRAIN, cwd=folder, env={**OWN_CACHE, "XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "200"})
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_run(first_start):
+    return first_start / "runs" / "CartPole-v1"
 
 
 def snapshot(folder):
@@ -153,28 +165,22 @@ def test_help_is_fast_and_complete(python):
             assert f"(default: {field.default}" in words
 
 
-def test_default_environment_and_output(python, tmp_path):
-    result = python("-m", "trpo_jax.cli", "train", *TINY, cwd=tmp_path, env={"COLUMNS": "200"})
-    assert result.returncode == 0, result.stderr
-    names = sorted(os.listdir(tmp_path / "runs" / "CartPole-v1"))
-    assert names == ["checkpoints", "config.json", "learning_curve.png", "metrics.csv"]
-    assert result.stderr == ""
+def test_default_environment_and_output(tiny_run):
+    assert sorted(os.listdir(tiny_run)) == ["checkpoints", "config.json", "learning_curve.png", "metrics.csv"]
 
 
-def test_compiled_programs_are_kept_for_the_next_start(python, tmp_path):
-    cache = tmp_path / "cache"
-    own = {"JAX_COMPILATION_CACHE_DIR": None, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": None}
-    start = ["-m", "trpo_jax.cli", "train", *TINY, "--output"]
-    first = python(*start, str(tmp_path / "one"), env={**own, "XDG_CACHE_HOME": str(cache)})
-    assert first.returncode == 0, first.stderr
-    kept = sorted(cache.glob("trpo_jax/*/*-cache"))
+def test_compiled_programs_are_kept_for_the_next_start(first_start, tiny_run, python, tmp_path):
+    cache = first_start / "cache"
+    kept = sorted(cache.glob("trpo_jax/*/*-cache"), key=lambda file: file.stat().st_size)
     assert kept
-    watched = {**own, "XDG_CACHE_HOME": str(cache), "JAX_EXPLAIN_CACHE_MISSES": "1", "JAX_LOG_COMPILES": "1"}
+    start = [*TRAIN, "--output"]
+    watched = {**OWN_CACHE, "XDG_CACHE_HOME": str(cache), "JAX_EXPLAIN_CACHE_MISSES": "1", "JAX_LOG_COMPILES": "1"}
     second = python(*start, str(tmp_path / "two"), env=watched)
     assert second.returncode == 0 and "PERSISTENT COMPILATION CACHE MISS" not in second.stderr
     assert "Persistent compilation cache hit" in second.stderr
-    assert (tmp_path / "one" / "metrics.csv").read_bytes() == (tmp_path / "two" / "metrics.csv").read_bytes()
-    for file in kept:  # a kill while it was written
-        file.write_bytes(file.read_bytes()[:100])
-    third = python(*start, str(tmp_path / "three"), env={**own, "XDG_CACHE_HOME": str(cache)})
+    assert (tiny_run / "metrics.csv").read_bytes() == (tmp_path / "two" / "metrics.csv").read_bytes()
+    smallest = kept[0]
+    smallest.write_bytes(smallest.read_bytes()[:100])  # a kill while it was written
+    third = python(*start, str(tmp_path / "three"), env={**OWN_CACHE, "XDG_CACHE_HOME": str(cache)})
     assert third.returncode == 0 and third.stderr == ""
+    assert (tiny_run / "metrics.csv").read_bytes() == (tmp_path / "three" / "metrics.csv").read_bytes()
