@@ -27,6 +27,7 @@ from trpo_jax import (
 )
 from trpo_jax.environments import make
 from trpo_jax.environments.base import Box, Discrete, MultiDiscrete
+from trpo_jax.environments.suites import SUITES
 
 OFFLINE = [
     "Acrobot-v1",
@@ -130,7 +131,12 @@ def test_step_keeps_every_dtype_and_shape_of_reset(name):
 
 def test_every_registered_environment_is_listed():
     found = available_environments()
-    assert sorted(found) == sorted([*OFFLINE, "MNISTBandit-bsuite"])
+    suites = {name: sentence for name, sentence in found.items() if name.endswith("/")}
+    assert sorted(found.keys() - suites) == sorted([*OFFLINE, "MNISTBandit-bsuite"])
+    assert set(suites) == {f"{suite}/" for suite in SUITES}
+    for name, sentence in suites.items():  # all it has, or what to install
+        assert sentence.startswith(f"{name}: ") or f"pip install 'trpo_jax[{name[:-1]}]'" in sentence
+    assert "CartPole-v1, " in suites["gymnasium/"]
     for name in OFFLINE:
         assert isinstance(found[name], Environment), found[name]
 

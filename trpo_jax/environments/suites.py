@@ -1,0 +1,121 @@
+"""What the adapters of the suites share: importing an optional package, and assembling an `Environment`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trpo_jax.config import UsageError, nearest
+from trpo_jax.environments import base
+from trpo_jax.environments.base import Array, Environment, PyTree, Space
+
+# An adapter is the module of this package that bears the suite's name; so is the extra that installs the suite. It has
+# `make(name, options, max_steps) -> Environment`, its name without the prefix, and `names() -> list[str]`.
+SUITES = ("gymnasium", "brax", "playground", "jumanji", "craftax", "xminigrid", "navix")
+
+
+def adapter(suite: str) -> Any:
+    """The module that adapts a suite."""
+    return importlib.import_module(f"trpo_jax.environments.{suite}")
+
+
+def require(module: str, suite: str) -> Any:
+    """Import an optional package.
+
+    Raises:
+      UsageError: if it is missing or cannot be imported; the sentence names the extra that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a package beside the wrong version of another may fail in any way
+        package = module.split(".")[0]
+        missing = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == package
+        what = "which is not installed" if missing else f"which cannot be imported ({first_line(error)})"
+        raise UsageError(
+            f"environments {suite}/… need the package {package}, {what}: pip install 'trpo_jax[{suite}]'."
+        ) from error
+
+
+def check_name(name: str, suite: str, names: Iterable[str]) -> None:
+    """Raise `UsageError` unless `name` is among the suite's `names`."""
+    names = list(names)
+    if name not in names:
+        raise UsageError(f"there is no environment {suite}/{name}{nearest(name, names)} `trpo-jax envs` lists them.")
+
+
+def call_constructor(name: str, make: Callable[[], Any]) -> Any:
+    """`make()`, evaluated at once even inside a trace; a failure of any kind is one sentence."""
+    try:
+        with jax.ensure_compile_time_eval():
+            return make()
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{name} cannot be made ({type(error).__name__}: {first_line(error)}).") from error
+
+
+def assemble(
+    name: str,
+    space: Space,
+    reset: base.RawReset,
+    step: base.RawStep,
+    *,
+    limit: int | None = None,
+    max_steps: int | None = None,
+    costly_reset: bool = False,
+) -> Environment:
+    """An `Environment` of a raw `reset(key)` and `step(key, state, action)` without reset.
+
+    Observations become float32, rewards float32 scalars, flags bool scalars, states keep one dtype a leaf, and Box
+    actions are clipped.
+
+    Args:
+      name: with the suite's prefix.
+      space: of actions.
+      reset: -> (observation, state).
+      step: -> (observation, state, reward, terminated, truncated).
+      limit: the time limit in steps that `step` knows of itself.
+      max_steps: the one that is imposed on it.
+      costly_reset: see `Environment`.
+    """
+
+    def cast_reset(key: Array) -> tuple[Array, PyTree]:
+        observation, state = reset(key)
+        return jnp.asarray(observation, jnp.float32), state
+
+    def cast_step(key: Array, state: PyTree, action: Array) -> tuple[Array, PyTree, Array, Array, Array]:
+        if isinstance(space, base.Box):
+            action = jnp.clip(action, space.low, space.high)
+        observation, state, reward, terminated, truncated = step(key, state, action)
+        flags = [jnp.asarray(flag, bool).reshape(()) for flag in (terminated, truncated)]
+        return jnp.asarray(observation, jnp.float32), state, jnp.asarray(reward, jnp.float32).reshape(()), *flags
+
+    raw = base.fixed_dtypes(cast_reset, cast_step, base.zero_action(space))
+    if max_steps is not None:
+        raw = base.time_limit(*raw, max_steps)
+    shape = jax.eval_shape(raw[0], base.key_shape())[0].shape
+    limits = [steps for steps in (limit, max_steps) if steps is not None]
+    known = min(limits, default=None)
+    return Environment(name, shape, space, known, raw[0], base.auto_reset(*raw), raw[1], costly_reset)
+
+
+def flat(observation: PyTree) -> Array:
+    """A nested observation as one vector, float32 [D]."""
+    return jnp.concatenate([jnp.ravel(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(observation)])
+
+
+def one_hot_layers(grid: Array, sizes: tuple[int, ...]) -> Array:
+    """A grid of ids [height, width, K], layer k of `sizes[k]` kinds, as unit vectors [height, width, sum(sizes)].
+
+    Ids are names: a network that took them for numbers would think a door between a wall and a key.
+    """
+    return jnp.concatenate([jax.nn.one_hot(grid[..., k], size) for k, size in enumerate(sizes)], axis=-1)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without a full stop."""
+    return (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
