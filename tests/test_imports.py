@@ -15,6 +15,8 @@ README = (PACKAGE.parent / "README.md").read_text()
 LAYERS = {
     "config": 0,
     "files": 0,
+    "sinks": 1,
+    "deployment": 4,
     "steps": 0,
     "types": 1,
     "environments": 1,

@@ -18,6 +18,7 @@ from trpo_jax.files import cast, iterations_within, read_toml
 
 if TYPE_CHECKING:
     from trpo_jax.runs import Progress, Run
+    from trpo_jax.types import TrainState
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,6 +63,7 @@ def _parser() -> _Parser:
     train.add_argument(
         "--total-steps", type=_whole, help="environment steps an agent at most, instead of --num-iterations"
     )
+    _add_sinks(train)
     _add_settings(train)
     train.set_defaults(run=_train)
 
@@ -74,7 +76,23 @@ def _parser() -> _Parser:
 
     resume = commands.add_parser("resume", help="continue a run that was stopped", allow_abbrev=False)
     resume.add_argument("path", help="folder of the run")
+    _add_sinks(resume)
     resume.set_defaults(run=_resume)
+
+    play = commands.add_parser("play", help="play a trained policy in Gymnasium's own environment", allow_abbrev=False)
+    play.add_argument("path", help="folder of the run")
+    play.add_argument("--env", help="Gymnasium's id of the environment (default: the name it was trained on)")
+    play.add_argument("--num-episodes", type=_whole, default=10, help="episodes (default: 10)")
+    play.add_argument("--seed", type=_whole, default=0, help="seed of the first episode (default: 0)")
+    play.add_argument("--agent", type=_whole, default=0, help="which agent of the run, from 0 (default: 0)")
+    play.add_argument("--gif", help="file for a moving picture of the first episode")
+    play.set_defaults(run=_play)
+
+    export = commands.add_parser("export", help="write a trained policy as portable StableHLO", allow_abbrev=False)
+    export.add_argument("path", help="folder of the run")
+    export.add_argument("--output", help="folder of the export (default: RUN/policy)")
+    export.add_argument("--agent", type=_whole, default=0, help="which agent of the run, from 0 (default: 0)")
+    export.set_defaults(run=_export)
 
     _add_sweep_commands(commands)
 
@@ -150,6 +168,16 @@ def _add_sweep_commands(commands: Any) -> None:
     tune.set_defaults(run=_tune)
 
 
+def _add_sinks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--log",
+        action="append",
+        default=[],
+        choices=("tensorboard", "wandb"),
+        help="where metrics go beside metrics.csv; may be repeated",
+    )
+
+
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """One flag a setting of `Config`: name, default, help and type come from there."""
     group = parser.add_argument_group("settings")
@@ -219,14 +247,14 @@ def _train(namespace: argparse.Namespace) -> int:
             f"initial_log_std sets σ of a Gaussian policy, but {config.env} has discrete actions; leave it out."
         )
     output = namespace.output or f"runs/{config.env}"
-    return _continue(create_run(output, config, namespace.seed, namespace.num_seeds))
+    return _continue(create_run(output, config, namespace.seed, namespace.num_seeds), namespace.log)
 
 
 def _resume(namespace: argparse.Namespace) -> int:
     _start_quickly()
     from trpo_jax.runs import open_run
 
-    return _continue(open_run(namespace.path))
+    return _continue(open_run(namespace.path), namespace.log)
 
 
 def _start_quickly() -> None:
@@ -251,10 +279,12 @@ def _start_quickly() -> None:
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # compiled anew, then
 
 
-def _continue(run: Run) -> int:
+def _continue(run: Run, sinks: Sequence[str]) -> int:
     from trpo_jax.displays import LiveLine, make_console, run_status
     from trpo_jax.runs import continue_run, plot_learning_curve
+    from trpo_jax.sinks import open_sink
 
+    opened = [open_sink(name, run.path, run.description) for name in sinks]
     console, config = make_console(), run.config
     agents = f"{run.num_seeds} agents" if run.num_seeds > 1 else "1 agent"
     console.print(
@@ -270,7 +300,9 @@ def _continue(run: Run) -> int:
             last = progress
             line.show(progress.iteration, run_status(progress, config))
 
-        complete = continue_run(run, show)
+        complete = continue_run(run, show, [sink for sink, _ in opened])
+    for _, close in opened:
+        close()
     plot = plot_learning_curve(run)
     if last is not None:
         console.print(f"{last.iteration} of {config.num_iterations} iterations done; trained for {last.seconds:.1f} s.")
@@ -443,6 +475,50 @@ def _evaluate(namespace: argparse.Namespace) -> int:
     unfinished = int((~np.asarray(result.finished)).sum())
     if unfinished:
         print(f"{unfinished} episodes had no end within the steps that evaluation allows; their returns are partial.")
+    return 0
+
+
+def _agent_of(namespace: argparse.Namespace) -> tuple[Run, TrainState]:
+    """A run and one of its trained agents."""
+    _start_quickly()
+    import jax
+
+    from trpo_jax.runs import newest_state, open_run
+
+    run = open_run(namespace.path)
+    if not 0 <= namespace.agent < run.num_seeds:
+        raise UsageError(f"agent must lie in 0 … {run.num_seeds - 1} for this run, got {namespace.agent}.")
+    state = newest_state(run)
+    if state is None:
+        raise UsageError(f"{namespace.path} has no checkpoint yet; `trpo-jax resume {namespace.path}` trains it first.")
+    return run, jax.tree.map(lambda leaf: leaf[namespace.agent], state)
+
+
+def _play(namespace: argparse.Namespace) -> int:
+    if namespace.num_episodes < 1:
+        raise UsageError(f"num_episodes must be at least 1, got {namespace.num_episodes}.")
+    run, state = _agent_of(namespace)
+    from trpo_jax.deployment import play
+
+    env = namespace.env or str(run.config.env).removeprefix("gymnasium/")
+    gif = Path(namespace.gif) if namespace.gif else None
+    returns = play(run.config, state, env, num_episodes=namespace.num_episodes, seed=namespace.seed, gif=gif)
+    print(
+        f"{env} of Gymnasium, {len(returns)} episodes: return {returns.mean():.1f} on average, "
+        f"{returns.min():.1f} to {returns.max():.1f}."
+    )
+    if gif:
+        print(f"First episode: {gif}")
+    return 0
+
+
+def _export(namespace: argparse.Namespace) -> int:
+    run, state = _agent_of(namespace)
+    from trpo_jax.deployment import export_policy
+
+    file = export_policy(run.config, state, Path(namespace.output or run.path / "policy"))
+    print(f"Policy: {file} ({file.stat().st_size:,} bytes)")
+    print(f"`python {file.parent / 'load_policy.py'}` loads it and acts, with jax alone.")
     return 0
 
 

@@ -15,7 +15,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -27,6 +27,7 @@ import numpy as np
 
 from trpo_jax.config import UsageError, validate
 from trpo_jax.files import settings_of, write_atomically
+from trpo_jax.sinks import Sink
 from trpo_jax.training.checkpoints import load, save
 from trpo_jax.training.loop import init, make_agent, train_chunk
 from trpo_jax.types import Config, Metrics, TrainState
@@ -119,7 +120,7 @@ def newest_state(run: Run) -> TrainState | None:
     return load(files[-1], run.config) if files else None
 
 
-def continue_run(run: Run, report: Callable[[Progress], None]) -> bool:
+def continue_run(run: Run, report: Callable[[Progress], None], sinks: Sequence[Sink] = ()) -> bool:
     """Train from the newest checkpoint to the end.
 
     Ctrl-C (or SIGTERM) ends the loop after the current chunk; a second one ends it at once.
@@ -127,6 +128,7 @@ def continue_run(run: Run, report: Callable[[Progress], None]) -> bool:
     Args:
       run: the run.
       report: called after each chunk.
+      sinks: where the metrics go beside metrics.csv.
 
     Returns:
       Whether the run is complete.
@@ -155,6 +157,8 @@ def continue_run(run: Run, report: Callable[[Progress], None]) -> bool:
             state, metrics = jax.block_until_ready(chunk(config, state, np.int32(length)))
             table = {field.name: np.asarray(getattr(metrics, field.name)) for field in dataclasses.fields(Metrics)}
             _append_metrics(run, done, length, table)
+            for sink in sinks:
+                _feed(sink, run, done, length, table)
             done += length
             _save_state(run, state, done)
             now = time.perf_counter()
@@ -237,6 +241,13 @@ def _append_metrics(run: Run, done: int, length: int, table: dict[str, np.ndarra
             file.write(text.getvalue())
     except OSError as error:
         raise UsageError(f"cannot write {run.path / 'metrics.csv'}: {error.strerror}.") from error
+
+
+def _feed(sink: Sink, run: Run, done: int, length: int, table: dict[str, np.ndarray]) -> None:
+    for i in range(length):
+        for agent in range(run.num_seeds):
+            row = {name: float(rows[agent, i]) for name, rows in table.items()}
+            sink(run.seed + agent, (done + i + 1) * run.config.steps_per_iteration, row)
 
 
 def _truncate_metrics(run: Run, done: int) -> None:

@@ -126,7 +126,7 @@ class Outcome:
 def test_a_refused_step_shrinks_the_radius_and_a_zero_gradient_does_not(rule):
     config = Config(radius_rule=rule)
     control = Control(jnp.float32(0.01))
-    old = Learned(None, None, (), (), control, (), None)
+    old = Learned(**{**dict.fromkeys(Learned._fields, ()), "control": control})
 
     def radius_after(outcome):
         return float(adapt(config, control, old, outcome, radius=control.radius, gain=jnp.float32(1)).radius)

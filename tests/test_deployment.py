@@ -1,0 +1,170 @@
+"""A trained policy elsewhere: in Gymnasium's own environments, as StableHLO, and its metrics in other places."""
+
+import os
+import struct
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from probes import quick_jit
+from tensorboardX.proto import event_pb2
+
+from trpo_jax import Config, UsageError, evaluate, init, train
+from trpo_jax.cli import main
+from trpo_jax.deployment import acting_policy, export_policy, play
+from trpo_jax.runs import open_run, read_metrics
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+SMALL = {"num_envs": 2, "num_steps": 8, "num_iterations": 2, "cg_iterations": 2, "value_cg_iterations": 2}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """CartPole after 20,480 steps: far better than chance, which lasts about 20 steps."""
+    config = Config(num_iterations=10, max_kl=0.03)
+    return config, jax.jit(train)(config, jax.random.key(0))[0]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run of two small agents, logged to TensorBoard."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    assert main(["train", "--output", str(folder), "--num-seeds", "2", "--log", "tensorboard", *flags]) == 0
+    return folder
+
+
+def test_the_policy_is_as_good_in_another_implementation_of_the_world(trained):
+    config, state = trained
+    here = np.asarray(evaluate(config, state, jax.random.key(0), num_episodes=32).episode_return)
+    there = play(config, state, "CartPole-v1", num_episodes=8, seed=1)
+    assert there.shape == (8,) and there.mean() > 100
+    error = np.hypot(here.std() / np.sqrt(32), there.std() / np.sqrt(8))
+    assert abs(here.mean() - there.mean()) < 4 * error + 10
+    np.testing.assert_array_equal(play(config, state, "CartPole-v1", num_episodes=2, seed=1), there[:2])
+
+
+def test_real_actions_are_given_in_their_bounds_and_shape():
+    config = Config(env="Pendulum-v1", initial_log_std=3.0, **SMALL)
+    state = init(config, jax.random.key(0))
+    assert (play(config, state, "Pendulum-v1", num_episodes=1) < 0).all()
+    act, _ = acting_policy(config, state)
+    _, action = act((), 1e6 * jnp.ones((4, 3)))
+    assert action.shape == (4, 1) and (abs(action) <= 2).all()
+
+
+def test_a_memory_is_played_from_its_start():
+    config = Config(network="gru", **SMALL)
+    state = init(config, jax.random.key(0))
+    assert play(config, state, "CartPole-v1", num_episodes=2).min() >= 8
+
+
+@pytest.mark.parametrize(
+    "env, message",
+    [
+        ("Pendulum-v1", r"Pendulum-v1 observes Box.* trained on observations of shape \(4,\); choose another --env\.$"),
+        ("Nothing-v0", r"Gymnasium cannot make Nothing-v0 \(.*\); name one of its environments by --env, or"),
+    ],
+)
+def test_another_world_is_refused_in_one_sentence(env, message, trained):
+    with pytest.raises(UsageError, match=message) as caught:
+        play(*trained, env)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_actions_are_refused():
+    config = Config(env="MountainCar-v0", **SMALL)
+    with pytest.raises(
+        UsageError, match=r"MountainCarContinuous-v0 takes actions of Box.*trained to give Discrete\(3\)"
+    ):
+        play(config, init(config, jax.random.key(0)), "MountainCarContinuous-v0")
+
+
+def test_a_picture_of_an_episode(trained, tmp_path):
+    file = tmp_path / "new" / "cartpole.gif"
+    returns = play(*trained, "CartPole-v1", num_episodes=1, gif=file)
+    with Image.open(file) as picture:
+        assert picture.n_frames == min(500, returns[0]) and picture.width == 300
+        first = np.asarray(picture.convert("L"), float)
+        picture.seek(picture.n_frames - 1)
+        assert np.abs(np.asarray(picture.convert("L"), float) - first).max() > 50  # something moved
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "Breakout-MinAtar"])
+def test_an_exported_policy_acts_as_the_agent_does(env, tmp_path):
+    config = Config(env=env, normalize_observations=True, **SMALL)
+    state = init(config, jax.random.key(0))
+    exported = jax.export.deserialize(bytearray(export_policy(config, state, tmp_path).read_bytes()))
+    assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
+    act, _ = acting_policy(config, state)
+    for batch in (1, 5):
+        observation = jax.random.normal(jax.random.key(batch), (batch, *state.observation.shape[1:]))
+        np.testing.assert_allclose(exported.call(observation), act((), observation)[1], rtol=1e-5, atol=1e-6)
+
+
+def test_an_exported_memory_comes_with_the_policy(tmp_path):
+    config = Config(network="gru", **SMALL)
+    state = init(config, jax.random.key(0))
+    exported = jax.export.deserialize(bytearray(export_policy(config, state, tmp_path).read_bytes()))
+    act, carry = acting_policy(config, state)
+    observation = jax.random.normal(jax.random.key(1), (1, 4))
+    for _ in range(3):
+        expected = quick_jit(act)(carry, observation)
+        carry, action = exported.call(carry, observation)
+        np.testing.assert_allclose(carry, expected[0], atol=1e-6)
+        np.testing.assert_array_equal(action, expected[1])
+
+
+def test_commands_play_and_export(run, capsys, python, tmp_path):
+    assert main(["play", str(run), "--num-episodes", "2", "--agent", "1"]) == 0
+    assert "CartPole-v1 of Gymnasium, 2 episodes: return" in capsys.readouterr().out
+    assert main(["export", str(run), "--output", str(tmp_path / "policy")]) == 0
+    assert "policy.stablehlo" in capsys.readouterr().out
+    loaded = python(str(tmp_path / "policy" / "load_policy.py"), cwd=tmp_path)
+    assert loaded.returncode == 0, loaded.stderr
+    assert len(loaded.stdout.strip("[]\n").split()) == 3
+    for wrong, message in (
+        (["play", str(run), "--agent", "2"], "agent must lie in 0 … 1 for this run, got 2."),
+        (["play", str(run), "--num-episodes", "0"], "num_episodes must be at least 1, got 0."),
+        (["export", str(tmp_path)], f"{tmp_path} is not the folder of a run"),
+    ):
+        assert main(wrong) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_tensorboard_gets_what_the_table_has(run):
+    table = read_metrics(open_run(run))
+    for seed in (0, 1):
+        (file,) = (run / "tensorboard" / f"seed_{seed}").iterdir()
+        data, found = file.read_bytes(), []  # records: length, its checksum, event, its checksum
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
+            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value if v.tag == "mean_kl"]
+            data = data[16 + length :]
+        mine = table["seed"] == seed
+        expected = zip(table["env_steps"][mine], table["mean_kl"][mine], strict=True)
+        assert [(step, pytest.approx(value)) for _, step, value in found] == list(expected)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_missing_sink_is_named_with_its_mend(name, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, {"tensorboard": "tensorboardX", "wandb": "wandb"}[name], None)
+    assert main(["train", "--output", str(tmp_path / "run"), "--num-iterations", "1", "--log", name]) == 2
+    assert f"pip install 'trpo_jax[{name}]'" in capsys.readouterr().err
+
+
+def test_wandb_is_fed_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs the extra wandb")
+    from trpo_jax.sinks import open_sink
+
+    monkeypatch.setitem(os.environ, "WANDB_MODE", "offline")
+    sink, close = open_sink("wandb", tmp_path, {"gamma": 0.9})
+    sink(0, 2048, {"episode_return": 3.0, "penalty": float("nan")})
+    close()
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert (tmp_path / "wandb_id").read_text()
