@@ -88,7 +88,8 @@ def test_a_picture_of_an_episode(trained, tmp_path):
     file = tmp_path / "new" / "cartpole.gif"
     returns = play(*trained, "CartPole-v1", num_episodes=1, gif=file)
     with Image.open(file) as picture:
-        assert picture.n_frames == min(500, returns[0]) and picture.width == 300
+        assert returns[0] / 4 < picture.n_frames <= min(500, returns[0])  # equal ones in a row are one
+        assert picture.width == 300
         first = np.asarray(picture.convert("L"), float)
         picture.seek(picture.n_frames - 1)
         assert np.abs(np.asarray(picture.convert("L"), float) - first).max() > 50  # something moved
