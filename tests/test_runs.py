@@ -12,24 +12,12 @@ import pytest
 from trpo_jax import Config, Metrics, train
 from trpo_jax.runs import continue_run, create_run, newest_state, open_run, plot_learning_curve, read_metrics
 
-SIZES = [
-    "--num-envs",
-    "2",
-    "--num-steps",
-    "8",
-    "--value-minibatches",
-    "1",
-    "--value-epochs",
-    "1",
-    "--cg-iterations",
-    "2",
-]
-LONG = [*SIZES, "--num-iterations", "4000", "--num-seeds", "2"]
+LONG = ["--num-envs", "2", "--num-steps", "8", "--cg-iterations", "2", "--num-iterations", "1000", "--num-seeds", "2"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    config = Config(num_envs=2, num_steps=64, num_iterations=5, value_minibatches=1, value_epochs=1)
+    config = Config(num_envs=2, num_steps=64, num_iterations=5)
     run = create_run(tmp_path_factory.mktemp("runs") / "run", config, seed=3, num_seeds=2)
     reports = []
     assert continue_run(run, reports.append)
@@ -75,62 +63,50 @@ def test_plot_is_drawn(run):
     assert picture[..., :3].std() > 0.02  # not a blank sheet
 
 
-def start(path):
-    command = [sys.executable, "-m", "trpo_jax.cli", "train", *LONG, "--output", str(path)]
+def start(*arguments):
+    command = [sys.executable, "-m", "trpo_jax.cli", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_checkpoint(path, process):
-    deadline = time.monotonic() + 120
-    while not list(path.glob("checkpoints/[0-9]*.npz")):
+def checkpoints(path):
+    return set(path.glob("checkpoints/[0-9]*.npz"))
+
+
+def stop_at_work(path, number, *arguments):
+    """Start a command and send it a signal once it has saved something new; its exit status and what it printed."""
+    before, process, deadline = checkpoints(path), start(*arguments), time.monotonic() + 120
+    while not checkpoints(path) - before:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    if number == signal.SIGKILL:
+        time.sleep(0.1)  # to wherever it is then; an interrupt waits for a checkpoint anyway
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=60)
+    assert not (path / "checkpoints" / "00001000.npz").exists(), "stopped too late to test anything"
+    return process.returncode, out, errors
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    path = tmp_path_factory.mktemp("long") / "run"
-    process = start(path)
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    return path
-
-
-def assert_same_results(path, uninterrupted):
-    assert (path / "metrics.csv").read_bytes() == (uninterrupted / "metrics.csv").read_bytes()
-    newest = sorted(path.glob("checkpoints/[0-9]*.npz"))[-1]
-    with np.load(newest) as ours, np.load(uninterrupted / "checkpoints" / newest.name) as theirs:
-        assert ours.files == theirs.files
-        for name in ours.files:
-            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-
-
-def test_kill_and_resume_gives_the_same_bits(uninterrupted, tmp_path, python):
-    path = tmp_path / "run"
-    process = start(path)
-    wait_for_checkpoint(path, process)
-    time.sleep(0.3)
-    process.kill()
-    process.communicate()
-    assert not (path / "checkpoints" / "00004000.npz").exists(), "killed too late to test anything"
+@pytest.mark.usefixtures("quick_compiles")
+def test_kills_and_interrupts_leave_no_mark(tmp_path):
+    path, whole = tmp_path / "run", tmp_path / "whole"
+    train = ("train", *LONG, "--output")
+    uninterrupted = start(*train, str(whole))
+    for number, command in ((signal.SIGINT, (*train, str(path))), (signal.SIGTERM, ("resume", str(path)))):
+        status, out, errors = stop_at_work(path, number, *command)
+        assert status == 130, (out, errors)
+        assert f"trpo-jax resume {path}" in out and "Traceback" not in errors
+        assert (path / "learning_curve.png").exists()
+    stop_at_work(path, signal.SIGKILL, "resume", str(path))
     # A kill between writing rows and saving the state leaves rows that the resumed run writes again.
     with open(path / "metrics.csv", "a") as file:
         file.write("9999,1,2,3")
-    result = python("-m", "trpo_jax.cli", "resume", str(path), timeout=200)
-    assert result.returncode == 0, result.stderr
-    assert_same_results(path, uninterrupted)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_keeps_what_is_done(number, uninterrupted, tmp_path, python):
-    path = tmp_path / "run"
-    process = start(path)
-    wait_for_checkpoint(path, process)
-    process.send_signal(number)
-    out, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, (out, errors)
-    assert f"trpo-jax resume {path}" in out and "Traceback" not in errors
-    assert (path / "learning_curve.png").exists()
-    assert python("-m", "trpo_jax.cli", "resume", str(path), timeout=200).returncode == 0
-    assert_same_results(path, uninterrupted)
+    for process in (uninterrupted, start("resume", str(path))):
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    assert (path / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    newest = path / "checkpoints" / "00001000.npz"
+    with np.load(newest) as ours, np.load(whole / "checkpoints" / newest.name) as theirs:
+        assert ours.files == theirs.files
+        for name in ours.files:
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
