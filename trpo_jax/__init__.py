@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from trpo_jax.steps.distributions import Categorical as Categorical
     from trpo_jax.steps.distributions import DiagonalGaussian as DiagonalGaussian
     from trpo_jax.steps.distributions import MultiCategorical as MultiCategorical
+    from trpo_jax.steps.first_order import clipped_objective as clipped_objective
+    from trpo_jax.steps.first_order import first_order_update as first_order_update
+    from trpo_jax.steps.first_order import penalized_objective as penalized_objective
     from trpo_jax.steps.line_searches import backtracking_line_search as backtracking_line_search
+    from trpo_jax.steps.line_searches import full_step as full_step
     from trpo_jax.steps.line_searches import parallel_line_search as parallel_line_search
     from trpo_jax.steps.objectives import mean_kl as mean_kl
     from trpo_jax.steps.objectives import surrogate as surrogate
@@ -61,10 +65,13 @@ _HOME = {
     "UsageError": "config",
     "available_environments": "environments.make",
     "backtracking_line_search": "steps.line_searches",
+    "clipped_objective": "steps.first_order",
     "conjugate_gradient": "steps.solvers",
     "evaluate": "training.evaluation",
+    "first_order_update": "steps.first_order",
     "fisher_vector_product": "steps.curvature",
     "fit_value_function": "steps.values",
+    "full_step": "steps.line_searches",
     "gae": "steps.advantages",
     "gauss_newton_fit": "steps.values",
     "init": "training.loop",
@@ -77,6 +84,7 @@ _HOME = {
     "natural_gradient": "steps.trust_region",
     "parallel_gae": "steps.advantages",
     "parallel_line_search": "steps.line_searches",
+    "penalized_objective": "steps.first_order",
     "save": "training.checkpoints",
     "shard_environments": "sweeps.placement",
     "surrogate": "steps.objectives",
