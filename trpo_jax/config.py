@@ -109,7 +109,7 @@ class Config:
     policy_optimizer: str = _static(
         "adam", "gradient steps: by Adam, or plain, θ + learning rate · gradient", choices=("adam", "sgd")
     )
-    policy_learning_rate: float = _traced(3e-3, "gradient steps: learning rate", interval="[0, inf)")
+    policy_learning_rate: float = _traced(1e-3, "gradient steps: learning rate", interval="[0, inf)")
     policy_epochs: int = _static(10, "ppo, kl-penalty: passes over the batch", low=1)
     policy_minibatches: int = _static(8, "ppo, kl-penalty: minibatches a pass; must divide the batch", low=1)
     clip_ratio: float = _traced(0.2, "ppo: ε, the ratio counts within [1 − ε, 1 + ε]", interval="(0, inf)")
