@@ -105,6 +105,8 @@ class Environment:
         dtypes, and clips Box actions to their bounds.
       advance: `advance(key, state, action)` -> (observation, state, reward, terminated, truncated): `step` without
         its reset, where the suite can be stepped so. `step_environments` then resets only when it must.
+      costly_reset: whether a first state costs far more than a step, such as a whole world. `step_environments` then
+        draws no more of them than it must.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Environment:
     reset: Callable[[Array], tuple[Array, PyTree]]
     step: Callable[[Array, PyTree, Array], Step]
     advance: Callable[[Array, PyTree, Array], tuple[Array, PyTree, Array, Array, Array]] | None = None
+    costly_reset: bool = False
 
 
 RawReset = Callable[[Array], tuple[Array, PyTree]]
@@ -125,10 +128,10 @@ def step_environments(environment: Environment, key: Array, state: PyTree, actio
 
     Drawing first states can cost more than the step itself, and in most steps no episode ends: on CPU they are then
     not drawn at all. (An accelerator waits longer for a branch than for the draw, and under `vmap` the branch
-    becomes a selection, which costs what drawing always costs.)
+    becomes a selection, which costs what drawing always costs.) Costly ones are drawn a few at a time, everywhere.
     """
     num_envs = action.shape[0]
-    if environment.advance is None or jax.default_backend() != "cpu":
+    if environment.advance is None or (jax.default_backend() != "cpu" and not environment.costly_reset):
         return jax.vmap(environment.step)(jax.random.split(key, num_envs), state, action)
 
     def keys(which: int) -> Array:  # those of `auto_reset`
@@ -136,6 +139,9 @@ def step_environments(environment: Environment, key: Array, state: PyTree, actio
 
     next_observation, next_state, reward, terminated, truncated = jax.vmap(environment.advance)(keys(0), state, action)
     done = terminated | truncated
+    if environment.costly_reset:
+        observation, state = _restart_few(environment, keys(1), done, (next_observation, next_state))
+        return Step(observation, state, reward, terminated, truncated, next_observation)
 
     def restart() -> tuple[Array, PyTree]:
         fresh = jax.vmap(environment.reset)(keys(1))
@@ -143,6 +149,21 @@ def step_environments(environment: Environment, key: Array, state: PyTree, actio
 
     observation, state = jax.lax.cond(jnp.any(done), restart, lambda: (next_observation, next_state))
     return Step(observation, state, reward, terminated, truncated, next_observation)
+
+
+def _restart_few(environment: Environment, keys: Array, done: Array, old: PyTree) -> PyTree:
+    """Put first states in place of `old` where `done`, [N]: a sixteenth of N at a time, until there are enough."""
+    num_envs = done.shape[0]
+    at_once = -(-num_envs // 16)
+
+    def restart(carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+        left, current = carry
+        (which,) = jnp.nonzero(left, size=at_once, fill_value=num_envs)  # beyond the last: written nowhere
+        fresh = jax.vmap(environment.reset)(keys[which])
+        current = jax.tree.map(lambda a, b: a.at[which].set(b, mode="drop"), current, fresh)
+        return left.at[which].set(False, mode="drop"), current
+
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[0]), restart, (done, old))[1]
 
 
 def auto_reset(reset: RawReset, step: RawStep) -> Callable[[Array, PyTree, Array], Step]:

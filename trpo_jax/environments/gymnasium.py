@@ -10,8 +10,10 @@ environment: it can be repeated, mapped over agents, saved and resumed with equa
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -145,7 +147,8 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
 
     def instance(**limit: int) -> Any:
         try:
-            return gymnasium.make(name, disable_env_checker=True, **limit, **options)
+            with _quiet_mujoco():
+                return gymnasium.make(name, disable_env_checker=True, **limit, **options)
         except gymnasium.error.DependencyNotInstalled as error:
             raise UsageError(
                 f"{full_name} needs a package that is not installed ({first_line(error)}); "
@@ -167,6 +170,25 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
     host = Host(lambda: instance(max_episode_steps=limit), observe, act, shape)
     reset, step = pure_functions(host, space, limit)
     return Environment(full_name, shape, space, limit, reset, step)
+
+
+@contextlib.contextmanager
+def _quiet_mujoco() -> Iterator[None]:
+    """Keep MuJoCo's compiler from telling of each instance that its model is written in an old style.
+
+    It would print that and append it to a file in the working directory. Warnings about simulations remain.
+    """
+    try:
+        import mujoco
+    except ImportError:
+        yield
+        return
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda text: None)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
 
 
 def pure_functions(host: Host, space: Space, limit: int) -> tuple[Any, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable, Iterable
+import io
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -30,10 +33,12 @@ def require(module: str, suite: str) -> Any:
       UsageError: if it is missing or cannot be imported; the sentence names the extra that installs it.
     """
     try:
-        return importlib.import_module(module)
+        with warnings.catch_warnings():  # theirs are about their own code
+            warnings.simplefilter("ignore")
+            return importlib.import_module(module)
     except Exception as error:  # a package beside the wrong version of another may fail in any way
         package = module.split(".")[0]
-        missing = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == package
+        missing = isinstance(error, ModuleNotFoundError) and error.name == package
         what = "which is not installed" if missing else f"which cannot be imported ({first_line(error)})"
         raise UsageError(
             f"environments {suite}/… need the package {package}, {what}: pip install 'trpo_jax[{suite}]'."
@@ -50,12 +55,20 @@ def check_name(name: str, suite: str, names: Iterable[str]) -> None:
 def call_constructor(name: str, make: Callable[[], Any]) -> Any:
     """`make()`, evaluated at once even inside a trace; a failure of any kind is one sentence."""
     try:
-        with jax.ensure_compile_time_eval():
+        with jax.ensure_compile_time_eval(), _quiet():
             return make()
     except UsageError:
         raise
     except Exception as error:
         raise UsageError(f"{name} cannot be made ({type(error).__name__}: {first_line(error)}).") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what a suite prints and warns of when it is imported and built; none of it is the user's doing."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def assemble(

@@ -1,0 +1,41 @@
+"""Navix: MiniGrid's grid worlds, seen from above."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from trpo_jax.environments.base import Array, Discrete, Environment, PyTree
+from trpo_jax.environments.suites import assemble, call_constructor, check_name, one_hot_layers, require
+
+# Kinds of object, colours, and states (open, closed, locked, or one of four directions), as in MiniGrid.
+_KINDS = (11, 6, 4)
+
+
+def names() -> list[str]:
+    """Environments that Navix brings along."""
+    return sorted(require("navix", "navix").registry())
+
+
+def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environment:
+    """Build `navix/{name}`; `options` are keyword arguments of its constructor, such as `observation_fn`."""
+    navix = require("navix", "navix")
+    check_name(name, "navix", names())
+    full_name = f"navix/{name}"
+    env = call_constructor(full_name, lambda: navix.make(name, **options))
+    symbolic = env.observation_fn in (navix.observations.symbolic, navix.observations.symbolic_first_person)
+
+    def observe(timestep: PyTree) -> Array:
+        return one_hot_layers(timestep.observation, _KINDS) if symbolic else timestep.observation
+
+    def reset(key: Array) -> tuple[Array, PyTree]:
+        timestep = env.reset(jax.random.key_data(key))
+        return observe(timestep), timestep
+
+    def step(key: Array, timestep: PyTree, action: Array) -> tuple:
+        timestep = env._step(timestep, action)  # its `step` would reset an episode one step after its end
+        return observe(timestep), timestep, timestep.reward, timestep.is_termination(), timestep.is_truncation()
+
+    space = Discrete(int(env.action_space.n))
+    return assemble(full_name, space, reset, step, limit=int(env.max_steps), max_steps=max_steps)
