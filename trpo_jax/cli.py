@@ -240,7 +240,7 @@ def _train(namespace: argparse.Namespace) -> int:
     _start_quickly()
     from trpo_jax.environments.base import Box
     from trpo_jax.runs import create_run
-    from trpo_jax.training.loop import make_agent
+    from trpo_jax.training.learning import make_agent
 
     if namespace.initial_log_std is not None and not isinstance(make_agent(config).environment.action_space, Box):
         raise UsageError(
@@ -535,7 +535,7 @@ def _benchmark(namespace: argparse.Namespace) -> int:
 
     from trpo_jax.benchmarks.report import THRESHOLDS, run_benchmark, tables
     from trpo_jax.displays import make_console, print_table
-    from trpo_jax.training.loop import make_agent
+    from trpo_jax.training.learning import make_agent
 
     make_agent(config)
     console = make_console()
