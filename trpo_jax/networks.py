@@ -21,6 +21,7 @@ from trpo_jax.steps.types import Array, PyTree, Scalar
 from trpo_jax.types import Network
 
 _FEW_COLUMNS = 4
+_FORBIDDEN = -1e9  # a logit whose probability is exactly 0 and whose products are all finite
 _UNBOUNDED = 1e6  # bounds beyond this (±3.4e38 is common) say nothing about the scale of an action
 
 
@@ -175,7 +176,29 @@ def make_policy(
             return Categorical(logits)
         return MultiCategorical(tuple(jnp.split(logits, np.cumsum(sizes)[:-1], axis=-1)))
 
-    return _then(_body(environment, network, hidden, sum(sizes), 0.01), distribution)
+    body = _body(environment, network, hidden, sum(sizes), 0.01)
+    if environment.action_mask is not None:
+        body = _masked(body, environment.action_mask, sizes)
+    return _then(body, distribution)
+
+
+def _masked(network: Network, action_mask: Callable[[Array], Array], sizes: Sequence[int]) -> Network:
+    """A network of logits [..., sum(sizes)] that gives forbidden actions a probability of 0.
+
+    A component without any allowed action, as may be in the last state of an episode, is left as it is.
+    """
+    ends = np.cumsum(sizes)[:-1]
+
+    def apply(params: PyTree, *inputs: Any) -> Any:
+        masks = jnp.split(action_mask(inputs[-1]), ends, axis=-1)
+        allowed = jnp.concatenate([mask | ~mask.any(axis=-1, keepdims=True) for mask in masks], axis=-1)
+        output = network.apply(params, *inputs)
+        if network.initial_carry is None:
+            return jnp.where(allowed, output, _FORBIDDEN)
+        carry, logits = output
+        return carry, jnp.where(allowed, logits, _FORBIDDEN)
+
+    return network._replace(apply=apply)
 
 
 def make_value(environment: Environment, *, network: str = "auto", hidden: Sequence[int] = (64, 64)) -> Network:

@@ -107,6 +107,8 @@ class Environment:
         its reset, where the suite can be stepped so. `step_environments` then resets only when it must.
       costly_reset: whether a first state costs far more than a step, such as a whole world. `step_environments` then
         draws no more of them than it must.
+      action_mask: `action_mask(observation)` -> which actions are allowed, bool [..., n]: of a Discrete space its n,
+        of a MultiDiscrete one the n of its components one after the other. The default policy never takes another.
     """
 
     name: str
@@ -117,6 +119,7 @@ class Environment:
     step: Callable[[Array, PyTree, Array], Step]
     advance: Callable[[Array, PyTree, Array], tuple[Array, PyTree, Array, Array, Array]] | None = None
     costly_reset: bool = False
+    action_mask: Callable[[Array], Array] | None = None
 
 
 RawReset = Callable[[Array], tuple[Array, PyTree]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -30,25 +31,42 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
 def from_timesteps(env: Any, name: str, max_steps: int | None) -> Environment:
     """Bring an environment with Jumanji's interface to the library's.
 
-    All parts of an observation, the mask of legal actions among them, become one vector.
+    All parts of an observation become one vector. A mask of legal actions comes first, as ±1; the policy obeys it where
+    each action, or each component of an action, has an entry of its own.
     """
     if tuple(env.reward_spec.shape) != ():
         raise UsageError(f"{name} has several agents, each with its own reward; only one reward can be trained on.")
-    space = _action_space(env.action_spec, name)
+    space: Any = _action_space(env.action_spec, name)
     shape = tuple(env.action_spec.shape)
+    with jax.ensure_compile_time_eval():
+        mask = getattr(jax.eval_shape(env.reset, jax.random.PRNGKey(0))[1].observation, "action_mask", None)
+    sizes = (space.n,) if isinstance(space, Discrete) else space.n
+    of_each_action = mask is not None and mask.shape in ((sizes[0],), (len(sizes), sizes[0]))
+    has_mask = of_each_action and len(set(sizes)) == 1
 
     def reset(key: Array) -> tuple[Array, PyTree]:
         state, timestep = env.reset(jax.random.key_data(key))
-        return flat(timestep.observation), state
+        return observe(timestep.observation), state
 
     def step(key: Array, state: PyTree, action: Array) -> tuple:
         state, timestep = env.step(state, action.reshape(shape))
         last = timestep.last()
         goes_on = jnp.all(timestep.discount > 0)  # as dm_env tells a time limit from an end
-        return flat(timestep.observation), state, timestep.reward, last & ~goes_on, last & goes_on
+        return observe(timestep.observation), state, timestep.reward, last & ~goes_on, last & goes_on
+
+    def observe(observation: PyTree) -> Array:
+        if not has_mask:
+            return flat(observation)
+        return flat((jnp.where(observation.action_mask, 1, -1), observation._replace(action_mask=())))
+
+    def action_mask(observation: Array) -> Array:
+        # The sign, also of a normalised observation, where what was always the same is 0: always legal, mostly. An
+        # action that has never been legal so far counts as legal, too, where observations are normalised.
+        return observation[..., : sum(sizes)] >= 0
 
     limit = getattr(env, "time_limit", None)
-    return assemble(name, space, reset, step, limit=None if limit is None else int(limit), max_steps=max_steps)
+    environment = assemble(name, space, reset, step, limit=None if limit is None else int(limit), max_steps=max_steps)
+    return dataclasses.replace(environment, action_mask=action_mask) if has_mask else environment
 
 
 def _action_space(spec: Any, name: str) -> Space:
