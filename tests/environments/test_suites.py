@@ -30,9 +30,30 @@ CASES = [
     ("gymnasium/CartPole-v1", 3),
     ("gymnasium/Pendulum-v1", 3),
     ("gymnasium/HalfCheetah-v5", 3),
+    ("brax/fast", 3),
+    ("brax/inverted_pendulum/spring", 3),
+    ("playground/CartpoleBalance", 3),
+    ("jumanji/Game2048-v1", 3),
+    ("jumanji/RubiksCube-v0", 3),
+    ("craftax/Craftax-Classic-Symbolic-v1", 3),
+    ("xminigrid/MiniGrid-EmptyRandom-5x5", 3),
+    ("navix/Navix-Empty-Random-5x5-v0", 3),
 ]
 # Environments that a random policy soon brings to an end of their own: (name, steps)
-MORTAL = [("gymnasium/CartPole-v1", 60)]
+MORTAL = [
+    ("gymnasium/CartPole-v1", 60),
+    ("brax/inverted_pendulum/spring", 60),
+    ("jumanji/Tetris-v0", 60),
+    ("xminigrid/MiniGrid-EmptyRandom-5x5", 60),
+    ("navix/Navix-Empty-Random-5x5-v0", 60),
+]
+# How each suite is told a time limit of its own
+OWN_LIMITS = [
+    ("playground/CartpoleBalance", "episode_length"),
+    ("craftax/Craftax-Classic-Symbolic-v1", "max_timesteps"),
+    ("xminigrid/MiniGrid-Empty-5x5", "max_steps"),
+    ("navix/Navix-Empty-5x5-v0", "max_steps"),
+]
 
 
 def need(name):
@@ -52,9 +73,10 @@ def random_action(space, key):
 
 
 @functools.cache
-def walk(name, max_steps, num_steps):
+def walk(name, max_steps, num_steps, own_limit=None):
     """(first observation, `Step`s without their states [T, N]) of a random policy, twice."""
-    environment = make_environment(name, max_steps=max_steps)
+    params = None if own_limit is None else {own_limit: 3}
+    environment = make_environment(name, params=params, max_steps=max_steps)
 
     def run(key):
         key_reset, key_run = jax.random.split(key)
@@ -108,6 +130,15 @@ def test_a_time_limit_truncates_and_shows_the_observation_before_the_reset(name,
     assert (limited.observation[limit - 1] != limited.next_observation[limit - 1]).any()
 
 
+@pytest.mark.parametrize("name, setting", OWN_LIMITS)
+def test_a_limit_of_the_suites_own_truncates_too(name, setting):
+    need(name)
+    environment, (_, steps), _ = walk(name, None, NUM_STEPS, setting)
+    assert environment.max_steps == 3 and not steps.terminated.any()
+    ends = np.arange(1, NUM_STEPS + 1) % 3 == 0
+    np.testing.assert_array_equal(steps.truncated, np.broadcast_to(ends[:, None], steps.truncated.shape))
+
+
 @pytest.mark.parametrize("name, num_steps", MORTAL)
 def test_an_end_of_its_own_terminates(name, num_steps):
     need(name)
@@ -127,8 +158,9 @@ def test_it_trains(name):
     for leaf in jax.tree.leaves((after.policy_params, after.value_params, after.observation)):
         assert np.isfinite(leaf).all()
     assert not probes.same_bits(state.value_params, after.value_params)
-    shapes = jax.eval_shape(lambda: (state, after))
-    assert shapes[0] == shapes[1]  # no second trace, no mismatch in a scan
+    before, then = jax.eval_shape(lambda: (state, after))  # no second trace, no mismatch in a scan
+    assert jax.tree.structure(before) == jax.tree.structure(then)
+    assert jax.tree.leaves(before) == jax.tree.leaves(then)
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -147,7 +179,7 @@ def test_unknown_names_and_listings(suite):
     need(f"{suite}/")
     with pytest.raises(UsageError, match=rf"there is no environment {suite}/Nonsense.*`trpo-jax envs`"):
         make_environment(f"{suite}/Nonsense")
-    assert {name.split("/", 1)[1] for name, _ in CASES if name.startswith(suite)} <= set(adapter(suite).names())
+    assert {name.split("/")[1] for name, _ in CASES if name.startswith(suite)} <= set(adapter(suite).names())
 
 
 def test_an_unknown_suite_is_answered_with_the_nearest():

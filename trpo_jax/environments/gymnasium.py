@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import hashlib
+import importlib
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -179,7 +180,7 @@ def _quiet_mujoco() -> Iterator[None]:
     It would print that and append it to a file in the working directory. Warnings about simulations remain.
     """
     try:
-        import mujoco
+        mujoco: Any = importlib.import_module("mujoco")
     except ImportError:
         yield
         return

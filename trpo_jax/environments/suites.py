@@ -35,6 +35,7 @@ def require(module: str, suite: str) -> Any:
     try:
         with warnings.catch_warnings():  # theirs are about their own code
             warnings.simplefilter("ignore")
+            importlib.import_module(module.partition(".")[0])
             return importlib.import_module(module)
     except Exception as error:  # a package beside the wrong version of another may fail in any way
         package = module.split(".")[0]
@@ -131,4 +132,5 @@ def one_hot_layers(grid: Array, sizes: tuple[int, ...]) -> Array:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without a full stop."""
-    return (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # its str() is quoted
+    return (text.strip().splitlines() or ["no message"])[0].rstrip(".")

@@ -1,0 +1,80 @@
+"""Brax: rigid bodies with actions in [-1, 1], in one of its physics backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from trpo_jax.config import UsageError
+from trpo_jax.environments import base
+from trpo_jax.environments.base import Array, Environment, PyTree
+from trpo_jax.environments.suites import assemble, call_constructor, check_name, require
+
+# Brax has no time limit of its own; its results are of episodes of this length.
+MAX_STEPS = 1000
+BACKENDS = ("generalized", "positional", "spring", "mjx")
+
+
+def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environment:
+    """Build `brax/{name}`, such as hopper or, with a backend, hopper/spring.
+
+    `options` are keyword arguments of `brax.envs.get_environment`.
+    """
+    own_name, _, backend = name.partition("/")
+    check_name(own_name, "brax", names())
+    if backend:
+        if backend not in BACKENDS:
+            raise UsageError(f"brax has no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+        options = {"backend": backend, **options}
+    full_name = f"brax/{name}"
+    envs = require("brax.envs", "brax")
+    env = call_constructor(full_name, lambda: envs.get_environment(own_name, **options))
+    return from_brax(env, full_name, MAX_STEPS if max_steps is None else max_steps)
+
+
+def from_brax(env: Any, name: str, max_steps: int, *, repeat: int = 1) -> Environment:
+    """An environment with Brax's interface: `reset(rng) -> State` and `step(State, action) -> State`.
+
+    Args:
+      env: its actions lie in [-1, 1].
+      name: with the suite's prefix.
+      max_steps: the time limit, in steps of ours.
+      repeat: how often `env` is stepped with one action; the rewards add up.
+    """
+
+    def reset(key: Array) -> tuple[Array, PyTree]:
+        state = env.reset(jax.random.key_data(key))  # Brax knows no typed keys
+        return _array(state.obs, name), state
+
+    def once(state: PyTree, action: Array) -> tuple[PyTree, Array]:
+        state = env.step(state, action)
+        return state, state.reward
+
+    def step(key: Array, state: PyTree, action: Array) -> tuple[Array, PyTree, Array, Array, Any]:
+        if repeat == 1:
+            state, reward = once(state, action)
+        else:
+            state, rewards = jax.lax.scan(lambda state, _: once(state, action), state, length=repeat)
+            reward = rewards.sum()
+        return _array(state.obs, name), state, reward, state.done > 0, False
+
+    box = base.make_box(-1.0, 1.0, (env.action_size,))
+    return assemble(name, box, reset, step, max_steps=max_steps)
+
+
+def _array(observation: Any, name: str) -> Array:
+    """What the policy sees of an observation: all of an array, and of a dictionary its "state"."""
+    if isinstance(observation, dict) or hasattr(observation, "keys"):
+        if "state" not in observation:
+            raise UsageError(
+                f'observations of {name} are dictionaries of {", ".join(observation)}, without a vector "state" to '
+                "learn from."
+            )
+        return observation["state"]
+    return observation
+
+
+def names() -> list[str]:
+    """Brax's environments; each takes a backend behind another slash."""
+    return sorted(require("brax.envs", "brax")._envs)

@@ -1,0 +1,46 @@
+"""MuJoCo Playground: the DeepMind control suite, manipulation and locomotion in MJX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trpo_jax.config import UsageError
+from trpo_jax.environments.base import Environment
+from trpo_jax.environments.brax import from_brax
+from trpo_jax.environments.suites import call_constructor, check_name, first_line, require
+
+
+def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environment:
+    """Build `playground/{name}`; `options` override entries of its configuration."""
+    check_name(name, "playground", names())
+    registry = require("mujoco_playground", "playground").registry
+    full_name = f"playground/{name}"
+    config = registry.get_default_config(name)
+    overrides = {"impl": "jax", **options}  # the default, "warp", is for CUDA alone
+    if "impl" not in config and "impl" not in options:
+        del overrides["impl"]
+
+    def load() -> Any:
+        try:
+            return registry.load(name, config_overrides=overrides)
+        except OSError as error:
+            raise UsageError(f"{full_name} cannot be made ({first_line(error)}).") from error
+        except Exception as error:
+            # Robots' models are not in the package: a git clone fetches them when they are first needed.
+            if type(error).__name__ != "CalledProcessError":
+                raise
+            raise UsageError(
+                f"{full_name} needs robot models (mujoco_menagerie) that could not be downloaded; make it once with "
+                "a connection, and they stay."
+            ) from error
+
+    env = call_constructor(full_name, load)
+    config = env._config  # with the overrides
+    repeat = int(config.action_repeat)
+    limit = int(config.episode_length) // repeat
+    return from_brax(env, full_name, limit if max_steps is None else min(limit, max_steps), repeat=repeat)
+
+
+def names() -> list[str]:
+    """Playground's environments."""
+    return sorted(require("mujoco_playground", "playground").registry.ALL_ENVS)
