@@ -164,3 +164,18 @@ def test_mean_kl_is_bounded_and_the_largest_is_not():
     for steps in found.values():
         assert steps["largest_mean_kl_over_delta"] <= 1
         assert steps["median_maximum_kl_over_delta"] > 1.5
+
+
+@pytest.mark.slow
+def test_reuse_keeps_its_samples_effective_and_two_batches_beat_one():
+    found = numbers_of("batches", reuses=(1, 2), env_steps=40_000, num_seeds=8)
+    assert found["2"]["radius"] == pytest.approx(0.01 / 1.5**2)
+    assert all(entry["median_effective_fraction"] > 0.97 for entry in found.values())
+    assert found["2"]["iqm_return_of_the_second_half"] > found["1"]["iqm_return_of_the_second_half"] - 5
+
+
+@pytest.mark.slow
+def test_methods_need_samples_in_the_order_of_the_table():
+    found = numbers_of("efficiency", env_steps=60_000, num_tuning=4, num_seeds=16)
+    needed = [found[name]["iqm_steps_to_475"] for name in ("REINFORCE", "TRPO", "TRPO, 2 batches of half the size")]
+    assert needed[0] > 1.2 * needed[1] > 1.2 * needed[2]

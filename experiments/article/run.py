@@ -36,10 +36,12 @@ FIGURES = {
     "radius": ("regions", True),
     "importance": ("samples", True),
     "reuse": ("samples", True),
+    "batches": ("agents", False),
     "objectives": ("samples", True),
     "bounds": ("minorizers", True),
     "judgement": ("samples", True),
     "spread": ("networks", False),
+    "efficiency": ("agents", False),
 }
 
 
