@@ -78,3 +78,14 @@ def test_first_states_are_drawn_only_when_an_episode_ends():
     result = jax.block_until_ready(step(fallen))
     jax.effects_barrier()
     assert drawn and result.terminated.tolist() == [False, True, False]
+
+
+def test_costly_first_states_are_drawn_a_few_at_a_time():
+    environment = dataclasses.replace(make_environment("CartPole-v1"), costly_reset=True)
+    keys = jax.random.split(jax.random.key(5), 2)
+    few, each = (
+        quick_jit(jax.vmap(play(environment, step, num_envs=19)))(keys) for step in (step_environments, step_each)
+    )
+    assert_same_play(few, each)
+    ended = np.sum(few.terminated, axis=-1)
+    assert ended.max() > 2 and (ended == 0).any()  # more at once than are drawn at once, a sixteenth of 19

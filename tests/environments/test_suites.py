@@ -153,7 +153,7 @@ def test_it_trains(name):
     need(name)
     config = Config(env=name, num_envs=2, num_steps=8, cg_iterations=2, fisher_fraction=1.0)
     state = init(config, jax.random.key(0))
-    after, metrics = train_step(config, state)
+    after, metrics = quick_jit(train_step)(config, state)
     assert metrics.finite == 1 and metrics.mean_kl <= 0.01
     for leaf in jax.tree.leaves((after.policy_params, after.value_params, after.observation)):
         assert np.isfinite(leaf).all()
