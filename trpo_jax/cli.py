@@ -577,7 +577,7 @@ def _envs(_: argparse.Namespace) -> int:
     console = Console(highlight=False)
     console.print(table)
     for sentence in missing:
-        console.print(sentence, soft_wrap=True)
+        console.print(sentence, soft_wrap=True, markup=False)  # an extra stands in brackets
     return 0
 
 
