@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 import time
 
 import pytest
@@ -142,11 +143,13 @@ def test_evaluate_prints_every_agent(tiny_run, capsys):
     assert main(["evaluate", str(tiny_run), "--num-episodes", "0"]) == 2
 
 
-def test_envs_lists_what_can_be_trained(capsys):
+def test_envs_lists_what_can_be_trained(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "brax", None)  # as if not installed
     assert main(["envs"]) == 0
     out = capsys.readouterr().out
     assert "CartPole-v1" in out and "Discrete(2)" in out and "Box(1) [-2, 2]" in out
     assert "MNISTBandit-bsuite" in out
+    assert "pip install 'trpo_jax[brax]'" in out
 
 
 def test_help_is_fast_and_complete(python):
