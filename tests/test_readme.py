@@ -52,7 +52,7 @@ num_episodes = 1
 [base]
 num_envs = 2
 num_steps = 32
-num_iterations = 2
+num_iterations = 4
 [random]
 count = 3
 max_kl = { log_uniform = [0.001, 0.1] }
