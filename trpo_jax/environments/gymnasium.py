@@ -145,6 +145,8 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
     """Build `gymnasium/{name}`; `options` are keyword arguments of `gymnasium.make`."""
     gymnasium = require("gymnasium", "gymnasium")
     full_name = f"gymnasium/{name}"
+    options = dict(options)
+    own_limit = options.pop("max_episode_steps", None)
 
     def instance(**limit: int) -> Any:
         try:
@@ -161,7 +163,7 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
             ) from error
 
     first = call_constructor(full_name, instance)
-    limits = [limit for limit in (first.spec.max_episode_steps, max_steps) if limit is not None]
+    limits = [limit for limit in (own_limit or first.spec.max_episode_steps, max_steps) if limit is not None]
     if not limits:
         raise UsageError(f"{full_name} has no time limit; set one: make_environment({full_name!r}, max_steps=1000).")
     limit = min(limits)

@@ -33,8 +33,7 @@ def require(module: str, suite: str) -> Any:
       UsageError: if it is missing or cannot be imported; the sentence names the extra that installs it.
     """
     try:
-        with warnings.catch_warnings():  # theirs are about their own code
-            warnings.simplefilter("ignore")
+        with _quiet():
             importlib.import_module(module.partition(".")[0])
             return importlib.import_module(module)
     except Exception as error:  # a package beside the wrong version of another may fail in any way
