@@ -49,6 +49,7 @@ MORTAL = [
 ]
 # How each suite is told a time limit of its own
 OWN_LIMITS = [
+    ("gymnasium/Pendulum-v1", "max_episode_steps"),
     ("playground/CartpoleBalance", "episode_length"),
     ("craftax/Craftax-Classic-Symbolic-v1", "max_timesteps"),
     ("xminigrid/MiniGrid-Empty-5x5", "max_steps"),
