@@ -1,0 +1,255 @@
+"""How well the library learns, suite by suite: one set of settings a suite, many seeds, beside published numbers.
+
+    python experiments/results/run.py classic          # or memory, gymnax, mujoco, minatar
+    python experiments/results/run.py classic --plot-only
+
+Tasks that stand in the suite's JSON already are not run again (`--fresh` runs them all).
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+import trpo_jax
+from trpo_jax.environments.base import Environment
+from trpo_jax.sweeps.statistics import interquartile_mean, stratified_bootstrap
+
+HERE = Path(__file__).parent
+EPISODES = 32
+ZOO = "RL Zoo (sb3-contrib TRPO, settings tuned for each task, one run)"
+
+
+def positions_only() -> Environment:
+    """CartPole without its two velocities: what moves where must be remembered."""
+    whole = trpo_jax.make_environment("CartPole-v1")
+    seen = np.array([0, 2])
+
+    def reset(key: Any) -> Any:
+        observation, state = whole.reset(key)
+        return observation[seen], state
+
+    def step(key: Any, state: Any, action: Any) -> Any:
+        result = whole.step(key, state, action)
+        return result._replace(observation=result.observation[seen], next_observation=result.next_observation[seen])
+
+    return dataclasses.replace(
+        whole, name="CartPole-v1, positions only", observation_shape=(2,), reset=reset, step=step, advance=None
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """An environment, env steps an agent, and a number to compare with."""
+
+    env: Any
+    env_steps: int
+    published: float | None = None
+    optimal: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.env.name if isinstance(self.env, Environment) else self.env
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """Tasks that share one set of settings."""
+
+    settings: dict[str, Any]
+    num_seeds: int
+    tasks: list[Task]
+    source: str = ""
+
+
+def suites() -> dict[str, Suite]:
+    small = 100_000
+    return {
+        "classic": Suite(
+            {"normalize_observations": True, "reuse": 2, "max_kl": 0.02, "gamma": 0.992},
+            64,
+            [
+                Task("CartPole-v1", 100_000, 500.0, 500.0),
+                Task("Acrobot-v1", 100_000, -83.1),
+                Task("MountainCar-v0", 100_000, -107.3),
+                Task("MountainCarContinuous-v0", 50_000, 92.5),
+                Task("Pendulum-v1", 100_000, -174.6),
+            ],
+            ZOO,
+        ),
+        "memory": Suite(
+            {"network": "gru", "max_kl": 0.02},
+            16,
+            [Task("MemoryChain-bsuite", small, optimal=1.0), Task(positions_only(), 2 * small, optimal=500.0)],
+        ),
+        "gymnax": Suite(
+            {"normalize_observations": True},
+            8,
+            [
+                Task("CartPole-v1", small, optimal=500.0),
+                Task("Acrobot-v1", small),
+                Task("Pendulum-v1", small),
+                Task("MountainCar-v0", small),
+                Task("MountainCarContinuous-v0", small),
+                Task("Catch-bsuite", small, optimal=1.0),
+                Task("DeepSea-bsuite", small, optimal=0.99),
+                Task("DiscountingChain-bsuite", small, optimal=1.1),
+                Task("UmbrellaChain-bsuite", small, optimal=1.0),
+                Task("MemoryChain-bsuite", small, optimal=1.0),
+                Task("SimpleBandit-bsuite", small, optimal=1.0),
+                Task("FourRooms-misc", small, optimal=1.0),
+                Task("MetaMaze-misc", small),
+                Task("PointRobot-misc", small),
+                Task("BernoulliBandit-misc", small),
+                Task("GaussianBandit-misc", small),
+                Task("Reacher-misc", small),
+                Task("Swimmer-misc", small),
+                Task("FrozenLake-misc", small),
+                Task("Pong-misc", small),
+                Task("Asterix-MinAtar", small),
+                Task("Breakout-MinAtar", small),
+                Task("Freeway-MinAtar", small),
+                Task("SpaceInvaders-MinAtar", small),
+                Task("Seaquest-MinAtar", small),
+            ],
+        ),
+        "minatar": Suite(
+            {"num_envs": 64, "max_kl": 0.02},
+            4,
+            [
+                Task(f"{name}-MinAtar", 10_000_000)
+                for name in ("Breakout", "Freeway", "SpaceInvaders", "Asterix", "Seaquest")
+            ],
+        ),
+        "mujoco": Suite(
+            {
+                "normalize_observations": True,
+                "normalize_rewards": True,
+                "num_envs": 8,
+                "num_steps": 256,
+                "max_kl": 0.02,
+                "gae_lambda": 0.95,
+            },
+            3,
+            [
+                Task("gymnasium/HalfCheetah-v5", 1_000_000, 1785.5),
+                Task("gymnasium/Hopper-v5", 1_000_000, 3618.4),
+                Task("gymnasium/Walker2d-v5", 1_000_000, 4933.1),
+            ],
+            ZOO + ", of v3",
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("suite", choices=sorted(suites()))
+    parser.add_argument("--fresh", action="store_true", help="run every task anew")
+    parser.add_argument("--plot-only", action="store_true", help="draw anew from the JSON")
+    arguments = parser.parse_args()
+    suite, file = suites()[arguments.suite], HERE / f"{arguments.suite}.json"
+    record = json.loads(file.read_text()) if file.exists() and not arguments.fresh else {"tasks": []}
+    done = {task["name"] for task in record["tasks"]}
+    for task in suite.tasks:
+        if arguments.plot_only or task.name in done:
+            continue
+        record["tasks"].append(run_task(task, suite))
+        record |= {
+            "device": jax.devices()[0].device_kind,
+            **{name: version(name) for name in ("jax", "gymnax", "trpo_jax")},
+            "settings": suite.settings,
+            "source": suite.source,
+        }
+        file.write_text(json.dumps(record, indent=1) + "\n")
+        print(table(record).splitlines()[-1], flush=True)
+    (HERE / f"{arguments.suite}.md").write_text(table(record))
+    plot(record, HERE / f"{arguments.suite}.png")
+    sys.stdout.write(table(record))
+
+
+def run_task(task: Task, suite: Suite) -> dict[str, Any]:
+    """Train seeds 0, 1, … one after the other in one program, and judge each by its mode and as it began."""
+    config = trpo_jax.Config(env=task.env, **suite.settings)
+    config = config.replace(num_iterations=task.env_steps // config.steps_per_iteration)
+    judge = functools.partial(trpo_jax.evaluate, num_episodes=EPISODES, max_steps=5000)
+
+    def run(seed: Any) -> Any:
+        key = jax.random.key(seed)
+        judge_key = jax.random.fold_in(key, 2**31)
+        first = judge(config, trpo_jax.init(config, key), judge_key, deterministic=False)
+        state, metrics = trpo_jax.train(config, key)
+        last = judge(config, state, judge_key)
+        return metrics.episode_return, first.episode_return.mean(), last.episode_return.mean()
+
+    program = jax.jit(lambda seeds: jax.lax.map(run, seeds)).lower(jnp.arange(suite.num_seeds)).compile()
+    start = time.perf_counter()
+    curves, random, returns = map(np.asarray, jax.block_until_ready(program(jnp.arange(suite.num_seeds))))
+    seconds = time.perf_counter() - start
+    curve = [float(interquartile_mean(column[~np.isnan(column)])) for column in curves.T if not np.isnan(column).all()]
+    seen = [i for i, column in enumerate(curves.T) if not np.isnan(column).all()]
+    every = max(1, len(seen) // 100)
+    return {
+        "name": task.name,
+        "env_steps": config.num_iterations * config.steps_per_iteration,
+        "num_seeds": suite.num_seeds,
+        "iqm": float(interquartile_mean(returns)),
+        "interval": stratified_bootstrap([returns]),
+        "random": float(random.mean()),
+        "published": task.published,
+        "optimal": task.optimal,
+        "seconds": round(seconds, 1),
+        "returns": [round(float(value), 3) for value in returns],
+        "curve_steps": [(i + 1) * config.steps_per_iteration for i in seen[::every]],
+        "curve_iqm": [round(value, 3) for value in curve[::every]],
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    lines = [
+        "| task | env steps | seeds | untrained | IQM | 95 % interval | published or best possible | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for task in record["tasks"]:
+        low, high = task["interval"]
+        published = "" if task["published"] is None else f"{task['published']:g}"
+        best = "" if task["optimal"] is None else f"best: {task['optimal']:g}"
+        compared = ", ".join(filter(None, (published, best)))
+        lines.append(
+            f"| {task['name']} | {task['env_steps']:,} | {task['num_seeds']} | {task['random']:.4g} "
+            f"| {task['iqm']:.4g} | {low:.4g} … {high:.4g} | {compared} | {task['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(record: dict[str, Any], file: Path) -> None:
+    tasks, columns = record["tasks"], min(5, len(record["tasks"]))
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(3.0 * columns, 2.5 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, task in zip(grid, tasks, strict=False):
+        axes.plot(np.array(task["curve_steps"]) / 1000, task["curve_iqm"])
+        for name, color in (("published", "tab:green"), ("optimal", "black"), ("random", "gray")):
+            if task[name] is not None:
+                axes.axhline(task[name], color=color, linestyle=":", linewidth=1)
+        axes.set_title(task["name"].removeprefix("gymnasium/"), fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+    for axes in grid[len(tasks) :]:
+        axes.set_axis_off()
+    figure.supxlabel("env steps, thousands", fontsize=9)
+    figure.supylabel("training return, IQM", fontsize=9)
+    figure.savefig(file, dpi=100)
+
+
+if __name__ == "__main__":
+    main()
