@@ -204,7 +204,7 @@ def test_minorize_maximize_never_steps_down():
     def step(policies, _):
         return jax.vmap(minorizer_step)(policies, mdps), jax.vmap(expected_return)(policies, mdps)
 
-    policies, returns = jax.jit(lambda p: jax.lax.scan(step, p, None, length=100))(policies)
+    policies, returns = jax.jit(lambda p: jax.lax.scan(step, p, None, length=300))(policies)
     assert np.diff(returns, axis=0).min() > -1e-12
     assert (returns[-1] - returns[0]).min() > 0.5
     np.testing.assert_allclose(policies.sum(-1), 1, rtol=1e-12)
