@@ -196,9 +196,15 @@ def on_normalized(config: Config, statistics: RunningStatistics, network: Networ
 
 def over_batch(network: Network, observation: Array, start: Any, carry: PyTree) -> tuple[Any, Any]:
     """`apply(params, input)` of a network on a whole batch, and that input: observations, or sequences of them."""
+    memoryless = network.initial_carry is None
+    return batch_apply(network), observation if memoryless else Sequence(observation, start, carry)
+
+
+def batch_apply(network: Network) -> Callable[[PyTree, Any], Any]:
+    """`apply(params, input)` on the input of `over_batch`."""
     if network.initial_carry is None:
-        return network.apply, observation
-    return lambda params, sequence: unroll(network, params, sequence)[0], Sequence(observation, start, carry)
+        return network.apply
+    return lambda params, sequence: unroll(network, params, sequence)[0]
 
 
 def evaluate_values(
@@ -359,12 +365,8 @@ def measure_last_update(
     if last is None:
         return control, jnp.float32(jnp.nan)
     log_prob = policy_apply(old.policy_params, observation).log_prob(action)
-    before = on_normalized(config, last.statistics, agent.policy)
-    last_policy = (
-        before.apply(last.policy_params, observation)
-        if before.initial_carry is None
-        else unroll(before, last.policy_params, observation)[0]
-    )
+    before = batch_apply(on_normalized(config, last.statistics, agent.policy))
+    last_policy = before(last.policy_params, observation)
     backward = -jnp.expm1(last_policy.log_prob(action) - log_prob) * advantage
     measured = last.gain > 0
     gain = jnp.where(measured, last.gain, 1)
