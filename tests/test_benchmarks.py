@@ -133,6 +133,8 @@ def test_an_unknown_peer_is_one_sentence():
         (["--repetitions", "0"], "repetitions must be at least 1, got 0."),
         (["--output", "no/such/folder/b.json"], "there is no folder no/such/folder"),
         (["CartPol-v1"], "did you mean CartPole-v1"),
+        (["--network", "gru"], "with networks without a memory"),
+        (["--update", "ppo"], "takes an iteration of update=trpo apart"),
     ],
 )
 def test_bad_input_to_the_command_is_one_sentence(arguments, sentence, capsys):

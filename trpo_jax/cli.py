@@ -240,7 +240,7 @@ def _train(namespace: argparse.Namespace) -> int:
     _start_quickly()
     from trpo_jax.environments.base import Box
     from trpo_jax.runs import create_run
-    from trpo_jax.training.learning import make_agent
+    from trpo_jax.training.agents import make_agent
 
     if namespace.initial_log_std is not None and not isinstance(make_agent(config).environment.action_space, Box):
         raise UsageError(
@@ -535,9 +535,10 @@ def _benchmark(namespace: argparse.Namespace) -> int:
 
     from trpo_jax.benchmarks.report import THRESHOLDS, run_benchmark, tables
     from trpo_jax.displays import make_console, print_table
-    from trpo_jax.training.learning import make_agent
+    from trpo_jax.training.agents import is_recurrent, make_agent
 
-    make_agent(config)
+    if is_recurrent(make_agent(config)) or config.update != "trpo":
+        raise UsageError("benchmark takes an iteration of update=trpo apart, with networks without a memory.")
     console = make_console()
     result = run_benchmark(
         config,

@@ -151,6 +151,10 @@ class Config:
         "remembers",
         choices=("auto", "mlp", "cnn", "gru"),
     )
+    shared_trunk: bool = _static(
+        False,
+        "the value function is a small network on what the policy's last layer sees; nothing below learns from it",
+    )
     state_dependent_std: bool = _static(False, "a Gaussian policy's σ depends on the observation")
     initial_log_std: float = _traced(
         0.0, "log σ of a Gaussian policy at the start, in units of half the action range", interval="(-inf, inf)"

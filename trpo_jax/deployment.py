@@ -15,7 +15,7 @@ from trpo_jax.config import UsageError
 from trpo_jax.environments.base import Box, Environment
 from trpo_jax.files import write_atomically
 from trpo_jax.steps.types import Array, PyTree
-from trpo_jax.training.learning import make_agent, on_normalized
+from trpo_jax.training.agents import make_agent, on_normalized
 from trpo_jax.training.recurrence import advance, initial_carries
 from trpo_jax.types import Config, TrainState
 

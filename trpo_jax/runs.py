@@ -28,8 +28,8 @@ import numpy as np
 from trpo_jax.config import UsageError, validate
 from trpo_jax.files import settings_of, write_atomically
 from trpo_jax.sinks import Sink
+from trpo_jax.training.agents import make_agent
 from trpo_jax.training.checkpoints import load, save
-from trpo_jax.training.learning import make_agent
 from trpo_jax.training.loop import init, train_chunk
 from trpo_jax.types import Config, Metrics, TrainState
 

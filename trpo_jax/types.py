@@ -19,7 +19,7 @@ from trpo_jax.steps.statistics import RunningStatistics
 Array = jax.Array
 PyTree = Any
 
-__all__ = ["Config", "Control", "LastUpdate", "Memory", "Metrics", "Network", "TrainState", "Transition"]
+__all__ = ["Config", "Control", "LastUpdate", "Learned", "Memory", "Metrics", "Network", "TrainState", "Transition"]
 
 
 def _flatten_config(config: Config) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, Any]]:
@@ -89,11 +89,14 @@ class Network(NamedTuple):
       initial_carry: None, or, for a network with a memory, `initial_carry()` -> what it remembers at the start of an
         episode, a pytree of arrays for one environment. It is then `apply(params, carry, observation)` ->
         (carry, output), where the carry has the leading axes of `observation`.
+      features: None, or, for a policy whose trunk the value function may share (`shared_trunk`), a function like
+        `apply` whose output is what the last layer sees, [..., F].
     """
 
     init: Callable[[Array, Array], PyTree]
     apply: Callable[..., Any]
     initial_carry: Callable[[], PyTree] | None = None
+    features: Callable[..., Any] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -202,6 +205,21 @@ class TrainState:
     value_carry: PyTree
     episode_return: Array
     episode_length: Array
+
+
+class Learned(NamedTuple):
+    """The part of a `TrainState` that a batch changes."""
+
+    policy_params: PyTree
+    value_params: PyTree
+    policy_optimizer: PyTree
+    value_optimizer: PyTree
+    control: Control
+    memory: Any
+    statistics: RunningStatistics
+    return_statistics: Any
+    discounted_return: Any
+    value_carry: PyTree
 
 
 @jax.tree_util.register_dataclass

@@ -6,7 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trpo_jax import Categorical, DiagonalGaussian, MultiCategorical, fisher_vector_product, mean_kl
+from trpo_jax import (
+    Categorical,
+    DiagonalGaussian,
+    Environment,
+    MultiCategorical,
+    fisher_vector_product,
+    make_policy,
+    mean_kl,
+)
+from trpo_jax.environments.base import Discrete, MultiDiscrete, make_box
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -126,3 +135,47 @@ def test_products_ask_for_full_precision():
     text = str(jax.make_jaxpr(lambda v: fisher_vector_product(distribution_fn, theta)(v))(theta))
     products = text.count("dot_general[")
     assert products > 4 and text.count("HIGHEST") >= products
+
+
+SPACES = {"discrete": Discrete(3), "multi-discrete": MultiDiscrete((3, 2)), "box": make_box(-1, 2, (2,))}
+
+
+@pytest.mark.parametrize(
+    "network, shape, space, options",
+    [
+        ("cnn", (4, 5, 2), "discrete", {}),
+        ("cnn", (4, 5, 2), "box", {}),
+        ("cnn", (21, 12, 1), "multi-discrete", {}),
+        ("mlp", (3,), "multi-discrete", {}),
+        ("mlp", (3,), "box", {"state_dependent_std": True}),
+        ("cnn", (4, 5, 2), "box", {"state_dependent_std": True}),
+    ],
+)
+def test_product_is_the_hessian_of_the_kl_of_every_default_policy(network, shape, space, options, x64):
+    """Of KL in both directions, by differentiating it twice; networks of thousands of parameters, direction by
+    direction."""
+    environment = Environment("shapes", shape, SPACES[space], None, reset=None, step=None)
+    policy = make_policy(environment, network=network, hidden=(5, 4), **options)
+    keys = jax.random.split(jax.random.key(0), 3)
+    observation = jax.random.normal(keys[0], (6, *shape))
+    params = policy.init(keys[1], observation[0])
+    theta, unravel = jax.flatten_util.ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(float), params))
+    theta += 0.05 * jax.random.normal(keys[2], theta.shape)
+
+    def distribution_fn(theta):
+        return policy.apply(unravel(theta), observation)
+
+    @jax.jit
+    def products(direction):
+        old = jax.lax.stop_gradient(distribution_fn(theta))
+        forward = jax.grad(lambda v: mean_kl(old, distribution_fn(v)))
+        backward = jax.grad(lambda v: mean_kl(distribution_fn(v), old))
+        fisher = fisher_vector_product(distribution_fn, theta)(direction)
+        return fisher, *(jax.jvp(g, (theta,), (direction,))[1] for g in (forward, backward))
+
+    for seed in range(2):
+        fisher, forward, backward = products(jax.random.normal(jax.random.key(seed), theta.shape))
+        scale = np.abs(forward).max()
+        assert scale > 1e-4
+        np.testing.assert_allclose(fisher, forward, atol=1e-10 * scale)
+        np.testing.assert_allclose(fisher, backward, atol=1e-10 * scale)

@@ -11,7 +11,7 @@ from probes import lane, quick_jit, small_config
 
 from trpo_jax import evaluate, init
 from trpo_jax.steps.statistics import RunningStatistics
-from trpo_jax.training.learning import make_agent
+from trpo_jax.training.agents import make_agent
 from trpo_jax.training.rollouts import reset_environments
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

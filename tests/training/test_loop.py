@@ -25,7 +25,8 @@ from trpo_jax import (
     train,
     train_step,
 )
-from trpo_jax.training.learning import _next_values, make_agent
+from trpo_jax.training.agents import make_agent
+from trpo_jax.training.learning import _next_values
 from trpo_jax.training.loop import train_chunk
 from trpo_jax.training.rollouts import rollout
 from trpo_jax.types import Transition

@@ -10,8 +10,9 @@ from probes import quick_jit, same_bits, small_config
 
 from trpo_jax import Config, Network, UsageError, fit_value_function, init, train, train_step, validate
 from trpo_jax.steps.statistics import init_statistics
-from trpo_jax.training.learning import Learned, observe_returns, on_normalized, scale_rewards
-from trpo_jax.types import Control, Transition
+from trpo_jax.training.agents import on_normalized
+from trpo_jax.training.learning import observe_returns, scale_rewards
+from trpo_jax.types import Control, Learned, Transition
 
 
 def learned(**changes):

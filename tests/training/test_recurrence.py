@@ -25,9 +25,11 @@ from trpo_jax import (
     train_step,
     trpo_update,
 )
-from trpo_jax.training.learning import Learned, evaluate_values, make_agent
+from trpo_jax.training.agents import make_agent
+from trpo_jax.training.learning import evaluate_values
 from trpo_jax.training.recurrence import Sequence, starts, unroll
 from trpo_jax.training.rollouts import rollout
+from trpo_jax.types import Learned
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -10,7 +10,7 @@ import pytest
 from probes import quick_jit, small_config
 
 from trpo_jax import init
-from trpo_jax.training.learning import make_agent
+from trpo_jax.training.agents import make_agent
 from trpo_jax.training.rollouts import reset_environments, rollout
 from trpo_jax.types import Transition
 

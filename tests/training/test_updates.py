@@ -11,9 +11,10 @@ import pytest
 from probes import lane, quick_jit, same_bits, small_config, stack
 
 from trpo_jax import Config, UsageError, init, load, save, train, train_step, validate
-from trpo_jax.training.learning import Learned, adapt, flatten_batch, make_agent
+from trpo_jax.training.adaptation import adapt
+from trpo_jax.training.agents import flatten_batch, make_agent
 from trpo_jax.training.rollouts import rollout
-from trpo_jax.types import Control
+from trpo_jax.types import Control, Learned
 
 OPTIONS = {
     "ratio": {"radius_rule": "ratio", "normalize_observations": True},

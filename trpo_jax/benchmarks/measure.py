@@ -25,20 +25,14 @@ from trpo_jax.steps.objectives import mean_kl, surrogate
 from trpo_jax.steps.solvers import conjugate_gradient
 from trpo_jax.steps.trust_region import candidate_judge, natural_gradient, surrogate_gradient, trpo_update
 from trpo_jax.sweeps.statistics import interquartile_mean
+from trpo_jax.training.agents import flatten_batch, make_agent, on_normalized, on_trunk
 from trpo_jax.training.evaluation import evaluate
-from trpo_jax.training.learning import (
-    Learned,
-    estimate_advantages,
-    fit_value,
-    flatten_batch,
-    line_search_of,
-    make_agent,
-    on_normalized,
-)
+from trpo_jax.training.learning import estimate_advantages
 from trpo_jax.training.loop import init, train_step
 from trpo_jax.training.memory import compile_agents, predict_memory, program_memory
 from trpo_jax.training.rollouts import rollout
-from trpo_jax.types import Config, TrainState
+from trpo_jax.training.updates import fit_value, line_search_of
+from trpo_jax.types import Config, Learned, TrainState
 
 WARM_UP_ITERATIONS = 20  # trained before anything is timed: short first episodes reset more often than later ones
 _ITERATIONS_TOGETHER = 4
@@ -109,7 +103,10 @@ def measure_parts(config: Config, state: TrainState, repetitions: int) -> dict[s
     """
     agent = make_agent(config)
     network = on_normalized(config, state.statistics, agent.policy)
-    policy_apply, value_apply = network.apply, on_normalized(config, state.statistics, agent.value).apply
+    value = on_normalized(config, state.statistics, agent.value)
+    if config.shared_trunk:
+        value = on_trunk(network, state.policy_params, agent.value)
+    policy_apply, value_apply = network.apply, value.apply
     old = Learned(*(getattr(state, name) for name in Learned._fields))
     theta, unravel = ravel_pytree(state.policy_params)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from trpo_jax.config import UsageError, nearest, validate
 from trpo_jax.files import SETTINGS, TOTAL_STEPS, cast, is_whole, iterations_within, read_toml
-from trpo_jax.training.learning import make_agent
+from trpo_jax.training.agents import make_agent
 from trpo_jax.types import Config
 
 TUNING_SEEDS = 2**30  # `tune` takes its seeds from here on, sweeps theirs from below

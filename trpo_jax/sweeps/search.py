@@ -23,7 +23,7 @@ from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, make_point, stack_configs,
 from trpo_jax.sweeps.loop import METRICS, training_return
 from trpo_jax.sweeps.placement import CAPACITY, Programs, agents_per_block, fit_programs, from_host, to_host
 from trpo_jax.sweeps.statistics import interquartile_mean
-from trpo_jax.training.learning import make_agent
+from trpo_jax.training.agents import make_agent
 from trpo_jax.types import Config
 
 _RUNGS = 0.25, 0.5, 1.0  # shares of the iterations after which the worse half stops

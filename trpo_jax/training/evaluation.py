@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from trpo_jax.steps.types import Array
-from trpo_jax.training.learning import make_agent, on_normalized
+from trpo_jax.training.agents import make_agent, on_normalized
 from trpo_jax.training.loop import check_key
 from trpo_jax.training.recurrence import advance, initial_carries, restart
 from trpo_jax.training.rollouts import reset_environments

@@ -12,20 +12,13 @@ import jax.numpy as jnp
 from trpo_jax.config import Config, UsageError
 from trpo_jax.steps.statistics import init_statistics
 from trpo_jax.steps.types import Array, PyTree
-from trpo_jax.training.learning import (
-    Agent,
-    Learned,
-    Lesson,
-    init_control,
-    init_policy_optimizer,
-    init_value_optimizer,
-    learn,
-    make_agent,
-    on_normalized,
-)
+from trpo_jax.training.adaptation import init_control
+from trpo_jax.training.agents import Agent, make_agent, on_normalized, on_trunk
+from trpo_jax.training.learning import Lesson, learn
 from trpo_jax.training.recurrence import initial_carries
 from trpo_jax.training.rollouts import EpisodeTotals, reset_environments, rollout
-from trpo_jax.types import Memory, Metrics, TrainState
+from trpo_jax.training.updates import init_policy_optimizer, init_value_optimizer
+from trpo_jax.types import Learned, Memory, Metrics, TrainState
 
 _ENVS_TO_FILL_A_CORE = 32
 _BEFORE_FIRST = 2**32 - 1  # folded into the key for initialisation; no iteration bears this number
@@ -45,9 +38,12 @@ def init(config: Config, key: Array) -> TrainState:
     check_key(key)
     key_policy, key_value, key_reset = jax.random.split(jax.random.fold_in(key, _BEFORE_FIRST), 3)
     observation, env_state = reset_environments(agent.environment, key_reset, config.num_envs)
-    value_params = agent.value.init(key_value, observation[0])
     policy_params = agent.policy.init(key_policy, observation[0])
     statistics = init_statistics(agent.environment.observation_shape)
+    value = agent.value
+    if config.shared_trunk:
+        value = on_trunk(on_normalized(config, statistics, agent.policy), policy_params, agent.value)
+    value_params = value.init(key_value, observation[0])
     state = TrainState(
         iteration=jnp.int32(0),
         key=key,
