@@ -9,6 +9,7 @@ Tasks that stand in the suite's JSON already are not run again (`--fresh` runs t
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 import time
@@ -64,16 +65,28 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """Tasks that share one set of settings."""
+    """Tasks that share one set of settings.
+
+    Attributes:
+      settings: of TRPO.
+      num_seeds: seeds 0, 1, …
+      tasks: the environments.
+      source: of the published numbers.
+      beside: settings of another method that is run at equal steps, by its name.
+      sampled: judge the policy by sampled actions, as the suite's literature does, not by its mode.
+    """
 
     settings: dict[str, Any]
     num_seeds: int
     tasks: list[Task]
     source: str = ""
+    beside: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    sampled: bool = False
 
 
 def suites() -> dict[str, Suite]:
     small = 100_000
+    shared = {"num_envs": 64, "network": "mlp", "gae_lambda": 0.95}
     return {
         "classic": Suite(
             {"normalize_observations": True, "reuse": 2, "max_kl": 0.02, "gamma": 0.992},
@@ -93,7 +106,7 @@ def suites() -> dict[str, Suite]:
             [Task("MemoryChain-bsuite", small, optimal=1.0), Task(positions_only(), 2 * small, optimal=500.0)],
         ),
         "gymnax": Suite(
-            {"normalize_observations": True},
+            {"normalize_observations": True, "reuse": 2, "max_kl": 0.02, "gamma": 0.992, "network": "mlp"},
             8,
             [
                 Task("CartPole-v1", small, optimal=500.0),
@@ -106,7 +119,7 @@ def suites() -> dict[str, Suite]:
                 Task("DiscountingChain-bsuite", small, optimal=1.1),
                 Task("UmbrellaChain-bsuite", small, optimal=1.0),
                 Task("MemoryChain-bsuite", small, optimal=1.0),
-                Task("SimpleBandit-bsuite", small, optimal=1.0),
+                Task("SimpleBandit-bsuite", small, optimal=0.5),
                 Task("FourRooms-misc", small, optimal=1.0),
                 Task("MetaMaze-misc", small),
                 Task("PointRobot-misc", small),
@@ -114,7 +127,7 @@ def suites() -> dict[str, Suite]:
                 Task("GaussianBandit-misc", small),
                 Task("Reacher-misc", small),
                 Task("Swimmer-misc", small),
-                Task("FrozenLake-misc", small),
+                Task("FrozenLake-misc", small, optimal=0.74),
                 Task("Pong-misc", small),
                 Task("Asterix-MinAtar", small),
                 Task("Breakout-MinAtar", small),
@@ -124,12 +137,14 @@ def suites() -> dict[str, Suite]:
             ],
         ),
         "minatar": Suite(
-            {"num_envs": 64, "max_kl": 0.02},
-            4,
+            shared | {"max_kl": 0.02},
+            2,
             [
-                Task(f"{name}-MinAtar", 10_000_000)
-                for name in ("Breakout", "Freeway", "SpaceInvaders", "Asterix", "Seaquest")
+                *(Task(f"{name}-MinAtar", 10_000_000) for name in ("Breakout", "Asterix", "SpaceInvaders", "Freeway")),
+                Task("Seaquest-MinAtar", 2_000_000),
             ],
+            beside={"PPO": shared | {"update": "ppo", "policy_epochs": 4}},
+            sampled=True,
         ),
         "mujoco": Suite(
             {
@@ -159,15 +174,16 @@ def main() -> None:
     arguments = parser.parse_args()
     suite, file = suites()[arguments.suite], HERE / f"{arguments.suite}.json"
     record = json.loads(file.read_text()) if file.exists() and not arguments.fresh else {"tasks": []}
-    done = {task["name"] for task in record["tasks"]}
-    for task in suite.tasks:
-        if arguments.plot_only or task.name in done:
+    done = {(task["name"], task["method"]) for task in record["tasks"]}
+    methods = {"TRPO": suite.settings, **suite.beside}
+    for task, (method, settings) in itertools.product(suite.tasks, methods.items()):
+        if arguments.plot_only or (task.name, method) in done:
             continue
-        record["tasks"].append(run_task(task, suite))
+        record["tasks"].append({"name": task.name, "method": method, **run_task(task, suite, settings)})
         record |= {
             "device": jax.devices()[0].device_kind,
             **{name: version(name) for name in ("jax", "gymnax", "trpo_jax")},
-            "settings": suite.settings,
+            "settings": methods,
             "source": suite.source,
         }
         file.write_text(json.dumps(record, indent=1) + "\n")
@@ -177,9 +193,9 @@ def main() -> None:
     sys.stdout.write(table(record))
 
 
-def run_task(task: Task, suite: Suite) -> dict[str, Any]:
-    """Train seeds 0, 1, … one after the other in one program, and judge each by its mode and as it began."""
-    config = trpo_jax.Config(env=task.env, **suite.settings)
+def run_task(task: Task, suite: Suite, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train seeds 0, 1, … one after the other in one program, and judge each as it ended and as it began."""
+    config = trpo_jax.Config(env=task.env, **settings)
     config = config.replace(num_iterations=task.env_steps // config.steps_per_iteration)
     judge = functools.partial(trpo_jax.evaluate, num_episodes=EPISODES, max_steps=5000)
 
@@ -188,7 +204,7 @@ def run_task(task: Task, suite: Suite) -> dict[str, Any]:
         judge_key = jax.random.fold_in(key, 2**31)
         first = judge(config, trpo_jax.init(config, key), judge_key, deterministic=False)
         state, metrics = trpo_jax.train(config, key)
-        last = judge(config, state, judge_key)
+        last = judge(config, state, judge_key, deterministic=not suite.sampled)
         return metrics.episode_return, first.episode_return.mean(), last.episode_return.mean()
 
     program = jax.jit(lambda seeds: jax.lax.map(run, seeds)).lower(jnp.arange(suite.num_seeds)).compile()
@@ -199,7 +215,6 @@ def run_task(task: Task, suite: Suite) -> dict[str, Any]:
     seen = [i for i, column in enumerate(curves.T) if not np.isnan(column).all()]
     every = max(1, len(seen) // 100)
     return {
-        "name": task.name,
         "env_steps": config.num_iterations * config.steps_per_iteration,
         "num_seeds": suite.num_seeds,
         "iqm": float(interquartile_mean(returns)),
@@ -216,8 +231,8 @@ def run_task(task: Task, suite: Suite) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> str:
     lines = [
-        "| task | env steps | seeds | untrained | IQM | 95 % interval | published or best possible | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| task | method | steps | seeds | untrained | IQM | 95 % interval | published or best possible | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for task in record["tasks"]:
         low, high = task["interval"]
@@ -225,26 +240,30 @@ def table(record: dict[str, Any]) -> str:
         best = "" if task["optimal"] is None else f"best: {task['optimal']:g}"
         compared = ", ".join(filter(None, (published, best)))
         lines.append(
-            f"| {task['name']} | {task['env_steps']:,} | {task['num_seeds']} | {task['random']:.4g} "
+            f"| {task['name']} | {task['method']} | {task['env_steps']:,} | {task['num_seeds']} | {task['random']:.4g} "
             f"| {task['iqm']:.4g} | {low:.4g} … {high:.4g} | {compared} | {task['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def plot(record: dict[str, Any], file: Path) -> None:
-    tasks, columns = record["tasks"], min(5, len(record["tasks"]))
-    rows = -(-len(tasks) // columns)
+    names = list(dict.fromkeys(task["name"] for task in record["tasks"]))
+    columns = min(5, len(names))
+    rows = -(-len(names) // columns)
     figure = Figure(figsize=(3.0 * columns, 2.5 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, task in zip(grid, tasks, strict=False):
-        axes.plot(np.array(task["curve_steps"]) / 1000, task["curve_iqm"])
+    for task in record["tasks"]:
+        axes = grid[names.index(task["name"])]
+        axes.plot(np.array(task["curve_steps"]) / 1000, task["curve_iqm"], label=task["method"])
+        if len(record["tasks"]) > len(names):
+            axes.legend(fontsize=7)
         for name, color in (("published", "tab:green"), ("optimal", "black"), ("random", "gray")):
             if task[name] is not None:
                 axes.axhline(task[name], color=color, linestyle=":", linewidth=1)
         axes.set_title(task["name"].removeprefix("gymnasium/"), fontsize=9)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-    for axes in grid[len(tasks) :]:
+    for axes in grid[len(names) :]:
         axes.set_axis_off()
     figure.supxlabel("env steps, thousands", fontsize=9)
     figure.supylabel("training return, IQM", fontsize=9)
