@@ -221,7 +221,8 @@ def plot_learning_curve(run: Run) -> Path:
         axes.legend(loc="lower right")
     else:
         axes.plot(steps, returns, color="tab:blue", linewidth=2)
-    axes.set(title=f"TRPO on {run.config.env}", xlabel="environment steps (each agent)", ylabel="episode return")
+    method = {"trpo": "TRPO", "ppo": "PPO"}.get(run.config.update, run.config.update.replace("-", " "))
+    axes.set(title=f"{method} on {run.config.env}", xlabel="environment steps (each agent)", ylabel="episode return")
     axes.grid(alpha=0.3)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
     file = run.path / "learning_curve.png"

@@ -28,6 +28,8 @@ from trpo_jax.sweeps.statistics import interquartile_mean, stratified_bootstrap
 
 HERE = Path(__file__).parent
 EPISODES = 32
+GYMNAX = "gymnax's README: PPO or evolution strategies of gymnax-blines, at other numbers of steps"
+TIANSHOU = "Tianshou's MuJoCo benchmark: TRPO, mean of 10 seeds, of v3"
 ZOO = "RL Zoo (sb3-contrib TRPO, settings tuned for each task, one run)"
 
 
@@ -109,11 +111,11 @@ def suites() -> dict[str, Suite]:
             {"normalize_observations": True, "reuse": 2, "max_kl": 0.02, "gamma": 0.992, "network": "mlp"},
             8,
             [
-                Task("CartPole-v1", small, optimal=500.0),
-                Task("Acrobot-v1", small),
-                Task("Pendulum-v1", small),
-                Task("MountainCar-v0", small),
-                Task("MountainCarContinuous-v0", small),
+                Task("CartPole-v1", small, 500.0, 500.0),
+                Task("Acrobot-v1", small, -80.0),
+                Task("Pendulum-v1", small, -130.0),
+                Task("MountainCar-v0", small, -118.0),
+                Task("MountainCarContinuous-v0", small, 92.0),
                 Task("Catch-bsuite", small, optimal=1.0),
                 Task("DeepSea-bsuite", small, optimal=0.99),
                 Task("DiscountingChain-bsuite", small, optimal=1.1),
@@ -121,10 +123,10 @@ def suites() -> dict[str, Suite]:
                 Task("MemoryChain-bsuite", small, optimal=1.0),
                 Task("SimpleBandit-bsuite", small, optimal=0.5),
                 Task("FourRooms-misc", small, optimal=1.0),
-                Task("MetaMaze-misc", small),
-                Task("PointRobot-misc", small),
-                Task("BernoulliBandit-misc", small),
-                Task("GaussianBandit-misc", small),
+                Task("MetaMaze-misc", small, 32.0),
+                Task("PointRobot-misc", small, 10.0),
+                Task("BernoulliBandit-misc", small, 90.0),
+                Task("GaussianBandit-misc", small, 0.0),
                 Task("Reacher-misc", small),
                 Task("Swimmer-misc", small),
                 Task("FrozenLake-misc", small, optimal=0.74),
@@ -135,6 +137,7 @@ def suites() -> dict[str, Suite]:
                 Task("SpaceInvaders-MinAtar", small),
                 Task("Seaquest-MinAtar", small),
             ],
+            GYMNAX,
         ),
         "minatar": Suite(
             shared | {"max_kl": 0.02},
@@ -157,11 +160,11 @@ def suites() -> dict[str, Suite]:
             },
             3,
             [
-                Task("gymnasium/HalfCheetah-v5", 1_000_000, 1785.5),
-                Task("gymnasium/Hopper-v5", 1_000_000, 3618.4),
-                Task("gymnasium/Walker2d-v5", 1_000_000, 4933.1),
+                Task("gymnasium/HalfCheetah-v5", 1_000_000, 4471.2),
+                Task("gymnasium/Hopper-v5", 1_000_000, 2046.0),
+                Task("gymnasium/Walker2d-v5", 1_000_000, 3826.7),
             ],
-            ZOO + ", of v3",
+            TIANSHOU,
         ),
     }
 

@@ -129,7 +129,7 @@ ONE_LARGE_AGENT = """
 import jax, numpy as np
 from trpo_jax import Config, init, train_step
 from trpo_jax.sweeps.placement import shard_environments
-config = Config(num_envs=64, num_steps=16, normalize_observations=True)
+config = Config(num_envs=64, num_steps=16, normalize_observations=True, normalize_rewards=True)
 state = jax.jit(init)(config, jax.random.key(0))
 spread = shard_environments(state)
 step = jax.jit(train_step)
@@ -143,7 +143,10 @@ expected, expected_metrics = step(config, state)
 np.testing.assert_allclose(metrics.mean_kl, expected_metrics.mean_kl, rtol=1e-3)
 np.testing.assert_allclose(metrics.surrogate_gain, expected_metrics.surrogate_gain, rtol=1e-3)
 np.testing.assert_array_equal(metrics.num_episodes, expected_metrics.num_episodes)
-np.testing.assert_allclose(new.statistics.mean, expected.statistics.mean, rtol=1e-4, atol=1e-5)
+for merged, whole in ((new.statistics, expected.statistics), (new.return_statistics, expected.return_statistics)):
+    assert merged.count == whole.count == 64 * 16
+    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(merged.variance, whole.variance, rtol=1e-4, atol=1e-6)
 for a, b in zip(jax.tree.leaves(new.policy_params), jax.tree.leaves(expected.policy_params)):
     np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
 import re

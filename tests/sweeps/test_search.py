@@ -64,6 +64,12 @@ def test_worse_half_stops_at_each_stage(searched):
     assert [(r.told, r.pruned, r.best) for r in reports] == [(8, 6, best)]
 
 
+@pytest.mark.parametrize("num_iterations, expected", [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4])])
+def test_no_iteration_ranks_the_trials_twice(num_iterations, expected):
+    shares = search._distinct_rungs(num_iterations)
+    assert [search._end(share, num_iterations) for share in shares] == expected and shares[-1] == 1
+
+
 def test_seeds_of_tuning_are_nobody_elses(searched):
     *_, seeds = searched
     mine = {tuple(key) for keys in seeds for key in keys}

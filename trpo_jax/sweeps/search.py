@@ -188,11 +188,12 @@ def _run_batch(study: Any, spec: Spec, trials: list[Trial], programs: dict[Any, 
     from optuna.trial import TrialState
 
     alive = list(trials)
-    for rung in _RUNGS:
+    rungs = _distinct_rungs(min(trial.config.num_iterations for trial in trials))
+    for rung in rungs:
         for shape in dict.fromkeys(static_part(trial.config) for trial in alive):
             group = [trial for trial in alive if static_part(trial.config) == shape]
             if shape not in programs:
-                programs[shape] = _compile(spec, group)
+                programs[shape] = _compile(spec, group, len(rungs))
             _train_until(programs[shape], spec, group, rung)
         for trial in alive:
             if rung < 1:
@@ -214,10 +215,19 @@ def _run_batch(study: Any, spec: Spec, trials: list[Trial], programs: dict[Any, 
     return len(trials) - len(alive)
 
 
-def _compile(spec: Spec, group: list[Trial]) -> Programs:
+def _distinct_rungs(num_iterations: int) -> list[float]:
+    """Those of the shares that end after different iterations: one iteration ranks the trials once, not twice."""
+    return list({_end(rung, num_iterations): rung for rung in _RUNGS}.values())
+
+
+def _end(rung: float, num_iterations: int) -> int:
+    return max(1, round(rung * num_iterations))
+
+
+def _compile(spec: Spec, group: list[Trial], num_rungs: int) -> Programs:
     """Programs as wide as the trials that reach the last stage."""
     devices = jax.local_devices()
-    last = -(-len(group) // 2 ** (len(_RUNGS) - 1))
+    last = -(-len(group) // 2 ** (num_rungs - 1))
     most = agents_per_block(last * spec.num_seeds, len(devices))
     return fit_programs(group[0].config, most, spec.num_episodes, devices)
 
@@ -227,8 +237,7 @@ def _train_until(programs: Programs, spec: Spec, group: list[Trial], rung: float
     seeds = jax.jit(jax.vmap(jax.random.key))(TUNING_SEEDS + spec.seed + np.arange(spec.num_seeds))
     agents = [(trial, i) for trial in group for i in range(spec.num_seeds)]
     width = programs.agents_per_block * programs.num_blocks
-    iterations = group[0].config.num_iterations
-    end = max(1, round(rung * iterations))
+    end = _end(rung, group[0].config.num_iterations)
     parts = []
     for first in range(0, len(agents), width):
         members = agents[first : first + width]
