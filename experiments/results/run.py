@@ -88,10 +88,11 @@ class Suite:
 
 def suites() -> dict[str, Suite]:
     small = 100_000
+    learner = {"normalize_observations": True, "reuse": 2, "max_kl": 0.02, "gamma": 0.992}
     shared = {"num_envs": 64, "network": "mlp", "gae_lambda": 0.95}
     return {
         "classic": Suite(
-            {"normalize_observations": True, "reuse": 2, "max_kl": 0.02, "gamma": 0.992},
+            learner | {"num_steps": 100, "cg_damping": 0.05},
             64,
             [
                 Task("CartPole-v1", 100_000, 500.0, 500.0),
@@ -108,7 +109,7 @@ def suites() -> dict[str, Suite]:
             [Task("MemoryChain-bsuite", small, optimal=1.0), Task(positions_only(), 2 * small, optimal=500.0)],
         ),
         "gymnax": Suite(
-            {"normalize_observations": True, "reuse": 2, "max_kl": 0.02, "gamma": 0.992, "network": "mlp"},
+            learner | {"network": "mlp"},
             8,
             [
                 Task("CartPole-v1", small, 500.0, 500.0),
@@ -146,7 +147,7 @@ def suites() -> dict[str, Suite]:
                 *(Task(f"{name}-MinAtar", 10_000_000) for name in ("Breakout", "Asterix", "SpaceInvaders", "Freeway")),
                 Task("Seaquest-MinAtar", 2_000_000),
             ],
-            beside={"PPO": shared | {"update": "ppo", "policy_epochs": 4}},
+            beside={"PPO": shared | {"update": "ppo", "policy_epochs": 4, "policy_learning_rate": 3e-4}},
             sampled=True,
         ),
         "mujoco": Suite(
