@@ -104,7 +104,7 @@ def suites() -> dict[str, Suite]:
             ZOO,
         ),
         "memory": Suite(
-            {"network": "gru", "max_kl": 0.02},
+            {"network": "gru", "max_kl": 0.02, "fisher_fraction": 1.0, "normalize_observations": True},
             16,
             [Task("MemoryChain-bsuite", small, optimal=1.0), Task(positions_only(), 2 * small, optimal=500.0)],
         ),
@@ -144,8 +144,10 @@ def suites() -> dict[str, Suite]:
             shared | {"max_kl": 0.02},
             2,
             [
-                *(Task(f"{name}-MinAtar", 10_000_000) for name in ("Breakout", "Asterix", "SpaceInvaders")),
-                Task("Freeway-MinAtar", 3_000_000),
+                Task("Breakout-MinAtar", 10_000_000),
+                Task("Asterix-MinAtar", 10_000_000),
+                Task("SpaceInvaders-MinAtar", 5_000_000),
+                Task("Freeway-MinAtar", 2_000_000),
                 Task("Seaquest-MinAtar", 1_000_000),
             ],
             beside={"PPO": shared | {"update": "ppo", "policy_epochs": 4, "policy_learning_rate": 3e-4}},
