@@ -159,6 +159,7 @@ def suites() -> dict[str, Suite]:
                 "normalize_rewards": True,
                 "num_envs": 8,
                 "num_steps": 128,
+                "initial_log_std": -0.5,
                 "gae_lambda": 0.95,
             },
             3,
