@@ -89,7 +89,8 @@ class Suite:
 def suites() -> dict[str, Suite]:
     small = 100_000
     learner = {"normalize_observations": True, "reuse": 2, "max_kl": 0.02, "gamma": 0.992}
-    shared = {"num_envs": 64, "network": "mlp", "gae_lambda": 0.95}
+    minatar = {"num_envs": 64, "network": "mlp", "gae_lambda": 0.95, "normalize_observations": True}
+    ppo = {"update": "ppo", "policy_epochs": 4, "entropy_coefficient": 0.01}
     return {
         "classic": Suite(
             learner | {"num_steps": 100, "cg_damping": 0.05},
@@ -141,7 +142,7 @@ def suites() -> dict[str, Suite]:
             GYMNAX,
         ),
         "minatar": Suite(
-            shared | {"max_kl": 0.02},
+            minatar | {"max_kl": 0.02},
             2,
             [
                 Task("Breakout-MinAtar", 10_000_000),
@@ -150,7 +151,7 @@ def suites() -> dict[str, Suite]:
                 Task("Freeway-MinAtar", 2_000_000),
                 Task("Seaquest-MinAtar", 1_000_000),
             ],
-            beside={"PPO": shared | {"update": "ppo", "policy_epochs": 4, "policy_learning_rate": 3e-4}},
+            beside={"PPO": minatar | ppo},
             sampled=True,
         ),
         "mujoco": Suite(
