@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 import trpo_jax
 from trpo_jax.environments.base import Environment
+from trpo_jax.runs import fill_forward
 from trpo_jax.sweeps.statistics import interquartile_mean, stratified_bootstrap
 
 HERE = Path(__file__).parent
@@ -219,8 +220,9 @@ def run_task(task: Task, suite: Suite, settings: dict[str, Any]) -> dict[str, An
     start = time.perf_counter()
     curves, random, returns = map(np.asarray, jax.block_until_ready(program(jnp.arange(suite.num_seeds))))
     seconds = time.perf_counter() - start
-    curve = [float(interquartile_mean(column[~np.isnan(column)])) for column in curves.T if not np.isnan(column).all()]
-    seen = [i for i, column in enumerate(curves.T) if not np.isnan(column).all()]
+    # An iteration in which no episode ended says nothing new; the curve begins when every seed has said something.
+    curves = fill_forward(curves.T)
+    seen = np.flatnonzero(~np.isnan(curves).any(axis=1))
     every = max(1, len(seen) // 100)
     return {
         "env_steps": config.num_iterations * config.steps_per_iteration,
@@ -232,8 +234,8 @@ def run_task(task: Task, suite: Suite, settings: dict[str, Any]) -> dict[str, An
         "optimal": task.optimal,
         "seconds": round(seconds, 1),
         "returns": [round(float(value), 3) for value in returns],
-        "curve_steps": [(i + 1) * config.steps_per_iteration for i in seen[::every]],
-        "curve_iqm": [round(value, 3) for value in curve[::every]],
+        "curve_steps": [(int(i) + 1) * config.steps_per_iteration for i in seen[::every]],
+        "curve_iqm": [round(float(interquartile_mean(curves[i])), 3) for i in seen[::every]],
     }
 
 
