@@ -83,7 +83,14 @@ def cartpole(rule):
     config = Config(num_iterations=21, radius_rule=rule)
     configs = stack([config.replace(max_kl=radius) for radius in (0.01, 1.0, 1e-4)])
     keys = jax.vmap(jax.random.key)(jnp.arange(8))
-    return jax.jit(jax.vmap(jax.vmap(lambda c, k: train(c, k)[1], (None, 0)), (0, None)))(configs, keys)
+
+    def each(config):
+        return jax.lax.map(lambda key: train(config, key)[1], keys)
+
+    jax.config.update("jax_disable_most_optimizations", False)  # it runs for longer than it saves
+    metrics = jax.jit(lambda configs: jax.lax.map(each, configs))(configs)
+    jax.config.update("jax_disable_most_optimizations", True)
+    return metrics
 
 
 @pytest.mark.parametrize("rule", ["ratio", "divergence"])
@@ -251,7 +258,7 @@ def test_reusing_the_first_batch_alone_is_using_it():
 
 
 def test_several_agents_of_an_option_are_each_a_run_of_their_own():
-    for name in ("ratio", "PPO", "reuse"):
+    for name in ("ratio", "reuse"):
         config = small_config(num_iterations=3, **OPTIONS[name])
         keys = jax.random.split(jax.random.key(1), 2)
         together = quick_jit(jax.vmap(train, in_axes=(None, 0)))(config, keys)
