@@ -18,17 +18,16 @@ import jax
 from trpo_jax import Config, train
 keys = jax.vmap(jax.random.key)(jax.numpy.arange(32))
 run = jax.jit(jax.vmap(train, in_axes=(None, 0)))
-config = Config(num_envs=4, num_steps=32, num_iterations=2, value_fit={value_fit!r})
+config = Config(num_envs=4, num_steps=32, num_iterations=2)
 for _ in range(5):
     state, metrics = jax.block_until_ready(run(config, keys))
 print("finished", metrics.mean_kl.shape)
 """
 
 
-@pytest.mark.parametrize("value_fit", ["gauss-newton", "adam"])
-def test_32_agents_finish(python, value_fit):
+def test_32_agents_finish(python):
     # subprocess.run kills the child with SIGKILL when the time is over, which a deadlocked process obeys.
-    result = python("-c", MANY_AGENTS.format(value_fit=value_fit), env={"NPROC": "2"}, timeout=200)
+    result = python("-c", MANY_AGENTS, env={"NPROC": "2"}, timeout=200)
     assert result.stdout == "finished (32, 2)\n", result.stderr
 
 

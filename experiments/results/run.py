@@ -90,8 +90,8 @@ class Suite:
 def suites() -> dict[str, Suite]:
     small = 100_000
     learner = {"normalize_observations": True, "reuse": 2, "max_kl": 0.02, "gamma": 0.992}
-    minatar = {"num_envs": 64, "network": "mlp", "gae_lambda": 0.95, "normalize_observations": True}
-    ppo = {"update": "ppo", "policy_epochs": 4, "entropy_coefficient": 0.01}
+    minatar = {"network": "mlp", "gae_lambda": 0.95, "normalize_observations": True}
+    ppo = {"num_envs": 64, "update": "ppo", "policy_epochs": 4, "entropy_coefficient": 0.01}
     return {
         "classic": Suite(
             learner | {"num_steps": 100, "cg_damping": 0.05},
@@ -143,14 +143,14 @@ def suites() -> dict[str, Suite]:
             GYMNAX,
         ),
         "minatar": Suite(
-            minatar | {"max_kl": 0.02},
-            2,
+            minatar | {"num_envs": 256, "max_kl": 0.05},
+            3,
             [
                 Task("Breakout-MinAtar", 10_000_000),
                 Task("Asterix-MinAtar", 10_000_000),
-                Task("SpaceInvaders-MinAtar", 5_000_000),
-                Task("Freeway-MinAtar", 2_000_000),
-                Task("Seaquest-MinAtar", 1_000_000),
+                Task("SpaceInvaders-MinAtar", 10_000_000),
+                Task("Freeway-MinAtar", 10_000_000),
+                Task("Seaquest-MinAtar", 5_000_000),
             ],
             beside={"PPO": minatar | ppo},
             sampled=True,

@@ -376,11 +376,8 @@ def test_every_environment_trains(name):
         env=name,
         num_envs=2,
         num_steps=8,
-        value_minibatches=1,
         cg_iterations=2,
         fisher_fraction=1.0,  # a tenth of 16 samples would point nowhere
-        value_epochs=1,
-        value_learning_rate=1e-2,
     )
 
     def run(key):

@@ -71,7 +71,7 @@ def test_interval_covers(shape):
     def covered(key):
         key_batch, key_bootstrap = jax.random.split(key)
         data = batch(key_batch, shape)
-        judgement = judge_candidate(policy_apply, OLD, candidate, *data, key_bootstrap, resamples=400)
+        judgement = judge_candidate(policy_apply, OLD, candidate, *data, key_bootstrap, resamples=200)
         exact = exact_gain(candidate)
         return (judgement.low <= exact) & (exact <= judgement.high)
 

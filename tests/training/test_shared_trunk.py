@@ -48,8 +48,7 @@ def bent_policy():
     )
 
 
-@pytest.mark.parametrize("memory", [False, True])
-@pytest.mark.parametrize("fit", ["gauss-newton", "adam"])
+@pytest.mark.parametrize("memory, fit", [(False, "adam"), (True, "gauss-newton")])
 def test_a_head_on_the_observation_is_the_value_function_of_its_own(memory, fit):
     wrap = with_idle_memory if memory else lambda network: network
     separate = small_config(
