@@ -16,10 +16,17 @@ _CACHE = "JAX_COMPILATION_CACHE_DIR"
 def pytest_configure(config):
     # Tracing makes many objects that stay; by default the garbage collector visits them too often.
     gc.set_threshold(100_000, 50, 100)
-    # XLA's older code generator for CPUs compiles in half the time. Tests of bits as users get them start children
-    # whose flags are their own.
+    # XLA's older code generator for CPUs compiles in half the time, and cutting a program into parts that compile side
+    # by side costs a fifth where there are no idle cores. Tests of bits as users get them start children whose flags
+    # are their own.
     if "XLA_FLAGS" not in os.environ:
-        os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+        os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    # Most programs of the tests run once, for milliseconds, and need no note of where each operation was called from.
+    # JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the programs as users compile them, in a quarter more time.
+    for option, value in {"jax_disable_most_optimizations": True, "jax_traceback_in_locations_limit": 0}.items():
+        if option.upper() not in os.environ:
+            os.environ[option.upper()] = str(int(value))
+            jax.config.update(option, value)
     # Workers and child processes share what they compile; an empty folder a session, so that every run starts cold.
     if _CACHE not in os.environ:
         os.environ[_CACHE] = config.made_cache = tempfile.mkdtemp(prefix="trpo_jax_tests_")
@@ -32,14 +39,14 @@ def pytest_unconfigure(config):
         shutil.rmtree(config.made_cache, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def quick_compiles():
-    """Compile quickly and optimise little, here and in child processes; for tests of neither speed nor rounding."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    yield
-    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+@pytest.fixture
+def full_compiles(monkeypatch):
+    """Compile as users do, here and in child processes; for tests that train for long."""
+    usual = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", usual)
 
 
 @pytest.fixture(scope="session")

@@ -12,18 +12,6 @@ import numpy as np
 
 from trpo_jax import Categorical, Config, DiagonalGaussian, Network
 
-# A third of the time to compile, for programs that run for milliseconds. Tests about bits use the default.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
-
-
-def quick_jit(function, **options):
-    """`jax.jit` that compiles quickly and optimises little (on CPU, the only backend these options are known for)."""
-    return jax.jit(function, compiler_options=QUICK if jax.default_backend() == "cpu" else None, **options)
-
 
 def discrete(n):
     return SimpleNamespace(n=n)

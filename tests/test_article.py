@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 FOLDER = Path(__file__).parent.parent / "experiments" / "article"
 specification = importlib.util.spec_from_file_location("article_run", FOLDER / "run.py")
 article = importlib.util.module_from_spec(specification)

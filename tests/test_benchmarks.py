@@ -22,8 +22,6 @@ from trpo_jax.benchmarks.measure import (
 from trpo_jax.cli import main
 from trpo_jax.files import settings_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def test_programs_run_in_turn_after_a_warm_up_and_wait_for_their_results():
     order = []

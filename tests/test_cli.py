@@ -10,8 +10,6 @@ import pytest
 from trpo_jax import Config
 from trpo_jax.cli import main
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TINY = ["--num-envs", "2", "--num-steps", "8", "--value-minibatches", "1", "--num-iterations", "3"]
 
 

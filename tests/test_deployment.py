@@ -9,15 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from probes import quick_jit
 from tensorboardX.proto import event_pb2
 
 from trpo_jax import Config, UsageError, evaluate, init, train
 from trpo_jax.cli import main
 from trpo_jax.deployment import acting_policy, export_policy, play
 from trpo_jax.runs import open_run, read_metrics
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 SMALL = {"num_envs": 2, "num_steps": 8, "num_iterations": 2, "cg_iterations": 2, "value_cg_iterations": 2}
 
@@ -114,7 +111,7 @@ def test_an_exported_memory_comes_with_the_policy(tmp_path):
     act, carry = acting_policy(config, state)
     observation = jax.random.normal(jax.random.key(1), (1, 4))
     for _ in range(3):
-        expected = quick_jit(act)(carry, observation)
+        expected = jax.jit(act)(carry, observation)
         carry, action = exported.call(carry, observation)
         np.testing.assert_allclose(carry, expected[0], atol=1e-6)
         np.testing.assert_array_equal(action, expected[1])

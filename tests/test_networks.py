@@ -18,8 +18,6 @@ from trpo_jax import (
 from trpo_jax.environments.base import Box, Discrete, MultiDiscrete, make_box
 from trpo_jax.networks import _product_by_columns, orthogonal
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def environment(space, observation_shape=(3,)):
     """Networks look at spaces and shapes only."""

@@ -13,8 +13,6 @@ from trpo_jax import Metrics
 from trpo_jax.cli import main
 from trpo_jax.sweeps.grids import make_points, make_spec
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -10,8 +10,6 @@ import pytest
 
 from trpo_jax import Config, train
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # As many agents and networks as large as by default, which is where threads could wait; few steps.
 MANY_AGENTS = """
 import jax

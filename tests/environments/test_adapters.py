@@ -12,13 +12,10 @@ import numpy as np
 import probes
 import pytest
 from flax import struct
-from probes import quick_jit
 
 from trpo_jax import Config, UsageError, init, make_environment, make_policy, train_step
 from trpo_jax.environments import brax, craftax, jumanji, suites
 from trpo_jax.environments.base import Discrete, MultiDiscrete
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def walk(environment, actions):
@@ -32,7 +29,7 @@ def walk(environment, actions):
         state = environment.reset(key)[1]
         return jax.lax.scan(one, state, (jax.random.split(key, len(actions)), actions))[1]
 
-    return quick_jit(run)(jax.random.key(0), jnp.asarray(actions))
+    return jax.jit(run)(jax.random.key(0), jnp.asarray(actions))
 
 
 # Jumanji: dm_env's time steps. The agent sees a counter; action 1 ends the episode, and five steps are its limit.
@@ -128,7 +125,7 @@ def test_the_default_policy_takes_legal_actions_only(env, space, mask_shape, nor
     np.testing.assert_allclose(distribution.entropy(), 0, atol=1e-6)  # one action is left
     np.testing.assert_allclose(distribution.kl(distribution), 0, atol=1e-6)
 
-    step = quick_jit(train_step)
+    step = jax.jit(train_step)
     for _ in range(2):
         state, metrics = step(config, state)
         assert metrics.finite == 1 and metrics.mean_kl <= 0.01

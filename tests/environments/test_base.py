@@ -9,12 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
-from probes import quick_jit
 
 from trpo_jax import Environment, UsageError, make_environment
 from trpo_jax.environments.base import Box, Discrete, MultiDiscrete, auto_reset, make_box, time_limit
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def count_up(limit):
@@ -86,7 +83,7 @@ def test_max_steps_cuts_a_gymnax_environment():
     environment = make_environment("MountainCar-v0", max_steps=4)
     assert environment.max_steps == 4
     assert make_environment("MountainCar-v0").max_steps == 200
-    rows = follow(jax.jit(environment.reset), quick_jit(environment.step), 9)
+    rows = follow(jax.jit(environment.reset), jax.jit(environment.step), 9)
     assert [i for i, row in enumerate(rows) if row.truncated] == [3, 7]
 
 

@@ -7,13 +7,12 @@ import numpy as np
 import probes
 import pytest
 from gymnasium import spaces
-from probes import quick_jit
 
 from trpo_jax import Config, UsageError, evaluate, init, load, make_environment, save
 from trpo_jax.environments import gymnasium as adapter
 from trpo_jax.environments.base import MultiDiscrete
 
-pytestmark = [pytest.mark.usefixtures("quick_compiles"), pytest.mark.filterwarnings("default")]
+pytestmark = pytest.mark.filterwarnings("default")
 
 
 class Recorder(gymnasium.Env):
@@ -64,7 +63,7 @@ def play(environment, num_envs, actions):
 
         return state, jax.lax.scan(one, state, (jax.random.split(key, len(actions)), actions))[1]
 
-    return quick_jit(run)(jax.random.key(0), actions)
+    return jax.jit(run)(jax.random.key(0), actions)
 
 
 @pytest.mark.parametrize("name, num_steps", [("CartPole-v1", 60), ("Pendulum-v1", 210), ("Acrobot-v1", 20)])
@@ -146,8 +145,8 @@ def test_agents_with_equal_seeds_do_not_disturb_each_other(recorder):
 
         return jax.lax.scan(one, state, (jax.random.split(jax.random.key(2), len(actions)), actions))
 
-    together = quick_jit(jax.vmap(agent))(actions)
-    alone = quick_jit(agent)
+    together = jax.jit(jax.vmap(agent))(actions)
+    alone = jax.jit(agent)
     for i in range(3):
         assert probes.same_bits(jax.tree.map(lambda leaf: leaf[i], together), alone(actions[i]))  # noqa: B023
 

@@ -12,7 +12,6 @@ import pytest
 from gymnax.environments import spaces
 from gymnax.environments.environment import Environment as GymnaxEnvironment
 from gymnax.environments.environment import EnvParams, EnvState
-from probes import quick_jit
 
 from trpo_jax import (
     Categorical,
@@ -84,7 +83,7 @@ def walk(reset, step, space, num_envs, num_steps):
 
         return observation, jax.lax.scan(one, state, jax.random.split(key_run, num_steps))[1]
 
-    return quick_jit(run)
+    return jax.jit(run)
 
 
 @functools.cache
@@ -354,16 +353,21 @@ def test_gymnax_tuples_and_dictionaries():
 
 
 # Each train step is a program of its own, two seconds and more to compile. The quick suite keeps Breakout for grids and
-# one or more of every kind of space and ending; slow are the MinAtar games and Pong, whose own steps are the largest
-# programs, and those whose spaces another environment shares. The contract above covers them all.
+# one of every kind of space and ending; slow are the MinAtar games and Pong, whose own steps are the largest programs,
+# those whose spaces another environment shares, and those that other tests train. The contract above covers them all.
 EXPENSIVE = {"Asterix-MinAtar", "Freeway-MinAtar", "Pong-misc", "Seaquest-MinAtar", "SpaceInvaders-MinAtar"}
 ALIKE = {
     "Acrobot-v1",
     "BernoulliBandit-misc",
+    "CartPole-v1",
     "DeepSea-bsuite",
+    "DiscountingChain-bsuite",
     "FourRooms-misc",
     "MetaMaze-misc",
+    "MountainCar-v0",
+    "Pendulum-v1",
     "Reacher-misc",
+    "SimpleBandit-bsuite",
     "Swimmer-misc",
 }
 
@@ -384,7 +388,7 @@ def test_every_environment_trains(name):
         state = init(config, key)
         return state, *train_step(config, state)
 
-    before, after, metrics = quick_jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 2))
+    before, after, metrics = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 2))
     for leaf in jax.tree.leaves((after.policy_params, after.value_params, after.observation)):
         assert np.isfinite(leaf).all()
     assert (metrics.accepted == 1).any() or (metrics.gradient_norm == 0).all()

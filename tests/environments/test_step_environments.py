@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
-from probes import assert_trees_close, quick_jit
+from probes import assert_trees_close
 
 from trpo_jax import make_environment
 from trpo_jax.environments.base import step_environments
@@ -45,7 +45,7 @@ def step_each(environment, key, state, action):
 def test_stepping_together_is_stepping_each(env):
     environment = make_environment(probes.Countdown() if env == "Countdown" else env)
     key = jax.random.key(3)
-    together, each = (quick_jit(play(environment, step))(key) for step in (step_environments, step_each))
+    together, each = (jax.jit(play(environment, step))(key) for step in (step_environments, step_each))
     assert_same_play(together, each)
     if env != "FourRooms-misc":
         done = np.asarray(together.terminated | together.truncated)
@@ -55,7 +55,7 @@ def test_stepping_together_is_stepping_each(env):
 def test_so_it_is_for_many_agents():
     environment = make_environment("CartPole-v1")
     keys = jax.random.split(jax.random.key(4), 3)
-    together, each = (quick_jit(jax.vmap(play(environment, step)))(keys) for step in (step_environments, step_each))
+    together, each = (jax.jit(jax.vmap(play(environment, step)))(keys) for step in (step_environments, step_each))
     assert_same_play(together, each)
 
 
@@ -84,7 +84,7 @@ def test_costly_first_states_are_drawn_a_few_at_a_time():
     environment = dataclasses.replace(make_environment("CartPole-v1"), costly_reset=True)
     keys = jax.random.split(jax.random.key(5), 2)
     few, each = (
-        quick_jit(jax.vmap(play(environment, step, num_envs=19)))(keys) for step in (step_environments, step_each)
+        jax.jit(jax.vmap(play(environment, step, num_envs=19)))(keys) for step in (step_environments, step_each)
     )
     assert_same_play(few, each)
     ended = np.sum(few.terminated, axis=-1)

@@ -8,14 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
-from probes import quick_jit
 
 from trpo_jax import Config, UsageError, init, make_environment, train_step
 from trpo_jax.environments.base import Box, MultiDiscrete
 from trpo_jax.environments.suites import SUITES, adapter
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compiles"),
     pytest.mark.filterwarnings("default"),  # the suites' own
     pytest.mark.timeout(600),
 ]
@@ -91,7 +89,7 @@ def walk(name, max_steps, num_steps, own_limit=None):
 
         return first, jax.lax.scan(one, state, jax.random.split(key_run, num_steps))[1]
 
-    run = quick_jit(run)
+    run = jax.jit(run)
     return environment, run(jax.random.key(1)), run(jax.random.key(1))
 
 
@@ -154,7 +152,7 @@ def test_it_trains(name):
     need(name)
     config = Config(env=name, num_envs=2, num_steps=8, cg_iterations=2, fisher_fraction=1.0)
     state = init(config, jax.random.key(0))
-    after, metrics = quick_jit(train_step)(config, state)
+    after, metrics = jax.jit(train_step)(config, state)
     assert metrics.finite == 1 and metrics.mean_kl <= 0.01
     for leaf in jax.tree.leaves((after.policy_params, after.value_params, after.observation)):
         assert np.isfinite(leaf).all()

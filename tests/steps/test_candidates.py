@@ -9,8 +9,6 @@ from scipy import stats
 from trpo_jax import Categorical, judge_candidate
 from trpo_jax.theory import advantages, expected_return, garnet, softmax_policy, surrogate_return_gain, visitation
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 MDP = garnet(jax.random.key(0), 6, 3, 3, 0.9)
 OLD = 0.5 * jax.random.normal(jax.random.key(1), (6, 3))
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import quick_jit
 
 from trpo_jax import Categorical, DiagonalGaussian, gae, natural_gradient, parallel_gae, trpo_update
 from trpo_jax.steps.line_searches import full_step
@@ -26,17 +25,17 @@ def make_problem(policy=categorical, batch=60, seed=0):
     if policy is categorical:
         params["hidden"] = jnp.asarray(rng.normal(size=(4, 4)))
     observation = jnp.asarray(rng.normal(size=(batch, 4)))
-    action = quick_jit(lambda: policy(params, observation).sample(jax.random.key(seed)))()
+    action = jax.jit(lambda: policy(params, observation).sample(jax.random.key(seed)))()
     return params, observation, action, jnp.asarray(rng.normal(size=batch))
 
 
 @functools.cache
 def update_of(policy, **options):
     """A compiled `trpo_update` that examples share."""
-    return quick_jit(functools.partial(trpo_update, policy, **options))
+    return jax.jit(functools.partial(trpo_update, policy, **options))
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def divergences(policy, params, new, observation):
     old, now = policy(params, observation), policy(new, observation)
     kl = old.kl(now)
@@ -45,7 +44,7 @@ def divergences(policy, params, new, observation):
 
 def compiled_gradient(function):
     """Of `function(params)` -> (value, other): params -> ((value, other), gradient of the value)."""
-    return quick_jit(jax.value_and_grad(function, has_aux=True))
+    return jax.jit(jax.value_and_grad(function, has_aux=True))
 
 
 def norm(tree):
@@ -84,7 +83,7 @@ def test_without_a_line_search_it_is_the_natural_gradient_step(x64):
     update = update_of(categorical, line_search=full_step)
     new, info = update(params, observation, action, advantage, max_kl=2.0)
 
-    @quick_jit
+    @jax.jit
     def full(params):
         gradient = jax.grad(lambda p: jnp.mean(categorical(p, observation).log_prob(action) * advantage))(params)
         return natural_gradient(lambda p: categorical(p, observation), params, gradient, max_kl=2.0)[0]
@@ -157,7 +156,7 @@ def test_advantages_of_another_policy_are_cut_where_the_two_part(estimate, x64):
     next_values, never = jnp.array([1, 1.5, 2, 2.5]), jnp.zeros(4, bool)
     settings = {"gamma": 0.9, "gae_lambda": 0.95}
 
-    compiled = quick_jit(lambda ratios: estimate(rewards, values, next_values, never, never, **settings, ratios=ratios))
+    compiled = jax.jit(lambda ratios: estimate(rewards, values, next_values, never, never, **settings, ratios=ratios))
 
     def at(*ratios):
         return np.asarray(compiled(np.array(ratios)))

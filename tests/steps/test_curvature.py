@@ -17,8 +17,6 @@ from trpo_jax import (
 )
 from trpo_jax.environments.base import Discrete, MultiDiscrete, make_box
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BATCHES = [(7,), (3, 4)]
 
 

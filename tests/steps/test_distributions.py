@@ -11,8 +11,6 @@ from jax.flatten_util import ravel_pytree
 
 from trpo_jax.steps.distributions import Categorical, DiagonalGaussian, MultiCategorical
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BATCH = 4
 KINDS = ("categorical", "gaussian", "shared_log_std", "multi_categorical")
 

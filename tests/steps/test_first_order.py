@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from probes import quick_jit
 from scipy.optimize import brentq
 
 from trpo_jax import Categorical, DiagonalGaussian
@@ -18,7 +17,7 @@ def categorical(params, observation):
 
 def update(policy, params, *batch, optimizer, **options):
     """`first_order_update` from the optimizer's start, as one compiled program."""
-    return quick_jit(
+    return jax.jit(
         lambda params, *batch: first_order_update(
             policy, params, optimizer.init(params), *batch, optimizer=optimizer, **options
         )
@@ -54,14 +53,14 @@ def test_one_plain_step_is_the_policy_gradient(x64):
     params, observation, action, advantage = make_problem()
     optimizer = optax.sgd(0.3)
     new, _, info = update(categorical, params, observation, action, advantage, optimizer=optimizer)
-    gradient = quick_jit(jax.grad(lambda p: jnp.mean(categorical(p, observation).log_prob(action) * advantage)))(params)
+    gradient = jax.jit(jax.grad(lambda p: jnp.mean(categorical(p, observation).log_prob(action) * advantage)))(params)
     for name in params:
         np.testing.assert_allclose(new[name], params[name] + 0.3 * gradient[name], rtol=1e-12)
     norm = np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in gradient.values()))
     np.testing.assert_allclose(info.gradient_norm, norm, rtol=1e-12)
     np.testing.assert_allclose(info.predicted_gain, 0.3 * norm**2, rtol=1e-12)
 
-    @quick_jit
+    @jax.jit
     def kl_and_gain(params, new):
         old, now = categorical(params, observation), categorical(new, observation)
         ratio = jnp.exp(now.log_prob(action) - old.log_prob(action))
@@ -87,7 +86,7 @@ def test_an_entropy_bonus_adds_its_gradient(x64):
     new, _, info = update(
         categorical, params, observation, action, jnp.zeros(24), optimizer=optimizer, entropy_coefficient=0.01
     )
-    gradient = quick_jit(jax.grad(lambda p: 0.01 * jnp.mean(categorical(p, observation).entropy())))(params)
+    gradient = jax.jit(jax.grad(lambda p: 0.01 * jnp.mean(categorical(p, observation).entropy())))(params)
     np.testing.assert_allclose(new["out"] - params["out"], gradient["out"], rtol=1e-8)
     assert jnp.mean(categorical(new, observation).entropy()) > info.entropy
     assert info.surrogate_gain > 0
@@ -105,7 +104,7 @@ def test_epochs_of_minibatches_are_a_loop_over_strided_parts(x64):
 
     expected, state = params, optimizer.init(params)
 
-    @quick_jit
+    @jax.jit
     def step(params, state, part):
         updates, state = optimizer.update(jax.grad(loss)(params, part), state)
         return optax.apply_updates(params, updates), state

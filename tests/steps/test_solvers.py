@@ -145,9 +145,9 @@ def test_tolerance_is_relative():
     _, tight_info = solve(matrix, b, num_iterations=100, tolerance=1e-4)
     assert loose_info.num_iterations < tight_info.num_iterations
     assert loose_info.relative_residual <= 0.1 and tight_info.relative_residual <= 1e-4
-    tiny, tiny_info = solve(matrix, 1e-8 * b, num_iterations=100, tolerance=0.1)
+    tiny, tiny_info = solve(matrix, 2.0**-27 * b, num_iterations=100, tolerance=0.1)  # a power of two rounds nothing
     assert tiny_info.num_iterations == loose_info.num_iterations
-    np.testing.assert_allclose(1e8 * tiny, loose, rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(2.0**27 * tiny, loose, rtol=1e-2, atol=1e-3)
 
 
 def test_pytrees_equal_flat_vectors():

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probes import quick_jit
 from scipy.special import log_softmax, softmax
 
 from trpo_jax import (
@@ -28,7 +27,7 @@ LINE_SEARCHES = [backtracking_line_search, parallel_line_search]
 
 def update(apply, *arrays, **options):
     """`trpo_update` as one compiled program."""
-    return quick_jit(lambda *traced: trpo_update(apply, *traced, **options))(*arrays)
+    return jax.jit(lambda *traced: trpo_update(apply, *traced, **options))(*arrays)
 
 
 def natural_step(apply, params, gradient, observation, weight=None, **options):
@@ -37,7 +36,7 @@ def natural_step(apply, params, gradient, observation, weight=None, **options):
     def step(params, gradient, observation):
         return natural_gradient(lambda p: apply(p, observation), params, gradient, weight=weight, **options)[0]
 
-    return quick_jit(step)(params, gradient, observation)
+    return jax.jit(step)(params, gradient, observation)
 
 
 def kl_of_logits(old, new):
@@ -82,7 +81,7 @@ def test_two_state_mdp_golden(x64):
         return jnp.sum(rho[:, None] * jax.nn.softmax(theta) * advantage)
 
     theta = jnp.asarray(logits)
-    gradient = quick_jit(jax.grad(exact_surrogate))(theta)
+    gradient = jax.jit(jax.grad(exact_surrogate))(theta)
     np.testing.assert_allclose(gradient[:, 1], [1.5406794497, -3.0091583471], rtol=1e-9)
 
     step = natural_step(apply, theta, gradient, None, max_kl=0.01, cg_damping=0.0, cg_iterations=10, weight=weight)
@@ -93,7 +92,7 @@ def test_two_state_mdp_golden(x64):
     new = theta + step
     probs = softmax(new, axis=1)
     np.testing.assert_allclose(probs, [[0.3315515114, 0.6684484886], [0.6566523372, 0.3433476628]], rtol=1e-8)
-    kl = np.asarray(quick_jit(kl_of_logits)(theta, new))
+    kl = np.asarray(jax.jit(kl_of_logits)(theta, new))
     assert (1 - gamma) * rho @ kl == pytest.approx(0.0097914243, rel=1e-8)
     assert kl.max() == pytest.approx(0.0145143095, rel=1e-8)
     assert expected_return(policy) == pytest.approx(8.9629901502, rel=1e-10)
@@ -111,12 +110,12 @@ def test_softmax_bandit_golden(x64):
         return Categorical(jnp.broadcast_to(theta, (observation.shape[0], 3)))
 
     observation = np.zeros((10, 1))
-    gradient = quick_jit(jax.grad(lambda t: jnp.mean(apply(t, observation).log_prob(action) * advantage)))(theta)
+    gradient = jax.jit(jax.grad(lambda t: jnp.mean(apply(t, observation).log_prob(action) * advantage)))(theta)
     step = natural_step(apply, theta, gradient, observation, max_kl=0.01, cg_damping=0.0, cg_iterations=10)
     np.testing.assert_allclose(step, 0.2020305089 * np.array([0.0, -1.0, 1.0]), atol=1e-10)
     full = theta + step
     np.testing.assert_allclose(softmax(full), [0.5051025106, 0.2476224649, 0.2472750246], rtol=1e-9)
-    assert quick_jit(kl_of_logits)(theta, full) == pytest.approx(
+    assert jax.jit(kl_of_logits)(theta, full) == pytest.approx(
         0.0100497494, rel=1e-8
     )  # > δ: the full step must be refused
 
@@ -145,7 +144,7 @@ def test_linear_gaussian_step_has_kl_delta(x64):
         assert info.accepted and info.step_fraction == 1
         assert float(info.mean_kl) == pytest.approx(0.01, abs=1e-12)
 
-    @quick_jit
+    @jax.jit
     def kl_of_step(params):
         gradient = jax.grad(lambda p: jnp.mean(apply(p, observation).log_prob(action) * advantage))(params)
         step, _ = natural_gradient(
@@ -178,7 +177,7 @@ def bare_apply(params, observation):
     return Categorical(jnp.tanh(observation @ params["hidden"]) @ params["out"])
 
 
-COMPILED = {s: quick_jit(functools.partial(trpo_update, bare_apply, line_search=s)) for s in LINE_SEARCHES}
+COMPILED = {s: jax.jit(functools.partial(trpo_update, bare_apply, line_search=s)) for s in LINE_SEARCHES}
 
 
 def test_step_is_invariant_to_reparametrisation(x64):
@@ -189,7 +188,7 @@ def test_step_is_invariant_to_reparametrisation(x64):
     matrix = np.random.default_rng(9).normal(size=(flat.size, flat.size)) + 4 * np.eye(flat.size)
     phi = np.linalg.solve(matrix, flat)
 
-    @quick_jit
+    @jax.jit
     def updated_policy(matrix, parameters):
         def apply(v, o):
             return bare_apply(unravel(matrix @ v), o)
@@ -241,7 +240,7 @@ def library_policies():
     network = eqx.nn.MLP(3, 4, 5, 1, activation=jnp.tanh, key=jax.random.key(0))
     arrays, static = eqx.partition(network, eqx.is_inexact_array)
     return {
-        "linen": (linen.apply, quick_jit(linen.init)(jax.random.key(0), np.zeros(3))),
+        "linen": (linen.apply, jax.jit(linen.init)(jax.random.key(0), np.zeros(3))),
         "nnx": (lambda params, o: nnx.merge(graph, params)(o), nnx_params),
         "equinox": (lambda params, o: Categorical(jax.vmap(eqx.combine(params, static))(o)), arrays),
         "dict": (bare_apply, mlp_problem()[0]),
@@ -253,7 +252,7 @@ def test_policies_of_every_library(library):
     apply, params = library_policies()[library]
     _, observation, _, advantage = mlp_problem()
 
-    @quick_jit
+    @jax.jit
     def sample_and_update(params):
         action = apply(params, observation).sample(jax.random.key(3))
         new, info = trpo_update(apply, params, observation, action, advantage)
@@ -283,7 +282,7 @@ def test_multicategorical_and_batches_of_any_rank():
 
 @functools.cache
 def traced_fraction():
-    return quick_jit(lambda fraction, *problem: trpo_update(bare_apply, *problem, fisher_fraction=fraction))
+    return jax.jit(lambda fraction, *problem: trpo_update(bare_apply, *problem, fisher_fraction=fraction))
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.1, 1 / 64])
@@ -303,7 +302,7 @@ def test_fisher_fraction_out_of_range(fraction):
 def test_one_trace_serves_all_floats_and_vmap_equals_separate_calls():
     problem, traces = mlp_problem(), []
 
-    @quick_jit
+    @jax.jit
     def traced_update(max_kl, damping, shrink, fraction):
         traces.append(1)
         return trpo_update(
@@ -327,7 +326,7 @@ def test_one_trace_serves_all_floats_and_vmap_equals_separate_calls():
 def test_line_searches_give_one_answer():
     problem = mlp_problem()
     sequential, parallel = (
-        quick_jit(lambda max_kl, s=search: trpo_update(bare_apply, *problem, max_kl=max_kl, line_search=s))
+        jax.jit(lambda max_kl, s=search: trpo_update(bare_apply, *problem, max_kl=max_kl, line_search=s))
         for search in LINE_SEARCHES
     )
     for max_kl in (1e-4, 0.01, 1.0, 30.0):
@@ -391,7 +390,7 @@ def random_update(seed, log_max_kl, damping, scale, spoil):
     return info, kl, gain, same, finite, max_kl
 
 
-RANDOM_UPDATES = quick_jit(jax.vmap(random_update))
+RANDOM_UPDATES = jax.jit(jax.vmap(random_update))
 EXAMPLES, LANES = 20, 512  # 10,240 updates
 
 

@@ -10,8 +10,6 @@ from trpo_jax import fit_value_function, gauss_newton_fit
 from trpo_jax.steps.statistics import init_statistics, normalize, update_statistics
 from trpo_jax.steps.values import explained_variance
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def linear(params, observation):
     return observation @ params
@@ -123,7 +121,7 @@ def test_gauss_newton_never_raises_the_loss(fraction, damping):
         return before, after, loss
 
     before, after, loss = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 200))
-    assert (after <= before).all() and (after < before).mean() > 0.9
+    assert (after <= before * (1 + 1e-6)).all() and (after < before).mean() > 0.9  # each rounded by its own program
     np.testing.assert_allclose(loss, after, rtol=1e-3)
 
 

@@ -59,7 +59,12 @@ def trained(python, tmp_path_factory):
     found = {}
     for devices, code in ((1, AGENTS + ONE_DEVICE), (4, AGENTS)):
         # As many threads in both: XLA cuts a long sum into as many parts as its pool has threads.
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": "4", "PYTHONPATH": "tests"}
+        flags = {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": None,
+            "NPROC": "4",
+            "PYTHONPATH": "tests",
+        }
         folder = tmp_path_factory.mktemp("bits")
         check = "\nprint(jax.local_device_count(), programs.num_blocks, programs.agents_per_block)"
         result = python("-c", code + check, str(folder), env=flags, timeout=250)

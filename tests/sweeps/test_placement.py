@@ -15,8 +15,6 @@ from trpo_jax.sweeps import placement
 from trpo_jax.sweeps.grids import stack_configs
 from trpo_jax.sweeps.loop import METRICS
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def test_384_agents_are_one_program_compiled_once(caplog):
     config = Config(num_envs=2, num_steps=8, num_iterations=1, cg_iterations=2, value_cg_iterations=2)

@@ -15,8 +15,6 @@ from trpo_jax.sweeps import search
 from trpo_jax.sweeps.grids import TUNING_SEEDS, make_spec
 from trpo_jax.sweeps.search import tune
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BASE = {"num_envs": 2, "num_steps": 64, "num_iterations": 8, "cg_iterations": 2, "value_cg_iterations": 2}
 SPACE = {"max_kl": {"log_uniform": [1e-3, 1e-1]}, "gamma": {"uniform": [0.9, 1.0]}}
 

@@ -20,8 +20,6 @@ from trpo_jax.cli import main
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 EIGHT = "[0-9]" * 8  # a finished checkpoint; one at work has more to its name
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 COMMON = ("--agents-per-device", "4", "--num-devices", "1")  # 12 agents: three blocks
 
 

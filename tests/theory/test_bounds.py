@@ -20,8 +20,6 @@ from trpo_jax.theory import (
     tabular_trpo_step,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BOUNDS = ("maximum_kl_bound", "mean_tv_bound", "mean_kl_bound")
 
 

@@ -26,8 +26,6 @@ from trpo_jax.theory import (
     visitation,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # Compiled once: one operation at a time they take longer.
 exact_gradient, exact_natural_gradient = jax.jit(policy_gradient), jax.jit(tabular_natural_gradient)
 trpo_step, mm_step = jax.jit(tabular_trpo_step), jax.jit(minorizer_step)

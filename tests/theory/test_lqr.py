@@ -9,8 +9,6 @@ import scipy.linalg
 from trpo_jax import DiagonalGaussian, theory
 from trpo_jax.theory import LQR, kl_limited_gain_step, scalar_lqr, stable_interval
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # Compiled once: one operation at a time they take longer.
 gain_kl, plain_gain_step, state_moment = map(jax.jit, (theory.gain_kl, theory.plain_gain_step, theory.state_moment))
 lqr_gradient, lqr_return, optimal_gain = map(jax.jit, (theory.lqr_gradient, theory.lqr_return, theory.optimal_gain))

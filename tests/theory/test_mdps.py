@@ -24,8 +24,6 @@ from trpo_jax.theory import (
 )
 from trpo_jax.theory.linear_algebra import solve
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.mark.parametrize("shape", [(6,), (6, 2)])
 def test_solve_is_the_inverse_also_batched_and_differentiated(shape):

@@ -16,8 +16,6 @@ from trpo_jax.theory import (
     trajectory_fraction,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 effective_sample_size = jax.jit(theory.effective_sample_size)
 
 

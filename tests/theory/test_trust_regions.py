@@ -12,8 +12,6 @@ from trpo_jax.theory import (
     trust_region_minimize,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 solver = jax.jit(solve_trust_region)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
-from probes import quick_jit, same_bits, small_config
+from probes import same_bits, small_config
 
 from trpo_jax import UsageError, init, load, save
 
@@ -22,7 +22,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def state(config):
-    return quick_jit(lambda key: init(config, key))(jax.random.key(3))
+    return jax.jit(lambda key: init(config, key))(jax.random.key(3))
 
 
 @pytest.fixture
@@ -68,13 +68,13 @@ def test_agents_stacked_along_leading_axes_load_with_the_settings_of_one(tmp_pat
     for shape in ((3,), (2, 2)):
         many = jax.vmap(lambda key: init(config, key))
         many = many if len(shape) == 1 else jax.vmap(many)
-        states = quick_jit(many)(jax.random.split(jax.random.key(0), shape))
+        states = jax.jit(many)(jax.random.split(jax.random.key(0), shape))
         save(tmp_path / "many.npz", states)
         assert same_bits(load(tmp_path / "many.npz", config), states)
 
 
 def test_agents_of_different_numbers_are_refused(tmp_path, config, state):
-    two = quick_jit(jax.vmap(lambda key: init(config, key)))(jax.random.split(jax.random.key(0), 2))
+    two = jax.jit(jax.vmap(lambda key: init(config, key)))(jax.random.split(jax.random.key(0), 2))
     save(tmp_path / "mixed.npz", {**vars(two), "iteration": state.iteration})
     with pytest.raises(UsageError, match=r"mixed\.npz does not fit .*different numbers of agents"):
         load(tmp_path / "mixed.npz", vars(state))

@@ -7,21 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
-from probes import lane, quick_jit, small_config
+from probes import lane, small_config
 
 from trpo_jax import evaluate, init
 from trpo_jax.steps.statistics import RunningStatistics
 from trpo_jax.training.agents import make_agent
 from trpo_jax.training.rollouts import reset_environments
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def prepare(env, **options):
     """A compiled (state, key) -> Evaluation and a first state."""
     config = small_config(env, **options.pop("settings", {}))
-    run = quick_jit(lambda state, key: evaluate(config, state, key, **options))
-    return run, quick_jit(lambda key: init(config, key))(jax.random.key(0))
+    run = jax.jit(lambda state, key: evaluate(config, state, key, **options))
+    return run, jax.jit(lambda key: init(config, key))(jax.random.key(0))
 
 
 def test_only_the_first_episode_of_each_environment_counts():
@@ -108,9 +106,9 @@ def test_observations_are_normalised_as_in_training():
 def test_it_vmaps_over_agents():
     config = small_config(probes.Countdown())
     keys = jax.random.split(jax.random.key(0), 3)
-    states = quick_jit(jax.vmap(lambda key: init(config, key)))(keys)
-    one = quick_jit(lambda state, key: evaluate(config, state, key, num_episodes=4))
-    together = quick_jit(jax.vmap(lambda state, key: evaluate(config, state, key, num_episodes=4)))(states, keys)
+    states = jax.jit(jax.vmap(lambda key: init(config, key)))(keys)
+    one = jax.jit(lambda state, key: evaluate(config, state, key, num_episodes=4))
+    together = jax.jit(jax.vmap(lambda state, key: evaluate(config, state, key, num_episodes=4)))(states, keys)
     for i in range(3):
         alone = one(lane(states, i), keys[i])
         assert probes.same_bits(lane(together, i), alone)

@@ -12,6 +12,7 @@ from trpo_jax import Config, evaluate, train
 
 
 # Seeds of their own: those from 0 on are the published evaluation, those from 10,000 on chose the defaults.
+@pytest.mark.usefixtures("full_compiles")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(

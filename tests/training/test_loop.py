@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
-from probes import assert_trees_close, lane, quick_jit, raw, same_bits, small_config, stack
+from probes import assert_trees_close, lane, raw, same_bits, small_config, stack
 
 from trpo_jax import (
     Config,
@@ -37,7 +37,7 @@ TRACED = [field.name for field in dataclasses.fields(Config) if not field.metada
 @functools.cache
 def trainers():
     """`train` on small settings as one program for a key, and as another for many configs and keys at once."""
-    return quick_jit(train), quick_jit(jax.vmap(train, in_axes=(0, 0)))
+    return jax.jit(train), jax.jit(jax.vmap(train, in_axes=(0, 0)))
 
 
 BASE = small_config()
@@ -58,8 +58,8 @@ def test_one_program_serves_keys_and_numbers_of_every_kind(caplog):
         traces.append(1)
         return train_step(config, state)
 
-    step = quick_jit(counted_step)
-    state = quick_jit(init)(BASE, jax.random.key(0))
+    step = jax.jit(counted_step)
+    state = jax.jit(init)(BASE, jax.random.key(0))
     kinds = [float, np.float32, np.float64, np.asarray, jnp.float32, jnp.asarray]
     with jax.log_compiles(), caplog.at_level("WARNING"):
         for kind in kinds:
@@ -99,7 +99,7 @@ def test_a_step_keeps_the_types_of_the_state_with_default_networks_and_a_box():
 
 def test_eight_seeds_at_once_are_eight_runs_and_seeds_differ():
     keys = jax.vmap(jax.random.key)(jnp.arange(8))
-    state, metrics = quick_jit(jax.vmap(train, in_axes=(None, 0)))(BASE, keys)
+    state, metrics = jax.jit(jax.vmap(train, in_axes=(None, 0)))(BASE, keys)
     for seed in range(8):
         alone = run_of(seed)
         assert_trees_close((lane(state, seed), lane(metrics, seed)), alone, rtol=1e-5, atol=1e-5)
@@ -184,8 +184,8 @@ def test_radii_by_axes_and_by_closure_are_separate_runs():
     radii = jnp.array([0.001, 0.01, 0.1])
     key = jax.random.key(0)
     axes = BASE.replace(**{**dict.fromkeys(TRACED), "max_kl": 0})
-    by_axes = quick_jit(jax.vmap(train, in_axes=(axes, None)))(BASE.replace(max_kl=radii), key)
-    by_closure = quick_jit(jax.vmap(lambda max_kl: train(BASE.replace(max_kl=max_kl), key)))(radii)
+    by_axes = jax.jit(jax.vmap(train, in_axes=(axes, None)))(BASE.replace(max_kl=radii), key)
+    by_closure = jax.jit(jax.vmap(lambda max_kl: train(BASE.replace(max_kl=max_kl), key)))(radii)
     for i, radius in enumerate(radii):
         alone = trainers()[0](BASE.replace(max_kl=float(radius)), key)
         assert_trees_close(lane(by_axes, i), alone, rtol=1e-5, atol=1e-5)
@@ -197,7 +197,7 @@ def test_radii_by_axes_and_by_closure_are_separate_runs():
 def test_fisher_fractions_as_arrays_are_runs_with_the_number():
     fractions = jnp.array([0.25, 0.5, 1.0])
     key = jax.random.key(0)
-    swept = quick_jit(jax.vmap(lambda fraction: train(BASE.replace(fisher_fraction=fraction), key)))(fractions)
+    swept = jax.jit(jax.vmap(lambda fraction: train(BASE.replace(fisher_fraction=fraction), key)))(fractions)
     for i in (0, 2):
         alone = trainers()[0](BASE.replace(fisher_fraction=float(fractions[i])), key)
         assert_trees_close(lane(swept, i), alone, rtol=1e-3, atol=1e-4)  # weighted sums against sums of fewer terms
@@ -264,7 +264,7 @@ def test_a_chunk_fills_only_its_rows():
 def test_iteration_numbers_decide_the_randomness():
     # The same state at another iteration number draws other actions.
     state = first_state()
-    step = quick_jit(train_step)
+    step = jax.jit(train_step)
     here, _ = step(LONG, state)
     there, _ = step(LONG, dataclasses.replace(state, iteration=jnp.int32(5)))
     assert int(there.iteration) == 6 and not same_bits(here.policy_params, there.policy_params)
@@ -321,7 +321,7 @@ def test_without_an_end_the_mean_return_is_nan_and_the_rest_is_finite():
 
 def test_memory_grows_only_by_the_metrics():
     def memory(num_iterations):
-        compiled = quick_jit(train).lower(BASE.replace(num_iterations=num_iterations), jax.random.key(0)).compile()
+        compiled = jax.jit(train).lower(BASE.replace(num_iterations=num_iterations), jax.random.key(0)).compile()
         return compiled.memory_analysis()
 
     short, long = memory(10), memory(100)
@@ -344,8 +344,8 @@ def test_nan_rewards_cost_their_iteration_and_nothing_else(value_fit, learned_pa
     # With 8 steps an iteration, steps 8 … 15 are those of the second one.
     for first, last in ((8, 15), (11, 11)):
         config = small_config(probes.Faulty(first, last), num_iterations=4, value_fit=value_fit)
-        step = quick_jit(train_step)
-        states, rows = [quick_jit(init)(config, jax.random.key(0))], []
+        step = jax.jit(train_step)
+        states, rows = [jax.jit(init)(config, jax.random.key(0))], []
         for _ in range(4):
             state, metrics = step(config, states[-1])
             states.append(state)
@@ -398,8 +398,8 @@ def test_statistics_are_frozen_within_an_iteration_and_exact_after_it():
         key = jax.random.fold_in(state.key, state.iteration)
         return rollout(agent.environment, Network(None, policy_apply), state, key, config.num_steps)
 
-    step, collect = quick_jit(train_step), quick_jit(collect)
-    state, seen = quick_jit(init)(config, jax.random.key(0)), []
+    step, collect = jax.jit(train_step), jax.jit(collect)
+    state, seen = jax.jit(init)(config, jax.random.key(0)), []
     for _ in range(4):
         collected, batch, _ = collect(state)
         state, _ = step(config, state)
@@ -412,7 +412,7 @@ def test_statistics_are_frozen_within_an_iteration_and_exact_after_it():
 
 
 def test_without_normalisation_statistics_stay_untouched():
-    before = quick_jit(init)(BASE, jax.random.key(0)).statistics
+    before = jax.jit(init)(BASE, jax.random.key(0)).statistics
     after = run_of(0)[0].statistics
     assert same_bits(before, after)
     assert float(after.count) == 0 and (after.mean == 0).all() and (after.variance == 1).all()
@@ -437,7 +437,7 @@ def learned(env, *, gae_lambda=0.95, num_iterations=60, **changes):
         value_minibatches=2,
         **{"max_kl": 0.02, **changes},
     )
-    state, metrics = quick_jit(train)(config, jax.random.key(0))
+    state, metrics = jax.jit(train)(config, jax.random.key(0))
     agent = make_agent(config)
     policy = functools.partial(agent.policy.apply, state.policy_params)
     value = functools.partial(make_value(environment).apply, state.value_params)

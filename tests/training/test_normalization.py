@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import probes
 import pytest
-from probes import quick_jit, same_bits, small_config
+from probes import same_bits, small_config
 
 from trpo_jax import Config, Network, UsageError, fit_value_function, init, train, train_step, validate
 from trpo_jax.steps.statistics import init_statistics
@@ -83,7 +83,7 @@ def test_normalised_rewards_do_not_know_their_unit():
             return state, 1000.0 * reward, *rest
 
     runs = [
-        quick_jit(train)(small_config(env, normalize_rewards=True, num_iterations=4), jax.random.key(0))
+        jax.jit(train)(small_config(env, normalize_rewards=True, num_iterations=4), jax.random.key(0))
         for env in (probes.RewardedAction(), Kilo())
     ]
     for name, leaf in runs[0][0].policy_params.items():
@@ -126,7 +126,7 @@ def test_annealed_learning_rates_fall_in_a_line():
     config = small_config(
         update="policy-gradient", policy_optimizer="sgd", num_iterations=2, value_fit="adam", policy_learning_rate=0.1
     )
-    step = quick_jit(train_step)
+    step = jax.jit(train_step)
     middle, _ = step(config.replace(anneal_learning_rates=1.0), init(config, jax.random.key(0)))
     plain, _ = step(config, init(config, jax.random.key(0)))
     assert same_bits(middle.policy_params, plain.policy_params)  # the first iteration has the whole rate

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from probes import Countdown, Probe, assert_trees_close, linear_policy, linear_value, quick_jit, small_config
+from probes import Countdown, Probe, assert_trees_close, linear_policy, linear_value, small_config
 
 from trpo_jax import (
     Categorical,
@@ -30,8 +30,6 @@ from trpo_jax.training.learning import evaluate_values
 from trpo_jax.training.recurrence import Sequence, starts, unroll
 from trpo_jax.training.rollouts import rollout
 from trpo_jax.types import Learned
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture
@@ -95,7 +93,7 @@ def random_sequence(network, num_envs=3, num_steps=6, seed=0):
 def test_unrolling_is_one_step_after_the_other_with_a_fresh_memory_at_each_start():
     network = gru()
     params, sequence = random_sequence(network)
-    outputs, carries = quick_jit(functools.partial(unroll, network))(params, sequence)
+    outputs, carries = jax.jit(functools.partial(unroll, network))(params, sequence)
     for n in range(3):
         carry = sequence.carry[n]
         for t in range(6):
@@ -166,7 +164,7 @@ def test_a_memory_that_is_never_looked_at_changes_nothing(fit, changes):
         settings["policy_minibatches"] = 1
     flat = small_config(Countdown(), normalize_observations=True, **settings)
     recurrent = flat.replace(policy=with_idle_memory(linear_policy()), value=with_idle_memory(linear_value()))
-    plain, remembered = (quick_jit(train)(config, jax.random.key(0)) for config in (flat, recurrent))
+    plain, remembered = (jax.jit(train)(config, jax.random.key(0)) for config in (flat, recurrent))
     assert_trees_close(remembered[0].policy_params, plain[0].policy_params, rtol=1e-4, atol=1e-5)
     assert_trees_close(remembered[0].value_params, plain[0].value_params, rtol=1e-4, atol=1e-5)
     assert_trees_close(remembered[1], plain[1], rtol=1e-3, atol=1e-4)
@@ -176,7 +174,7 @@ def test_a_memory_that_is_never_looked_at_changes_nothing(fit, changes):
 def test_the_memory_of_a_rollout_is_the_one_it_is_trained_on():
     config = small_config(Recall(), policy=None, value=None, network="gru", num_steps=7)
     agent, state = make_agent(config), init(config, jax.random.key(0))
-    run = quick_jit(lambda state, key: rollout(agent.environment, agent.policy, state, key, 7))
+    run = jax.jit(lambda state, key: rollout(agent.environment, agent.policy, state, key, 7))
     for i in range(3):
         before = state.policy_carry
         state, batch, _ = run(state, jax.random.key(i))

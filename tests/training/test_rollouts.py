@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
-from probes import quick_jit, small_config
+from probes import small_config
 
 from trpo_jax import init
 from trpo_jax.training.agents import make_agent
@@ -20,8 +20,8 @@ NUM_ENVS, NUM_STEPS = 4, 16
 def compile_rollout(config):
     """A compiled (state, key) -> (state, transitions, totals), and a first state."""
     agent = make_agent(config)
-    run = quick_jit(lambda state, key: rollout(agent.environment, agent.policy, state, key, NUM_STEPS))
-    return run, quick_jit(lambda key: init(config, key))(jax.random.key(0))
+    run = jax.jit(lambda state, key: rollout(agent.environment, agent.policy, state, key, NUM_STEPS))
+    return run, jax.jit(lambda key: init(config, key))(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import Countdown, TwoSteps, assert_trees_close, linear_policy, linear_value, quick_jit, small_config
+from probes import Countdown, TwoSteps, assert_trees_close, linear_policy, linear_value, small_config
 from test_recurrence import with_idle_memory
 
 from trpo_jax import (
@@ -22,8 +22,6 @@ from trpo_jax.environments.base import Discrete, Environment, make_box
 from trpo_jax.training import learning
 from trpo_jax.training.agents import make_agent, on_trunk
 from trpo_jax.training.rollouts import rollout
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def transparent(policy):
@@ -59,7 +57,7 @@ def test_a_head_on_the_observation_is_the_value_function_of_its_own(memory, fit)
         value_fit=fit,
     )
     shared = separate.replace(policy=transparent(wrap(linear_policy())), value=linear_value(), shared_trunk=True)
-    own, head = (quick_jit(train)(config, jax.random.key(0)) for config in (separate, shared))
+    own, head = (jax.jit(train)(config, jax.random.key(0)) for config in (separate, shared))
     assert_trees_close(head[0].policy_params, own[0].policy_params, rtol=1e-4, atol=1e-5)
     assert_trees_close(head[0].value_params, own[0].value_params, rtol=1e-4, atol=1e-5)
     assert_trees_close(head[1], own[1], rtol=1e-3, atol=1e-4)
@@ -77,7 +75,7 @@ def test_the_head_is_fitted_to_the_new_trunk_and_used_on_it(changes, monkeypatch
         return {"w": (features[:size] ** 2).mean(0), "b": jnp.float32(0)}, (), jnp.float32(0)
 
     monkeypatch.setattr(learning, "fit_value", mean_squares)
-    new, _ = quick_jit(train_step)(config, state)
+    new, _ = jax.jit(train_step)(config, state)
     agent = make_agent(config)
     batch = rollout(agent.environment, agent.policy, state, jax.random.fold_in(state.key, 0), config.num_steps)[1]
     observation = batch.observation.reshape(-1, 1)
@@ -89,7 +87,7 @@ def test_the_head_is_fitted_to_the_new_trunk_and_used_on_it(changes, monkeypatch
 def test_the_fit_of_the_head_leaves_the_policy_inside_its_trust_region():
     config = small_config(policy=bent_policy(), value=linear_value(2), shared_trunk=True, value_fit="adam")
     still, moved = (
-        quick_jit(train)(config.replace(value_learning_rate=rate, num_iterations=1), jax.random.key(0))
+        jax.jit(train)(config.replace(value_learning_rate=rate, num_iterations=1), jax.random.key(0))
         for rate in (0.0, 0.1)
     )
     assert_trees_close(still[0].policy_params, moved[0].policy_params, rtol=0, atol=0)
@@ -100,7 +98,7 @@ def test_the_fit_of_the_head_leaves_the_policy_inside_its_trust_region():
 def test_values_of_a_solved_problem_are_learned():
     """V(s₀) = γ and V(s₁) = 1, see `TwoSteps`."""
     config = Config(env=TwoSteps(), gamma=0.5, shared_trunk=True, num_envs=8, num_steps=16, num_iterations=30)
-    state, _ = quick_jit(train)(config, jax.random.key(0))
+    state, _ = jax.jit(train)(config, jax.random.key(0))
     agent = make_agent(config)
     value = on_trunk(agent.policy, state.policy_params, agent.value)
     np.testing.assert_allclose(value.apply(state.value_params, jnp.array([[0.0], [1.0]])), [0.5, 1], atol=0.02)
