@@ -22,7 +22,7 @@ def pytest_configure(config):
     if "XLA_FLAGS" not in os.environ:
         os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     # Most programs of the tests run once, for milliseconds, and need no note of where each operation was called from.
-    # JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the programs as users compile them, in a quarter more time.
+    # JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the programs as users compile them, in two thirds more time.
     for option, value in {"jax_disable_most_optimizations": True, "jax_traceback_in_locations_limit": 0}.items():
         if option.upper() not in os.environ:
             os.environ[option.upper()] = str(int(value))
