@@ -3,7 +3,9 @@
 import os
 import struct
 import sys
+from ctypes.util import find_library
 
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +92,28 @@ def test_a_picture_of_an_episode(trained, tmp_path):
         first = np.asarray(picture.convert("L"), float)
         picture.seek(picture.n_frames - 1)
         assert np.abs(np.asarray(picture.convert("L"), float) - first).max() > 50  # something moved
+
+
+def test_mujoco_is_drawn_without_a_screen(tmp_path, monkeypatch):
+    pytest.importorskip("mujoco", reason="needs the extra gymnasium")
+    if not find_library("EGL"):
+        pytest.skip("needs the system's libegl1")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    config = Config(env="gymnasium/Hopper-v5", **SMALL)
+    play(config, init(config, jax.random.key(0)), "Hopper-v5", num_episodes=1, gif=tmp_path / "hopper.gif")
+    with Image.open(tmp_path / "hopper.gif") as picture:
+        assert picture.n_frames > 1 and len(picture.convert("L").getcolors()) > 8
+
+
+def test_what_cannot_be_drawn_is_refused_in_one_sentence(trained, tmp_path, monkeypatch):
+    def fail(self):
+        raise RuntimeError("no screen.\nA second line")
+
+    monkeypatch.setattr(gymnasium.core.Wrapper, "render", fail)
+    with pytest.raises(UsageError, match=r"^CartPole-v1 cannot be drawn here \(no screen\); leave out --gif"):
+        play(*trained, "CartPole-v1", num_episodes=1, gif=tmp_path / "none.gif")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "Breakout-MinAtar"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ def play(
     if gif:  # drawing to memory needs neither a screen nor a sound card
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
+        if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+            os.environ.setdefault("MUJOCO_GL", "egl")  # Gymnasium would take GLFW, which opens windows only
     try:
         world = gymnasium.make(env, render_mode="rgb_array" if gif else None)
     except (gymnasium.error.Error, ImportError) as error:
@@ -181,7 +184,7 @@ def _render(world: Any, env: str) -> np.ndarray:
     except Exception as error:  # each renderer fails in its own way
         raise UsageError(
             f"{env} cannot be drawn here ({str(error).splitlines()[0].rstrip('.')}); leave out --gif, or install what "
-            "it needs: pip install 'trpo_jax[play]'."
+            "it needs: pip install 'trpo_jax[play]', and for MuJoCo without a screen EGL (the system's libegl1)."
         ) from error
 
 
