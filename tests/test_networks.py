@@ -16,7 +16,7 @@ from trpo_jax import (
     make_value,
 )
 from trpo_jax.environments.base import Box, Discrete, MultiDiscrete, make_box
-from trpo_jax.networks import _product_by_columns, orthogonal
+from trpo_jax.networks import _convolution_by_patches, _product_by_columns, orthogonal
 
 
 def environment(space, observation_shape=(3,)):
@@ -173,6 +173,42 @@ def test_products_by_columns_are_the_product(columns):
     expected, expected_pull_back = jax.vjp(jnp.matmul, x, kernel)
     for a, b in zip((product, *pull_back(cotangent)), (expected, *expected_pull_back(cotangent)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 2), (4, 2), (5, 5)], ids=str)
+@pytest.mark.parametrize("strides", [(1, 1), (2, 1)], ids=str)
+def test_convolutions_by_patches_are_the_convolution(kernel, strides):
+    grids, kernels = (
+        jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 7, 6, 5, 3), (2, *kernel, 3, 4)])
+    )
+    numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": jax.lax.Precision.HIGHEST}
+
+    def each(convolution):
+        """Of two agents side by side, with the gradients of kernels and grids."""
+
+        def loss(kernels, grids):
+            outputs = jax.vmap(lambda k, x: convolution(x, k, strides, "SAME", **numbers))(kernels, grids)
+            return jnp.sum(jnp.sin(outputs)), outputs
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(kernels, grids)
+
+    for ours, theirs in zip(
+        *(jax.tree.leaves(each(f)) for f in (_convolution_by_patches, jax.lax.conv_general_dilated)), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_convolutions_of_many_agents_are_not_grouped():
+    network = make_policy(environment(Discrete(3), (10, 10, 4)))
+
+    def loss(params, observation):
+        return jnp.sum(network.apply(params, observation).logits)
+
+    params = jax.eval_shape(
+        jax.vmap(lambda key: network.init(key, jnp.zeros((10, 10, 4)))), jax.random.split(jax.random.key(0), 2)
+    )
+    program = jax.make_jaxpr(jax.vmap(jax.grad(loss)))(params, jnp.zeros((2, 5, 10, 10, 4)))
+    assert "dot_general" in str(program) and "conv_general_dilated" not in str(program)
 
 
 def test_the_matmul_precision_asked_for_reaches_the_last_layer():

@@ -93,6 +93,14 @@ def walk(name, max_steps, num_steps, own_limit=None):
     return environment, run(jax.random.key(1)), run(jax.random.key(1))
 
 
+@pytest.mark.parametrize("name", ["gymnasium/HalfCheetah-v5", "brax/halfcheetah", "playground/CartpoleBalance"])
+def test_making_one_leaves_nothing_in_the_users_folder(name, tmp_path, monkeypatch):
+    need(name)
+    monkeypatch.chdir(tmp_path)  # MuJoCo logs there what it thinks of a model
+    make_environment(name)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name, limit", CASES)
 def test_contract(name, limit):
     need(name)

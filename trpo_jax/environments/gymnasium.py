@@ -10,11 +10,8 @@ environment: it can be repeated, mapped over agents, saved and resumed with equa
 from __future__ import annotations
 
 import collections
-import contextlib
 import hashlib
-import importlib
 import threading
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +21,7 @@ import numpy as np
 from trpo_jax.config import UsageError, nearest
 from trpo_jax.environments import base
 from trpo_jax.environments.base import Array, Discrete, Environment, MultiDiscrete, Space, Step
-from trpo_jax.environments.suites import call_constructor, first_line, require
+from trpo_jax.environments.suites import call_constructor, first_line, quiet_mujoco, require
 
 # Instances that are kept alive (about 1 MB each with MuJoCo), or four times the largest batch. With more environments
 # than that at work, the oldest go, and are rebuilt when their turn comes.
@@ -150,7 +147,7 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
 
     def instance(**limit: int) -> Any:
         try:
-            with _quiet_mujoco():
+            with quiet_mujoco():
                 return gymnasium.make(name, disable_env_checker=True, **limit, **options)
         except gymnasium.error.DependencyNotInstalled as error:
             raise UsageError(
@@ -173,25 +170,6 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
     host = Host(lambda: instance(max_episode_steps=limit), observe, act, shape)
     reset, step = pure_functions(host, space, limit)
     return Environment(full_name, shape, space, limit, reset, step)
-
-
-@contextlib.contextmanager
-def _quiet_mujoco() -> Iterator[None]:
-    """Keep MuJoCo's compiler from telling of each instance that its model is written in an old style.
-
-    It would print that and append it to a file in the working directory. Warnings about simulations remain.
-    """
-    try:
-        mujoco: Any = importlib.import_module("mujoco")
-    except ImportError:
-        yield
-        return
-    before = mujoco.get_mju_user_warning()
-    mujoco.set_mju_user_warning(lambda text: None)
-    try:
-        yield
-    finally:
-        mujoco.set_mju_user_warning(before)
 
 
 def pure_functions(host: Host, space: Space, limit: int) -> tuple[Any, Any]:

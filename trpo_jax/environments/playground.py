@@ -7,7 +7,7 @@ from typing import Any
 from trpo_jax.config import UsageError
 from trpo_jax.environments.base import Environment
 from trpo_jax.environments.brax import from_brax
-from trpo_jax.environments.suites import call_constructor, check_name, first_line, require
+from trpo_jax.environments.suites import call_constructor, check_name, first_line, quiet_mujoco, require
 
 
 def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environment:
@@ -22,7 +22,8 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
 
     def load() -> Any:
         try:
-            return registry.load(name, config_overrides=overrides)
+            with quiet_mujoco():
+                return registry.load(name, config_overrides=overrides)
         except OSError as error:
             raise UsageError(f"{full_name} cannot be made ({first_line(error)}).") from error
         except Exception as error:

@@ -71,6 +71,25 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def quiet_mujoco() -> Iterator[None]:
+    """Keep MuJoCo's compiler from telling of each instance that its model is written in an old style.
+
+    It would print that and append it to a file in the working directory. Warnings about simulations remain.
+    """
+    try:
+        mujoco: Any = importlib.import_module("mujoco")
+    except ImportError:
+        yield
+        return
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda text: None)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
+
+
 def assemble(
     name: str,
     space: Space,
