@@ -27,6 +27,7 @@ LAYERS = {
     "sweeps": 4,
     "runs": 4,
     "displays": 5,
+    "arguments": 1,
     "cli": 5,
 }
 ALONE = {"steps", "config"}  # these import nothing of the package but themselves

@@ -1,4 +1,7 @@
-"""The command line: arguments in, one sentence out when they are wrong. JAX is imported when a command needs it."""
+"""The command line: what each command does, and one sentence where its arguments are wrong.
+
+JAX is imported when a command needs it.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from trpo_jax.config import Config, UsageError, nearest
+from trpo_jax.arguments import config_of, flags_of, make_parser
+from trpo_jax.config import UsageError, nearest
 from trpo_jax.files import cast, iterations_within, read_toml
 
 if TYPE_CHECKING:
@@ -27,11 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without Greek letters shows question marks
     try:
-        parser = _parser()
+        parser = make_parser()
         namespace, unknown = parser.parse_known_args(arguments)
         if unknown:
-            raise UsageError(f"unknown argument {unknown[0]}{nearest(unknown[0], _flags(parser, namespace.command))}")
-        return namespace.run(namespace)
+            raise UsageError(f"unknown argument {unknown[0]}{nearest(unknown[0], flags_of(parser, namespace.command))}")
+        return _COMMANDS[namespace.command](namespace)
     except UsageError as error:
         print(f"trpo-jax: {error}", file=sys.stderr)
         return 2
@@ -43,191 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[:1].lower()}{message[1:].rstrip('.')}; `{self.prog} --help` shows what there is.")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="trpo-jax", description="Trust Region Policy Optimization for JAX.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
-
-    train = commands.add_parser(
-        "train", help="train agents; the folder keeps metrics, checkpoints and a plot", allow_abbrev=False
-    )
-    train.add_argument("env", nargs="?", help="environment (default: CartPole-v1)")
-    train.add_argument("--output", help="folder of the run (default: runs/ENV)")
-    train.add_argument("--config", help="TOML file of settings, such as `trpo-jax tune` writes; flags override it")
-    train.add_argument("--seed", type=_whole, default=0, help="seed of the first agent (default: 0)")
-    train.add_argument("--num-seeds", type=_whole, default=1, help="agents trained side by side (default: 1)")
-    train.add_argument(
-        "--total-steps", type=_whole, help="environment steps an agent at most, instead of --num-iterations"
-    )
-    _add_sinks(train)
-    _add_settings(train)
-    train.set_defaults(run=_train)
-
-    evaluate = commands.add_parser("evaluate", help="run whole episodes with trained agents", allow_abbrev=False)
-    evaluate.add_argument("path", help="folder of the run")
-    evaluate.add_argument("--num-episodes", type=_whole, default=64, help="episodes an agent (default: 64)")
-    evaluate.add_argument("--stochastic", action="store_true", help="sample actions instead of taking the mode")
-    evaluate.add_argument("--seed", type=_whole, default=0, help="seed of the episodes (default: 0)")
-    evaluate.set_defaults(run=_evaluate)
-
-    resume = commands.add_parser("resume", help="continue a run that was stopped", allow_abbrev=False)
-    resume.add_argument("path", help="folder of the run")
-    _add_sinks(resume)
-    resume.set_defaults(run=_resume)
-
-    play = commands.add_parser("play", help="play a trained policy in Gymnasium's own environment", allow_abbrev=False)
-    play.add_argument("path", help="folder of the run")
-    play.add_argument("--env", help="Gymnasium's id of the environment (default: the name it was trained on)")
-    play.add_argument("--num-episodes", type=_whole, default=10, help="episodes (default: 10)")
-    play.add_argument("--seed", type=_whole, default=0, help="seed of the first episode (default: 0)")
-    play.add_argument("--agent", type=_whole, default=0, help="which agent of the run, from 0 (default: 0)")
-    play.add_argument("--gif", help="file for a moving picture of the first episode")
-    play.set_defaults(run=_play)
-
-    export = commands.add_parser("export", help="write a trained policy as portable StableHLO", allow_abbrev=False)
-    export.add_argument("path", help="folder of the run")
-    export.add_argument("--output", help="folder of the export (default: RUN/policy)")
-    export.add_argument("--agent", type=_whole, default=0, help="which agent of the run, from 0 (default: 0)")
-    export.set_defaults(run=_export)
-
-    _add_sweep_commands(commands)
-
-    benchmark = commands.add_parser(
-        "benchmark",
-        help="measure throughput, memory and where the time goes, alone and beside peers",
-        allow_abbrev=False,
-    )
-    benchmark.add_argument("env", nargs="?", default="CartPole-v1", help="environment (default: CartPole-v1)")
-    benchmark.add_argument("--output", help="JSON file for every figure (default: none)")
-    benchmark.add_argument("--num-agents", type=_whole, default=64, help="agents side by side (default: 64)")
-    benchmark.add_argument("--repetitions", type=_whole, default=7, help="times each figure is taken (default: 7)")
-    benchmark.add_argument(
-        "--threshold", type=float, help="return to train to (default: Gymnasium's, where it names one)"
-    )
-    benchmark.add_argument("--num-seeds", type=_whole, default=16, help="agents trained to it (default: 16)")
-    benchmark.add_argument(
-        "--max-steps", type=_whole, default=500_000, help="env steps after which a seed is given up (default: 500000)"
-    )
-    benchmark.add_argument(
-        "--compare",
-        action="append",
-        default=[],
-        choices=("sb3-contrib", "rejax"),
-        help="a peer to install in a throw-away virtual environment and to run in turn with us; may be repeated",
-    )
-    benchmark.add_argument("--peer-environments", help="folder that keeps the peers' environments for the next time")
-    _add_settings(benchmark)
-    benchmark.set_defaults(run=_benchmark)
-
-    envs = commands.add_parser("envs", help="list what can be trained, with spaces and limits", allow_abbrev=False)
-    envs.set_defaults(run=_envs)
-    return parser
-
-
-def _add_sweep_commands(commands: Any) -> None:
-    sweep = commands.add_parser(
-        "sweep",
-        help="train agents over settings and seeds, as a file says; continues what is there",
-        allow_abbrev=False,
-    )
-    sweep.add_argument("file", help="TOML file of the sweep")
-    sweep.add_argument("--output", help="folder of the sweep (default: sweeps/NAME-OF-THE-FILE)")
-    sweep.add_argument("--dry-run", action="store_true", help="print programs, agents and memory, and train nothing")
-    sweep.add_argument(
-        "--checkpoint-seconds", type=float, default=60.0, help="save agents at work this often (default: 60)"
-    )
-    sweep.add_argument(
-        "--agents-per-device", type=_whole, help="agents a device takes in one program (default: as memory allows)"
-    )
-    sweep.add_argument(
-        "--num-devices", type=_whole, help="CPU only: devices to make of its cores (default: one a core)"
-    )
-    sweep.add_argument("--coordinator", help="host:port of process 0, where several hosts meet")
-    sweep.add_argument("--num-processes", type=_whole, help="processes that share the sweep and its folder")
-    sweep.add_argument("--process-id", type=_whole, help="which of them this is, from 0")
-    sweep.set_defaults(run=_sweep)
-
-    report = commands.add_parser(
-        "report", help="table, pictures and page of a sweep, finished or not", allow_abbrev=False
-    )
-    report.add_argument("path", help="folder of the sweep")
-    report.set_defaults(run=_report)
-
-    tune = commands.add_parser(
-        "tune", help="search settings with Optuna, batches of trials as one program", allow_abbrev=False
-    )
-    tune.add_argument("file", help="TOML file with [base] settings and [random] distributions")
-    tune.add_argument("--output", help="folder of the search (default: searches/NAME-OF-THE-FILE)")
-    tune.add_argument("--num-trials", type=_whole, help="trials (default: count in [random])")
-    tune.add_argument("--batch", type=_whole, default=16, help="trials trained together (default: 16)")
-    tune.add_argument("--storage", help="Optuna storage URL (default: an SQLite file in the folder)")
-    tune.set_defaults(run=_tune)
-
-
-def _add_sinks(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--log",
-        action="append",
-        default=[],
-        choices=("tensorboard", "wandb"),
-        help="where metrics go beside metrics.csv; may be repeated",
-    )
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """One flag a setting of `Config`: name, default, help and type come from there."""
-    group = parser.add_argument_group("settings")
-    types: dict[str, Any] = {"int": _whole, "float": float, "str": str}
-    for field in dataclasses.fields(Config):
-        meta = field.metadata
-        if not meta["flag"]:
-            continue
-        values = f"; in {meta['interval']}" if "interval" in meta else ""
-        text = f"{meta['help']} (default: {field.default}{values})"
-        options: dict[str, Any] = {"default": None, "dest": field.name, "help": text}
-        if field.type == "bool":
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = types[str(field.type)]
-            options["metavar"] = "|".join(meta.get("choices", ())) or {"int": "N", "float": "X"}.get(str(field.type))
-        group.add_argument(f"--{field.name.replace('_', '-')}", **options)
-
-
-def _whole(text: str) -> int:
-    """A whole number; 1e5 and 100_000 count as one."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if not value.is_integer():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(value)
-
-
-def _flags(parser: argparse.ArgumentParser, command: str) -> list[str]:
-    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    return [flag for action in commands.choices[command]._actions for flag in action.option_strings]
-
-
-def _config(namespace: argparse.Namespace, **defaults: Any) -> Config:
-    flags = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(Config) if f.metadata["flag"]}
-    given = {name: value for name, value in flags.items() if value is not None}
-    if namespace.env is not None:
-        given["env"] = namespace.env
-    return Config().replace(**{**defaults, **given})
-
-
 def _settings_from(path: str) -> dict[str, Any]:
     """Settings in a TOML file, as names and values."""
     return {name: cast(name, value) for name, value in read_toml(path).items()}
 
 
 def _train(namespace: argparse.Namespace) -> int:
-    config = _config(namespace, **(_settings_from(namespace.config) if namespace.config else {}))
+    config = config_of(namespace, **(_settings_from(namespace.config) if namespace.config else {}))
     if namespace.num_seeds < 1:
         raise UsageError(f"num_seeds must be at least 1, got {namespace.num_seeds}.")
     if namespace.seed < 0:
@@ -523,7 +349,7 @@ def _export(namespace: argparse.Namespace) -> int:
 
 
 def _benchmark(namespace: argparse.Namespace) -> int:
-    config = _config(namespace, num_envs=64)
+    config = config_of(namespace, num_envs=64)
     for name in ("num_agents", "repetitions", "num_seeds", "max_steps"):
         if getattr(namespace, name) < 1:
             raise UsageError(f"{name} must be at least 1, got {getattr(namespace, name)}.")
@@ -580,6 +406,20 @@ def _envs(_: argparse.Namespace) -> int:
     for sentence in missing:
         console.print(sentence, soft_wrap=True, markup=False)  # an extra stands in brackets
     return 0
+
+
+_COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "resume": _resume,
+    "play": _play,
+    "export": _export,
+    "sweep": _sweep,
+    "report": _report,
+    "tune": _tune,
+    "benchmark": _benchmark,
+    "envs": _envs,
+}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,180 @@
+"""What the command line accepts: commands, their flags, and the settings of `Config` as flags. Knows no JAX."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any, NoReturn
+
+from trpo_jax.config import Config, UsageError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message[:1].lower()}{message[1:].rstrip('.')}; `{self.prog} --help` shows what there is.")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Every command with its arguments; `namespace.command` is the one that was given."""
+    parser = _Parser(prog="trpo-jax", description="Trust Region Policy Optimization for JAX.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    train = commands.add_parser(
+        "train", help="train agents; the folder keeps metrics, checkpoints and a plot", allow_abbrev=False
+    )
+    train.add_argument("env", nargs="?", help="environment (default: CartPole-v1)")
+    train.add_argument("--output", help="folder of the run (default: runs/ENV)")
+    train.add_argument("--config", help="TOML file of settings, such as `trpo-jax tune` writes; flags override it")
+    train.add_argument("--seed", type=_whole, default=0, help="seed of the first agent (default: 0)")
+    train.add_argument("--num-seeds", type=_whole, default=1, help="agents trained side by side (default: 1)")
+    train.add_argument(
+        "--total-steps", type=_whole, help="environment steps an agent at most, instead of --num-iterations"
+    )
+    _add_sinks(train)
+    _add_settings(train)
+
+    evaluate = commands.add_parser("evaluate", help="run whole episodes with trained agents", allow_abbrev=False)
+    evaluate.add_argument("path", help="folder of the run")
+    evaluate.add_argument("--num-episodes", type=_whole, default=64, help="episodes an agent (default: 64)")
+    evaluate.add_argument("--stochastic", action="store_true", help="sample actions instead of taking the mode")
+    evaluate.add_argument("--seed", type=_whole, default=0, help="seed of the episodes (default: 0)")
+
+    resume = commands.add_parser("resume", help="continue a run that was stopped", allow_abbrev=False)
+    resume.add_argument("path", help="folder of the run")
+    _add_sinks(resume)
+
+    play = commands.add_parser("play", help="play a trained policy in Gymnasium's own environment", allow_abbrev=False)
+    play.add_argument("path", help="folder of the run")
+    play.add_argument("--env", help="Gymnasium's id of the environment (default: the name it was trained on)")
+    play.add_argument("--num-episodes", type=_whole, default=10, help="episodes (default: 10)")
+    play.add_argument("--seed", type=_whole, default=0, help="seed of the first episode (default: 0)")
+    play.add_argument("--agent", type=_whole, default=0, help="which agent of the run, from 0 (default: 0)")
+    play.add_argument("--gif", help="file for a moving picture of the first episode")
+
+    export = commands.add_parser("export", help="write a trained policy as portable StableHLO", allow_abbrev=False)
+    export.add_argument("path", help="folder of the run")
+    export.add_argument("--output", help="folder of the export (default: RUN/policy)")
+    export.add_argument("--agent", type=_whole, default=0, help="which agent of the run, from 0 (default: 0)")
+
+    _add_sweep_commands(commands)
+
+    benchmark = commands.add_parser(
+        "benchmark",
+        help="measure throughput, memory and where the time goes, alone and beside peers",
+        allow_abbrev=False,
+    )
+    benchmark.add_argument("env", nargs="?", default="CartPole-v1", help="environment (default: CartPole-v1)")
+    benchmark.add_argument("--output", help="JSON file for every figure (default: none)")
+    benchmark.add_argument("--num-agents", type=_whole, default=64, help="agents side by side (default: 64)")
+    benchmark.add_argument("--repetitions", type=_whole, default=7, help="times each figure is taken (default: 7)")
+    benchmark.add_argument(
+        "--threshold", type=float, help="return to train to (default: Gymnasium's, where it names one)"
+    )
+    benchmark.add_argument("--num-seeds", type=_whole, default=16, help="agents trained to it (default: 16)")
+    benchmark.add_argument(
+        "--max-steps", type=_whole, default=500_000, help="env steps after which a seed is given up (default: 500000)"
+    )
+    benchmark.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        choices=("sb3-contrib", "rejax"),
+        help="a peer to install in a throw-away virtual environment and to run in turn with us; may be repeated",
+    )
+    benchmark.add_argument("--peer-environments", help="folder that keeps the peers' environments for the next time")
+    _add_settings(benchmark)
+
+    commands.add_parser("envs", help="list what can be trained, with spaces and limits", allow_abbrev=False)
+    return parser
+
+
+def _add_sweep_commands(commands: Any) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="train agents over settings and seeds, as a file says; continues what is there",
+        allow_abbrev=False,
+    )
+    sweep.add_argument("file", help="TOML file of the sweep")
+    sweep.add_argument("--output", help="folder of the sweep (default: sweeps/NAME-OF-THE-FILE)")
+    sweep.add_argument("--dry-run", action="store_true", help="print programs, agents and memory, and train nothing")
+    sweep.add_argument(
+        "--checkpoint-seconds", type=float, default=60.0, help="save agents at work this often (default: 60)"
+    )
+    sweep.add_argument(
+        "--agents-per-device", type=_whole, help="agents a device takes in one program (default: as memory allows)"
+    )
+    sweep.add_argument(
+        "--num-devices", type=_whole, help="CPU only: devices to make of its cores (default: one a core)"
+    )
+    sweep.add_argument("--coordinator", help="host:port of process 0, where several hosts meet")
+    sweep.add_argument("--num-processes", type=_whole, help="processes that share the sweep and its folder")
+    sweep.add_argument("--process-id", type=_whole, help="which of them this is, from 0")
+
+    report = commands.add_parser(
+        "report", help="table, pictures and page of a sweep, finished or not", allow_abbrev=False
+    )
+    report.add_argument("path", help="folder of the sweep")
+
+    tune = commands.add_parser(
+        "tune", help="search settings with Optuna, batches of trials as one program", allow_abbrev=False
+    )
+    tune.add_argument("file", help="TOML file with [base] settings and [random] distributions")
+    tune.add_argument("--output", help="folder of the search (default: searches/NAME-OF-THE-FILE)")
+    tune.add_argument("--num-trials", type=_whole, help="trials (default: count in [random])")
+    tune.add_argument("--batch", type=_whole, default=16, help="trials trained together (default: 16)")
+    tune.add_argument("--storage", help="Optuna storage URL (default: an SQLite file in the folder)")
+
+
+def _add_sinks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--log",
+        action="append",
+        default=[],
+        choices=("tensorboard", "wandb"),
+        help="where metrics go beside metrics.csv; may be repeated",
+    )
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """One flag a setting of `Config`: name, default, help and type come from there."""
+    group = parser.add_argument_group("settings")
+    types: dict[str, Any] = {"int": _whole, "float": float, "str": str}
+    for field in dataclasses.fields(Config):
+        meta = field.metadata
+        if not meta["flag"]:
+            continue
+        values = f"; in {meta['interval']}" if "interval" in meta else ""
+        text = f"{meta['help']} (default: {field.default}{values})"
+        options: dict[str, Any] = {"default": None, "dest": field.name, "help": text}
+        if field.type == "bool":
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = types[str(field.type)]
+            options["metavar"] = "|".join(meta.get("choices", ())) or {"int": "N", "float": "X"}.get(str(field.type))
+        group.add_argument(f"--{field.name.replace('_', '-')}", **options)
+
+
+def _whole(text: str) -> int:
+    """A whole number; 1e5 and 100_000 count as one."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not value.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(value)
+
+
+def flags_of(parser: argparse.ArgumentParser, command: str) -> list[str]:
+    """The flags that a command knows."""
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return [flag for action in commands.choices[command]._actions for flag in action.option_strings]
+
+
+def config_of(namespace: argparse.Namespace, **defaults: Any) -> Config:
+    """The `Config` of defaults and of what was given."""
+    flags = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(Config) if f.metadata["flag"]}
+    given = {name: value for name, value in flags.items() if value is not None}
+    if namespace.env is not None:
+        given["env"] = namespace.env
+    return Config().replace(**{**defaults, **given})
