@@ -77,6 +77,7 @@ class Suite:
       source: of the published numbers.
       beside: settings of another method that is run at equal steps, by its name.
       sampled: judge the policy by sampled actions, as the suite's literature does, not by its mode.
+      packages: whose versions are recorded beside those of the core.
     """
 
     settings: dict[str, Any]
@@ -85,13 +86,30 @@ class Suite:
     source: str = ""
     beside: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     sampled: bool = False
+    packages: tuple[str, ...] = ()
 
 
 def suites() -> dict[str, Suite]:
     small = 100_000
     learner = {"normalize_observations": True, "reuse": 2, "max_kl": 0.02, "gamma": 0.992}
-    minatar = {"network": "mlp", "gae_lambda": 0.95, "normalize_observations": True}
+    grids = {"gae_lambda": 0.95, "normalize_observations": True}
     ppo = {"num_envs": 64, "update": "ppo", "policy_epochs": 4, "entropy_coefficient": 0.01}
+    minatar_tasks = [
+        Task("Breakout-MinAtar", 10_000_000, 28.0),
+        Task("Asterix-MinAtar", 10_000_000, 15.0),
+        Task("SpaceInvaders-MinAtar", 10_000_000, 131.0),
+        Task("Freeway-MinAtar", 10_000_000, 58.0),
+        Task("Seaquest-MinAtar", 5_000_000),
+    ]
+    bodies = {
+        "normalize_observations": True,
+        "normalize_rewards": True,
+        "initial_log_std": -0.5,
+        "gae_lambda": 0.95,
+        "value_fit": "adam",
+        "value_learning_rate": 1e-3,
+    }
+    many = bodies | {"num_envs": 1024, "num_steps": 32, "value_epochs": 4, "value_minibatches": 32}
     return {
         "classic": Suite(
             learner | {"num_steps": 100, "cg_damping": 0.05},
@@ -143,35 +161,48 @@ def suites() -> dict[str, Suite]:
             GYMNAX,
         ),
         "minatar": Suite(
-            minatar | {"num_envs": 256, "max_kl": 0.05},
+            grids | {"num_envs": 256, "max_kl": 0.05, "network": "mlp"},
             3,
-            [
-                Task("Breakout-MinAtar", 10_000_000, 28.0),
-                Task("Asterix-MinAtar", 10_000_000, 15.0),
-                Task("SpaceInvaders-MinAtar", 10_000_000, 131.0),
-                Task("Freeway-MinAtar", 10_000_000, 58.0),
-                Task("Seaquest-MinAtar", 5_000_000),
-            ],
+            minatar_tasks,
             GYMNAX,
-            beside={"PPO": minatar | ppo},
+            beside={"PPO": grids | ppo | {"network": "mlp"}},
             sampled=True,
         ),
+        "minatar-cnn": Suite(
+            grids | {"num_envs": 64, "max_kl": 0.02},
+            3,
+            minatar_tasks,
+            GYMNAX,
+            beside={"PPO": grids | ppo},
+            sampled=True,
+        ),
+        "brax": Suite(
+            many | {"max_kl": 0.02, "anneal_max_kl": 0.9, "fisher_fraction": 0.3},
+            5,
+            [Task("brax/hopper", 10_000_000), Task("brax/halfcheetah/spring", 10_000_000)],
+            beside={
+                "PPO": many
+                | {"update": "ppo", "policy_epochs": 4, "policy_minibatches": 32, "policy_learning_rate": 3e-4}
+            },
+            packages=("brax",),
+        ),
         "mujoco": Suite(
-            {
-                "normalize_observations": True,
-                "normalize_rewards": True,
+            bodies
+            | {
                 "num_envs": 8,
                 "num_steps": 128,
-                "initial_log_std": -0.5,
-                "gae_lambda": 0.95,
+                "fisher_fraction": 1.0,
+                "value_epochs": 10,
+                "value_minibatches": 16,
             },
-            3,
+            5,
             [
                 Task("gymnasium/HalfCheetah-v5", 1_000_000, 4471.2),
                 Task("gymnasium/Hopper-v5", 1_000_000, 2046.0),
                 Task("gymnasium/Walker2d-v5", 1_000_000, 3826.7),
             ],
             TIANSHOU,
+            packages=("gymnasium", "mujoco"),
         ),
     }
 
@@ -192,7 +223,7 @@ def main() -> None:
         record["tasks"].append({"name": task.name, "method": method, **run_task(task, suite, settings)})
         record |= {
             "device": jax.devices()[0].device_kind,
-            **{name: version(name) for name in ("jax", "gymnax", "trpo_jax")},
+            **{name: version(name) for name in ("jax", "gymnax", "trpo_jax", *suite.packages)},
             "settings": methods,
             "source": suite.source,
         }
@@ -204,7 +235,7 @@ def main() -> None:
 
 
 def run_task(task: Task, suite: Suite, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train seeds 0, 1, … one after the other in one program, and judge each as it ended and as it began."""
+    """Train seeds 0, 1, … in one program, and judge each as it ended and as it began."""
     config = trpo_jax.Config(env=task.env, **settings)
     config = config.replace(num_iterations=task.env_steps // config.steps_per_iteration)
     judge = functools.partial(trpo_jax.evaluate, num_episodes=EPISODES, max_steps=5000)
@@ -217,17 +248,25 @@ def run_task(task: Task, suite: Suite, settings: dict[str, Any]) -> dict[str, An
         last = judge(config, state, judge_key, deterministic=not suite.sampled)
         return metrics.episode_return, first.episode_return.mean(), last.episode_return.mean()
 
-    program = jax.jit(lambda seeds: jax.lax.map(run, seeds)).lower(jnp.arange(suite.num_seeds)).compile()
+    # One after the other on CPU, where each stays within the cache; side by side on an accelerator.
+    across = jax.vmap(run) if jax.default_backend() != "cpu" else functools.partial(jax.lax.map, run)
+    program = jax.jit(across).lower(jnp.arange(suite.num_seeds)).compile()
     start = time.perf_counter()
     curves, random, returns = map(np.asarray, jax.block_until_ready(program(jnp.arange(suite.num_seeds))))
-    seconds = time.perf_counter() - start
+    return summarize(task, config, curves, random, returns, time.perf_counter() - start)
+
+
+def summarize(
+    task: Task, config: trpo_jax.Config, curves: np.ndarray, random: np.ndarray, returns: np.ndarray, seconds: float
+) -> dict[str, Any]:
+    """What is recorded of training returns [seeds, iterations], and of returns [seeds] before and after training."""
     # An iteration in which no episode ended says nothing new; the curve begins when every seed has said something.
     curves = fill_forward(curves.T)
     seen = np.flatnonzero(~np.isnan(curves).any(axis=1))
     every = max(1, len(seen) // 100)
     return {
-        "env_steps": config.num_iterations * config.steps_per_iteration,
-        "num_seeds": suite.num_seeds,
+        "env_steps": len(curves) * config.steps_per_iteration,
+        "num_seeds": len(returns),
         "iqm": float(interquartile_mean(returns)),
         "interval": stratified_bootstrap([returns]),
         "random": float(random.mean()),
