@@ -17,6 +17,7 @@ import pytest
 from probes import SMALL_SWEEP
 
 from trpo_jax.cli import main
+from trpo_jax.sweeps.storage import Folder
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 EIGHT = "[0-9]" * 8  # a finished checkpoint; one at work has more to its name
@@ -208,6 +209,7 @@ def test_damaged_checkpoint_is_named(finished, tmp_path, start):
 FULL_DISK = """
 import resource, signal, sys
 from trpo_jax.cli import main
+from trpo_jax.sweeps.storage import Folder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
 sys.exit(main(sys.argv[2:]))
@@ -235,11 +237,24 @@ def test_read_only_folder_is_one_sentence(finished, tmp_path, capsys, monkeypatc
 
 
 def test_two_at_once_are_refused(finished, capsys):
-    from trpo_jax.sweeps.storage import Folder
-
     with Folder(finished).locked(0):
         assert sweep(finished.parent / "sweep.toml", "--output", finished) == 2
         assert "another process is at work on" in capsys.readouterr().err
+
+
+def test_a_sweep_that_another_process_begins_meanwhile_is_joined(tmp_path, monkeypatch):
+    mine, others = Folder(tmp_path), Folder(tmp_path)
+    listdir = os.listdir
+
+    def begin_then_list(path):
+        monkeypatch.setattr(os, "listdir", listdir)
+        others.describe({"num_seeds": 2}, {"threads": 3})
+        others.settle_program(0, {"agents": 4})
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", begin_then_list)
+    mine.describe({"num_seeds": 2}, {"threads": 5})
+    assert mine.description() == {"num_seeds": 2, "made_by": {"threads": 3}}
 
 
 def test_two_processes_meet_and_share_the_work(finished, tmp_path):

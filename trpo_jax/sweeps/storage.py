@@ -60,7 +60,9 @@ class Folder:
         """
         file = self.path / "sweep.json"
         if not file.exists():
-            if self.path.exists() and (not self.path.is_dir() or any(map(_is_foreign, os.listdir(self.path)))):
+            foreign = self.path.exists() and (not self.path.is_dir() or any(map(_is_foreign, os.listdir(self.path))))
+            # What was seen may be another process's beginning of this sweep, which writes sweep.json first.
+            if foreign and not file.exists():
                 raise UsageError(f"{self.path} exists and is not the folder of a sweep; choose another --output.")
             found = self._settle(file, {**description, "made_by": made_by})
         else:
