@@ -68,6 +68,23 @@ def _product_by_columns(x: Array, kernel: Array, dimension_numbers: Any, **optio
     return jnp.stack([jax.lax.dot_general(kernel[:, i], x, contract, **options) for i in range(columns)], axis=-1)
 
 
+def _convolution_by_patches(x: Array, kernel: Array, strides: Sequence[int], padding: str, **options: Any) -> Array:
+    """The convolution of a small kernel with stride 1 as a matrix product with the patches it sees.
+
+    Many agents have as many kernels. XLA maps a convolution over them as one of grouped filters, where a product is a
+    batch of products: on an H100 the gradient of 5 agents takes 14 ms in place of 25 (and a forward pass 7.6 in place
+    of 6.0). On CPU, where agents learn one after the other, the convolution of one is faster.
+    """
+    height, width, _, filters = kernel.shape
+    if height * width > _SMALL_KERNEL or any(stride != 1 for stride in strides) or padding != "SAME":
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    rows, columns = x.shape[1:3]
+    margins = [((size - 1) // 2, size // 2) for size in (height, width)]
+    padded = jnp.pad(x, ((0, 0), *margins, (0, 0)))
+    patches = [padded[:, i : i + rows, j : j + columns] for i in range(height) for j in range(width)]
+    return jnp.matmul(jnp.concatenate(patches, axis=-1), kernel.reshape(-1, filters), precision=options["precision"])
+
+
 class MLP(nn.Module):
     """Dense tanh layers over flattened observations.
 
@@ -91,22 +108,6 @@ class MLP(nn.Module):
         for width in self.hidden:
             x = nn.tanh(nn.Dense(width, kernel_init=orthogonal(2**0.5))(x))
         return _last_layer(x, self.outputs, self.last_scale)
-
-
-def _convolution_by_patches(x: Array, kernel: Array, strides: Sequence[int], padding: str, **options: Any) -> Array:
-    """The convolution of a small kernel with stride 1 as a matrix product with the patches it sees.
-
-    Many agents have as many kernels. XLA maps a convolution over them as one of grouped filters, whose gradient takes
-    14 times longer on a CPU, where a product becomes a batch of products.
-    """
-    height, width, _, filters = kernel.shape
-    if height * width > _SMALL_KERNEL or any(stride != 1 for stride in strides) or padding != "SAME":
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
-    rows, columns = x.shape[1:3]
-    margins = [((size - 1) // 2, size // 2) for size in (height, width)]
-    padded = jnp.pad(x, ((0, 0), *margins, (0, 0)))
-    patches = [padded[:, i : i + rows, j : j + columns] for i in range(height) for j in range(width)]
-    return jnp.matmul(jnp.concatenate(patches, axis=-1), kernel.reshape(-1, filters), precision=options["precision"])
 
 
 class CNN(nn.Module):
@@ -136,7 +137,7 @@ class CNN(nn.Module):
             strides,
             padding="SAME",
             kernel_init=_orthogonal_filters,
-            conv_general_dilated=_convolution_by_patches,
+            conv_general_dilated=None if jax.default_backend() == "cpu" else _convolution_by_patches,
         )(grid)
         x = nn.relu(filters).reshape(*batch_shape, -1)
         x = nn.relu(nn.Dense(128, kernel_init=orthogonal(2**0.5))(x))

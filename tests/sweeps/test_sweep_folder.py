@@ -209,7 +209,6 @@ def test_damaged_checkpoint_is_named(finished, tmp_path, start):
 FULL_DISK = """
 import resource, signal, sys
 from trpo_jax.cli import main
-from trpo_jax.sweeps.storage import Folder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
 sys.exit(main(sys.argv[2:]))
