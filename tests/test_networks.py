@@ -175,11 +175,13 @@ def test_products_by_columns_are_the_product(columns):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kernel, strides", [((3, 3), (1, 1)), ((4, 2), (1, 1)), ((3, 3), (2, 1)), ((5, 5), (1, 1))])
-def test_convolutions_by_patches_are_the_convolution(kernel, strides):
-    grids, kernels = (
-        jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 7, 6, 5, 3), (2, *kernel, 3, 4)])
-    )
+@pytest.mark.parametrize(
+    "samples, kernel, strides",
+    [(7, (3, 3), (1, 1)), (40, (3, 3), (1, 1)), (7, (4, 2), (1, 1)), (7, (3, 3), (2, 1)), (7, (5, 5), (1, 1))],
+)
+def test_convolutions_by_patches_are_the_convolution(samples, kernel, strides):
+    shapes = (2, samples, 6, 5, 3), (2, *kernel, 3, 4)
+    grids, kernels = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
     numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": jax.lax.Precision.HIGHEST}
 
     def each(convolution):
