@@ -21,6 +21,7 @@ from trpo_jax.benchmarks.measure import (
 )
 from trpo_jax.cli import main
 from trpo_jax.files import settings_of
+from trpo_jax.training import memory
 
 
 def test_programs_run_in_turn_after_a_warm_up_and_wait_for_their_results():
@@ -64,6 +65,15 @@ def test_the_limit_is_rollout_and_two_gradients(result):
 def test_memory_is_predicted_within_a_tenth(result):
     assert result["many_agents"]["memory_bytes"] > 0
     assert result["many_agents"]["predicted_over_measured_memory"] == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("num_agents", [4, 16, 32, 1000])
+def test_memory_of_few_and_of_many_agents_may_lie_on_two_lines(num_agents, monkeypatch):
+    monkeypatch.setattr(memory, "compile_agents", lambda config, agents, iterations: agents)
+    monkeypatch.setattr(memory, "program_memory", lambda agents: max(5_000 + 160 * agents, 250 * agents))
+    assert memory.predict_memory(small_config(Countdown()), num_agents) == max(
+        5_000 + 160 * num_agents, 250 * num_agents
+    )
 
 
 def test_the_plain_update_is_ours(result):

@@ -169,7 +169,7 @@ def suites() -> dict[str, Suite]:
             sampled=True,
         ),
         "minatar-cnn": Suite(
-            grids | {"num_envs": 64, "max_kl": 0.02},
+            grids | {"num_envs": 64, "max_kl": 0.03, "cg_damping": 0.01, "entropy_coefficient": 0.01},
             3,
             minatar_tasks,
             GYMNAX,

@@ -366,8 +366,8 @@ def test_no_gradient_no_step():
     assert_bit_identical(new, params)
 
 
-def random_update(seed, log_max_kl, damping, scale, spoil):
-    """One update of a random net on a random batch; `spoil` > 0.9 puts a NaN somewhere."""
+def random_problem(seed, scale, spoil):
+    """A random net and a random batch; `spoil` > 0.9 puts a NaN somewhere."""
     keys = jax.random.split(jax.random.key(seed), 5)
     params = {
         "hidden": scale * jax.random.normal(keys[0], (3, 5)),
@@ -377,6 +377,10 @@ def random_update(seed, log_max_kl, damping, scale, spoil):
     action = bare_apply(params, observation).sample(keys[3])
     advantage = jax.random.normal(keys[4], (16,))
     advantage = jnp.where((jnp.arange(16) == 2) & (spoil > 0.9), jnp.nan, advantage)
+    return params, observation, action, advantage
+
+
+def random_update(params, observation, action, advantage, log_max_kl, damping):
     max_kl = 10.0**log_max_kl
     new, info = trpo_update(bare_apply, params, observation, action, advantage, max_kl=max_kl, cg_damping=damping)
     with jax.default_matmul_precision("highest"):
@@ -390,7 +394,8 @@ def random_update(seed, log_max_kl, damping, scale, spoil):
     return info, kl, gain, same, finite, max_kl
 
 
-RANDOM_UPDATES = jax.jit(jax.vmap(random_update))
+# Two programs: in one, XLA may compute the random parameters twice, and round them otherwise each time.
+RANDOM_PROBLEMS, RANDOM_UPDATES = jax.jit(jax.vmap(random_problem)), jax.jit(jax.vmap(random_update))
 EXAMPLES, LANES = 20, 512  # 10,240 updates
 
 
@@ -403,11 +408,10 @@ EXAMPLES, LANES = 20, 512  # 10,240 updates
 )
 def test_ten_thousand_updates_keep_their_promise(seed, log_max_kl, damping, scale):
     lanes = np.arange(LANES, dtype=np.int32)
-    spread = [np.full(LANES, value, np.float32) for value in (log_max_kl, damping, scale)]
+    log_max_kls, dampings, scales = (np.full(LANES, value, np.float32) for value in (log_max_kl, damping, scale))
     spoil = np.float32(np.random.default_rng(seed).uniform(size=LANES))
-    info, kl, gain, same, finite, max_kl = jax.tree.map(
-        np.asarray, RANDOM_UPDATES(np.int32(seed) + lanes, *spread, spoil)
-    )
+    problems = RANDOM_PROBLEMS(np.int32(seed) + lanes, scales, spoil)
+    info, kl, gain, same, finite, max_kl = jax.tree.map(np.asarray, RANDOM_UPDATES(*problems, log_max_kls, dampings))
     accepted = info.accepted
     assert finite.all()
     assert (info.mean_kl[accepted] <= max_kl[accepted]).all() and (info.surrogate_gain[accepted] > 0).all()

@@ -9,7 +9,7 @@ import jax
 from trpo_jax.training.loop import init, train_step
 from trpo_jax.types import Config, Metrics, TrainState
 
-_PROBES = 8, 16  # agents; a few alone are programs of another form
+_PROBES = (8, 16), (256, 512)  # agents; fewer are programs of another form
 
 
 def program_memory(compiled: Any) -> int:
@@ -35,9 +35,14 @@ def compile_agents(config: Config, num_agents: int, iterations: int = 1) -> Any:
 def predict_memory(config: Config, num_agents: int, iterations: int = 1) -> int:
     """Bytes that a program of K agents needs at once, without building that program.
 
-    What XLA allocates is a constant plus a multiple of K: on CPU, for instance, one workspace serves all agents, and
-    each adds its own state. So the programs of 8 and 16 agents are compiled, and a line is drawn through them.
+    At any moment of an iteration XLA holds a constant plus a multiple of K: on CPU, for instance, one workspace for
+    all agents as they learn, and each agent's batch as they act. What it allocates is the most of any moment: with
+    few agents the workspace, with many the batches. So the programs of 8, 16, 256 and 512 agents are compiled, and
+    the higher of the lines through each pair is taken.
     """
-    few, more = _PROBES
-    at_few, at_more = (program_memory(compile_agents(config, agents, iterations)) for agents in _PROBES)
-    return round(at_few + (num_agents - few) * (at_more - at_few) / (more - few))
+
+    def line(few: int, more: int) -> float:
+        at_few, at_more = (program_memory(compile_agents(config, agents, iterations)) for agents in (few, more))
+        return at_few + (num_agents - few) * (at_more - at_few) / (more - few)
+
+    return round(max(line(*pair) for pair in _PROBES))
