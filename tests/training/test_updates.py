@@ -257,12 +257,11 @@ def test_reusing_the_first_batch_alone_is_using_it():
 
 
 def test_several_agents_of_an_option_are_each_a_run_of_their_own():
-    for name in ("ratio", "reuse"):
-        config = small_config(num_iterations=3, **OPTIONS[name])
-        keys = jax.random.split(jax.random.key(1), 2)
-        together = jax.jit(jax.vmap(train, in_axes=(None, 0)))(config, keys)
-        for i in range(2):
-            probes.assert_trees_close(lane(together, i), trainer()(config, keys[i]), rtol=1e-4, atol=1e-5)
+    config = small_config(num_iterations=3, **OPTIONS["ratio"], **OPTIONS["reuse"])
+    keys = jax.random.split(jax.random.key(1), 2)
+    together = jax.jit(jax.vmap(train, in_axes=(None, 0)))(config, keys)
+    for i in range(2):
+        probes.assert_trees_close(lane(together, i), trainer()(config, keys[i]), rtol=1e-4, atol=1e-5)
 
 
 def test_flat_batches_keep_the_newest_environments_first():
