@@ -84,10 +84,10 @@ def _convolution_by_patches(x: Array, kernel: Array, strides: Sequence[int], pad
     samples, rows, columns, _ = x.shape
     margins = [((size - 1) // 2, size // 2) for size in (height, width)]
     padded = jnp.pad(x, ((0, 0), *margins, (0, 0)))
-    patches = [padded[:, i : i + rows, j : j + columns] for i in range(height) for j in range(width)]
+    shifted = [padded[:, i : i + rows, j : j + columns] for i in range(height) for j in range(width)]
     matrix = kernel.reshape(-1, filters)
     together = math.gcd(samples, _SAMPLES_A_PRODUCT)
-    patches = jnp.concatenate(patches, axis=-1).reshape(samples // together, together * rows * columns, matrix.shape[0])
+    patches = jnp.concatenate(shifted, axis=-1).reshape(samples // together, together * rows * columns, matrix.shape[0])
     products = jnp.matmul(
         patches, jnp.broadcast_to(matrix, (samples // together, *matrix.shape)), precision=options["precision"]
     )
