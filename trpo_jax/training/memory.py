@@ -37,12 +37,15 @@ def predict_memory(config: Config, num_agents: int, iterations: int = 1) -> int:
 
     At any moment of an iteration XLA holds a constant plus a multiple of K: on CPU, for instance, one workspace for
     all agents as they learn, and each agent's batch as they act. What it allocates is the most of any moment: with
-    few agents the workspace, with many the batches. So the programs of 8, 16, 256 and 512 agents are compiled, and
-    the higher of the lines through each pair is taken.
+    few agents the workspace, with many the batches. So the programs of 8 and 16 agents are compiled, and those of 256
+    and 512: a line goes through each pair, of which the higher one counts. Such a maximum is convex, so that up to 16
+    agents it is the first line and from 256 on the second.
     """
 
     def line(few: int, more: int) -> float:
         at_few, at_more = (program_memory(compile_agents(config, agents, iterations)) for agents in (few, more))
         return at_few + (num_agents - few) * (at_more - at_few) / (more - few)
 
-    return round(max(line(*pair) for pair in _PROBES))
+    few, many = _PROBES
+    pairs = [few] if num_agents <= few[1] else [many] if num_agents >= many[0] else [few, many]
+    return round(max(line(*pair) for pair in pairs))
