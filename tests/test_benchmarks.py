@@ -44,7 +44,7 @@ def test_programs_run_in_turn_after_a_warm_up_and_wait_for_their_results():
 @pytest.fixture(scope="module")
 def result():
     config = small_config(Countdown())
-    one, many = measure_one(config, 3), measure_many(config, 12, 2)
+    one, many = measure_one(config, 3), measure_many(config, 32, 2)
     update = measure_policy_update(config, 64, 2)
     learner = TimeToThreshold(config, 1e9, 2 * config.steps_per_iteration)
     reached = {"threshold": 1e9, **report.threshold_summary([learner.run(0)])}
@@ -96,7 +96,7 @@ def test_tables_say_what_the_figures_are(result):
     both = {"ours_env_steps_per_second": speeds, "theirs_env_steps_per_second": speeds, "speed_ratio": 1.0}
     found = report.tables({**result, "peers": {"a": both, "b": {"error": "b could not be installed: no"}}})
     text = "\n".join(" ".join(row) for _, _, rows in found for row in rows)
-    for phrase in ("line search", "limit", "memory of 12 agents", "inf", "b could not be installed: no", "1234.0"):
+    for phrase in ("line search", "limit", "memory of 32 agents", "inf", "b could not be installed: no", "1234.0"):
         assert phrase in text, phrase
     assert f"{result['setting']['cores']} cores" in found[0][0]
 

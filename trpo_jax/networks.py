@@ -23,7 +23,7 @@ from trpo_jax.types import Network
 
 _FEW_COLUMNS = 4
 _SMALL_KERNEL = 9  # entries of a filter a channel
-_SAMPLES_A_PRODUCT = 16
+_SAMPLES_A_PRODUCT = 16  # of a batch in a convolution on an accelerator, at most
 _GRID = 10  # filters along each side of a grid, at most
 _FORBIDDEN = -1e9  # a logit whose probability is exactly 0 and whose products are all finite
 _UNBOUNDED = 1e6  # bounds beyond this (±3.4e38 is common) say nothing about the scale of an action
