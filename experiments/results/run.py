@@ -99,7 +99,6 @@ def suites() -> dict[str, Suite]:
         Task("Asterix-MinAtar", 10_000_000, 15.0),
         Task("SpaceInvaders-MinAtar", 10_000_000, 131.0),
         Task("Freeway-MinAtar", 10_000_000, 58.0),
-        Task("Seaquest-MinAtar", 5_000_000),
     ]
     bodies = {
         "normalize_observations": True,
@@ -163,7 +162,7 @@ def suites() -> dict[str, Suite]:
         "minatar": Suite(
             grids | {"num_envs": 256, "max_kl": 0.05, "network": "mlp"},
             3,
-            minatar_tasks,
+            [*minatar_tasks, Task("Seaquest-MinAtar", 5_000_000)],
             GYMNAX,
             beside={"PPO": grids | ppo | {"network": "mlp"}},
             sampled=True,
@@ -171,7 +170,7 @@ def suites() -> dict[str, Suite]:
         "minatar-cnn": Suite(
             grids | {"num_envs": 64, "max_kl": 0.03, "cg_damping": 0.01, "entropy_coefficient": 0.01},
             3,
-            minatar_tasks,
+            [*minatar_tasks, Task("Seaquest-MinAtar", 10_000_000)],
             GYMNAX,
             beside={"PPO": grids | ppo},
             sampled=True,
