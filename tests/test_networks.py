@@ -1,5 +1,7 @@
 """The default networks: shapes, first policies and the units of Box actions."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from trpo_jax import (
     make_value,
 )
 from trpo_jax.environments.base import Box, Discrete, MultiDiscrete, make_box
-from trpo_jax.networks import _convolution_by_patches, _product_by_columns, orthogonal
+from trpo_jax.networks import _convolution_by_patches, _product, orthogonal
 
 
 def environment(space, observation_shape=(3,)):
@@ -169,10 +171,37 @@ def test_products_by_columns_are_the_product(columns):
     x, kernel = jax.random.normal(keys[0], (6, 7, 3)), jax.random.normal(keys[1], (3, columns))
     cotangent = jax.random.normal(keys[2], (6, 7, columns))
     axes = (((2,), (0,)), ((), ()))
-    product, pull_back = jax.vjp(lambda x, kernel: _product_by_columns(x, kernel, axes, precision=None), x, kernel)
+    product, pull_back = jax.vjp(lambda x, kernel: _product(x, kernel, axes, precision=None), x, kernel)
     expected, expected_pull_back = jax.vjp(jnp.matmul, x, kernel)
     for a, b in zip((product, *pull_back(cotangent)), (expected, *expected_pull_back(cotangent)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("samples, longest", [((128, 64), 512), ((9830,), 9830), ((4096,), 4096)], ids=str)
+def test_no_gradient_of_a_large_batch_on_a_gpu_is_one_sum_over_it(samples, longest, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, kernels = jax.random.normal(keys[0], (2, *samples, 3)), jax.random.normal(keys[1], (2, 3, 5))
+
+    def gradients(product):
+        """Of two agents side by side: of their inputs and kernels."""
+
+        def loss(x, kernels):
+            outputs = jax.vmap(product)(x, kernels)
+            return jnp.mean(jnp.sin(outputs)), outputs
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)
+
+    axes = (((len(samples),), (0,)), ((), ()))
+    ours = gradients(lambda x, kernel: _product(x, kernel, axes, precision=None))
+    for a, b in zip(jax.tree.leaves(ours(x, kernels)), jax.tree.leaves(gradients(jnp.matmul)(x, kernels)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    sums = [
+        math.prod(equation.invars[0].aval.shape[axis] for axis in equation.params["dimension_numbers"][0][0])
+        for equation in jax.make_jaxpr(ours)(x, kernels).eqns
+        if equation.primitive.name == "dot_general"
+    ]
+    assert max(sums) == longest
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from trpo_jax.types import Network
 _FEW_COLUMNS = 4
 _SMALL_KERNEL = 9  # entries of a filter a channel
 _SAMPLES_A_PRODUCT = 16  # of a batch in a convolution on an accelerator, at most
+_LARGE_BATCH = 4096  # samples, of more than which a dense layer's product on a GPU is of groups
+_GROUPS = range(128, 513)  # samples that such a group may have
 _GRID = 10  # filters along each side of a grid, at most
 _FORBIDDEN = -1e9  # a logit whose probability is exactly 0 and whose products are all finite
 _UNBOUNDED = 1e6  # bounds beyond this (±3.4e38 is common) say nothing about the scale of an action
@@ -57,17 +59,24 @@ def orthogonal(scale: float) -> Callable[..., Array]:
     return initialise
 
 
-def _product_by_columns(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
-    """x @ kernel, column by column where there are few and the backend is CPU.
+def _product(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
+    """x @ kernel for x [..., inputs], in the form whose gradient suits the backend.
 
-    The gradient of a kernel of two columns is three times faster as two products with a vector; XLA's CPU backend has
-    a matrix product for it that is made for larger ones.
+    On CPU column by column where there are few: the gradient of a kernel of two columns is three times faster as two
+    products with a vector; XLA's CPU backend has a matrix product for it that is made for larger ones. On a GPU a large
+    batch in groups: the gradient of a kernel, of as few entries as one of its processors works on, is else a single
+    sum over all samples.
     """
-    columns = kernel.shape[-1]
-    if columns > _FEW_COLUMNS or jax.default_backend() != "cpu":
-        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
-    contract = (((0,), (x.ndim - 1,)), ((), ()))
-    return jnp.stack([jax.lax.dot_general(kernel[:, i], x, contract, **options) for i in range(columns)], axis=-1)
+    columns, samples = kernel.shape[-1], math.prod(x.shape[:-1])
+    if jax.default_backend() == "cpu" and columns <= _FEW_COLUMNS:
+        contract = (((0,), (x.ndim - 1,)), ((), ()))
+        return jnp.stack([jax.lax.dot_general(kernel[:, i], x, contract, **options) for i in range(columns)], axis=-1)
+    if jax.default_backend() == "gpu" and samples > _LARGE_BATCH:
+        together = max((size for size in _GROUPS if samples % size == 0), default=samples)
+        groups = x.reshape(samples // together, together, x.shape[-1])
+        products = jnp.matmul(groups, jnp.broadcast_to(kernel, (samples // together, *kernel.shape)), **options)
+        return products.reshape(*x.shape[:-1], columns)
+    return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
 
 
 def _convolution_by_patches(x: Array, kernel: Array, strides: Sequence[int], padding: str, **options: Any) -> Array:
@@ -115,7 +124,7 @@ class MLP(nn.Module):
         batch_shape = observation.shape[: observation.ndim - self.observation_ndim]
         x = observation.reshape(*batch_shape, -1)
         for width in self.hidden:
-            x = nn.tanh(nn.Dense(width, kernel_init=orthogonal(2**0.5))(x))
+            x = nn.tanh(nn.Dense(width, kernel_init=orthogonal(2**0.5), dot_general=_product)(x))
         return _last_layer(x, self.outputs, self.last_scale)
 
 
@@ -149,7 +158,7 @@ class CNN(nn.Module):
             conv_general_dilated=None if jax.default_backend() == "cpu" else _convolution_by_patches,
         )(grid)
         x = nn.relu(filters).reshape(*batch_shape, -1)
-        x = nn.relu(nn.Dense(128, kernel_init=orthogonal(2**0.5))(x))
+        x = nn.relu(nn.Dense(128, kernel_init=orthogonal(2**0.5), dot_general=_product)(x))
         return _last_layer(x, self.outputs, self.last_scale)
 
 
@@ -172,7 +181,11 @@ class GRU(nn.Module):
     def __call__(self, carry: Array, observation: Array) -> tuple[Array, Array]:
         """Memory [..., units] and observation [..., *observation_shape] -> memory and [..., outputs]."""
         batch_shape = observation.shape[: observation.ndim - self.observation_ndim]
-        x = nn.tanh(nn.Dense(self.units, kernel_init=orthogonal(2**0.5))(observation.reshape(*batch_shape, -1)))
+        x = nn.tanh(
+            nn.Dense(self.units, kernel_init=orthogonal(2**0.5), dot_general=_product)(
+                observation.reshape(*batch_shape, -1)
+            )
+        )
         cell = nn.GRUCell(self.units, kernel_init=orthogonal(1.0), recurrent_kernel_init=orthogonal(1.0))
         carry, x = cell(carry, x)
         return carry, _last_layer(x, self.outputs, self.last_scale)
@@ -182,7 +195,7 @@ def _last_layer(x: Array, outputs: int | None, scale: float) -> Array:
     """A linear layer, of the module that calls it; None: `x` itself, the module's features."""
     if outputs is None:
         return x
-    return nn.Dense(outputs, kernel_init=orthogonal(scale), dot_general=_product_by_columns)(x)
+    return nn.Dense(outputs, kernel_init=orthogonal(scale), dot_general=_product)(x)
 
 
 def _orthogonal_filters(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:

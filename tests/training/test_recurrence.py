@@ -190,6 +190,7 @@ def test_the_memory_of_a_rollout_is_the_one_it_is_trained_on():
         assert ended.all() == (i == 2)  # 21 steps are seven episodes
 
 
+@jax.default_matmul_precision("highest")
 def test_a_next_observation_is_valued_by_what_is_remembered_at_its_step():
     config = small_config(Recall(), policy=None, value=None, network="gru", num_steps=5)
     agent, state = make_agent(config), init(config, jax.random.key(3))
