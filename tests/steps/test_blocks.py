@@ -64,9 +64,9 @@ def test_updates_are_those_of_the_whole(x64, monkeypatch):
         value, loss = gauss_newton_fit(value_apply, params, observation, advantage)
         return policy, info, value, loss
 
-    in_blocks = both()
+    in_blocks = jax.jit(lambda: both())()
     monkeypatch.setattr(blocks, "_FROM", 1000)
-    whole = both()
+    whole = jax.jit(lambda: both())()
     assert in_blocks[1].accepted
     for a, b in zip(jax.tree.leaves(in_blocks), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)

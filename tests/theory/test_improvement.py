@@ -197,7 +197,7 @@ def test_without_a_penalty_the_minorizer_step_is_greedy():
 
 
 def test_minorize_maximize_never_steps_down():
-    mdps, policies = random_mdps(8), jnp.full((8, 5, 3), 1 / 3)
+    mdps, policies = random_mdps(4), jnp.full((4, 5, 3), 1 / 3)
 
     def step(policies, _):
         return jax.vmap(minorizer_step)(policies, mdps), jax.vmap(expected_return)(policies, mdps)

@@ -193,19 +193,26 @@ def test_the_memory_of_a_rollout_is_the_one_it_is_trained_on():
 @jax.default_matmul_precision("highest")
 def test_a_next_observation_is_valued_by_what_is_remembered_at_its_step():
     config = small_config(Recall(), policy=None, value=None, network="gru", num_steps=5)
-    agent, state = make_agent(config), init(config, jax.random.key(3))
-    _, batch, _ = rollout(agent.environment, agent.policy, state, jax.random.key(0), 5)
-    old = Learned(*(getattr(state, name) for name in Learned._fields))
-    start = jnp.swapaxes(starts(batch.terminated, batch.truncated), 0, 1)
-    sequence = Sequence(jnp.swapaxes(batch.observation, 0, 1), start, state.value_carry)
-    values, value_of_next, carry = evaluate_values(agent.value, old, None, sequence, batch)
-    following = value_of_next(batch.next_observation)
+    agent = make_agent(config)
+
+    @jax.jit
+    def evaluated(key):
+        state = init(config, key)
+        _, batch, _ = rollout(agent.environment, agent.policy, state, jax.random.key(0), 5)
+        old = Learned(*(getattr(state, name) for name in Learned._fields))
+        start = jnp.swapaxes(starts(batch.terminated, batch.truncated), 0, 1)
+        sequence = Sequence(jnp.swapaxes(batch.observation, 0, 1), start, state.value_carry)
+        values, value_of_next, carry = evaluate_values(agent.value, old, None, sequence, batch)
+        return state.value_params, batch, values, value_of_next(batch.next_observation), carry
+
+    params, batch, values, following, carry = evaluated(jax.random.key(3))
+    value_of = jax.jit(agent.value.apply)
     for n in range(4):
         memory = agent.value.initial_carry()
         for t in range(5):
-            memory, value = agent.value.apply(state.value_params, memory, batch.observation[t, n])
+            memory, value = value_of(params, memory, batch.observation[t, n])
             np.testing.assert_allclose(values[n, t], value, atol=1e-6)
-            _, after = agent.value.apply(state.value_params, memory, batch.next_observation[t, n])
+            _, after = value_of(params, memory, batch.next_observation[t, n])
             np.testing.assert_allclose(following[t, n], after, atol=1e-6)
             if batch.terminated[t, n]:
                 memory = agent.value.initial_carry()

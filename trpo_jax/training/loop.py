@@ -163,7 +163,10 @@ def _one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
         # Flat, because a Config's own structure depends on what its leaves are.
         leaves, structure = jax.tree.flatten(arguments)
         flat = jax.custom_batching.sequential_vmap(lambda *flat: function(*jax.tree.unflatten(structure, flat)))
-        return flat(*leaves)
+        # `vmap` traces `function` again, with the mesh of the moment named where else none is. Named the first time
+        # too, a jitted function is found and not traced anew.
+        with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
+            return flat(*leaves)
 
     return call
 
