@@ -204,11 +204,20 @@ def test_no_gradient_of_a_large_batch_on_a_gpu_is_one_sum_over_it(samples, longe
     assert max(sums) == longest
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize(
     "samples, kernel, strides",
-    [(7, (3, 3), (1, 1)), (40, (3, 3), (1, 1)), (7, (4, 2), (1, 1)), (7, (3, 3), (2, 1)), (7, (5, 5), (1, 1))],
+    [
+        (7, (3, 3), (1, 1)),
+        (40, (3, 3), (1, 1)),
+        (7, (4, 2), (1, 1)),
+        (7, (3, 3), (2, 1)),
+        (7, (5, 5), (2, 2)),
+        (3, (7, 8), (3, 3)),
+    ],
 )
-def test_convolutions_by_patches_are_the_convolution(samples, kernel, strides):
+def test_convolutions_by_patches_are_the_convolution(samples, kernel, strides, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     shapes = (2, samples, 6, 5, 3), (2, *kernel, 3, 4)
     grids, kernels = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
     numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": jax.lax.Precision.HIGHEST}
@@ -229,18 +238,19 @@ def test_convolutions_by_patches_are_the_convolution(samples, kernel, strides):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_convolutions_of_many_agents_are_not_grouped_on_accelerators(backend, monkeypatch):
+@pytest.mark.parametrize("side", [4, 10])
+def test_no_convolution_of_a_small_kernel_is_left_to_xla(side, backend, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    network = make_policy(environment(Discrete(3), (10, 10, 4)))
+    network = make_policy(environment(Discrete(3), (side, side, 4)))
 
     def loss(params, observation):
         return jnp.sum(network.apply(params, observation).logits)
 
     params = jax.eval_shape(
-        jax.vmap(lambda key: network.init(key, jnp.zeros((10, 10, 4)))), jax.random.split(jax.random.key(0), 2)
+        jax.vmap(lambda key: network.init(key, jnp.zeros((side, side, 4)))), jax.random.split(jax.random.key(0), 2)
     )
-    program = jax.make_jaxpr(jax.vmap(jax.grad(loss)))(params, jnp.zeros((2, 5, 10, 10, 4)))
-    assert ("conv_general_dilated" in str(program)) == (backend == "cpu")
+    program = jax.make_jaxpr(jax.vmap(jax.grad(loss)))(params, jnp.zeros((2, 5, side, side, 4)))
+    assert "conv_general_dilated" not in str(program)
 
 
 def test_the_matmul_precision_asked_for_reaches_the_last_layer():

@@ -22,7 +22,8 @@ from trpo_jax.steps.types import Array, PyTree, Scalar
 from trpo_jax.types import Network
 
 _FEW_COLUMNS = 4
-_SMALL_KERNEL = 9  # entries of a filter a channel
+_SMALL_KERNEL = 9  # entries of a filter a channel, of which an accelerator makes patches
+_LARGEST_KERNEL = 400  # the same on a CPU, where a grid of 84 x 84 has 361
 _SAMPLES_A_PRODUCT = 16  # of a batch in a convolution on an accelerator, at most
 _LARGE_BATCH = 4096  # samples, of more than which a dense layer's product on a GPU is of groups
 _GROUPS = range(128, 513)  # samples that such a group may have
@@ -80,22 +81,30 @@ def _product(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) ->
 
 
 def _convolution_by_patches(x: Array, kernel: Array, strides: Sequence[int], padding: str, **options: Any) -> Array:
-    """The convolution of a small kernel with stride 1 as matrix products with the patches it sees.
+    """The convolution of a small kernel as matrix products with the patches it sees.
 
-    Many agents have as many kernels. XLA maps a convolution over them as one of grouped filters, where a product is a
-    batch of products. A few samples share a product, not the whole batch: the gradient of a kernel, of as few entries
-    as one processor of a GPU works on, is else a single sum over all pixels of all samples. On CPU, where agents learn
-    one after the other, the convolution of one is faster.
+    On CPU because XLA prepares convolutions for its fast routine in a program's main computation only: the gradient of
+    a kernel within a loop, as all training is, takes thirty times as long as by patches. On an accelerator because many
+    agents have as many kernels, and XLA maps a convolution over them as one of grouped filters, where a product is a
+    batch of products. There a few samples share a product, not the whole batch: the gradient of a kernel, of as few
+    entries as one processor of a GPU works on, is else a single sum over all pixels of all samples.
     """
     height, width, _, filters = kernel.shape
-    if height * width > _SMALL_KERNEL or any(stride != 1 for stride in strides) or padding != "SAME":
+    cpu = jax.default_backend() == "cpu"
+    if height * width > (_LARGEST_KERNEL if cpu else _SMALL_KERNEL) or padding != "SAME":
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
-    samples, rows, columns, _ = x.shape
-    margins = [((size - 1) // 2, size // 2) for size in (height, width)]
+    samples, *sizes, _ = x.shape
+    margins = jax.lax.padtype_to_pads(sizes, (height, width), strides, padding)
     padded = jnp.pad(x, ((0, 0), *margins, (0, 0)))
-    shifted = [padded[:, i : i + rows, j : j + columns] for i in range(height) for j in range(width)]
+    rows, columns = (-(-size // stride) for size, stride in zip(sizes, strides, strict=True))
+    down, right = strides
+    shifted = [
+        padded[:, i : i + (rows - 1) * down + 1 : down, j : j + (columns - 1) * right + 1 : right]
+        for i in range(height)
+        for j in range(width)
+    ]
     matrix = kernel.reshape(-1, filters)
-    together = math.gcd(samples, _SAMPLES_A_PRODUCT)
+    together = samples if cpu else math.gcd(samples, _SAMPLES_A_PRODUCT)
     patches = jnp.concatenate(shifted, axis=-1).reshape(samples // together, together * rows * columns, matrix.shape[0])
     products = jnp.matmul(
         patches, jnp.broadcast_to(matrix, (samples // together, *matrix.shape)), precision=options["precision"]
@@ -155,7 +164,7 @@ class CNN(nn.Module):
             strides,
             padding="SAME",
             kernel_init=_orthogonal_filters,
-            conv_general_dilated=None if jax.default_backend() == "cpu" else _convolution_by_patches,
+            conv_general_dilated=_convolution_by_patches,
         )(grid)
         x = nn.relu(filters).reshape(*batch_shape, -1)
         x = nn.relu(nn.Dense(128, kernel_init=orthogonal(2**0.5), dot_general=_product)(x))
