@@ -177,7 +177,7 @@ def test_tensorboard_gets_what_the_table_has(run):
 def test_a_missing_sink_is_named_with_its_mend(name, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, {"tensorboard": "tensorboardX", "wandb": "wandb"}[name], None)
     assert main(["train", "--output", str(tmp_path / "run"), "--num-iterations", "1", "--log", name]) == 2
-    assert f"pip install 'trpo_jax[{name}]'" in capsys.readouterr().err
+    assert f"pip install '.[{name}]'" in capsys.readouterr().err
 
 
 def test_wandb_is_fed_offline(tmp_path, monkeypatch):

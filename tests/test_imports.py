@@ -13,6 +13,7 @@ README = (PACKAGE.parent / "README.md").read_text()
 
 # A module may import modules of its own layer and of lower ones.
 LAYERS = {
+    "": 0,  # the package itself, whose names load on first use
     "config": 0,
     "files": 0,
     "sinks": 1,
@@ -29,6 +30,7 @@ LAYERS = {
     "displays": 5,
     "arguments": 1,
     "cli": 5,
+    "__main__": 5,
 }
 ALONE = {"steps", "config"}  # these import nothing of the package but themselves
 

@@ -6,8 +6,8 @@ Names load on first use, so that `import trpo_jax` costs nothing beside `import 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as `typing` has it, which takes long to import: until then Ctrl-C is a traceback
 if TYPE_CHECKING:
     from trpo_jax.config import UsageError as UsageError
     from trpo_jax.config import validate as validate
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from trpo_jax.types import Metrics as Metrics
     from trpo_jax.types import Network as Network
     from trpo_jax.types import TrainState as TrainState
+
+__version__ = "0.1.0"
 
 _HOME = {
     "Categorical": "steps.distributions",
@@ -98,7 +100,7 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'trpo_jax' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"trpo_jax.{_HOME[name]}"), name)

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from trpo_jax.config import Config, UsageError
+from trpo_jax import __version__
+from trpo_jax.config import Config, UsageError, check_limits, without_effect
+from trpo_jax.files import TOTAL_STEPS, with_length
+
+_BENCHMARK = {"num_envs": 64}  # what `benchmark` has other than `Config`
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[:1].lower()}{message[1:].rstrip('.')}; `{self.prog} --help` shows what there is.")
+        text = " ".join(message.split()).rstrip(".")
+        text = text if len(text) <= 300 else f"{text[:200]} …"
+        raise UsageError(f"{text[:1].lower()}{text[1:]}; `{self.prog} --help` shows what there is.")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Every command with its arguments; `namespace.command` is the one that was given."""
     parser = _Parser(prog="trpo-jax", description="Trust Region Policy Optimization for JAX.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"trpo_jax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
 
     train = commands.add_parser(
@@ -38,9 +46,11 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--num-episodes", type=_whole, default=64, help="episodes an agent (default: 64)")
     evaluate.add_argument("--stochastic", action="store_true", help="sample actions instead of taking the mode")
     evaluate.add_argument("--seed", type=_whole, default=0, help="seed of the episodes (default: 0)")
+    _add_env(evaluate)
 
     resume = commands.add_parser("resume", help="continue a run that was stopped", allow_abbrev=False)
     resume.add_argument("path", help="folder of the run")
+    _add_env(resume)
     _add_sinks(resume)
 
     play = commands.add_parser("play", help="play a trained policy in Gymnasium's own environment", allow_abbrev=False)
@@ -55,6 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("path", help="folder of the run")
     export.add_argument("--output", help="folder of the export (default: RUN/policy)")
     export.add_argument("--agent", type=_whole, default=0, help="which agent of the run, from 0 (default: 0)")
+    _add_env(export)
 
     _add_sweep_commands(commands)
 
@@ -82,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="a peer to install in a throw-away virtual environment and to run in turn with us; may be repeated",
     )
     benchmark.add_argument("--peer-environments", help="folder that keeps the peers' environments for the next time")
-    _add_settings(benchmark)
+    _add_settings(benchmark, _BENCHMARK)
 
     commands.add_parser("envs", help="list what can be trained, with spaces and limits", allow_abbrev=False)
     return parser
@@ -135,7 +146,13 @@ def _add_sinks(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_env(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--env", help="the environment of the run once more, where it names a module to import (gymnasium/MODULE:NAME)"
+    )
+
+
+def _add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, Any] | None = None) -> None:
     """One flag a setting of `Config`: name, default, help and type come from there."""
     group = parser.add_argument_group("settings")
     types: dict[str, Any] = {"int": _whole, "float": float, "str": str}
@@ -144,7 +161,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         if not meta["flag"]:
             continue
         values = f"; in {meta['interval']}" if "interval" in meta else ""
-        text = f"{meta['help']} (default: {field.default}{values})"
+        text = f"{meta['help']} (default: {(defaults or {}).get(field.name, field.default)}{values})"
         options: dict[str, Any] = {"default": None, "dest": field.name, "help": text}
         if field.type == "bool":
             options["action"] = argparse.BooleanOptionalAction
@@ -156,13 +173,14 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 def _whole(text: str) -> int:
     """A whole number; 1e5 and 100_000 count as one."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if not value.is_integer():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(value)
+    for read in (int, float):  # whole numbers beyond 2^53 are exact, too
+        try:
+            value = read(text)
+        except ValueError:
+            continue
+        if isinstance(value, int) or value.is_integer():
+            return int(value)
+    raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a whole number")
 
 
 def flags_of(parser: argparse.ArgumentParser, command: str) -> list[str]:
@@ -171,10 +189,29 @@ def flags_of(parser: argparse.ArgumentParser, command: str) -> list[str]:
     return [flag for action in commands.choices[command]._actions for flag in action.option_strings]
 
 
-def config_of(namespace: argparse.Namespace, **defaults: Any) -> Config:
-    """The `Config` of defaults and of what was given."""
+def check_arguments(namespace: argparse.Namespace) -> None:
+    """Check what can be checked of any command: the numbers that are no settings, and that no text holds a NUL."""
+    check_limits(vars(namespace))
+    for name, value in vars(namespace).items():
+        if isinstance(value, str) and "\0" in value:
+            raise UsageError(f"{name} must not contain the character NUL, got {value[:60]!r}.")
+
+
+def config_of(namespace: argparse.Namespace, file: Mapping[str, Any] | None = None) -> Config:
+    """The `Config` of the defaults, a file of settings, and the flags, of which the latter count.
+
+    Raises:
+      UsageError: if a setting is out of its range, or a flag has no effect beside the others.
+    """
     flags = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(Config) if f.metadata["flag"]}
+    flags |= {"env": namespace.env, TOTAL_STEPS: getattr(namespace, TOTAL_STEPS, None)}
     given = {name: value for name, value in flags.items() if value is not None}
-    if namespace.env is not None:
-        given["env"] = namespace.env
-    return Config().replace(**{**defaults, **given})
+    length = (TOTAL_STEPS, "num_iterations")
+    over = length if any(name in given for name in length) else ()
+    base = {**_BENCHMARK} if namespace.command == "benchmark" else {}
+    base |= {name: value for name, value in (file or {}).items() if name not in over}
+    config = with_length({**base, **given}, Config())
+    for name in given:
+        if name != TOTAL_STEPS and (why := without_effect(config, name)):
+            raise UsageError(f"{name} {why}; leave it out.")
+    return config

@@ -10,68 +10,125 @@ import contextlib
 import dataclasses
 import os
 import platform
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trpo_jax.arguments import config_of, flags_of, make_parser
-from trpo_jax.config import UsageError, nearest
-from trpo_jax.files import cast, iterations_within, read_toml
+from trpo_jax.arguments import check_arguments, config_of, flags_of, make_parser
+from trpo_jax.config import Config, UsageError, check_limits, counted, nearest, shown, validate, without_effect
+from trpo_jax.files import (
+    SETTINGS,
+    checked_settings,
+    drop_output,
+    first_line,
+    read_json,
+    read_toml,
+    say,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from trpo_jax.runs import Progress, Run
     from trpo_jax.types import TrainState
 
 
+_TOO_LARGE = "there is not enough memory; lower num_envs, num_steps or the number of agents"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `trpo-jax`; return the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without Greek letters shows question marks
+    _settle_streams()
     try:
         parser = make_parser()
         namespace, unknown = parser.parse_known_args(arguments)
         if unknown:
-            raise UsageError(f"unknown argument {unknown[0]}{nearest(unknown[0], flags_of(parser, namespace.command))}")
-        return _COMMANDS[namespace.command](namespace)
+            flags = flags_of(parser, namespace.command)
+            raise UsageError(f"unknown argument {unknown[0][:60]}{nearest(unknown[0], flags)}")
+        check_arguments(namespace)
+        status = _COMMANDS[namespace.command](namespace)
+        sys.stdout.flush()
+        return status
     except UsageError as error:
-        print(f"trpo-jax: {error}", file=sys.stderr)
+        say(str(error))
         return 2
     except KeyboardInterrupt:
-        print("trpo-jax: interrupted.", file=sys.stderr)
+        say("interrupted.")
         return 130
     except BrokenPipeError:  # `trpo-jax envs | head`
-        sys.stderr.close()
+        drop_output()
         return 0
+    except MemoryError:
+        say(f"{_TOO_LARGE}.")
+        return 2
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        say(f"{_TOO_LARGE} ({first_line(error)}).")
+        return 2
+    except OSError as error:  # a path that no file can have, a full disk, no permission: whatever the command touched
+        drop_output()
+        where = f"cannot use {shown(error.filename)}" if error.filename else "cannot read or write"
+        say(f"{where}: {error.strerror or error}; choose another path, or make room.")
+        return 2
 
 
-def _settings_from(path: str) -> dict[str, Any]:
-    """Settings in a TOML file, as names and values."""
-    return {name: cast(name, value) for name, value in read_toml(path).items()}
+def _settle_streams() -> None:
+    """A terminal without Greek letters shows question marks, and a stream that was closed swallows what is said."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """Have Ctrl-C raise an exception, for what must be cleaned up after it."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _settings_from(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The settings in the TOML file of --config; none without it."""
+    return checked_settings(read_toml(namespace.config), namespace.config) if namespace.config else {}
+
+
+def _tell_idle(names: Iterable[str], configs: Iterable[Config], source: str) -> None:
+    """Say of each setting in a file that changes nothing in any of the configurations."""
+    configs = list(configs)
+    for name in names:
+        reasons = [without_effect(config, name) for config in configs] if name in SETTINGS else []
+        changed = any(getattr(config, name) != getattr(Config, name) for config in configs) if reasons else False
+        if changed and all(reasons):
+            say(f"note: {name} in {source} {reasons[0]}.")
 
 
 def _train(namespace: argparse.Namespace) -> int:
-    config = config_of(namespace, **(_settings_from(namespace.config) if namespace.config else {}))
-    if namespace.num_seeds < 1:
-        raise UsageError(f"num_seeds must be at least 1, got {namespace.num_seeds}.")
-    if namespace.seed < 0:
-        raise UsageError(f"seed must not be negative, got {namespace.seed}.")
-    if namespace.total_steps is not None:
-        if namespace.num_iterations is not None:
-            raise UsageError("total_steps and num_iterations both set the length of the run; give one of them.")
-        config = config.replace(num_iterations=iterations_within(namespace.total_steps, config))
-
+    file = _settings_from(namespace)
+    config = config_of(namespace, file)
+    validate(config)
     _start_quickly()
     from trpo_jax.environments.base import Box
     from trpo_jax.runs import create_run
     from trpo_jax.training.agents import make_agent
 
-    if namespace.initial_log_std is not None and not isinstance(make_agent(config).environment.action_space, Box):
-        raise UsageError(
-            f"initial_log_std sets σ of a Gaussian policy, but {config.env} has discrete actions; leave it out."
-        )
+    for name in ("initial_log_std", "state_dependent_std"):
+        if getattr(namespace, name) and not isinstance(make_agent(config).environment.action_space, Box):
+            raise UsageError(
+                f"{name} sets σ of a Gaussian policy, but {config.env} has discrete actions; leave it out."
+            )
+    _tell_idle(file, [config], namespace.config)
     output = namespace.output or f"runs/{config.env}"
     return _continue(create_run(output, config, namespace.seed, namespace.num_seeds), namespace.log)
 
@@ -80,7 +137,7 @@ def _resume(namespace: argparse.Namespace) -> int:
     _start_quickly()
     from trpo_jax.runs import open_run
 
-    return _continue(open_run(namespace.path), namespace.log)
+    return _continue(open_run(namespace.path, namespace.env), namespace.log)
 
 
 def _start_quickly() -> None:
@@ -99,8 +156,14 @@ def _start_quickly() -> None:
     lines = processor.read_text().splitlines() if processor.exists() else [platform.processor()]
     features = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
     folder = f"{jax.__version__}-{hashlib.sha256(features.encode()).hexdigest()[:12]}"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(home / "trpo_jax" / folder))
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trpo_jax" / folder
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / f".{os.getpid()}").touch()
+        (cache / f".{os.getpid()}").unlink()
+    except (OSError, RuntimeError):  # no home, or none that can be written to: every start compiles anew, then
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # compiled anew, then
 
@@ -111,11 +174,12 @@ def _continue(run: Run, sinks: Sequence[str]) -> int:
     from trpo_jax.sinks import open_sink
 
     opened = [open_sink(name, run.path, run.description) for name in sinks]
-    console, config = make_console(), run.config
-    agents = f"{run.num_seeds} agents" if run.num_seeds > 1 else "1 agent"
+    console, config = make_console(expendable=True), run.config
+    radius = "" if without_effect(config, "max_kl") else f", δ = {config.max_kl:g}"
     console.print(
-        f"{config.env}: {agents}, {config.num_iterations} iterations of {config.num_envs} x {config.num_steps} steps "
-        f"({config.num_iterations * config.steps_per_iteration:,} steps an agent), δ = {config.max_kl:g}. Compiling …",
+        f"{config.env}: {counted(run.num_seeds, 'agent')}, {counted(config.num_iterations, 'iteration')} of "
+        f"{config.num_envs} x {config.num_steps} steps ({config.num_iterations * config.steps_per_iteration:,} steps "
+        f"per agent), {config.update}{radius}. Compiling …",
         soft_wrap=True,
     )
     last: Progress | None = None
@@ -131,7 +195,9 @@ def _continue(run: Run, sinks: Sequence[str]) -> int:
         close()
     plot = plot_learning_curve(run)
     if last is not None:
-        console.print(f"{last.iteration} of {config.num_iterations} iterations done; trained for {last.seconds:.1f} s.")
+        console.print(
+            f"{last.iteration} of {counted(config.num_iterations, 'iteration')} done; trained for {last.seconds:.1f} s."
+        )
     elif complete:
         console.print("Every iteration is done already.")
     console.print(f"Learning curve: {plot}", soft_wrap=True)
@@ -143,11 +209,6 @@ def _continue(run: Run, sinks: Sequence[str]) -> int:
 
 
 def _sweep(namespace: argparse.Namespace) -> int:
-    for name in ("agents_per_device", "num_devices"):
-        if (value := getattr(namespace, name)) is not None and value < 1:
-            raise UsageError(f"{name} must be at least 1, got {value}.")
-    if not namespace.checkpoint_seconds >= 0:
-        raise UsageError(f"checkpoint_seconds must not be negative, got {namespace.checkpoint_seconds}.")
     output = Path(namespace.output or f"sweeps/{Path(namespace.file).stem}")
     _use_every_core(output, namespace.num_devices)
     _start_quickly()
@@ -156,17 +217,24 @@ def _sweep(namespace: argparse.Namespace) -> int:
     from trpo_jax.sweeps.loop import outline, run_sweep
     from trpo_jax.sweeps.placement import connect_hosts
 
-    console = make_console()
+    console = make_console(expendable=not namespace.dry_run)
     spec = read_spec(namespace.file)
     if namespace.dry_run:
-        print_outline(console, namespace.file, outline(spec, most_agents=namespace.agents_per_device))
+        with LiveLine(console, 1.0, seconds=0) as line:
+
+            def show(number: int, total: int) -> None:
+                line.show(number / total, f"Compiling and timing program {number + 1} of {total} …")
+
+            programs = outline(spec, most_agents=namespace.agents_per_device, report=show)
+        print_outline(console, namespace.file, programs)
         return 0
     process = connect_hosts(namespace.coordinator, namespace.num_processes, namespace.process_id)
     points, groups = plan(spec)
+    _tell_idle({**spec.base, **points[0].varied}, [point.config for point in points], namespace.file)
     where = f", process {process[0]} of {process[1]}" if process[1] > 1 else ""
     console.print(
-        f"{len(points)} points x {spec.num_seeds} seeds = {len(points) * spec.num_seeds:,} agents, "
-        f"{len(groups)} {'programs' if len(groups) > 1 else 'program'}{where}. Compiling …",
+        f"{counted(len(points), 'point')} x {counted(spec.num_seeds, 'seed')} = "
+        f"{counted(len(points) * spec.num_seeds, 'agent')}, {counted(len(groups), 'program')}{where}. Compiling …",
         soft_wrap=True,
     )
     with LiveLine(console, 1.0, seconds=5) as line:
@@ -179,7 +247,7 @@ def _sweep(namespace: argparse.Namespace) -> int:
             report=lambda progress: line.show(progress.share, sweep_status(progress)),
         )
     if ending == "complete":
-        return _show_report(output)
+        return _show_report(output, expendable=True)
     if ending == "interrupted":
         console.print("Stopped; the same command continues.")
         return 130
@@ -189,13 +257,12 @@ def _sweep(namespace: argparse.Namespace) -> int:
 
 def _use_every_core(folder: Path, num_devices: int | None) -> None:
     """On a CPU, make each core a device; a sweep that is there goes on with as many threads as it was started with."""
-    import json
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # new, or damaged and reported in its place
-        threads = json.loads((folder / "sweep.json").read_text())["made_by"]["threads"]
-    if isinstance(threads, int):
+    with contextlib.suppress(OSError, KeyError, TypeError, UsageError):  # new, or damaged and reported in its place
+        threads = read_json(folder / "sweep.json", "")["made_by"]["threads"]
+        check_limits({"threads": threads})
+    if type(threads) is int:
         os.environ.setdefault("NPROC", str(threads))
         cores = min(cores, threads)
     import jax
@@ -209,27 +276,26 @@ def _report(namespace: argparse.Namespace) -> int:
     return _show_report(Path(namespace.path))
 
 
-def _show_report(path: Path) -> int:
+def _show_report(path: Path, *, expendable: bool = False) -> int:
     from trpo_jax.displays import make_console, print_table
     from trpo_jax.sweeps.reports import make_report, table_of, write_report
 
-    report, console, shown = make_report(path), make_console(), 20
+    report, console, most = make_report(path), make_console(expendable=expendable), 20
     for env, rows in report.rows.items():
         titles, cells = table_of(rows)
-        print_table(console, f"{env}: {report.score}", titles, cells[:shown])
-        if len(cells) > shown:
-            console.print(f"and {len(cells) - shown} more.")
+        print_table(console, f"{env}: {report.score}", titles, cells[:most])
+        if len(cells) > most:
+            console.print(f"and {len(cells) - most} more.")
     if report.failures:
-        console.print(f"{len(report.failures)} agents met a number that was not finite; the page names them.")
+        console.print(
+            f"{counted(len(report.failures), 'agent')} met a number that was not finite; the page names them."
+        )
     page = write_report(path, report)
     console.print(f"Page: {page}", soft_wrap=True)
     return 0
 
 
 def _tune(namespace: argparse.Namespace) -> int:
-    for name in ("num_trials", "batch"):
-        if (value := getattr(namespace, name)) is not None and value < 1:
-            raise UsageError(f"{name} must be at least 1, got {value}.")
     output = Path(namespace.output or f"searches/{Path(namespace.file).stem}")
     _use_every_core(output, None)
     _start_quickly()
@@ -237,22 +303,22 @@ def _tune(namespace: argparse.Namespace) -> int:
     from trpo_jax.sweeps.grids import read_spec
     from trpo_jax.sweeps.search import Batch, tune
 
-    console = make_console()
+    console = make_console(expendable=True)
     spec = read_spec(namespace.file)
     if namespace.num_trials is not None:
         spec = dataclasses.replace(spec, random={**spec.random, "count": namespace.num_trials})
 
     def show(batch: Batch) -> None:
         console.print(
-            f"{batch.told:>5} of {batch.count} trials, {batch.pruned} of the last batch stopped early; its best "
-            f"{batch.batch_best:.1f}, best of all {batch.best:.1f}",
+            f"{batch.told:>5} of {counted(batch.count, 'trial')}, {batch.pruned} of the last batch stopped early; its "
+            f"best {batch.batch_best:.1f}, best of all {batch.best:.1f}",
             soft_wrap=True,
         )
 
     file, score = tune(output, spec, batch=namespace.batch, storage=namespace.storage, report=show)
     console.print(file.read_text(), highlight=False)
     console.print(
-        f"Score {score:.1f} on {spec.num_seeds} seeds that only tuning uses. "
+        f"Score {score:.1f} on {counted(spec.num_seeds, 'seed')} that only tuning uses. "
         f"Next: `trpo-jax train --config {file} --num-seeds 8`",
         soft_wrap=True,
     )
@@ -260,24 +326,23 @@ def _tune(namespace: argparse.Namespace) -> int:
 
 
 def _evaluate(namespace: argparse.Namespace) -> int:
-    if namespace.num_episodes < 1:
-        raise UsageError(f"num_episodes must be at least 1, got {namespace.num_episodes}.")
-
     _start_quickly()
     import functools
 
     import jax
     import numpy as np
-    from rich.console import Console
     from rich.table import Table
 
+    from trpo_jax.displays import make_console
     from trpo_jax.runs import newest_state, open_run
     from trpo_jax.training.evaluation import evaluate
+    from trpo_jax.training.memory import check_episodes, free_memory
 
-    run = open_run(namespace.path)
+    run = open_run(namespace.path, namespace.env)
     state = newest_state(run)
     if state is None:
         raise UsageError(f"{namespace.path} has no checkpoint yet; `trpo-jax resume {namespace.path}` trains it first.")
+    check_episodes(run.config, run.num_seeds, namespace.num_episodes, free_memory(jax.local_devices()[:1]))
     run_episodes = functools.partial(
         evaluate, num_episodes=namespace.num_episodes, deterministic=not namespace.stochastic
     )
@@ -286,7 +351,8 @@ def _evaluate(namespace: argparse.Namespace) -> int:
     returns, lengths = np.asarray(result.episode_return), np.asarray(result.episode_length)
     how = "sampled actions" if namespace.stochastic else "deterministic actions"
     steps = int(state.iteration[0]) * run.config.steps_per_iteration
-    table = Table(title=f"{run.config.env} after {steps:,} steps, {namespace.num_episodes} episodes an agent, {how}")
+    episodes = counted(namespace.num_episodes, "episode")
+    table = Table(title=f"{run.config.env} after {counted(steps, 'step')}, {episodes} per agent, {how}")
     for column in ("seed", "return", "std", "min", "max", "length"):
         table.add_column(column, justify="right")
     for agent in range(run.num_seeds):
@@ -297,10 +363,13 @@ def _evaluate(namespace: argparse.Namespace) -> int:
         table.add_section()
         cells = (returns.mean(), returns.mean(axis=1).std(), returns.min(), returns.max(), lengths.mean())
         table.add_row("all", *(f"{cell:.1f}" for cell in cells))
-    Console().print(table)
+    make_console().print(table)
     unfinished = int((~np.asarray(result.finished)).sum())
     if unfinished:
-        print(f"{unfinished} episodes had no end within the steps that evaluation allows; their returns are partial.")
+        print(
+            f"{counted(unfinished, 'episode')} had no end within the steps that evaluation allows; a return is partial "
+            "there."
+        )
     return 0
 
 
@@ -311,7 +380,7 @@ def _agent_of(namespace: argparse.Namespace) -> tuple[Run, TrainState]:
 
     from trpo_jax.runs import newest_state, open_run
 
-    run = open_run(namespace.path)
+    run = open_run(namespace.path, namespace.env)
     if not 0 <= namespace.agent < run.num_seeds:
         raise UsageError(f"agent must lie in 0 … {run.num_seeds - 1} for this run, got {namespace.agent}.")
     state = newest_state(run)
@@ -321,16 +390,14 @@ def _agent_of(namespace: argparse.Namespace) -> tuple[Run, TrainState]:
 
 
 def _play(namespace: argparse.Namespace) -> int:
-    if namespace.num_episodes < 1:
-        raise UsageError(f"num_episodes must be at least 1, got {namespace.num_episodes}.")
     run, state = _agent_of(namespace)
     from trpo_jax.deployment import play
 
-    env = namespace.env or str(run.config.env).removeprefix("gymnasium/")
+    env = (namespace.env or str(run.config.env)).removeprefix("gymnasium/")
     gif = Path(namespace.gif) if namespace.gif else None
     returns = play(run.config, state, env, num_episodes=namespace.num_episodes, seed=namespace.seed, gif=gif)
     print(
-        f"{env} of Gymnasium, {len(returns)} episodes: return {returns.mean():.1f} on average, "
+        f"{env} of Gymnasium, {counted(len(returns), 'episode')}: return {returns.mean():.1f} on average, "
         f"{returns.min():.1f} to {returns.max():.1f}."
     )
     if gif:
@@ -349,10 +416,7 @@ def _export(namespace: argparse.Namespace) -> int:
 
 
 def _benchmark(namespace: argparse.Namespace) -> int:
-    config = config_of(namespace, num_envs=64)
-    for name in ("num_agents", "repetitions", "num_seeds", "max_steps"):
-        if getattr(namespace, name) < 1:
-            raise UsageError(f"{name} must be at least 1, got {getattr(namespace, name)}.")
+    config = config_of(namespace)
     output = Path(namespace.output) if namespace.output else None
     if output and not output.parent.is_dir():
         raise UsageError(f"there is no folder {output.parent} for {output}; make it, or choose another --output.")
@@ -366,19 +430,20 @@ def _benchmark(namespace: argparse.Namespace) -> int:
     if is_recurrent(make_agent(config)) or config.update != "trpo":
         raise UsageError("benchmark takes an iteration of update=trpo apart, with networks without a memory.")
     console = make_console()
-    result = run_benchmark(
-        config,
-        num_agents=namespace.num_agents,
-        repetitions=namespace.repetitions,
-        threshold=THRESHOLDS.get(config.env) if namespace.threshold is None else namespace.threshold,
-        num_seeds=namespace.num_seeds,
-        max_steps=namespace.max_steps,
-        peers=namespace.compare,
-        environments=Path(namespace.peer_environments).resolve() if namespace.peer_environments else None,
-        report=lambda what: console.print(f"Measuring {what} …", soft_wrap=True),
-    )
+    with _cleaning_up():
+        result = run_benchmark(
+            config,
+            num_agents=namespace.num_agents,
+            repetitions=namespace.repetitions,
+            threshold=THRESHOLDS.get(config.env) if namespace.threshold is None else namespace.threshold,
+            num_seeds=namespace.num_seeds,
+            max_steps=namespace.max_steps,
+            peers=namespace.compare,
+            environments=Path(namespace.peer_environments).resolve() if namespace.peer_environments else None,
+            report=lambda what: console.print(f"Measuring {what} …", soft_wrap=True),
+        )
     if output:
-        output.write_text(json.dumps(result, indent=2) + "\n")
+        write_atomically(output, json.dumps(result, indent=2) + "\n")
     for title, columns, rows in tables(result):
         print_table(console, title, columns, rows)
         console.print()
@@ -386,9 +451,9 @@ def _benchmark(namespace: argparse.Namespace) -> int:
 
 
 def _envs(_: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.table import Table
 
+    from trpo_jax.displays import make_console
     from trpo_jax.environments.make import available_environments
 
     table = Table(box=None)
@@ -401,10 +466,10 @@ def _envs(_: argparse.Namespace) -> int:
             continue
         shape = " x ".join(map(str, environment.observation_shape))
         table.add_row(name, shape, str(environment.action_space), str(environment.max_steps or "none"))
-    console = Console(highlight=False)
+    console = make_console()
     console.print(table)
     for sentence in missing:
-        console.print(sentence, soft_wrap=True, markup=False)  # an extra stands in brackets
+        console.print(sentence, soft_wrap=True)
     return 0
 
 

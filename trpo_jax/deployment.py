@@ -96,7 +96,7 @@ def play(
     except (gymnasium.error.Error, ImportError) as error:
         raise UsageError(
             f"Gymnasium cannot make {env} ({str(error).splitlines()[0].rstrip('.')}); name one of its environments by "
-            "--env, or install what it needs: pip install 'trpo_jax[play]'."
+            "--env, or install what it needs: pip install '.[play]'."
         ) from error
     environment = make_agent(config).environment
     _check_spaces(environment, world, env)
@@ -184,7 +184,7 @@ def _render(world: Any, env: str) -> np.ndarray:
     except Exception as error:  # each renderer fails in its own way
         raise UsageError(
             f"{env} cannot be drawn here ({str(error).splitlines()[0].rstrip('.')}); leave out --gif, or install what "
-            "it needs: pip install 'trpo_jax[play]', and for MuJoCo without a screen EGL (the system's libegl1)."
+            "it needs: pip install '.[play]', and for MuJoCo without a screen EGL (the system's libegl1)."
         ) from error
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.table import Column, Table
 
-from trpo_jax.config import Config
+from trpo_jax.config import Config, counted
+from trpo_jax.files import drop_output, say
 
 if TYPE_CHECKING:
     from trpo_jax.runs import Progress as RunProgress
@@ -20,17 +22,51 @@ if TYPE_CHECKING:
     from trpo_jax.sweeps.progress import Progress as SweepProgress
 
 
-def make_console() -> Console:
-    """A console as wide as the terminal; wide enough for tables where there is none."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+class _Expendable:
+    """Standard output for who is at long work: where it ends or its disk is full, the work goes on without it."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.lost = stream, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        if self.lost:
+            return
+        try:
+            action()
+        except OSError as error:
+            self.lost = True
+            drop_output()
+            say(f"nothing more can be shown ({error.strerror or error}); the work goes on.")
+
+
+def make_console(*, expendable: bool = False) -> Console:
+    """A console as wide as the terminal; wide enough for tables where there is none.
+
+    Args:
+      expendable: what it shows may be lost, and the work goes on.
+    """
+    file: Any = _Expendable(sys.stdout) if expendable else None
+    # Names of files and extras may hold brackets, which are no markup.
+    return Console(file=file, highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 
 
 class LiveLine:
-    """A bar and a line in a terminal; plain lines, `seconds` apart, elsewhere."""
+    """A bar and a line in a terminal, which cuts off the end of it; plain lines, `seconds` apart, elsewhere."""
 
     def __init__(self, console: Console, total: float, seconds: float):
         self.console, self.total, self.seconds = console, total, seconds
-        self.bar = Bar(BarColumn(bar_width=20), TextColumn("{task.fields[status]}"), console=console)
+        text = TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+        self.bar = Bar(BarColumn(bar_width=10), text, console=console)
         self.task = self.bar.add_task("", total=total, status="")
         self.printed = time.monotonic()
 
@@ -53,29 +89,38 @@ class LiveLine:
 
 
 def run_status(progress: RunProgress, config: Config) -> str:
-    """The line of a run."""
-    metrics = progress.metrics
+    """The line of a run, what matters most first."""
+    metrics, done = progress.metrics, progress.iteration * config.steps_per_iteration
+    ended = not math.isnan(metrics["episode_return"])
+    outcome = f"return {metrics['episode_return']:8.1f}" if ended else "no episode ended yet"
     return (
-        f"{progress.iteration * config.steps_per_iteration:>9,} steps  return {metrics['episode_return']:8.1f}  "
-        f"KL {metrics['mean_kl']:.4f}  step {metrics['step_fraction']:.2f}  "
-        f"{_pace(progress.steps_per_second, progress.seconds_left)}"
+        f"{_pace(progress.steps_per_second, progress.seconds_left)}  {counted(done, 'step'):>15}  {outcome}  "
+        f"KL {metrics['mean_kl']:.4f}  step {metrics['step_fraction']:.2f}"
     )
 
 
 def sweep_status(progress: SweepProgress) -> str:
-    """The line of a sweep."""
+    """The line of a sweep, what matters most first."""
     blocks = f"{progress.blocks[0].number + 1}"
     blocks += f"–{progress.blocks[-1].number + 1}" if len(progress.blocks) > 1 else ""
     return (
-        f"{progress.share:6.1%}  program {progress.group[0] + 1}/{progress.group[1]}  "
-        f"blocks {blocks}/{progress.num_blocks}  iteration {progress.iteration}/{progress.num_iterations}  "
-        f"{_pace(progress.steps_per_second, progress.seconds_left)}"
+        f"{progress.share:6.1%}  {_pace(progress.steps_per_second, progress.seconds_left)}  "
+        f"program {progress.group[0] + 1}/{progress.group[1]}  blocks {blocks}/{progress.num_blocks}  "
+        f"iteration {progress.iteration}/{progress.num_iterations}"
     )
 
 
 def _pace(steps_per_second: float, seconds_left: float) -> str:
-    minutes, seconds = divmod(round(seconds_left), 60)
-    return f"{steps_per_second:>9,.0f} steps/s  {minutes}:{seconds:02d} left"
+    return f"{duration(seconds_left):>8} left  {steps_per_second:>9,.0f} steps/s"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: "0:07", "2:00:00"; "?" where nothing is known."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def print_table(console: Console, title: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -90,7 +135,16 @@ def print_table(console: Console, title: str, titles: Sequence[str], rows: Seque
 
 def print_outline(console: Console, file: str, outline: Sequence[Outline]) -> None:
     """Print what a sweep would run, one row a program."""
-    titles = ["environment", "points", "agents", "devices x agents", "runs", "env steps", "memory a device"]
+    titles = [
+        "environment",
+        "points",
+        "agents",
+        "devices x agents",
+        "runs",
+        "env steps",
+        "memory per device",
+        "training",
+    ]
     rows = [
         [
             group.env,
@@ -100,9 +154,14 @@ def print_outline(console: Console, file: str, outline: Sequence[Outline]) -> No
             str(group.num_runs),
             f"{group.env_steps:,}",
             f"{group.memory / 2**20:,.1f} MiB",
+            duration(group.seconds),
             ", ".join(f"{name}={value}" for name, value in group.static.items()),
         ]
         for group in outline
     ]
-    programs = "program" if len(rows) == 1 else "programs"
-    print_table(console, f"{file}: {len(rows)} {programs}", [*titles, "static settings"], rows)
+    print_table(console, f"{file}: {counted(len(rows), 'program')}", [*titles, "static settings"], rows)
+    console.print(
+        f"Training would take about {duration(sum(group.seconds for group in outline))} here: iterations times the "
+        "time that one took just now; compiling, episodes that judge, and files come on top.",
+        soft_wrap=True,
+    )

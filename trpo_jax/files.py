@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from trpo_jax.config import Config, UsageError
+from trpo_jax.config import Config, UsageError, check_limits, check_setting, nearest, shown
 
 _KINDS = {field.name: str(field.type) for field in dataclasses.fields(Config) if field.metadata["flag"]}
 SETTINGS = ("env", *_KINDS)  # what a file can name; networks and environments of one's own it cannot
 TOTAL_STEPS = "total_steps"  # may stand for num_iterations wherever a setting may
+_MOST_BYTES = 2**24  # of a file of settings
 
 
 def settings_of(config: Config) -> dict[str, Any]:
@@ -26,12 +29,49 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     import tomllib  # deferred: `trpo-jax --help` can do without
 
     try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
+        return tomllib.loads(_read(path).decode())
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {str(error).rstrip('.')}.") from None
+        raise UsageError(f"cannot read {path}: {error.strerror or error}.") from None
+    except (ValueError, RecursionError) as error:  # ValueError: of the form, the encoding, or a number's digits
+        raise UsageError(f"{path} is not TOML: {first_line(error)}.") from None
+
+
+def read_json(path: str | os.PathLike[str], mend: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+      path: the file.
+      mend: the end of the sentence if it holds none.
+
+    Raises:
+      FileNotFoundError, NotADirectoryError: if there is no such file.
+      UsageError: with one sentence, if it cannot be read or is damaged.
+    """
+    try:
+        value = json.loads(_read(path))
+        if not isinstance(value, dict):
+            raise ValueError("it is no table of names and values")
+        return value
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is damaged ({first_line(error)}); {mend}.") from error
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    with open(path, "rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"it is larger than {_MOST_BYTES // 2**20} MiB")
+    return content
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line and without a full stop."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    text = str(error).strip().splitlines()
+    return text[0].rstrip(".")[:200] if text else type(error).__name__
 
 
 def is_whole(name: str) -> bool:
@@ -42,21 +82,95 @@ def is_whole(name: str) -> bool:
 def cast(name: str, value: Any) -> Any:
     """The value of a setting as `Config` has it: TOML writes 1 for 1.0, and 1e5 for a whole number."""
     if type(value) is int and _KINDS.get(name) == "float":
-        return float(value)
+        with contextlib.suppress(OverflowError):  # too large for any range
+            return float(value)
     if isinstance(value, float) and is_whole(name) and value.is_integer():
         return int(value)
     return value
 
 
-def iterations_within(total_steps: Any, config: Config) -> int:
+def checked(name: str, value: Any, source: str) -> Any:
+    """The value of a setting in a file, cast and checked: one number, truth value or word.
+
+    Raises:
+      UsageError: with one sentence that names the setting and the file.
+    """
+    value = cast(name, value)
+    if name == TOTAL_STEPS:
+        check_limits({name: value}, source)
+    elif name == "env":
+        check_env_name(value, source)
+    else:
+        check_setting(name, value, source)
+    return value
+
+
+def check_env_name(name: Any, source: str) -> None:
+    """Refuse what is no environment's name, and one that has Gymnasium import a module: a file must not run code."""
+    if not isinstance(name, str):
+        raise UsageError(f"env in {source} must be the name of an environment, got {shown(name)}.")
+    if ":" in name:
+        raise UsageError(
+            f"env in {source} names a module to import, {shown(name)}, which only the command line may; give it there."
+        )
+
+
+def checked_settings(table: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Settings as a file has them, as `Config` has them, each known and checked by itself.
+
+    Args:
+      table: names and values.
+      source: the file, for the sentence.
+
+    Raises:
+      UsageError: with one sentence.
+    """
+    check_names(table, source)
+    return {name: checked(name, value, source) for name, value in table.items()}
+
+
+def check_names(names: Iterable[str], source: str) -> None:
+    """Raise `UsageError` with one sentence if one of the names is no setting."""
+    known = (*SETTINGS, TOTAL_STEPS)
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{source} has no setting {shown(name)}{nearest(name, known)}")
+
+
+def iterations_within(total_steps: int, config: Config) -> int:
     """How many iterations take at most `total_steps` environment steps; raise `UsageError` if none does."""
-    iterations = int(total_steps) // config.steps_per_iteration if isinstance(total_steps, (int, float)) else 0
+    check_limits({TOTAL_STEPS: total_steps})
+    iterations = total_steps // config.steps_per_iteration
     if iterations < 1:
         raise UsageError(
             f"{TOTAL_STEPS}={total_steps} is less than one iteration of num_envs x num_steps = "
             f"{config.steps_per_iteration}; raise it, or lower num_envs or num_steps."
         )
     return iterations
+
+
+def with_length(settings: Mapping[str, Any], base: Config) -> Config:
+    """`base` with some settings changed, among which `total_steps` may stand for `num_iterations`, if not both do."""
+    if TOTAL_STEPS not in settings:
+        return base.replace(**settings)
+    if "num_iterations" in settings:
+        raise UsageError("total_steps and num_iterations both set the length of a run; give one of them.")
+    config = base.replace(**{name: value for name, value in settings.items() if name != TOTAL_STEPS})
+    return config.replace(num_iterations=iterations_within(settings[TOTAL_STEPS], config))
+
+
+def say(sentence: str) -> None:
+    """One line for whoever started the process, on standard error; nothing if that cannot be written to."""
+    with contextlib.suppress(OSError):
+        print(f"trpo-jax: {sentence}", file=sys.stderr, flush=True)
+
+
+def drop_output() -> None:
+    """Send what is still to be printed nowhere, so that Python's exit does not stumble over it again."""
+    with contextlib.suppress(OSError, ValueError):  # no file is behind it, as where a program calls `main`
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def write_atomically(

@@ -25,12 +25,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from trpo_jax.config import UsageError, validate
-from trpo_jax.files import settings_of, write_atomically
+from trpo_jax.config import UsageError, check_limits, shown, validate
+from trpo_jax.files import checked_settings, read_json, settings_of, write_atomically
 from trpo_jax.sinks import Sink
-from trpo_jax.training.agents import make_agent
 from trpo_jax.training.checkpoints import load, save
 from trpo_jax.training.loop import init, train_chunk
+from trpo_jax.training.memory import check_memory, free_memory
 from trpo_jax.types import Config, Metrics, TrainState
 
 _COLUMNS = ("iteration", "env_steps", "seed", *(field.name for field in dataclasses.fields(Metrics)))
@@ -76,11 +76,11 @@ def create_run(path: str | os.PathLike[str], config: Config, seed: int, num_seed
     Raises:
       UsageError: if the settings, the environment or the folder cannot be used; nothing is overwritten.
     """
-    make_agent(config)
+    check_memory(config, num_seeds, free_memory(jax.local_devices()[:1]))
     run = Run(Path(path), config, seed, num_seeds)
     file = run.path / "config.json"
     if file.exists():
-        other = open_run(path).description
+        other = open_run(path, config.env).description
         changed = [name for name, value in run.description.items() if other.get(name) != value]
         if changed:
             raise UsageError(
@@ -98,21 +98,39 @@ def create_run(path: str | os.PathLike[str], config: Config, seed: int, num_seed
     return run
 
 
-def open_run(path: str | os.PathLike[str]) -> Run:
-    """Read a run's config.json; raise `UsageError` if it is missing or damaged."""
+def open_run(path: str | os.PathLike[str], env: str | None = None) -> Run:
+    """Read a run's config.json.
+
+    Args:
+      path: folder of the run.
+      env: its environment once more, where that names a module to import: no file has one imported by itself.
+
+    Raises:
+      UsageError: if the file is missing or damaged, with one sentence.
+    """
     file = Path(path) / "config.json"
+    mend = "restore it or train anew into another folder"
     try:
-        described = json.loads(file.read_text())
-        described.pop("made_by", None)
-        seed, num_seeds = int(described.pop("seed")), int(described.pop("num_seeds"))
-        config = Config().replace(**described)
-        validate(config)
-        return Run(Path(path), config, seed, num_seeds)
+        described = read_json(file, mend)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{path} is not the folder of a run (there is no {file}).") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).rstrip(".") or type(error).__name__
-        raise UsageError(f"{file} is damaged ({reason}); restore it or train anew into another folder.") from error
+    described.pop("made_by", None)
+    name, trusted = described.get("env"), {}
+    if env is not None and name == env:
+        trusted = {"env": described.pop("env")}
+    elif isinstance(name, str) and ":" in name:
+        raise UsageError(
+            f"{file} names an environment whose module would be imported; if you trust it, name it once more: "
+            f"--env {shown(name)}."
+        )
+    try:
+        numbers = {number: described.pop(number, None) for number in ("seed", "num_seeds")}
+        check_limits({number: "nothing" if value is None else value for number, value in numbers.items()})
+        config = Config().replace(**checked_settings(described, "it"), **trusted)
+        validate(config)
+    except UsageError as error:
+        raise UsageError(f"{file} is damaged ({str(error).rstrip('.?')}); {mend}.") from error
+    return Run(Path(path), config, **numbers)
 
 
 def newest_state(run: Run) -> TrainState | None:

@@ -33,7 +33,7 @@ def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> tuple[Sink, Calla
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise UsageError("--log tensorboard needs tensorboardX; pip install 'trpo_jax[tensorboard]'.") from None
+        raise UsageError("--log tensorboard needs tensorboardX; pip install '.[tensorboard]'.") from None
     writers: dict[int, Any] = {}
 
     def write(seed: int, env_steps: int, metrics: Mapping[str, float]) -> None:
@@ -55,7 +55,7 @@ def _wandb(folder: Path, settings: Mapping[str, Any]) -> tuple[Sink, Callable[[]
     try:
         import wandb
     except ImportError:
-        raise UsageError("--log wandb needs wandb; pip install 'trpo_jax[wandb]'.") from None
+        raise UsageError("--log wandb needs wandb; pip install '.[wandb]'.") from None
     # The id belongs to the folder, so that a run that is continued goes on there too.
     file = folder / "wandb_id"
     name = file.read_text() if file.exists() else secrets.token_hex(4)

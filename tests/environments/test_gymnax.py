@@ -134,7 +134,7 @@ def test_every_registered_environment_is_listed():
     assert sorted(found.keys() - suites) == sorted([*OFFLINE, "MNISTBandit-bsuite"])
     assert set(suites) == {f"{suite}/" for suite in SUITES}
     for name, sentence in suites.items():  # all it has, or what to install
-        assert sentence.startswith(f"{name}: ") or f"pip install 'trpo_jax[{name[:-1]}]'" in sentence
+        assert sentence.startswith(f"{name}: ") or f"pip install '.[{name[:-1]}]'" in sentence
     assert "CartPole-v1, " in suites["gymnasium/"]
     for name in OFFLINE:
         assert isinstance(found[name], Environment), found[name]

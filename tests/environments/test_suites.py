@@ -59,7 +59,7 @@ def need(name):
     suite = name.split("/")[0]
     missing = [p for p in (PACKAGES.get(suite, suite), *EXTRA_NEEDS.get(name, ())) if not importlib.util.find_spec(p)]
     if missing:
-        pytest.skip(f"{name} needs {', '.join(missing)}: pip install 'trpo_jax[{suite}]'")
+        pytest.skip(f"{name} needs {', '.join(missing)}: pip install '.[{suite}]'")
 
 
 def random_action(space, key):
@@ -177,7 +177,7 @@ def test_a_missing_package_is_one_sentence_that_names_the_extra(suite, monkeypat
     with pytest.raises(UsageError) as caught:
         make_environment(f"{suite}/Some-Name-v0")
     assert str(caught.value) == (
-        f"environments {suite}/… need the package {package}, which is not installed: pip install 'trpo_jax[{suite}]'."
+        f"environments {suite}/… need the package {package}, which is not installed: pip install '.[{suite}]'."
     )
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from trpo_jax import __version__
 from trpo_jax.steps.curvature import curvature_sample
 from trpo_jax.steps.line_searches import backtracking_line_search
 from trpo_jax.steps.objectives import mean_kl, surrogate
@@ -66,7 +67,8 @@ def setting() -> dict[str, Any]:
         "devices": jax.device_count(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("jax", "jaxlib", "flax", "gymnax", "trpo_jax")},
+        **{name: version(name) for name in ("jax", "jaxlib", "flax", "gymnax")},
+        "trpo_jax": __version__,
     }
 
 

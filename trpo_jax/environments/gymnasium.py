@@ -152,7 +152,7 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
         except gymnasium.error.DependencyNotInstalled as error:
             raise UsageError(
                 f"{full_name} needs a package that is not installed ({first_line(error)}); "
-                "pip install 'trpo_jax[gymnasium]' has what MuJoCo needs."
+                "pip install '.[gymnasium]' has what MuJoCo needs."
             ) from error
         except gymnasium.error.UnregisteredEnv as error:
             raise UsageError(

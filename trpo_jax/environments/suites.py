@@ -41,7 +41,7 @@ def require(module: str, suite: str) -> Any:
         missing = isinstance(error, ModuleNotFoundError) and error.name == package
         what = "which is not installed" if missing else f"which cannot be imported ({first_line(error)})"
         raise UsageError(
-            f"environments {suite}/… need the package {package}, {what}: pip install 'trpo_jax[{suite}]'."
+            f"environments {suite}/… need the package {package}, {what}: pip install '.[{suite}]'."
         ) from error
 
 

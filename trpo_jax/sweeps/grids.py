@@ -12,13 +12,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from trpo_jax.config import UsageError, nearest, validate
-from trpo_jax.files import SETTINGS, TOTAL_STEPS, cast, is_whole, iterations_within, read_toml
+from trpo_jax.config import UsageError, check_limits, counted, nearest, shown, validate
+from trpo_jax.files import (
+    SETTINGS,
+    TOTAL_STEPS,
+    cast,
+    check_names,
+    checked,
+    checked_settings,
+    is_whole,
+    read_toml,
+    with_length,
+)
 from trpo_jax.training.agents import make_agent
 from trpo_jax.types import Config
 
 TUNING_SEEDS = 2**30  # `tune` takes its seeds from here on, sweeps theirs from below
 _DISTRIBUTIONS = ("uniform", "log_uniform", "choice")
+_OF_RANDOM = ("count", "seed")  # what [random] holds beside settings
+_MOST_POINTS = 100_000  # each is a configuration of its own in this process's memory
+_MOST_AGENTS = 10_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,73 +96,94 @@ def read_spec(path: str | os.PathLike[str]) -> Spec:
 
 
 def make_spec(table: Mapping[str, Any], source: str = "the sweep") -> Spec:
-    """Check the form of a sweep given as a dictionary, and build its `Spec`."""
+    """Check the form of a sweep given as a dictionary, and each value in it; build its `Spec`."""
     known = [field.name for field in dataclasses.fields(Spec)]
     for name in table:
         if name not in known:
-            where = (
-                "; put settings into [base]" if name in (*SETTINGS, TOTAL_STEPS) else nearest(name, known).rstrip(".")
-            )
-            raise UsageError(f"{source} has an unknown entry {name!r}{where}.")
-    for name in ("base", "grid", "zip", "random"):
-        section = table.get(name, {})
+            mend = "; put settings into [base]." if name in (*SETTINGS, TOTAL_STEPS) else nearest(name, known)
+            raise UsageError(f"{source} has an unknown entry {shown(name)}{mend}")
+    sections = {name: table.get(name, {}) for name in ("base", "grid", "zip", "random")}
+    for name, section in sections.items():
         if not isinstance(section, Mapping):
-            raise UsageError(f"{name} in {source} must be a table of settings, got {section!r}.")
-        for setting in section:
-            if setting not in (*SETTINGS, TOTAL_STEPS) and not (name == "random" and setting in ("count", "seed")):
-                raise UsageError(f"[{name}] in {source} has no setting {setting!r}{nearest(setting, SETTINGS)}")
-    for name, low in (("num_seeds", 1), ("seed", 0), ("num_episodes", 0)):
-        value = table.get(name, low)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise UsageError(f"{name} in {source} must be a whole number of at least {low}, got {value!r}.")
-    spec = Spec(**{name: table[name] for name in known if name in table})
-    if spec.seed + spec.num_seeds > TUNING_SEEDS:
-        raise UsageError(f"seeds in {source} must stay below {TUNING_SEEDS}: those from there on belong to tuning.")
-    _check_sections(spec, source)
+            raise UsageError(f"{name} in {source} must be a table of settings, got {shown(section)}.")
+    numbers = {name: table[name] for name in ("num_seeds", "seed", "num_episodes") if name in table}
+    check_limits({name: value for name, value in numbers.items() if (name, value) != ("num_episodes", 0)}, source)
+    _check_none_twice(sections, source)
+    spec = Spec(
+        base=checked_settings(sections["base"], f"[base] of {source}"),
+        grid=_check_lists(sections["grid"], f"[grid] of {source}"),
+        zip=_check_lists(sections["zip"], f"[zip] of {source}"),
+        random=_check_random(sections["random"], f"[random] of {source}"),
+        **numbers,
+    )
+    _check_size(spec, source)
     return spec
 
 
-def _check_sections(spec: Spec, source: str) -> None:
-    for section, lists in (("grid", spec.grid), ("zip", spec.zip)):
-        for name, values in lists.items():
-            if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
-                raise UsageError(f"{name} in [{section}] of {source} must be a list of values, got {values!r}.")
-    lengths = {name: len(values) for name, values in spec.zip.items()}
-    if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise UsageError(f"the lists in [zip] of {source} must be of one length, but {found}.")
-    drawn = {name: value for name, value in spec.random.items() if name not in ("count", "seed")}
-    if drawn and not _is_count(spec.random.get("count")):
-        raise UsageError(f"[random] in {source} needs count, the number of points to draw, as a whole number.")
-    if spec.random and not drawn:
-        raise UsageError(f"[random] in {source} names no setting to draw.")
-    for name, distribution in drawn.items():
-        check_distribution(name, distribution, source)
-    named = [name for section in (spec.grid, spec.zip, drawn) for name in section]
-    twice = [name for name in dict.fromkeys(named) if named.count(name) > 1 or (name in spec.base and name in named)]
+def _check_none_twice(sections: Mapping[str, Mapping[str, Any]], source: str) -> None:
+    named = [name for section in sections.values() for name in section if name not in _OF_RANDOM]
+    twice = [name for name in named if named.count(name) > 1]
     if twice:
         raise UsageError(f"{twice[0]} is set in more than one section of {source}; keep one of them.")
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _check_lists(lists: Mapping[str, Any], source: str) -> dict[str, list[Any]]:
+    """Lists of values, as in [grid] and [zip]."""
+    check_names(lists, source)
+    for name, values in lists.items():
+        if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
+            raise UsageError(f"{name} in {source} must be a list of values, got {shown(values)}.")
+    return {name: [checked(name, value, source) for value in values] for name, values in lists.items()}
+
+
+def _check_random(random: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Distributions, how many points to draw from them, and the seed of the draws."""
+    drawn = {name: value for name, value in random.items() if name not in _OF_RANDOM}
+    check_names(drawn, source)
+    if drawn and "count" not in random:
+        raise UsageError(f"{source} needs count, the number of points to draw, as a whole number.")
+    check_limits({name: random[name] for name in _OF_RANDOM if name in random}, source)
+    if random and not drawn:
+        raise UsageError(f"{source} names no setting to draw.")
+    for name, distribution in drawn.items():
+        check_distribution(name, distribution, source)
+    return dict(random)
+
+
+def _check_size(spec: Spec, source: str) -> None:
+    lengths = {name: len(values) for name, values in spec.zip.items()}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise UsageError(f"the lists in [zip] of {source} must be of one length, but {found}.")
+    if spec.seed + spec.num_seeds > TUNING_SEEDS:
+        raise UsageError(f"seeds in {source} must stay below {TUNING_SEEDS}: those from there on belong to tuning.")
+    points = math.prod(map(len, spec.grid.values())) * min(lengths.values(), default=1) * spec.random.get("count", 1)
+    if points > _MOST_POINTS or points * spec.num_seeds > _MOST_AGENTS:
+        raise UsageError(
+            f"{source} asks for {shown(points)} points with {counted(spec.num_seeds, 'seed')} each; a sweep takes "
+            f"{_MOST_POINTS:,} points and {_MOST_AGENTS:,} agents at most."
+        )
 
 
 def check_distribution(name: str, distribution: Any, source: str) -> None:
     """Raise `UsageError` unless `distribution` is one of {uniform, log_uniform, choice} with sound bounds."""
     sentence = f"{name} in {source} must be {{ uniform = [low, high] }}, {{ log_uniform = [low, high] }} or "
-    sentence += f"{{ choice = [...] }}, got {distribution!r}."
+    sentence += f"{{ choice = [...] }}, got {shown(distribution)}."
     if not isinstance(distribution, Mapping) or len(distribution) != 1:
         raise UsageError(sentence)
     ((kind, values),) = distribution.items()
     if kind not in _DISTRIBUTIONS or isinstance(values, str) or not isinstance(values, Sequence) or not values:
         raise UsageError(sentence)
-    if kind != "choice":
-        numbers = [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
-        if len(values) != 2 or len(numbers) != 2 or not values[0] <= values[1]:
-            raise UsageError(sentence)
-        if kind == "log_uniform" and values[0] <= 0:
-            raise UsageError(f"log_uniform bounds of {name} in {source} must be above 0, got {values!r}.")
+    if kind != "choice" and (len(values) != 2 or not all(map(_is_number, values)) or values[0] > values[1]):
+        raise UsageError(sentence)
+    if kind == "log_uniform" and values[0] <= 0:
+        raise UsageError(f"log_uniform bounds of {name} in {source} must be above 0, got {shown(values)}.")
+    for value in values:
+        checked(name, value, source)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def make_points(spec: Spec) -> list[Point]:
@@ -170,14 +204,8 @@ def make_points(spec: Spec) -> list[Point]:
 
 def make_point(base: Mapping[str, Any], varied: Mapping[str, Any]) -> Point:
     """The configuration of a point, checked; `total_steps` becomes `num_iterations`."""
-    settings = {name: cast(name, value) for name, value in {**base, **varied}.items()}
-    total_steps = settings.pop(TOTAL_STEPS, None)
-    config = Config().replace(**settings)
+    config = with_length({name: cast(name, value) for name, value in {**base, **varied}.items()}, Config())
     validate(config)
-    if total_steps is not None:
-        if "num_iterations" in settings:
-            raise UsageError("total_steps and num_iterations both set the length of a run; give one of them.")
-        config = config.replace(num_iterations=iterations_within(total_steps, config))
     return Point({name: cast(name, value) for name, value in varied.items()}, config)
 
 
@@ -186,7 +214,7 @@ def draw(random: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not random:
         return [{}]
     rng = np.random.default_rng(random.get("seed", 0))
-    names = [name for name in random if name not in ("count", "seed")]
+    names = [name for name in random if name not in _OF_RANDOM]
     return [{name: _sample(rng, name, random[name]) for name in names} for _ in range(random["count"])]
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from trpo_jax import __version__
 from trpo_jax.config import UsageError
 from trpo_jax.files import SETTINGS
 from trpo_jax.runs import interrupts
@@ -279,6 +280,7 @@ class Outline:
       agents_per_block: U, agents a device takes at a time.
       env_steps: of all its agents.
       memory: bytes that the largest of its programs needs on each device.
+      seconds: that training takes, as many times as one iteration took; compiling and judging apart.
       static: the settings by which it differs from other groups.
     """
 
@@ -289,6 +291,7 @@ class Outline:
     agents_per_block: int
     env_steps: int
     memory: int
+    seconds: float
     static: dict[str, Any]
 
     @property
@@ -297,16 +300,26 @@ class Outline:
         return -(-self.num_agents // (self.agents_per_block * self.num_devices))
 
 
-def outline(spec: Spec, most_agents: int | None = None) -> list[Outline]:
-    """What a sweep would run. Compiles the programs, which the sweep then finds in the compilation cache."""
+def outline(
+    spec: Spec, most_agents: int | None = None, report: Callable[[int, int], None] = lambda number, total: None
+) -> list[Outline]:
+    """What a sweep would run. Compiles the programs, which the sweep then finds in the compilation cache.
+
+    Args:
+      spec: the sweep.
+      most_agents: agents per device in one program at most; None: as many as serve.
+      report: called with the number of each program, from 0, and how many there are, before it is compiled.
+    """
     points, groups = plan(spec)
     devices = jax.local_devices()
     varied = [name for name in SETTINGS if len({str(getattr(p.config, name)) for p in points}) > 1]
     found = []
-    for group in groups:
+    for number, group in enumerate(groups):
+        report(number, len(groups))
         most = min(agents_per_block(group.num_agents, len(devices)), most_agents or group.num_agents)
         programs = fit_programs(group.configs[0], most, spec.num_episodes, devices)
         config = group.configs[0]
+        runs = -(-group.num_agents // (programs.agents_per_block * programs.num_blocks))
         static = [n for n in varied if n != "env" and len({str(getattr(c, n)) for c in group.configs}) == 1]
         found.append(
             Outline(
@@ -317,10 +330,22 @@ def outline(spec: Spec, most_agents: int | None = None) -> list[Outline]:
                 agents_per_block=programs.agents_per_block,
                 env_steps=group.num_agents * group.num_iterations * config.steps_per_iteration,
                 memory=programs.memory,
+                seconds=runs * group.num_iterations * _seconds_per_iteration(programs, group),
                 static={name: getattr(config, name) for name in static},
             )
         )
     return found
+
+
+def _seconds_per_iteration(programs: Programs, group: Group) -> float:
+    """Time of one iteration on all devices, the second, whose results are dropped."""
+    members = np.arange(programs.agents_per_block * programs.num_blocks) % group.num_agents
+    configs = stack_configs([group.configs[i] for i in members])
+    states = programs.start(configs, group.keys[members])
+    for _ in range(2):
+        started = time.perf_counter()
+        states, _metrics = jax.block_until_ready(programs.advance(configs, states, np.int32(1)))
+    return time.perf_counter() - started
 
 
 def unfinished(folder: Folder, group: Group, number: int, settled: Mapping[str, Any], process: tuple[int, int]) -> Any:
@@ -332,7 +357,7 @@ def unfinished(folder: Folder, group: Group, number: int, settled: Mapping[str, 
 
 def versions() -> dict[str, Any]:
     """What the results were made by."""
-    packages = {name: version(name) for name in ("jax", "jaxlib", "gymnax", "flax", "trpo_jax")}
+    packages = {name: version(name) for name in ("jax", "jaxlib", "gymnax", "flax")} | {"trpo_jax": __version__}
     device = jax.local_devices()[0]
     threads = {"threads": num_threads()} if device.platform == "cpu" else {}
     return {"python": platform.python_version(), **packages, "device": device.device_kind, **threads}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ from trpo_jax.config import UsageError
 from trpo_jax.training.checkpoints import is_key
 from trpo_jax.training.evaluation import evaluate
 from trpo_jax.training.loop import init, train_chunk
-from trpo_jax.training.memory import program_memory
+from trpo_jax.training.memory import check_memory, free_memory, program_memory
 from trpo_jax.types import Config, TrainState
 
 CAPACITY = 256  # rows of metrics that a call can hold
@@ -70,6 +69,7 @@ def fit_programs(config: Config, most_agents: int, num_episodes: int, devices: S
       UsageError: if not even one agent fits.
     """
     free = free_memory(devices)
+    check_memory(config, 1, free)
     agents = most_agents
     while True:
         programs = compile_programs(config, agents, num_episodes, devices)
@@ -144,28 +144,6 @@ def from_host(states: TrainState, like: TrainState) -> TrainState:
         return jax.random.wrap_key_data(array, impl=impls[leaf.dtype]) if is_key(leaf) else array
 
     return jax.tree.map(restore, states, like)
-
-
-def free_memory(devices: Sequence[Any]) -> int:
-    """Bytes free on each device; on a CPU an equal share of what the machine, or the container, has left."""
-    if devices[0].platform != "cpu":
-        statistics = [device.memory_stats() or {} for device in devices]
-        return min(s.get("bytes_limit", 2**62) - s.get("bytes_in_use", 0) for s in statistics)
-    return _free_host_memory() // len(devices)
-
-
-def _free_host_memory() -> int:
-    found = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        found.append(int(text) - int(used.read_text()))
-    if not found:  # no Linux: half of what is built in
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    return max(0, min(found))
 
 
 def num_threads() -> int:

@@ -117,7 +117,7 @@ def _open_study(folder: Path, spec: Spec, storage: str | None) -> Any:
     try:
         import optuna
     except ImportError:
-        raise UsageError("tune needs Optuna; install it with `pip install 'trpo_jax[tune]'`.") from None
+        raise UsageError("tune needs Optuna; install it with `pip install '.[tune]'`.") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     description = json.loads(json.dumps(dataclasses.asdict(spec)))
     description["random"].pop("count", None)  # more trials of the same search are welcome

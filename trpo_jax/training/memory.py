@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from trpo_jax.config import UsageError
+from trpo_jax.training.agents import make_agent
 from trpo_jax.training.loop import init, train_step
+from trpo_jax.training.rollouts import rollout
 from trpo_jax.types import Config, Metrics, TrainState
 
 _PROBES = (8, 16), (256, 512)  # agents; fewer are programs of another form
+_NEGLIGIBLE = 2**26  # bytes
 
 
 def program_memory(compiled: Any) -> int:
@@ -49,3 +57,71 @@ def predict_memory(config: Config, num_agents: int, iterations: int = 1) -> int:
     few, many = _PROBES
     pairs = [few] if num_agents <= few[1] else [many] if num_agents >= many[0] else [few, many]
     return round(max(line(*pair) for pair in pairs))
+
+
+def check_memory(config: Config, num_agents: int, free: int) -> None:
+    """Compare what K agents side by side hold at least, before anything is compiled, with the bytes that are free.
+
+    Raises:
+      UsageError: if it is more, with one sentence.
+    """
+    observation = 4 * int(np.prod(make_agent(config).environment.observation_shape))
+    if num_agents < 1_000 and observation * config.steps_per_iteration < _NEGLIGIBLE:
+        return  # tracing takes longer than it is worth
+    sizes = {"num_envs": config.num_envs, "num_steps": config.num_steps, "reuse": config.reuse}
+    _compare(least_memory(config, num_agents), free, {**sizes, "number of agents": num_agents})
+
+
+def check_episodes(config: Config, num_agents: int, num_episodes: int, free: int) -> None:
+    """The same for episodes side by side, as `evaluate` runs them."""
+    environment = make_agent(config).environment
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_episodes))
+    states = jax.eval_shape(jax.vmap(environment.reset), keys)
+    _compare(num_agents * _bytes(states), free, {"num_episodes": num_episodes, "number of agents": num_agents})
+
+
+def _compare(least: int, free: int, sizes: dict[str, int]) -> None:
+    if least > free:
+        named = ", ".join(f"{name} ({size:,})" for name, size in sizes.items() if size > 1)
+        raise UsageError(
+            f"at least {least / 2**30:,.1f} GiB are needed for so large {named}, and {free / 2**30:,.1f} GiB are free; "
+            "lower one of them."
+        )
+
+
+def least_memory(config: Config, num_agents: int) -> int:
+    """Bytes that K agents side by side hold at least: their states, and the batches that are learned from at a time."""
+    agent = make_agent(config)
+    state = jax.eval_shape(init, config, jax.eval_shape(lambda: jax.random.key(0)))
+    batch = jax.eval_shape(
+        lambda s: rollout(agent.environment, agent.policy, s, s.key, config.num_steps)[1], state
+    )  # by normalised observations it has the same shapes
+    at_a_time = 1 if jax.default_backend() == "cpu" else num_agents
+    return num_agents * _bytes(state) + at_a_time * _bytes(batch)
+
+
+def _bytes(tree: Any) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(leaf.size * (leaf.dtype.itemsize if hasattr(leaf.dtype, "itemsize") else 8) for leaf in leaves)
+
+
+def free_memory(devices: Sequence[Any]) -> int:
+    """Bytes free on each device; on a CPU an equal share of what the machine, or the container, has left."""
+    if devices[0].platform != "cpu":
+        statistics = [device.memory_stats() or {} for device in devices]
+        return min(s.get("bytes_limit", 2**62) - s.get("bytes_in_use", 0) for s in statistics)
+    return _free_host_memory() // len(devices)
+
+
+def _free_host_memory() -> int:
+    found = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        found.append(int(text) - int(used.read_text()))
+    if not found:  # no Linux: half of what is built in
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    return max(0, min(found))
