@@ -1,4 +1,4 @@
-"""Files: settings as they stand in them, and writing that a kill leaves whole. Imports no JAX."""
+"""Files: settings as they stand in them, and folders and files that a kill leaves whole. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +17,10 @@ from trpo_jax.config import Config, UsageError, check_limits, check_setting, nea
 
 _KINDS = {field.name: str(field.type) for field in dataclasses.fields(Config) if field.metadata["flag"]}
 SETTINGS = ("env", *_KINDS)  # what a file can name; networks and environments of one's own it cannot
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # of `write_atomically`: .NAME.PROCESS.tmp
+_SEAL = re.compile(rb"crc32:([0-9a-f]{8})")
+BLANK_SEAL = "crc32:00000000"  # stands in what is written for the checksum that `sealed` puts there
+WRITABLE = "choose a folder that can be written to"
 TOTAL_STEPS = "total_steps"  # may stand for num_iterations wherever a setting may
 _MOST_BYTES = 2**24  # of a file of settings
 
@@ -173,31 +179,200 @@ def drop_output() -> None:
         os.close(nowhere)
 
 
+# Writing
+
+
 def write_atomically(
-    file: Path, content: str | Callable[[IO[bytes]], Any], mend: str = "choose a folder that can be written to"
+    file: Path, content: str | bytes | Callable[[IO[bytes]], Any], mend: str = WRITABLE, *, first: bool = False
 ) -> None:
     """Write a file, with its folder, so that it is the old one or the new one after a kill or a power cut.
 
     Args:
-      file: where to.
-      content: the text, or a function that writes into the open file.
+      file: where to. A device or a pipe is written to as it is.
+      content: text, bytes, or a function that writes into the open file.
       mend: the end of the sentence if that fails.
+      first: a file that is there already stays: where several processes try, the first one's counts for all.
 
     Raises:
-      UsageError: if the file cannot be written.
+      UsageError: if the file cannot be written; nothing is left of it then.
     """
+    write = content if callable(content) else lambda sink: sink.write(_bytes(content))
+    file = file.resolve() if file.is_symlink() else file
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            with open(file, "wb") as device:
+                write(device)
+            return
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as sink:
-            if isinstance(content, str):
-                sink.write(content.encode())
-            else:
-                content(sink)
+        try:
+            with _open_locked(temporary) as sink:
+                write(sink)
+                sink.flush()
+                os.fsync(sink.fileno())
+                if os.name == "nt":
+                    sink.close()  # an open file cannot be renamed there
+                _publish(temporary, file, first)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        _sync_folder(file.parent)
+    except OSError as error:
+        raise UsageError(f"cannot write {file}: {error.strerror or error}; {mend}.") from error
+
+
+def _bytes(content: Any) -> bytes:
+    return content.encode() if isinstance(content, str) else content
+
+
+def _publish(temporary: Path, file: Path, first: bool) -> None:
+    """Give a finished file its name; with `first`, unless another one bears it."""
+    if first:
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, file)
+            temporary.unlink()
+            return
+        except OSError:  # a file system without hard links
+            if file.exists():
+                temporary.unlink()
+                return
+    os.replace(temporary, file)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def append(file: Path, text: str, mend: str = WRITABLE) -> None:
+    """Write at the end of a file, through to the disk; raise `UsageError` if that fails."""
+    try:
+        with open(file, "ab") as sink:
+            sink.write(text.encode())
             sink.flush()
             os.fsync(sink.fileno())
-        os.replace(temporary, file)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UsageError(f"cannot write {file}: {error.strerror or error}; {mend}.") from error
+
+
+def sealed(data: bytes) -> bytes:
+    """`data` with the checksum of everything else in place of the last `BLANK_SEAL` in it."""
+    at = data.rindex(BLANK_SEAL.encode())
+    return data[:at] + f"crc32:{zlib.crc32(data):08x}".encode() + data[at + len(BLANK_SEAL) :]
+
+
+def is_intact(data: bytes) -> bool:
+    """Whether what `sealed` gave is as it was; what never had a seal counts as intact."""
+    found = list(_SEAL.finditer(data))
+    if not found:
+        return True
+    start, end = found[-1].span()
+    blank = data[:start] + BLANK_SEAL.encode() + data[end:]
+    return zlib.crc32(blank) == int(found[-1].group(1), 16)
+
+
+def write_table(file: Path, table: dict[str, Any], *, first: bool = False) -> None:
+    """Write names and values as sealed JSON; `first` is that of `write_atomically`."""
+    text = json.dumps({**table, "checksum": BLANK_SEAL}, indent=1) + "\n"
+    write_atomically(file, sealed(text.encode()), first=first)
+
+
+def check_seal(file: Path, mend: str) -> None:
+    """Raise `UsageError` if a file of `write_table` is not as it was written."""
+    if not is_intact(_read(file)):
+        raise UsageError(f"{file} is damaged (it was changed since it was written); {mend}.")
+
+
+# Folders
+
+
+@contextlib.contextmanager
+def locked(folder: Path, name: str = ".lock", mend: str = "wait for it, or choose another folder") -> Iterator[None]:
+    """Hold a folder, made if need be, against a second process; a holder that is killed lets go by itself.
+
+    On a file system without locks nothing is held. A folder that was made for it and stays empty goes with the lock.
+
+    Raises:
+      UsageError: if another process holds the folder, which `mend` says what to do about, or it cannot be written to.
+    """
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _open_locked(folder / name)
+    except BlockingIOError:
+        raise UsageError(f"another process is at work on {folder}; {mend}.") from None
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror or error}; {WRITABLE}.") from error
+    with lock:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
+                if made:
+                    folder.rmdir()
+
+
+def _open_locked(file: Path) -> IO[bytes]:
+    """Open a file to write it alone; raise `BlockingIOError` if another process does."""
+    while True:
+        sink = open(file, "wb")  # noqa: SIM115
+        try:
+            _lock(sink)
+            if _is_at(file, sink):
+                return sink
+        except BaseException:
+            sink.close()
+            raise
+        sink.close()  # it was removed in between, by whoever held it before
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Whether a file is locked for this process until it is closed; `BlockingIOError` if another one holds it."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks
+        return False
+    return True
+
+
+def _is_at(file: Path, opened: IO[bytes]) -> bool:
+    """Whether an open file is still the one that bears the name."""
+    try:
+        return os.path.samestat(os.stat(file), os.fstat(opened.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def is_fresh(folder: Path, first: str) -> bool:
+    """Whether a folder is not there, or holds nothing but what a kill leaves of the beginning of its first file."""
+    try:
+        entries = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return not os.path.lexists(folder)
+    except OSError as error:
+        raise UsageError(f"cannot read {folder}: {error.strerror or error}; choose another folder.") from error
+    return all(entry.startswith((".lock", f".{first}.", f"..{first}.")) or entry == "locks" for entry in entries)
+
+
+def remove_temporaries(*folders: Path) -> None:
+    """Remove what killed processes left of files they were writing; the files of those at work are locked, and stay."""
+    for folder in folders:
+        for file in folder.glob(".*.tmp"):
+            if _TEMPORARY.fullmatch(file.name):
+                with contextlib.suppress(OSError), open(file, "ab") as leftover:
+                    if _lock(leftover) and _is_at(file, leftover):
+                        file.unlink()

@@ -1,34 +1,47 @@
 """A run's folder: config.json, metrics.csv, checkpoints/, learning_curve.png; and the loop that fills it.
 
-The loop is the scan of `train`, run in chunks: after each one the metrics are appended and the state is saved, so a
-run that is killed at any moment continues from its last chunk with the same bits.
+The loop is the scan of `train`, run in chunks: after each one the metrics are appended, then the state is saved with
+the checksum of all rows so far. A run that is killed at any moment continues from its last chunk with the same bits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
 import io
-import json
 import os
 import platform
 import signal
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config import UsageError, check_limits, shown, validate
-from trpo_jax.files import checked_settings, read_json, settings_of, write_atomically
+from trpo_jax.files import (
+    append,
+    check_seal,
+    checked_settings,
+    is_fresh,
+    locked,
+    read_json,
+    remove_temporaries,
+    say,
+    settings_of,
+    write_atomically,
+    write_table,
+)
 from trpo_jax.sinks import Sink
-from trpo_jax.training.checkpoints import load, save
+from trpo_jax.training.checkpoints import read, save
 from trpo_jax.training.loop import init, train_chunk
 from trpo_jax.training.memory import check_memory, free_memory
 from trpo_jax.types import Config, Metrics, TrainState
@@ -37,6 +50,8 @@ _COLUMNS = ("iteration", "env_steps", "seed", *(field.name for field in dataclas
 _CAPACITY = 256  # rows of metrics a chunk can hold
 _CHUNK_SECONDS = 0.5  # aimed at: often enough to watch and to lose little, rare enough to cost nothing
 _KEPT_CHECKPOINTS = 2
+_CONTINUES = "what is done is safe, and `trpo-jax resume` continues when the folder can be written to"
+_HEADER = ",".join(_COLUMNS) + "\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,22 +94,19 @@ def create_run(path: str | os.PathLike[str], config: Config, seed: int, num_seed
     check_memory(config, num_seeds, free_memory(jax.local_devices()[:1]))
     run = Run(Path(path), config, seed, num_seeds)
     file = run.path / "config.json"
-    if file.exists():
-        other = open_run(path, config.env).description
-        changed = [name for name, value in run.description.items() if other.get(name) != value]
-        if changed:
-            raise UsageError(
-                f"{path} holds a run with another {', '.join(changed)}; choose another --output, or continue that run "
-                f"with `trpo-jax resume {path}`."
-            )
-        return run
-    begun = f".{file.name}."  # a kill may have left the beginning of the file
-    if run.path.exists() and (not run.path.is_dir() or any(not e.name.startswith(begun) for e in run.path.iterdir())):
+    if is_fresh(run.path, file.name):
+        versions = {name: version(name) for name in ("jax", "jaxlib", "gymnax", "flax", "optax")}
+        made_by = {"python": platform.python_version(), **versions, "device": jax.devices()[0].device_kind}
+        write_table(file, {**run.description, "made_by": made_by}, first=True)
+    elif not file.exists():
         raise UsageError(f"{path} exists and is not the folder of a run; choose another --output.")
-    versions = {name: version(name) for name in ("jax", "jaxlib", "gymnax", "flax", "optax")}
-    made_by = {"python": platform.python_version(), **versions, "device": jax.devices()[0].device_kind}
-    text = json.dumps({**run.description, "made_by": made_by}, indent=2) + "\n"
-    write_atomically(file, text)
+    other = open_run(path, config.env).description
+    changed = [name for name, value in run.description.items() if other.get(name) != value]
+    if changed:
+        raise UsageError(
+            f"{path} holds a run with another {', '.join(changed)}; choose another --output, or continue that run "
+            f"with `trpo-jax resume {path}`."
+        )
     return run
 
 
@@ -114,7 +126,8 @@ def open_run(path: str | os.PathLike[str], env: str | None = None) -> Run:
         described = read_json(file, mend)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{path} is not the folder of a run (there is no {file}).") from None
-    described.pop("made_by", None)
+    for about in ("made_by", "checksum"):
+        described.pop(about, None)
     name, trusted = described.get("env"), {}
     if env is not None and name == env:
         trusted = {"env": described.pop("env")}
@@ -130,13 +143,47 @@ def open_run(path: str | os.PathLike[str], env: str | None = None) -> Run:
         validate(config)
     except UsageError as error:
         raise UsageError(f"{file} is damaged ({str(error).rstrip('.?')}); {mend}.") from error
+    check_seal(file, mend)
     return Run(Path(path), config, **numbers)
 
 
 def newest_state(run: Run) -> TrainState | None:
-    """The newest checkpoint of a run, agents along the first axis; None if it was stopped before the first one."""
-    files = sorted((run.path / "checkpoints").glob("[0-9]*.npz"))
-    return load(files[-1], run.config) if files else None
+    """The newest checkpoint of a run that can be read, agents along the first axis; None if there is none yet.
+
+    Raises:
+      UsageError: if there are some and none can be read.
+    """
+    return _newest(run)[0]
+
+
+def _newest(run: Run, rows: bytes | None = None) -> tuple[TrainState | None, int]:
+    """The newest checkpoint that can be used, and how many bytes of metrics.csv, `rows` if they matter, are older.
+
+    What is passed over on the way to an older one is said.
+    """
+    reasons = []
+    for file in _checkpoints(run):
+        try:
+            state, note = read(file, run.config)
+            if not np.array_equal(jax.random.key_data(state.key), jax.random.key_data(run.keys)):
+                raise UsageError(f"{file} is of other seeds than config.json names.")
+            length = 0 if rows is None else _rows_done(run, rows, int(state.iteration[0]), note)
+        except UsageError as error:
+            if not os.path.lexists(file):  # a process at work has newer ones by now
+                return _newest(run, rows)
+            reasons.append(str(error).rstrip(".").split("; ")[0])
+            continue
+        if reasons:
+            say(f"{reasons[0]}; the checkpoint before it is used, {file.name}.")
+        return jax.tree.map(jnp.asarray, state), length
+    if reasons:
+        raise UsageError(f"{reasons[0]}; restore it, or train anew into another folder.")
+    return None, 0 if rows is None else _rows_begun(run, rows)
+
+
+def _checkpoints(run: Run) -> list[Path]:
+    """The files of a run's checkpoints, the newest first."""
+    return sorted((run.path / "checkpoints").glob("[0-9]" * 8 + ".npz"), reverse=True)
 
 
 def continue_run(run: Run, report: Callable[[Progress], None], sinks: Sequence[Sink] = ()) -> bool:
@@ -151,19 +198,28 @@ def continue_run(run: Run, report: Callable[[Progress], None], sinks: Sequence[S
 
     Returns:
       Whether the run is complete.
+
+    Raises:
+      UsageError: if another process is at work on the folder, or it cannot be written to or continued.
     """
+    with locked(run.path):
+        remove_temporaries(run.path, run.path / "checkpoints")
+        return _train(run, report, sinks)
+
+
+def _train(run: Run, report: Callable[[Progress], None], sinks: Sequence[Sink]) -> bool:
     config = run.config
     start = jax.jit(_for_each_agent(init, run.num_seeds))
     train_agents = jax.jit(
         _for_each_agent(functools.partial(train_chunk, capacity=_CAPACITY), run.num_seeds), donate_argnums=1
     )
-    state, keys = newest_state(run), run.keys
+    rows, keys = _Rows(run), run.keys
+    state = rows.restore()
+    done = 0 if state is None else int(state.iteration[0])
+    if done >= config.num_iterations:
+        return True
     with ThreadPoolExecutor(max_workers=1) as compiler:  # one program compiles while the next is traced
         first_state = compiler.submit(start.lower(config, keys).compile) if state is None else None
-        done = 0 if state is None else int(state.iteration[0])
-        _truncate_metrics(run, done)
-        if done >= config.num_iterations:
-            return True
         like = jax.eval_shape(start, config, keys) if state is None else state
         chunk = train_agents.lower(config, like, np.int32(1)).compile()
         if first_state is not None:
@@ -175,17 +231,17 @@ def continue_run(run: Run, report: Callable[[Progress], None], sinks: Sequence[S
             chunk_started = time.perf_counter()
             state, metrics = jax.block_until_ready(chunk(config, state, np.int32(length)))
             table = {field.name: np.asarray(getattr(metrics, field.name)) for field in dataclasses.fields(Metrics)}
-            _append_metrics(run, done, length, table)
+            rows.append(done, length, table)
             for sink in sinks:
                 _feed(sink, run, done, length, table)
             done += length
-            _save_state(run, state, done)
+            rows.save(state, done)
             now = time.perf_counter()
             per_iteration = (now - started) / (done - first)
             report(
                 Progress(
                     iteration=done,
-                    metrics={name: _last_mean(rows[:, :length]) for name, rows in table.items()},
+                    metrics={name: _last_mean(values[:, :length]) for name, values in table.items()},
                     seconds=now - started,
                     steps_per_second=run.num_seeds * config.steps_per_iteration / per_iteration,
                     seconds_left=per_iteration * (config.num_iterations - done),
@@ -209,11 +265,97 @@ def _for_each_agent(function: Callable[..., Any], num_agents: int) -> Callable[.
     return call_once
 
 
+class _Rows:
+    """metrics.csv and the checkpoints of a run at work: rows reach the disk before the state that comes after them."""
+
+    def __init__(self, run: Run):
+        self.run, self.file = run, run.path / "metrics.csv"
+        self.length, self.checksum = 0, 0  # of what the newest checkpoint is sure of
+        self.kept: list[Path] = []
+
+    def restore(self) -> TrainState | None:
+        """The state to go on from; what rows there are beyond it, a kill wrote them, are dropped."""
+        try:
+            rows = self.file.read_bytes()
+        except FileNotFoundError:
+            rows = b""
+        except OSError as error:
+            raise UsageError(f"cannot read {self.file}: {error.strerror}; restore it.") from error
+        state, self.length = _newest(self.run, rows)
+        kept = rows[: self.length] or _HEADER.encode()
+        if kept != rows:
+            write_atomically(self.file, kept)
+        self.length, self.checksum = len(kept), zlib.crc32(kept)
+        return state
+
+    def append(self, done: int, length: int, table: dict[str, np.ndarray]) -> None:
+        """Write `length` iterations that come after `done`, {metric: [agents, capacity]}."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        for i in range(length):
+            iteration = done + i + 1
+            for agent in range(self.run.num_seeds):
+                values = [f"{float(rows[agent, i]):.9g}" for rows in table.values()]  # nine digits hold a float32
+                steps = iteration * self.run.config.steps_per_iteration
+                writer.writerow([iteration, steps, self.run.seed + agent, *values])
+        append(self.file, text.getvalue(), _CONTINUES)
+        self.length += len(text.getvalue())
+        self.checksum = zlib.crc32(text.getvalue().encode(), self.checksum)
+
+    def save(self, state: TrainState, done: int) -> None:
+        """Save a state after `done` iterations, and drop what is older than the one before it."""
+        file = self.run.path / "checkpoints" / f"{done:08d}.npz"
+        save(file, state, note={"rows": [self.length, self.checksum]}, mend=_CONTINUES)
+        self.kept = [*self.kept, file][-_KEPT_CHECKPOINTS:]
+        for old in _checkpoints(self.run):
+            if old.name < file.name and old not in self.kept:
+                with contextlib.suppress(OSError):
+                    old.unlink()
+
+
+def _rows_done(run: Run, rows: bytes, done: int, note: Any) -> int:
+    """How many bytes of metrics.csv a checkpoint stands on; raise `UsageError` if they are not as they were."""
+    if isinstance(note, dict) and "rows" in note:
+        length, checksum = note["rows"]
+        sound = len(rows) >= length and zlib.crc32(rows[:length]) == checksum
+    else:  # a checkpoint of an earlier version
+        lines = rows.splitlines(keepends=True)[: 1 + done * run.num_seeds]
+        length = sum(map(len, lines))
+        whole = all(line.endswith(b"\n") and line.count(b",") == len(_COLUMNS) - 1 for line in lines)
+        sound = whole and len(lines) == 1 + done * run.num_seeds and lines[-1].startswith(b"%d," % done)
+    if not sound:
+        raise UsageError(f"{run.path / 'metrics.csv'} lacks rows of the {done} iterations that were done.")
+    return length
+
+
+def _rows_begun(run: Run, rows: bytes) -> int:
+    """0 bytes, where there is no checkpoint: the first one is saved after one iteration, so its rows may be there."""
+    if rows.count(b"\n") > 1 + run.num_seeds:
+        raise UsageError(
+            f"{run.path} has rows in metrics.csv and no checkpoints; restore those, or train anew into another folder."
+        )
+    return 0
+
+
+def _feed(sink: Sink, run: Run, done: int, length: int, table: dict[str, np.ndarray]) -> None:
+    for i in range(length):
+        for agent in range(run.num_seeds):
+            row = {name: float(rows[agent, i]) for name, rows in table.items()}
+            sink(run.seed + agent, (done + i + 1) * run.config.steps_per_iteration, row)
+
+
 def read_metrics(run: Run) -> dict[str, np.ndarray]:
     """Columns of metrics.csv as arrays [rows]."""
     with open(run.path / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return {name: np.array([float(row[name]) for row in rows]) for name in _COLUMNS}
+
+
+def failures(run: Run) -> dict[int, int]:
+    """{seed: iteration at which it first met a number that was not finite}, of the seeds that did."""
+    metrics = read_metrics(run)
+    bad = np.flatnonzero(metrics["finite"] == 0)[::-1]  # the first one is written last
+    return dict(sorted((int(metrics["seed"][i]), int(metrics["iteration"][i])) for i in bad))
 
 
 def plot_learning_curve(run: Run) -> Path:
@@ -225,17 +367,21 @@ def plot_learning_curve(run: Run) -> Path:
     metrics = read_metrics(run)
     steps = np.unique(metrics["env_steps"])
     returns = metrics["episode_return"].reshape(len(steps), run.num_seeds)
-    returns = fill_forward(returns)  # an iteration in which no episode ended says nothing new
+    returns = fill_forward(np.where(np.isfinite(returns), returns, np.nan))
+    returns = returns[:, ~np.isnan(returns).all(axis=0)]  # seeds of which an episode ended
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     seen = ~np.isnan(returns).any(axis=1)
     steps, returns = steps[seen], returns[seen]
-    if run.num_seeds > 1:
+    num_seeds = returns.shape[1]
+    if num_seeds == 0:
+        axes.text(0.5, 0.5, "no episode has ended", ha="center", va="center", transform=axes.transAxes)
+    elif num_seeds > 1:
         mean, spread = returns.mean(axis=1), returns.std(axis=1)
         axes.plot(steps, returns, color="tab:blue", alpha=0.25, linewidth=0.8)
         axes.fill_between(steps, mean - spread, mean + spread, color="tab:blue", alpha=0.2, label="± 1 std over seeds")
-        axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {run.num_seeds} seeds")
+        axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {num_seeds} seeds")
         axes.legend(loc="lower right")
     else:
         axes.plot(steps, returns, color="tab:blue", linewidth=2)
@@ -244,50 +390,11 @@ def plot_learning_curve(run: Run) -> Path:
     axes.grid(alpha=0.3)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
     file = run.path / "learning_curve.png"
-    figure.savefig(file, dpi=150)
+    write_atomically(file, lambda sink: figure.savefig(sink, dpi=150, format="png"))
     return file
 
 
-def _append_metrics(run: Run, done: int, length: int, table: dict[str, np.ndarray]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    for i in range(length):
-        iteration = done + i + 1
-        for agent in range(run.num_seeds):
-            values = [f"{float(rows[agent, i]):.9g}" for rows in table.values()]  # nine digits hold a float32
-            writer.writerow([iteration, iteration * run.config.steps_per_iteration, run.seed + agent, *values])
-    try:
-        with open(run.path / "metrics.csv", "a", newline="") as file:
-            file.write(text.getvalue())
-    except OSError as error:
-        raise UsageError(f"cannot write {run.path / 'metrics.csv'}: {error.strerror}.") from error
-
-
-def _feed(sink: Sink, run: Run, done: int, length: int, table: dict[str, np.ndarray]) -> None:
-    for i in range(length):
-        for agent in range(run.num_seeds):
-            row = {name: float(rows[agent, i]) for name, rows in table.items()}
-            sink(run.seed + agent, (done + i + 1) * run.config.steps_per_iteration, row)
-
-
-def _truncate_metrics(run: Run, done: int) -> None:
-    """Keep the rows of the first `done` iterations: a run killed after writing rows and before saving repeats them."""
-    file = run.path / "metrics.csv"
-    lines = file.read_text().splitlines(keepends=True)[1:] if file.exists() else []
-    kept = lines[: done * run.num_seeds]
-    if len(kept) < done * run.num_seeds or (kept and not kept[-1].startswith(f"{done},")):
-        raise UsageError(f"{file} lacks rows of the {done} iterations that were done; restore it or train anew.")
-    write_atomically(file, ",".join(_COLUMNS) + "\n" + "".join(kept))
-
-
-def _save_state(run: Run, state: TrainState, done: int) -> None:
-    folder = run.path / "checkpoints"
-    save(folder / f"{done:08d}.npz", state)
-    for old in sorted(folder.glob("[0-9]*.npz"))[:-_KEPT_CHECKPOINTS]:
-        old.unlink()
-
-
-@contextmanager
+@contextlib.contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C or SIGTERM into a flag, so that no chunk is lost half-written."""
     received: list[int] = []

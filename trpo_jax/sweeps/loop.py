@@ -238,8 +238,8 @@ def run_sweep(
             if most_agents:
                 agents = min(agents, most_agents)
             programs = fit_programs(group.configs[0], agents, spec.num_episodes, devices)
-            found = {"agents": group.num_agents, "agents_per_block": programs.agents_per_block}
-            settled = folder.settle_program(number, {**found, "memory": programs.memory})
+            about = {"agents": group.num_agents, "agents_per_block": programs.agents_per_block}
+            settled = folder.settle_program(number, {**about, "memory": programs.memory})
             if settled["agents_per_block"] != programs.agents_per_block:
                 raise UsageError(
                     f"{folder.path} was started with {settled['agents_per_block']} agents a device; there is not "
@@ -247,15 +247,16 @@ def run_sweep(
                 )
             pending = unfinished(folder, group, number, settled, process)
             clock.begin(number, pending)
+            blank = _blank(programs, group.num_iterations)
+            saved = {block: found for block in pending if (found := folder.restore(block, blank))}
             while pending:
                 # Blocks that stand at one iteration run together, the furthest first.
-                stands = {block: folder.newest_iteration(block) for block in pending}
+                stands = {block: saved[block].done if block in saved else 0 for block in pending}
                 most = max(stands.values())
                 together = [block for block in pending if stands[block] == most][: len(devices)]
                 pending = [block for block in pending if block not in together]
                 watch = Watch(folder, together, checkpoint_seconds, interrupted, clock, report, most)
-                blank = _blank(programs, group.num_iterations)
-                checkpoints = [folder.restore(block, blank) for block in together] if most else None
+                checkpoints = [saved.pop(block) for block in together] if most else None
                 for block, rows in run_blocks(programs, group, together, checkpoints, watch):
                     folder.write_results(block, _rows_to_columns(spec, points, group, block, rows))
                 if interrupted():

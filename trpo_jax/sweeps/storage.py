@@ -1,16 +1,18 @@
 """A sweep's folder, which a kill at any moment leaves whole.
 
-    sweep.json                  what was asked for, and the versions that do it
-    programs/00.json            a group of agents that share a program: its size and how it is cut into blocks
-    results/00-0000.parquet     a finished block, one row an agent; metrics are lists, one entry an iteration
-    checkpoints/00-0000/        the newest state of a block at work (Orbax); removed when the block is finished
+    sweep.json                         what was asked for, and the versions that do it
+    programs/00.json                   a group of agents that share a program: its size and how it is cut into blocks
+    results/00-0000.parquet            a finished block, one row an agent; metrics are lists, one entry an iteration
+    checkpoints/00-0000-00000012.npz   the newest state of a block at work; removed when the block is finished
 
-Every file is written under another name and renamed, so that it is there and whole, or not there.
+Every file is written under another name and renamed, so that it is there and whole, or not there; each holds a
+checksum.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -18,12 +20,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from trpo_jax.config import UsageError
-from trpo_jax.files import write_atomically
+from trpo_jax.files import (
+    BLANK_SEAL,
+    check_seal,
+    first_line,
+    is_fresh,
+    is_intact,
+    locked,
+    read_json,
+    remove_temporaries,
+    say,
+    sealed,
+    write_atomically,
+    write_table,
+)
+from trpo_jax.training.checkpoints import read, save
 from trpo_jax.types import TrainState
+
+_CONTINUES = "what is finished is safe, and the same command continues when the folder can be written to"
 
 
 class Block(NamedTuple):
@@ -43,7 +60,7 @@ class Checkpoint(NamedTuple):
 
     state: TrainState
     metrics: dict[str, np.ndarray]
-    done: int
+    done: Any
 
 
 class Folder:
@@ -51,6 +68,7 @@ class Folder:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path).absolute()
+        self._finished: set[Block] = set()  # whose files were seen to be sound
 
     def describe(self, description: dict[str, Any], made_by: dict[str, Any]) -> None:
         """Write sweep.json, or compare with the one that is there.
@@ -58,15 +76,9 @@ class Folder:
         Raises:
           UsageError: if the folder holds another sweep or something else, or cannot be written to.
         """
-        file = self.path / "sweep.json"
-        if not file.exists():
-            foreign = self.path.exists() and (not self.path.is_dir() or any(map(_is_foreign, os.listdir(self.path))))
-            # What was seen may be another process's beginning of this sweep, which writes sweep.json first.
-            if foreign and not file.exists():
-                raise UsageError(f"{self.path} exists and is not the folder of a sweep; choose another --output.")
-            found = self._settle(file, {**description, "made_by": made_by})
-        else:
-            found = self.description()
+        if not self._is_begun():
+            write_table(self.path / "sweep.json", {**description, "made_by": made_by}, first=True)
+        found = self.description()
         # Compared as JSON has them: a tuple is a list there.
         asked = json.loads(json.dumps(description))
         changed = [name for name in {**asked, **found} if name != "made_by" and found.get(name) != asked.get(name)]
@@ -76,6 +88,16 @@ class Folder:
                 "file that the sweep was started with."
             )
 
+    def _is_begun(self) -> bool:
+        """Whether there is a sweep; raise `UsageError` for a folder of something else."""
+        file = self.path / "sweep.json"
+        if is_fresh(self.path, file.name):
+            return False
+        # What was seen may be another process's beginning of this sweep, which writes sweep.json first.
+        if not file.exists():
+            raise UsageError(f"{self.path} exists and is not the folder of a sweep; choose another --output.")
+        return True
+
     def description(self) -> dict[str, Any]:
         """What sweep.json says; raises `UsageError` if it is missing or damaged."""
         return self._read_json(self.path / "sweep.json")
@@ -83,59 +105,35 @@ class Folder:
     def program(self, group: int) -> dict[str, Any] | None:
         """What was settled about a group's program, if it was."""
         file = self.path / "programs" / f"{group:02d}.json"
-        return self._read_json(file) if file.exists() else None
+        if not file.exists():
+            return None
+        program = self._read_json(file)
+        if not isinstance(program.get("agents_per_block"), int) or program["agents_per_block"] < 1:
+            raise UsageError(f"{file} is damaged (it has no agents_per_block); restore it or sweep anew.")
+        return program
 
     def settle_program(self, group: int, program: dict[str, Any]) -> dict[str, Any]:
         """Settle a group's program; where several processes try, the first one's counts for all."""
-        return self._settle(self.path / "programs" / f"{group:02d}.json", program)
-
-    def _settle(self, file: Path, value: dict[str, Any]) -> dict[str, Any]:
-        """What a file says that is written once, by whoever comes first."""
-        own = file.with_name(f".{file.name}.{os.getpid()}")
-        write_atomically(own, json.dumps(value, indent=1) + "\n")
-        try:
-            with contextlib.suppress(FileExistsError):
-                os.link(own, file)
-        finally:
-            own.unlink()
-        return self._read_json(file)
+        write_table(self.path / "programs" / f"{group:02d}.json", program, first=True)
+        return self.program(group) or program
 
     def _read_json(self, file: Path) -> dict[str, Any]:
+        mend = "restore it or sweep anew into another folder"
         try:
-            value = json.loads(file.read_text())
+            value = read_json(file, mend)
         except (FileNotFoundError, NotADirectoryError):
             raise UsageError(f"{self.path} is not the folder of a sweep (there is no {file}).") from None
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{file} is damaged ({str(error).rstrip('.')}); restore it or sweep anew.") from None
-        if not isinstance(value, dict):
-            raise UsageError(f"{file} is damaged (it is no table of names and values); restore it or sweep anew.")
+        check_seal(file, mend)
+        value.pop("checksum", None)
         return value
 
     @contextlib.contextmanager
     def locked(self, process: int) -> Iterator[None]:
         """Hold the folder against a second process of the same number; a killed holder lets go by itself."""
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system
-            yield
-            return
-        try:
-            (self.path / "locks").mkdir(parents=True, exist_ok=True)
-            file = open(self.path / "locks" / str(process), "w")  # noqa: SIM115
-        except OSError as error:
-            raise UsageError(
-                f"cannot write to {self.path}: {error.strerror}; choose a folder that can be written to."
-            ) from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(
-                    f"another process is at work on {self.path}; wait for it, or give each process a number of its own "
-                    "with --num-processes and --process-id."
-                ) from None
-            except OSError:
-                pass  # a file system without locks
+        self._is_begun()  # nothing is written into a folder of something else
+        advice = "wait for it, or give each process a number of its own with --num-processes and --process-id"
+        with locked(self.path, f".lock{process}", advice):
+            remove_temporaries(self.path, *(self.path / name for name in ("programs", "results", "checkpoints")))
             yield
 
     # Results
@@ -145,12 +143,24 @@ class Folder:
         return self.path / "results" / f"{block}.parquet"
 
     def is_finished(self, block: Block) -> bool:
-        """Whether a block's rows are there; raises `UsageError` if they are there and damaged."""
+        """Whether a block's rows are there; a damaged file is said to be, and counts as missing.
+
+        Raises:
+          UsageError: if the file holds other agents than it should.
+        """
+        if block in self._finished:
+            return True
         file = self.result_file(block)
         if not file.exists():
             return False
-        if self._open(file).metadata.num_rows != block.last - block.first:
-            raise UsageError(f"{file} holds other agents than it should; remove it, and the sweep trains them again.")
+        try:
+            num_rows = _read_rows(file, ["point"]).num_rows
+        except UsageError as error:
+            say(f"{error} Its agents are trained anew.")
+            return False
+        if num_rows != block.last - block.first:
+            raise UsageError(f"{file} holds other agents than it should; restore it, or choose another --output.")
+        self._finished.add(block)
         return True
 
     def write_results(self, block: Block, columns: dict[str, Any]) -> None:
@@ -159,91 +169,88 @@ class Folder:
         import pyarrow.parquet as parquet
 
         table = pa.table({name: _column(values) for name, values in columns.items()})
-        file = self.result_file(block)
-        write_atomically(
-            file,
-            lambda sink: parquet.write_table(table, sink, compression="zstd"),
-            "what is finished is safe, and the same command continues when there is room",
-        )
-        shutil.rmtree(self._checkpoints(block), ignore_errors=True)
+        data = io.BytesIO()
+        parquet.write_table(table.replace_schema_metadata({"checksum": BLANK_SEAL}), data, compression="zstd")
+        write_atomically(self.result_file(block), sealed(data.getvalue()), _CONTINUES)
+        self._finished.add(block)
+        self._drop_checkpoints(block)
+        shutil.rmtree(self.path / "checkpoints" / str(block), ignore_errors=True)  # of an earlier version
 
     def read_results(self, columns: list[str] | None = None) -> Any:
-        """All finished rows as a pyarrow table, in the order of groups and agents; None if there are none."""
+        """All finished rows as a pyarrow table, in the order of groups and agents; None if there are none.
+
+        A damaged file is left out, and said to be; a column that another version did not write is null.
+        """
         import pyarrow as pa
 
-        files = sorted((self.path / "results").glob("[0-9]*.parquet"))
-        if not files:
+        tables = []
+        for file in sorted((self.path / "results").glob("[0-9]*.parquet")):
+            try:
+                tables.append(_read_rows(file, columns))
+            except UsageError as error:
+                say(f"{error} It is left out; `trpo-jax sweep` trains its agents anew.")
+        if not tables:
             return None
         try:
-            return pa.concat_tables([self._open(file).read(columns=columns) for file in files])
-        except (pa.ArrowException, OSError) as error:
-            raise UsageError(f"results in {self.path} are damaged ({_first_line(error)}).") from error
-
-    @staticmethod
-    def _open(file: Path) -> Any:
-        import pyarrow as pa
-        import pyarrow.parquet as parquet
-
-        try:
-            return parquet.ParquetFile(file)
-        except (pa.ArrowException, OSError) as error:
-            raise UsageError(
-                f"{file} is damaged ({_first_line(error)}); remove it, and the sweep trains its agents again."
-            ) from error
+            table = pa.concat_tables(tables, promote_options="default")
+        except pa.ArrowException as error:
+            raise UsageError(f"results in {self.path} are of different versions ({first_line(error)}).") from error
+        for name in set(columns or ()) - set(table.column_names):
+            table = table.append_column(name, pa.nulls(table.num_rows))
+        return table
 
     # Checkpoints
 
-    def _checkpoints(self, block: Block) -> Path:
-        return self.path / "checkpoints" / str(block)
+    def _checkpoints(self, block: Block) -> list[Path]:
+        """The files of a block's checkpoints, the newest first; older ones than one are left by a kill."""
+        return sorted((self.path / "checkpoints").glob(f"{block}-{'[0-9]' * 8}.npz"), reverse=True)
 
-    def newest_iteration(self, block: Block) -> int:
-        """Iterations that a block's newest checkpoint holds; 0 if there is none."""
-        return max((int(entry.name) for entry in self._complete(block)), default=0)
-
-    def _complete(self, block: Block) -> list[Path]:
-        folder = self._checkpoints(block)
-        return [entry for entry in folder.iterdir() if entry.name.isdigit()] if folder.exists() else []
+    def _drop_checkpoints(self, block: Block, but: Path | None = None) -> None:
+        for file in self._checkpoints(block):
+            if file != but:
+                with contextlib.suppress(OSError):
+                    file.unlink()
 
     def save(self, block: Block, checkpoint: Checkpoint) -> None:
         """Save a block at work; the checkpoint before it goes when the new one is whole."""
-        target = self._checkpoints(block) / f"{checkpoint.done:08d}"
-        before = [entry for entry in self._checkpoints(block).glob("*")] if self._checkpoints(block).exists() else []
-        try:
-            _checkpointer().save(target, _to_tree(checkpoint), force=True)
-        except Exception as error:  # Orbax and TensorStore answer a full disk each in their own way
-            shutil.rmtree(target, ignore_errors=True)
-            raise UsageError(
-                f"cannot save {target} ({_first_line(error)}); what is finished is safe, and the same command "
-                "continues when the folder can be written to."
-            ) from error
-        for entry in before:
-            if entry != target:
-                shutil.rmtree(entry, ignore_errors=True)
+        file = self.path / "checkpoints" / f"{block}-{checkpoint.done:08d}.npz"
+        save(file, checkpoint._replace(done=np.int32(checkpoint.done)), mend=_CONTINUES)
+        self._drop_checkpoints(block, but=file)
 
-    def restore(self, block: Block, like: Checkpoint) -> Checkpoint:
-        """The newest checkpoint of a block; `like` gives shapes and dtypes.
+    def restore(self, block: Block, like: Checkpoint) -> Checkpoint | None:
+        """The newest sound checkpoint of a block, None if it is to begin; `like` gives shapes and dtypes.
 
-        Raises:
-          UsageError: if it is damaged.
+        What is passed over is said.
         """
-        entry = max(self._complete(block))
-        try:
-            found = _checkpointer().restore(entry, _to_tree(like))
-        except Exception as error:  # whatever is broken, in whichever of its files
-            raise UsageError(
-                f"{entry} is damaged ({_first_line(error)}); remove it, and the sweep trains its agents anew."
-            ) from error
-        leaves = [found["state"][name] for name, _ in _numbered(like.state)]
-        return Checkpoint(
-            jax.tree.unflatten(jax.tree.structure(like.state), leaves),
-            {name: np.array(values) for name, values in found["metrics"].items()},
-            int(found["done"]),
-        )
+        reason = ""
+        if (self.path / "checkpoints" / str(block)).is_dir():
+            reason = f"{self.path / 'checkpoints' / str(block)} was saved by an earlier version"
+        for file in self._checkpoints(block):
+            try:
+                found: Checkpoint = read(file, like._replace(done=np.int32(0)))[0]
+            except UsageError as error:
+                reason = reason or str(error).rstrip(".").split("; ")[0]
+                continue
+            if reason:
+                say(f"{reason}; the checkpoint before it is used, {file.name}.")
+            return found._replace(done=int(found.done))
+        if reason:
+            say(f"{reason}; its agents are trained anew.")
+        return None
 
 
-def _is_foreign(name: str) -> bool:
-    """Whether an entry of a folder without sweep.json was not left by the beginning of a sweep."""
-    return name != "locks" and not name.startswith(".sweep.json")
+def _read_rows(file: Path, columns: list[str] | None = None) -> Any:
+    """A block's rows as a pyarrow table; raise `UsageError` if they are not as they were written."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    try:
+        data = file.read_bytes()
+        if not is_intact(data):
+            raise OSError("it was changed since it was written")
+        return parquet.ParquetFile(io.BytesIO(data)).read(columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(f"{file} is damaged ({first_line(error)}).") from error
 
 
 def _column(values: Any) -> Any:
@@ -256,34 +263,3 @@ def _column(values: Any) -> Any:
     if isinstance(values, np.ma.MaskedArray):
         return pa.array(values.data, mask=np.ma.getmaskarray(values))
     return pa.array(values)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0].rstrip(".")[:200] if text else type(error).__name__
-
-
-def _checkpointer() -> Any:
-    """An Orbax checkpointer of this process alone: other hosts are at other blocks."""
-    import orbax.checkpoint as orbax  # deferred: it takes a second to import
-
-    own = jax.process_index()
-    alone = orbax.options.MultiprocessingOptions(
-        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process{own}"
-    )
-    return orbax.Checkpointer(
-        orbax.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone
-    )
-
-
-def _to_tree(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A checkpoint as nested dictionaries, whatever the classes of its environment's state."""
-    return {
-        "state": dict(_numbered(checkpoint.state)),
-        "metrics": checkpoint.metrics,
-        "done": np.int64(checkpoint.done),
-    }
-
-
-def _numbered(state: TrainState) -> list[tuple[str, np.ndarray]]:
-    return [(f"{i:03d}", leaf) for i, leaf in enumerate(jax.tree.leaves(state))]

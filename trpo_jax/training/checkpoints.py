@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config import UsageError
-from trpo_jax.files import write_atomically
+from trpo_jax.files import WRITABLE, write_atomically
 from trpo_jax.steps.types import PyTree
 from trpo_jax.training.loop import init
 from trpo_jax.types import Config
@@ -20,16 +22,21 @@ from trpo_jax.types import Config
 _FORMAT = "trpo_jax state 1"
 
 
-def save(path: str | os.PathLike[str], state: PyTree) -> None:
+def save(path: str | os.PathLike[str], state: PyTree, *, note: Any = None, mend: str = WRITABLE) -> None:
     """Write a pytree of arrays to `path`, atomically: the file is either the old one or the new one.
 
-    The file is an npz archive with one array a leaf, named by its path in the tree; typed PRNG keys are stored as
-    their raw data and the name of their implementation.
+    The file is an npz archive with one array a leaf, named by its path in the tree, each under a checksum; typed PRNG
+    keys are stored as their raw data and the name of their implementation.
+
+    Args:
+      path: the file.
+      state: the pytree; its leaves may be JAX's or NumPy's.
+      note: what else to keep, as JSON has it; `read` gives it back.
+      mend: the end of the sentence if that fails.
 
     Raises:
       UsageError: if the file cannot be written.
     """
-    path = Path(path)
     arrays: dict[str, np.ndarray] = {}
     keys: dict[str, str] = {}
     for name, leaf in named_leaves(state):
@@ -37,8 +44,9 @@ def save(path: str | os.PathLike[str], state: PyTree) -> None:
             keys[name] = str(jax.random.key_impl(leaf))
             leaf = jax.random.key_data(leaf)
         arrays[name] = np.asarray(leaf)
-    arrays["__header__"] = np.frombuffer(json.dumps({"format": _FORMAT, "keys": keys}).encode(), np.uint8)
-    write_atomically(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+    header = json.dumps({"format": _FORMAT, "keys": keys, "note": note})
+    arrays["__header__"] = np.frombuffer(header.encode(), np.uint8)
+    write_atomically(Path(path), lambda file: np.savez(file, **arrays), mend)  # type: ignore[arg-type]
 
 
 def load(path: str | os.PathLike[str], like: PyTree) -> Any:
@@ -55,19 +63,23 @@ def load(path: str | os.PathLike[str], like: PyTree) -> Any:
     Raises:
       UsageError: if the file is missing, damaged, or holds something else, in one sentence that names it.
     """
+    return jax.tree.map(jnp.asarray, read(path, like)[0])
+
+
+def read(path: str | os.PathLike[str], like: PyTree) -> tuple[Any, Any]:
+    """What `load` returns, as NumPy arrays and typed PRNG keys, and the note that was saved with it."""
     path = Path(path)
     if isinstance(like, Config):
         like = jax.eval_shape(init, like, jax.random.key(0))
-    arrays, keys = _read(path)
+    arrays, note = _read(path)
     leaves, batches = [], set()
     for name, target in named_leaves(like):
         if name not in arrays:
             raise UsageError(f"{path} holds no {name}; it was saved with other settings or another version.")
-        array = arrays.pop(name)
-        if array.dtype.kind == "V" and array.dtype.itemsize == target.dtype.itemsize:
-            array = array.view(target.dtype)  # npz forgets the name of bfloat16 and its like, not the bits
-        leaf = jax.random.wrap_key_data(jnp.asarray(array), impl=keys[name]) if name in keys else jnp.asarray(array)
-        batch_ndim = leaf.ndim - target.ndim
+        leaf: Any = arrays.pop(name)
+        if not is_key(leaf) and leaf.dtype.kind == "V" and leaf.dtype.itemsize == target.dtype.itemsize:
+            leaf = leaf.view(target.dtype)  # npz forgets the name of bfloat16 and its like, not the bits
+        batch_ndim = leaf.ndim - len(target.shape)
         if batch_ndim < 0 or leaf.shape[batch_ndim:] != target.shape or leaf.dtype != target.dtype:
             raise UsageError(
                 f"{name} in {path} is {leaf.dtype}{list(leaf.shape)} where the settings ask for "
@@ -78,26 +90,40 @@ def load(path: str | os.PathLike[str], like: PyTree) -> Any:
     if arrays or len(batches) > 1:
         extra = ", ".join(sorted(arrays)) or "leaves of different numbers of agents"
         raise UsageError(f"{path} does not fit these settings (it also holds {extra}); use the ones it was saved with.")
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), note
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _read(path: Path) -> tuple[dict[str, Any], Any]:
+    """The arrays of a file by name, keys typed, and its note."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}  # reading checks each array's CRC
+        with zipfile.ZipFile(path) as archive:
+            # Read to its end, each member is held against its checksum, whatever its own header says.
+            members = ((name.removesuffix(".npy"), io.BytesIO(archive.read(name))) for name in archive.namelist())
+            arrays: dict[str, Any] = {n: np.lib.format.read_array(data, allow_pickle=False) for n, data in members}
         header = json.loads(bytes(arrays.pop("__header__")))
         if header["format"] != _FORMAT:
             raise UsageError(f"{path} has the format {header['format']!r}, this version reads {_FORMAT!r}.")
-        return arrays, header["keys"]
-    except FileNotFoundError:
+        for name, impl in header["keys"].items():
+            arrays[name] = jax.random.wrap_key_data(jnp.asarray(arrays[name]), impl=impl)
+        return arrays, header.get("note")
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"there is no checkpoint {path}.") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder; name a checkpoint{_example(path)}.") from None
+    except PermissionError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}; choose a file that can be read.") from None
     except UsageError:
         raise
     except Exception as error:  # zipfile answers each kind of damage with another exception
         raise UsageError(
-            f"{path} is damaged or not a checkpoint of trpo_jax ({type(error).__name__}); remove it to fall back on an "
-            "earlier one."
+            f"{path} is damaged or not a checkpoint of trpo_jax ({type(error).__name__}); use another one."
         ) from error
+
+
+def _example(folder: Path) -> str:
+    """The newest checkpoint within a folder, where there is one, for a sentence."""
+    files = sorted(folder.glob("*.npz")) or sorted(folder.glob("checkpoints/*.npz"))
+    return f", such as {files[-1]}" if files else " in it"
 
 
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
