@@ -114,8 +114,9 @@ class Folder:
 
     def settle_program(self, group: int, program: dict[str, Any]) -> dict[str, Any]:
         """Settle a group's program; where several processes try, the first one's counts for all."""
-        write_table(self.path / "programs" / f"{group:02d}.json", program, first=True)
-        return self.program(group) or program
+        file = self.path / "programs" / f"{group:02d}.json"
+        write_table(file, program, first=True)
+        return self._read_json(file)
 
     def _read_json(self, file: Path) -> dict[str, Any]:
         mend = "restore it or sweep anew into another folder"
