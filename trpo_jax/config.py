@@ -150,10 +150,19 @@ class Config:
     )
     policy_epochs: int = _static(10, "ppo, kl-penalty: passes over the batch", used=_EPOCHS)
     policy_minibatches: int = _static(
-        8, "ppo, kl-penalty: minibatches a pass; must divide the batch", used=_EPOCHS, high=10_000_000
+        8,
+        "ppo, kl-penalty: minibatches per pass, shuffled anew in each; must divide the batch",
+        used=_EPOCHS,
+        high=10_000_000,
     )
     clip_ratio: float = _traced(
         0.2, "ppo: ε, the ratio counts within [1 − ε, 1 + ε]", interval="(0, 1e6]", used=({"update": ("ppo",)},)
+    )
+    max_grad_norm: float = _traced(
+        0.5,
+        "ppo, kl-penalty: a longer gradient of a minibatch is scaled to this norm; 0: never",
+        interval="[0, 1e6]",
+        used=_EPOCHS,
     )
     initial_penalty: float = _traced(
         1.0,
@@ -185,7 +194,10 @@ class Config:
     )
     value_epochs: int = _static(5, "adam: passes over the batch", used=_ADAM)
     value_minibatches: int = _static(
-        8, "adam: minibatches a pass; must divide num_envs x num_steps", used=_ADAM, high=10_000_000
+        8,
+        "adam: minibatches per pass, shuffled anew in each; must divide num_envs x num_steps",
+        used=_ADAM,
+        high=10_000_000,
     )
     normalize_advantages: bool = _static(True, "shift and scale the advantages of a batch to mean 0 and variance 1")
     normalize_observations: bool = _static(False, "running normalisation of observations, frozen within an iteration")

@@ -152,8 +152,24 @@ def test_what_is_not_finite_leaves_everything_as_it_was(bad):
     state, options = optimizer.init(params), {"epochs": 2, "minibatches": 2}
     new, new_state, info = update(categorical, params, observation, action, advantage, optimizer=optimizer, **options)
     assert not info.accepted and info.step_fraction == info.mean_kl == 0 and info.effective_sample_fraction == 1
+    assert all(np.isfinite(jnp.asarray(leaf, jnp.float32)) for leaf in jax.tree.leaves(info))
     for a, b in zip(jax.tree.leaves((new, new_state)), jax.tree.leaves((params, state)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("size", [1e19, 1e30, 3e38])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
+def test_what_is_told_of_an_update_is_finite_however_large_the_advantages(size, max_grad_norm):
+    params, observation, action, advantage = make_problem()
+    params = jax.tree.map(jnp.float32, params)
+    for optimizer in (optax.adam(0.1), optax.sgd(0.1)):
+        options = {"objective": clipped_objective(0.2), "max_grad_norm": max_grad_norm, "epochs": 2, "minibatches": 2}
+        options |= {"key": jax.random.key(0), "optimizer": optimizer}
+        batch = observation, action, jnp.float32(size * jnp.sign(advantage))
+        new, state, info = update(categorical, params, *batch, **options)
+        assert all(np.isfinite(jnp.asarray(leaf, jnp.float32)).all() for leaf in jax.tree.leaves((new, state, info)))
+        moved = any((new[name] != params[name]).any() for name in params)
+        assert moved == info.accepted
 
 
 def test_a_step_out_of_all_bounds_is_refused():

@@ -131,6 +131,7 @@ SWEPT = [
         {"update": "ppo", "value_fit": "adam"},
         {
             "clip_ratio": 0.01,
+            "max_grad_norm": 1e-3,
             "policy_learning_rate": 0.1,
             "value_learning_rate": 0.1,
             "value_clip": 1e-3,

@@ -13,6 +13,7 @@ from probes import lane, same_bits, small_config, stack
 from trpo_jax import Config, UsageError, init, load, save, train, train_step, validate
 from trpo_jax.training.adaptation import adapt
 from trpo_jax.training.agents import flatten_batch, make_agent
+from trpo_jax.training.learning import learn
 from trpo_jax.training.rollouts import rollout
 from trpo_jax.types import Control, Learned
 
@@ -187,6 +188,48 @@ def test_the_penalty_follows_the_divergence():
     assert {0.5, 2.0} <= set(expected[:-1])
 
 
+def one_iteration(**changes):
+    """`learn` on one batch, as a function of the key that shuffles: the parameters of both networks."""
+    config = small_config(num_envs=8, **changes)
+    state = init(config, jax.random.key(0))
+    old, batch = Learned(*(getattr(state, name) for name in Learned._fields)), newest_batch(config, state)
+
+    def parameters(seed):
+        new, _ = learn(config, old, batch, state.iteration, state.policy_carry, jax.random.key(seed))
+        return new.policy_params, new.value_params
+
+    return parameters
+
+
+@pytest.mark.parametrize("update", ["ppo", "kl-penalty"])
+def test_minibatches_are_shuffled_by_the_key_and_nothing_else_is(update):
+    epochs = {"update": update, "value_fit": "adam", "policy_epochs": 1, "value_epochs": 1}
+    parts = one_iteration(policy_minibatches=4, value_minibatches=4, **epochs)
+    for network in range(2):
+        assert same_bits(parts(0)[network], parts(0)[network])
+        assert not same_bits(parts(0)[network], parts(1)[network])
+    for whole in (one_iteration(policy_minibatches=1, value_minibatches=1, **epochs), one_iteration()):
+        assert same_bits(whole(0), whole(1))
+
+
+def test_plain_steps_on_one_minibatch_have_the_clipped_length_and_the_policy_gradient_is_never_clipped():
+    ppo = small_config(
+        update="ppo", policy_optimizer="sgd", policy_learning_rate=1.0, policy_epochs=1, policy_minibatches=1
+    )
+    state = init(ppo, jax.random.key(0))
+
+    def moved(max_grad_norm, config=ppo):
+        new, _ = train_step(config.replace(max_grad_norm=max_grad_norm), state)
+        return np.concatenate([np.ravel(new.policy_params[name] - leaf) for name, leaf in state.policy_params.items()])
+
+    free = moved(0.0)
+    assert np.linalg.norm(free) > 0.01
+    np.testing.assert_array_equal(moved(1e30), free)
+    np.testing.assert_allclose(moved(1e-3), free * 1e-3 / np.linalg.norm(free), rtol=1e-3, atol=1e-7)
+    plain = ppo.replace(update="policy-gradient")
+    np.testing.assert_array_equal(moved(1e-3, plain), moved(0.0, plain))  # θ + α g, whatever the norm
+
+
 def test_reinforce_weights_actions_by_returns():
     """With one-step episodes and no normalisation, its gradient is that of mean[log π · r]."""
     config = small_config(
@@ -259,8 +302,11 @@ def test_reusing_the_first_batch_alone_is_using_it():
     np.testing.assert_allclose(reused[1].surrogate_gain, plain[1].surrogate_gain, rtol=1e-4)
 
 
-def test_several_agents_of_an_option_are_each_a_run_of_their_own():
-    config = small_config(num_iterations=3, **OPTIONS["ratio"], **OPTIONS["reuse"])
+@pytest.mark.parametrize("names", [("ratio", "reuse"), ("PPO",)], ids="-".join)
+def test_several_agents_of_an_option_are_each_a_run_of_their_own(names):
+    config = small_config(num_iterations=3)
+    for name in names:
+        config = config.replace(**OPTIONS[name])
     keys = jax.random.split(jax.random.key(1), 2)
     together = jax.jit(jax.vmap(train, in_axes=(None, 0)))(config, keys)
     for i in range(2):

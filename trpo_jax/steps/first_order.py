@@ -64,6 +64,8 @@ def first_order_update(
     epochs: int = 1,
     minibatches: int = 1,
     entropy_coefficient: Scalar = 0.0,
+    key: Array | None = None,
+    max_grad_norm: Scalar = 0.0,
     sample_ndim: int | None = None,
 ) -> tuple[PyTree, optax.OptState, UpdateInfo]:
     """Gradient ascent on an objective over a batch that the policy at `params` collected.
@@ -83,12 +85,16 @@ def first_order_update(
       epochs: passes over the batch (static).
       minibatches: minibatches a pass, which must divide the number of samples (static).
       entropy_coefficient: c.
+      key: PRNG key by which the samples are shuffled anew in every epoch, as PPO's users know it; None: every epoch
+        goes through the same strided minibatches, see `minibatch_descent`.
+      max_grad_norm: a longer gradient of a minibatch is scaled to this norm; 0: never.
       sample_ndim: leading axes of B that tell independent samples apart, as in `trpo_update`.
 
     Returns:
       New parameters, new optimizer state, and an `UpdateInfo` of the surrogate and KL as for `trpo_update`:
       `step_fraction` is 1, `cg_residual` 0, `predicted_gain` gᵀ(θ_new − θ_old), and `surrogate_gain` may be negative.
-      If any of the new numbers is not finite, all come back as they were and `accepted` is False.
+      If any of the new numbers is not finite, of the parameters or of what is told of them, all come back as they were
+      and `accepted` is False; a `gradient_norm` that is not finite is told as 0.
 
     Source: Williams 1992 (REINFORCE); Schulman et al. 2017 (PPO).
     """
@@ -112,25 +118,28 @@ def first_order_update(
         optimizer=optimizer,
         epochs=epochs,
         minibatches=minibatches,
+        key=key,
+        max_grad_norm=max_grad_norm,
     )
     judge = candidate_judge(
         policy_apply, old_distribution, observation, action, advantage, entropy_coefficient=entropy_coefficient
     )
     step = jax.tree.map(jnp.subtract, new_params, params)
     evaluation = judge(new_params)
-    moved = (trees.max_abs(step) > 0) & trees.all_finite(evaluation[:2])
+    predicted, norm = trees.dot(gradient, step), trees.norm(gradient)
+    moved = (trees.max_abs(step) > 0) & trees.all_finite((evaluation, predicted, norm))
     gain, divergence, mean_kl, maximum_kl = (jnp.where(moved, value, 0) for value in evaluation[:4])
     info = UpdateInfo(
         accepted=moved,
         surrogate_gain=gain,
-        predicted_gain=jnp.where(moved, trees.dot(gradient, step), 0),
+        predicted_gain=jnp.where(moved, predicted, 0),
         divergence=divergence,
         mean_kl=mean_kl,
         maximum_kl=maximum_kl,
         entropy=jnp.mean(old_distribution.entropy()),
         step_fraction=moved.astype(gain.dtype),
         effective_sample_fraction=jnp.where(moved, evaluation[4], 1),
-        gradient_norm=trees.norm(gradient),
+        gradient_norm=jnp.where(jnp.isfinite(norm), norm, 0),
         cg_residual=jnp.zeros_like(gain),
     )
     params, optimizer_state = trees.select(moved, (new_params, new_state), (params, optimizer_state))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from trpo_jax.steps import trees
-from trpo_jax.steps.types import Array, PyTree
+from trpo_jax.steps.types import Array, PyTree, Scalar
 
 if TYPE_CHECKING:
     import optax
@@ -27,11 +27,10 @@ def minibatch_descent(
     optimizer: optax.GradientTransformation,
     epochs: int,
     minibatches: int,
+    key: Array | None = None,
+    max_grad_norm: Scalar = 0.0,
 ) -> tuple[PyTree, optax.OptState, Array]:
     """Minimise a mean over a batch.
-
-    Minibatch m holds the samples m, m + M, m + 2M, … of the flattened batch: a strided split needs no permutation,
-    whose gather costs more than the step.
 
     Args:
       loss_fn: `loss_fn(params, *minibatch)` -> a scalar.
@@ -42,6 +41,9 @@ def minibatch_descent(
       optimizer: an optax transformation.
       epochs: passes over the batch (static).
       minibatches: M, which must divide the batch size (static).
+      key: PRNG key by which the samples are shuffled anew in every epoch. None: minibatch m of every epoch holds the
+        samples m, m + M, m + 2M, … of the flattened batch.
+      max_grad_norm: c > 0 scales a longer gradient of a minibatch to ‖g‖₂ = c before the optimizer sees it; 0 does not.
 
     Returns:
       New parameters, new optimizer state, and the mean loss over the last epoch. If any of the new numbers is not
@@ -51,23 +53,41 @@ def minibatch_descent(
 
     batch_size = math.prod(batch_shape)
     chex.assert_is_divisible(batch_size, minibatches)
+    samples = jax.tree.map(lambda leaf: leaf.reshape(batch_size, *leaf.shape[len(batch_shape) :]), batch)
 
-    def split(leaf: Array) -> Array:
-        flat = leaf.reshape(batch_size, *leaf.shape[len(batch_shape) :])
-        return jnp.swapaxes(flat.reshape(batch_size // minibatches, minibatches, *flat.shape[1:]), 0, 1)
-
-    batches = jax.tree.map(split, batch)
-
-    def step(carry: tuple, minibatch: tuple) -> tuple[tuple, Array]:
+    def step(carry: tuple, index: Array) -> tuple[tuple, Array]:
         params, state = carry
-        loss, gradient = jax.value_and_grad(loss_fn)(params, *minibatch)
-        updates, state = optimizer.update(gradient, state, params)
+        loss, gradient = jax.value_and_grad(loss_fn)(params, *jax.tree.map(lambda leaf: leaf[index], samples))
+        updates, state = optimizer.update(clip_norm(gradient, max_grad_norm), state, params)
         return (optax.apply_updates(params, updates), state), loss
 
-    def epoch(carry: tuple, _: None) -> tuple[tuple, Array]:
-        return jax.lax.scan(step, carry, batches)
+    def epoch(carry: tuple, number: Array) -> tuple[tuple, Array]:
+        if key is None or minibatches == 1:
+            parts = jnp.arange(batch_size).reshape(-1, minibatches).T
+        else:
+            parts = shuffled(jax.random.fold_in(key, number), batch_size).reshape(minibatches, -1)
+        return jax.lax.scan(step, carry, parts)
 
     old = params, optimizer_state
-    new, losses = jax.lax.scan(epoch, old, None, length=epochs)
+    new, losses = jax.lax.scan(epoch, old, jnp.arange(epochs))
     params, optimizer_state = trees.select(trees.all_finite(new), new, old)
     return params, optimizer_state, jnp.mean(losses[-1])
+
+
+def shuffled(key: Array, size: int) -> Array:
+    """The numbers 0 … size − 1 in random order, by one sort of random words whose lowest bits are the number.
+
+    A third of the time of `jax.random.permutation`. Words that are equal in their other bits stay in order beside each
+    other, which matters to minibatches only where a boundary parts them.
+    """
+    bits = (size - 1).bit_length()
+    words = jax.random.bits(key, (size,), jnp.uint32) >> bits << bits
+    return (jnp.sort(words | jnp.arange(size, dtype=jnp.uint32)) & (2**bits - 1)).astype(jnp.int32)
+
+
+def clip_norm(gradient: PyTree, max_norm: Scalar) -> PyTree:
+    """g · min(1, c / ‖g‖₂); g itself where c is 0. A norm near the largest number makes it 0, or leaves it as it is."""
+    norm = trees.norm(gradient)
+    clips = (jnp.asarray(max_norm) > 0) & (norm > max_norm)
+    scale = jnp.where(clips, max_norm / jnp.where(clips, norm, 1), 1)
+    return jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), gradient)

@@ -99,6 +99,7 @@ def fit_value_function(
     optimizer: optax.GradientTransformation,
     epochs: int,
     minibatches: int,
+    key: Array | None = None,
     sample_ndim: int | None = None,
 ) -> tuple[PyTree, optax.OptState, Array]:
     """Minimise mean_n[(V(s_n) − target_n)²] by minibatch steps of an optax optimizer, see `minibatch_descent`.
@@ -115,6 +116,7 @@ def fit_value_function(
       optimizer: an optax transformation.
       epochs: passes over the batch (static).
       minibatches: M, which must divide the number of samples (static).
+      key: PRNG key by which the samples are shuffled anew in every epoch; None: they never are.
       sample_ndim: leading axes of B that tell independent samples apart, as in `trpo_update`.
 
     Returns:
@@ -138,6 +140,7 @@ def fit_value_function(
         optimizer=optimizer,
         epochs=epochs,
         minibatches=minibatches,
+        key=key,
     )
 
 

@@ -45,9 +45,12 @@ class Lesson(NamedTuple):
 
 @jax.jit  # traced once, however often `vmap` and `lax.map` ask for it
 def learn(
-    config: Config, old: Learned, batch: Transition, iteration: Array, policy_carry: PyTree
+    config: Config, old: Learned, batch: Transition, iteration: Array, policy_carry: PyTree, key: Array
 ) -> tuple[Learned, Lesson]:
-    """Advantages, policy update and value fit from one batch [T, N], before which the policy remembered its carry."""
+    """Advantages, policy update and value fit from one batch [T, N], before which the policy remembered its carry.
+
+    The key shuffles minibatches, and nothing else: the default settings have none.
+    """
     agent = make_agent(config)
     policy = on_normalized(config, old.statistics, agent.policy)
     if config.shared_trunk:
@@ -83,6 +86,7 @@ def learn(
     radius = radius_of(config, control, iteration)
     behaviour = None if ratios is None else flatten_batch(memory.log_prob)
     scale, weight = normalize_weights(config, weight)
+    key_policy, key_value = jax.random.split(key)
     policy_params, policy_optimizer, update = update_policy(
         config,
         policy_apply,
@@ -92,6 +96,7 @@ def learn(
         weight,
         radius=radius,
         learning_rate=annealed(config.policy_learning_rate, config.anneal_learning_rates, config, iteration),
+        key=key_policy,
         behaviour_log_prob=behaviour,
         sample_ndim=1 if recurrent else None,
     )
@@ -102,7 +107,15 @@ def learn(
         value_input = batch_apply(trunk_of(policy))(policy_params, policy_input)
     learning_rate = annealed(config.value_learning_rate, config.anneal_learning_rates, config, iteration)
     value_params, value_optimizer, value_loss = fit_value(
-        config, value_apply, old, value_input, targets, values, learning_rate, sample_ndim=1 if recurrent else None
+        config,
+        value_apply,
+        old,
+        value_input,
+        targets,
+        values,
+        learning_rate,
+        key_value,
+        sample_ndim=1 if recurrent else None,
     )
     statistics = old.statistics
     if config.normalize_observations:

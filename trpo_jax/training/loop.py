@@ -22,6 +22,7 @@ from trpo_jax.types import Learned, Memory, Metrics, TrainState
 
 _ENVS_TO_FILL_A_CORE = 32
 _BEFORE_FIRST = 2**32 - 1  # folded into the key for initialisation; no iteration bears this number
+_AFTER_ROLLOUT = 2**32 - 2  # folded into an iteration's key for what is shuffled; the rollout splits that key itself
 
 
 def init(config: Config, key: Array) -> TrainState:
@@ -144,7 +145,8 @@ def _iterate(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     state, batch, episodes = rollout(agent.environment, policy, state, key, config.num_steps)
     learned = Learned(*(getattr(state, name) for name in Learned._fields))
     learn_batch = _one_by_one(learn) if jax.default_backend() == "cpu" else learn
-    learned, lesson = learn_batch(config, learned, batch, state.iteration, policy_carry)
+    key_learn = jax.random.fold_in(key, _AFTER_ROLLOUT)
+    learned, lesson = learn_batch(config, learned, batch, state.iteration, policy_carry, key_learn)
     state = dataclasses.replace(state, iteration=state.iteration + 1, **learned._asdict())
     finite = _all_finite(
         (batch.reward, batch.observation, batch.next_observation, state.policy_params, state.value_params)

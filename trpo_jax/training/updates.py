@@ -37,6 +37,7 @@ def update_policy(
     *,
     radius: Array,
     learning_rate: Scalar,
+    key: Array,
     behaviour_log_prob: Array | None = None,
     sample_ndim: int | None = None,
 ) -> tuple[PyTree, PyTree, UpdateInfo]:
@@ -86,6 +87,8 @@ def update_policy(
         epochs=1 if one_step else config.policy_epochs,
         minibatches=1 if one_step else config.policy_minibatches,
         entropy_coefficient=config.entropy_coefficient,
+        key=key,
+        max_grad_norm=0.0 if one_step else config.max_grad_norm,
         sample_ndim=sample_ndim,
     )
     return unravel(vector), optimizer_state, info
@@ -118,6 +121,7 @@ def fit_value(
     target: Array,
     values: Array,
     learning_rate: Scalar,
+    key: Array,
     sample_ndim: int | None = None,
 ) -> tuple[PyTree, PyTree, Array]:
     """Fit the value function to a flat batch as the configuration says: new parameters, optimizer state, and loss."""
@@ -135,6 +139,7 @@ def fit_value(
             optimizer=optax.adam(learning_rate),
             epochs=config.value_epochs,
             minibatches=config.value_minibatches,
+            key=key,
             sample_ndim=sample_ndim,
         )
     vector, unravel = ravel_pytree(old.value_params)
