@@ -24,6 +24,7 @@ TRACED = [
     "line_search_shrink",
     "policy_learning_rate",
     "clip_ratio",
+    "max_grad_norm",
     "initial_penalty",
     "value_damping",
     "value_learning_rate",
