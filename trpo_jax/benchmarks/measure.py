@@ -160,7 +160,7 @@ def measure_parts(config: Config, state: TrainState, repetitions: int) -> dict[s
 
     fit = jax.jit(
         lambda old, observation, target: fit_value(
-            config, value_apply, old, observation, target, values, config.value_learning_rate
+            config, value_apply, old, observation, target, values, config.value_learning_rate, key
         )
     )
 
