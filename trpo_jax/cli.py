@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import platform
 import signal
@@ -39,7 +40,11 @@ _TOO_LARGE = "there is not enough memory; lower num_envs, num_steps or the numbe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `trpo-jax`; return the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run `trpo-jax`.
+
+    Returns:
+      The exit status: 0; 1 where an agent of a run met a number that was not finite; 2 for bad input; 130 after Ctrl-C.
+    """
     _settle_streams()
     try:
         parser = make_parser()
@@ -170,7 +175,7 @@ def _start_quickly() -> None:
 
 def _continue(run: Run, sinks: Sequence[str]) -> int:
     from trpo_jax.displays import LiveLine, make_console, run_status
-    from trpo_jax.runs import continue_run, plot_learning_curve
+    from trpo_jax.runs import continue_run, failures, plot_learning_curve
     from trpo_jax.sinks import open_sink
 
     opened = [open_sink(name, run.path, run.description) for name in sinks]
@@ -190,10 +195,13 @@ def _continue(run: Run, sinks: Sequence[str]) -> int:
             last = progress
             line.show(progress.iteration, run_status(progress, config))
 
-        complete = continue_run(run, show, [sink for sink, _ in opened])
-    for _, close in opened:
-        close()
+        try:
+            complete = continue_run(run, show, [sink for sink, _ in opened])
+        finally:
+            for _, close in opened:
+                close()
     plot = plot_learning_curve(run)
+    failed = failures(run)
     if last is not None:
         console.print(
             f"{last.iteration} of {counted(config.num_iterations, 'iteration')} done; trained for {last.seconds:.1f} s."
@@ -201,11 +209,17 @@ def _continue(run: Run, sinks: Sequence[str]) -> int:
     elif complete:
         console.print("Every iteration is done already.")
     console.print(f"Learning curve: {plot}", soft_wrap=True)
+    if last is not None and math.isnan(last.metrics["episode_return"]):
+        console.print("No episode has ended, so the learning curve is empty; more steps may show one.")
+    if failed:
+        met = ", ".join(f"seed {seed} at iteration {iteration}" for seed, iteration in list(failed.items())[:8])
+        more = f", and {len(failed) - 8} more" if len(failed) > 8 else ""
+        say(f"numbers that were not finite: {met}{more}; such an update is rejected, and the policy stays as it was.")
     if not complete:
         console.print(f"Stopped; `trpo-jax resume {run.path}` continues.", soft_wrap=True)
         return 130
     console.print(f"Next: `trpo-jax evaluate {run.path}`", soft_wrap=True)
-    return 0
+    return 1 if failed else 0
 
 
 def _sweep(namespace: argparse.Namespace) -> int:

@@ -148,9 +148,8 @@ def export_policy(config: Config, state: TrainState, folder: Path) -> Path:
         without_memory = jax.jit(lambda observation: act((), observation)[1])
         exported = jax.export.export(without_memory, platforms=_PLATFORMS)(observation)
         body = "print(policy.call(observation))"
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "policy.stablehlo"
-    file.write_bytes(exported.serialize())
+    write_atomically(file, bytes(exported.serialize()))
     write_atomically(folder / "load_policy.py", _LOAD.format(shape=(3, *shape), body=body))
     return file
 
@@ -197,5 +196,5 @@ def _write_gif(file: Path, frames: list[np.ndarray], frames_per_second: float) -
         return picture.resize((_GIF_WIDTH, height)).quantize(64)
 
     first, *rest = map(small, frames)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    first.save(file, save_all=True, append_images=rest, duration=1000 / frames_per_second, loop=0)
+    options = {"save_all": True, "append_images": rest, "duration": 1000 / frames_per_second, "loop": 0}
+    write_atomically(file, lambda sink: first.save(sink, format="GIF", **options))

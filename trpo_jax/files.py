@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import json
 import os
 import re
@@ -218,6 +219,7 @@ def write_atomically(
                 temporary.unlink()
             raise
         _sync_folder(file.parent)
+        remove_temporaries(file.parent, name=glob.escape(file.name))
     except OSError as error:
         raise UsageError(f"cannot write {file}: {error.strerror or error}; {mend}.") from error
 
@@ -368,10 +370,15 @@ def is_fresh(folder: Path, first: str) -> bool:
     return all(entry.startswith((".lock", f".{first}.", f"..{first}.")) or entry == "locks" for entry in entries)
 
 
-def remove_temporaries(*folders: Path) -> None:
-    """Remove what killed processes left of files they were writing; the files of those at work are locked, and stay."""
+def remove_temporaries(*folders: Path, name: str = "*") -> None:
+    """Remove what killed processes left of files they were writing; the files of those at work are locked, and stay.
+
+    Args:
+      folders: where; not in folders below them.
+      name: pattern of the files' names.
+    """
     for folder in folders:
-        for file in folder.glob(".*.tmp"):
+        for file in folder.glob(f".{name}.*.tmp"):
             if _TEMPORARY.fullmatch(file.name):
                 with contextlib.suppress(OSError), open(file, "ab") as leftover:
                     if _lock(leftover) and _is_at(file, leftover):

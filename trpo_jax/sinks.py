@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from trpo_jax.config import UsageError
+from trpo_jax.files import write_atomically
 
 Sink = Callable[[int, int, Mapping[str, float]], None]
-"""`sink(seed, env_steps, metrics)`, called once an iteration and agent."""
+"""`sink(seed, env_steps, metrics)`, called once per iteration and agent; nothing is written before the first call."""
 
 
 def open_sink(name: str, folder: Path, settings: Mapping[str, Any]) -> tuple[Sink, Callable[[], None]]:
@@ -37,16 +40,27 @@ def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> tuple[Sink, Calla
     writers: dict[int, Any] = {}
 
     def write(seed: int, env_steps: int, metrics: Mapping[str, float]) -> None:
-        if seed not in writers:
-            writers[seed] = SummaryWriter(str(folder / "tensorboard" / f"seed_{seed}"))
-            writers[seed].add_text("settings", "\n".join(f"    {name} = {value}" for name, value in settings.items()))
+        try:
+            if seed not in writers:
+                writers[seed] = SummaryWriter(str(folder / "tensorboard" / f"seed_{seed}"))
+                text = "\n".join(f"    {name} = {value}" for name, value in settings.items())
+                writers[seed].add_text("settings", text)
+            # It writes in a thread, whose end it does not notice: it would wait for it for ever.
+            if not writers[seed].file_writer.event_writer._worker.is_alive():
+                raise OSError("its file cannot be written any more")
+        except OSError as error:
+            raise UsageError(
+                f"cannot write into {folder / 'tensorboard'}: {error.strerror or error}; what is done is safe, and "
+                "`trpo-jax resume` continues when it can be written to."
+            ) from error
         for name, value in metrics.items():
             if not math.isnan(value):
                 writers[seed].add_scalar(name, value, env_steps)
 
     def close() -> None:
         for writer in writers.values():
-            writer.close()
+            with contextlib.suppress(OSError):
+                writer.close()
 
     return write, close
 
@@ -56,17 +70,30 @@ def _wandb(folder: Path, settings: Mapping[str, Any]) -> tuple[Sink, Callable[[]
         import wandb
     except ImportError:
         raise UsageError("--log wandb needs wandb; pip install '.[wandb]'.") from None
-    # The id belongs to the folder, so that a run that is continued goes on there too.
-    file = folder / "wandb_id"
-    name = file.read_text() if file.exists() else secrets.token_hex(4)
-    file.write_text(name)
-    run = wandb.init(
-        project="trpo_jax", name=folder.name, id=name, resume="allow", dir=str(folder), config=dict(settings)
-    )
-    run.define_metric("*", step_metric="env_steps")
+    started: list[Any] = []
+
+    def start() -> Any:
+        """Begin at the first row: until then another process may be at work on the folder."""
+        # The id belongs to the folder, so that a run that is continued goes on there too.
+        file = folder / "wandb_id"
+        name = file.read_bytes().decode(errors="replace").strip() if file.exists() else ""
+        if not re.fullmatch("[0-9a-f]{8}", name):
+            name = secrets.token_hex(4)
+            write_atomically(file, name)
+        run = wandb.init(
+            project="trpo_jax", name=folder.name, id=name, resume="allow", dir=str(folder), config=dict(settings)
+        )
+        run.define_metric("*", step_metric="env_steps")
+        return run
 
     def write(seed: int, env_steps: int, metrics: Mapping[str, float]) -> None:
+        if not started:
+            started.append(start())
         row = {f"seed {seed}/{name}": value for name, value in metrics.items() if not math.isnan(value)}
-        run.log({"env_steps": env_steps, **row})
+        started[0].log({"env_steps": env_steps, **row})
 
-    return write, run.finish
+    def close() -> None:
+        for run in started:
+            run.finish()
+
+    return write, close

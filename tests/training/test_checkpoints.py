@@ -197,11 +197,11 @@ def test_another_environment(tmp_path, path, config):
 def test_a_failed_write_leaves_the_old_file(path, config, state, monkeypatch, error):
     before = path.read_bytes()
 
-    def fail(file, **arrays):
+    def fail(file, *_, **__):
         file.write(b"half a file")
         raise error
 
-    monkeypatch.setattr(np, "savez", fail)
+    monkeypatch.setattr(np.lib.format, "write_array", fail)
     with pytest.raises(UsageError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
         save(path, state)
     assert path.read_bytes() == before and same_bits(load(path, config), state)
@@ -210,7 +210,13 @@ def test_a_failed_write_leaves_the_old_file(path, config, state, monkeypatch, er
             str(caught.value)
             == f"cannot write {path}: No space left on device; choose a folder that can be written to."
         )
-        assert os.listdir(path.parent) == [path.name]
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_equal_states_are_equal_files(path, state, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    save(path.with_name("later.npz"), state)
+    assert path.with_name("later.npz").read_bytes() == path.read_bytes()
 
 
 def test_places_that_cannot_be_written_to(tmp_path, state):

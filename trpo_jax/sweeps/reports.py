@@ -189,11 +189,8 @@ def write_report(path: str | os.PathLike[str], report: Report) -> Path:
         figure = _draw_settings(env, rows)
         if figure:
             pictures.append((f"settings{suffix}.png", _png(figure)))
-    try:
-        for name, data in pictures:
-            (folder / name).write_bytes(data)
-    except OSError as error:
-        raise UsageError(f"cannot write into {folder}: {error.strerror}.") from error
+    for name, data in pictures:
+        write_atomically(folder / name, data)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for env, rows in report.rows.items():
