@@ -1,0 +1,316 @@
+"""Whatever is given, as settings, on the command line or in files: it trains, or one sentence says why it cannot.
+
+Each case is drawn from a seed, so that a failure can be repeated: its message holds the case. What is valid is small.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import random
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trpo_jax import Config, UsageError, train
+from trpo_jax.arguments import make_parser
+from trpo_jax.cli import main
+from trpo_jax.training.agents import make_agent
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config) if field.metadata["flag"]}
+SIZES = {name for name, field in FIELDS.items() if field.type == "int"}
+TINY = {"num_envs": 2, "num_steps": 4, "num_iterations": 1, "cg_iterations": 1, "value_cg_iterations": 1}
+TINY |= {"line_search_steps": 2, "policy_epochs": 1, "policy_minibatches": 2, "value_epochs": 1, "value_minibatches": 2}
+# Beyond these the sentence may say what Python's or TOML's reader says of the text.
+NUMBERS = [0, -1, 1, 2, 0.5, 1.5, 2**31, 2**32 + 7, 2**63, 10**400, 1e20, 1e39, -1e39, 1e-46, 1e300, 0.99999999999]
+NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
+OTHERS = [True, False, "x", "", "1", "nan", "ü\n\t", "[/b]", "a" * 300, [], [0.5], [[1]], {}, {"a": 1}]
+OBJECTS = [None, b"x", 1j, object(), np.bool_(True), np.float64(0.5), np.int64(2), np.array([0.5, np.nan]), 10**5000]
+OBJECTS += [np.array([]), np.array("x"), jnp.float32(0.5), jnp.array([0.1, 2.0]), jnp.bfloat16(0.5), lambda: 0]
+PATHS = ["a" * 300, "x\0y", "canary", "canary/below", "/dev/null/x", "", ".", "/proc/nowhere", "[/b]", "ü", "missing"]
+SECONDS = 100  # after which a case counts as hanging
+
+
+def draw(rng, name, values):
+    """A value for a setting: a good one as often as one from hell."""
+    field = FIELDS[name]
+    if rng.random() < 0.5:
+        return rng.choice(values)
+    if field.type == "bool":
+        return rng.random() < 0.5
+    if field.type == "str":
+        return rng.choice(field.metadata["choices"])
+    return rng.choice([1, 2, 4]) if name in SIZES else rng.choice([field.default, 0.5, 0.01, 1])
+
+
+def draw_settings(rng, values, most=3):
+    names = rng.sample(sorted(FIELDS), rng.randint(0, most))
+    return {name: draw(rng, name, values) for name in names}
+
+
+@contextlib.contextmanager
+def time_limit():
+    def stop(*_):
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def is_a_sentence(text):
+    return "\n" not in text and text[-1:] in (".", "?") and "Traceback" not in text and len(text) < 1000
+
+
+def snapshot(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def run(case, arguments, folder, *, keeps):
+    """Run the command line in a folder: status 0, or 2 and one sentence; nothing of another's is touched.
+
+    `keeps` are files that must be as they were if the command refuses; `canary` must be so in any case.
+    """
+    (folder / "canary").write_text("precious")
+    before = {file: data for file, data in snapshot(folder).items() if file in keeps}
+    out, errors, environment = io.StringIO(), io.StringIO(), dict(os.environ)
+    try:
+        with (
+            contextlib.chdir(folder),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(errors),
+            time_limit(),
+        ):
+            status = main([str(argument) for argument in arguments])
+    except BaseException as error:
+        raise AssertionError(f"{case}: {type(error).__name__}: {error}") from error
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+    said = [line for line in errors.getvalue().splitlines() if not line.startswith("trpo-jax: note: ")]
+    assert (folder / "canary").read_text() == "precious", case
+    assert status in (0, 2), (case, status, said)
+    if status == 2:
+        assert said and said[-1].startswith("trpo-jax: ") and all(map(is_a_sentence, said)), (case, said)
+        assert {file: data for file, data in snapshot(folder).items() if file in keeps} == before, case
+    return status, said[-1] if said else ""
+
+
+# Settings
+
+
+def check_configuration(rng, at):
+    settings = {**TINY, **draw_settings(rng, NUMBERS + NOT_FINITE + OTHERS + OBJECTS)}
+    if rng.random() < 0.1:
+        settings[rng.choice(["policy", "value", "env"])] = rng.choice(OTHERS + OBJECTS[1:])
+    try:
+        with time_limit():
+            config = Config(**settings)
+            make_agent(config)
+            if any(getattr(value, "ndim", 0) for value in settings.values()):
+                return  # for `vmap`
+            jax.eval_shape(train, config, jax.random.key(0))
+    except UsageError as error:
+        named = any(name in str(error) for name in settings)
+        assert is_a_sentence(str(error)) and named, (settings, str(error))
+    except BaseException as error:
+        raise AssertionError(f"{settings}: {type(error).__name__}: {error}") from error
+
+
+# The command line
+
+
+def flags(settings):
+    given = []
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        if FIELDS[name].type == "bool":
+            given.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            given.append(f"{flag}={value}")
+    return given
+
+
+def check_command_line(rng, at):
+    values = [*NUMBERS, *NOT_FINITE, *OTHERS, "9" * 5000, "1_0", "0x10", "1e", "٣", "\ud800"]
+    command = rng.choice(["train", "train", "train", "evaluate", "resume", "play", "export", "report", "sweep", "tune"])
+    command = rng.choice([command] * 9 + ["benchmark"])
+    arguments = [command]
+    if command in ("train", "benchmark"):
+        effective = {
+            name: value for name, value in TINY.items() if not name.startswith(("policy", "value_e", "value_m"))
+        }
+        chosen = draw_settings(rng, values)
+        arguments += flags({name: value for name, value in effective.items() if name not in chosen} | chosen)
+        arguments += rng.choice(
+            [[], [], ["CartPole-v1"], [rng.choice(["CartPol-v1", "x/y", "", ":", "gymnasium/a:b"])]]
+        )
+    else:
+        arguments.append(rng.choice([*PATHS, "run", "sweep.toml"]))
+    known = vars(make_parser().parse_args([command] if command in ("train", "benchmark") else [command, "x"]))
+    others = sorted(known.keys() - FIELDS.keys() - {"env", "path", "file", "command", "log", "compare", "coordinator"})
+    for name in rng.sample(others, min(len(others), rng.randint(0, 2))):
+        text = rng.choice([*PATHS, *map(str, values), "1", "2"])
+        plain = name in ("stochastic", "dry_run")
+        arguments.append(f"--{name.replace('_', '-')}" + ("" if plain else f"={text}"))
+    if command == "benchmark":
+        arguments.append(f"--repetitions={rng.choice([0, -1, 'x', 10**400])}")  # a good one takes long
+    if rng.random() < 0.05:
+        arguments.append(rng.choice(["--", "--gama", "-x", "--num-env=3", "x y"]))
+    if rng.random() < 0.5 and command in ("evaluate", "play"):
+        arguments.append("--num-episodes=1")
+    run(arguments, arguments, at, keeps={at / "sweep.toml"})
+
+
+# TOML
+
+
+def to_toml(value):
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return str(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {to_toml(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(to_toml, value)) + "]"
+    return json.dumps(value)
+
+
+def check_toml(rng, at):
+    values = NUMBERS + NOT_FINITE + OTHERS
+    lines = []
+
+    def settings(wrap=lambda name, value: value, base=()):
+        drawn = {**dict(base), **draw_settings(rng, values, 2)}
+        if rng.random() < 0.1:
+            drawn[rng.choice(["env", "total_steps", "policy", "x", "max_kll"])] = rng.choice(
+                [*values, "gymnasium/a:b", 8]
+            )
+        lines.extend(f"{name} = {to_toml(wrap(name, value))}" for name, value in drawn.items())
+
+    command = rng.choice(["train", "train", "sweep", "sweep", "tune"])
+    if command == "train":
+        settings(base=TINY.items())
+        arguments = ["train", "--config", "file.toml"]
+    else:
+        lines += [f"{name} = {to_toml(rng.choice(values))}" for name in rng.sample(NAMES, rng.choice([0, 0, 1, 2]))]
+        lines.append("[base]")
+        settings(base=TINY.items())
+        for section in rng.sample(["grid", "zip"], rng.choice([0, 0, 1])):
+            lines.append(f"[{section}]")
+            settings(
+                lambda name, value: [value, draw(rng, name, values) if name in FIELDS else value][: rng.randint(1, 2)]
+            )
+        if command == "tune" or rng.random() < 0.3:
+            lines += ["[random]", f"count = {to_toml(rng.choice([1, 1, 2, *values]))}"]
+            kinds = ["choice", "choice", "uniform", "log_uniform", "normal"]
+            settings(lambda name, value: {rng.choice(kinds): [value, rng.choice([value, 1, 0.7])]})
+        arguments = [
+            command,
+            "file.toml",
+            "--output",
+            "out",
+            *(["--dry-run"] if rng.random() < 0.2 and command == "sweep" else []),
+        ]
+    text = "\n".join(lines).encode("utf8", "replace")
+    if rng.random() < 0.1:
+        text = rng.choice(
+            [text[: len(text) // 2], b"\xff" + text, b"a = " + b"[" * 3000, b"a" * 5000, b"", b"x = " + b"9" * 5000]
+        )
+    (at / "file.toml").write_bytes(text)
+    run((arguments, text.decode("utf8", "replace")), arguments, at, keeps={at / "file.toml"})
+
+
+NAMES = ["num_seeds", "seed", "num_episodes", "num_seed", "max_kl", "grid"]
+
+# What a run and a sweep left behind
+
+
+def garble(rng, text):
+    """A JSON file with one to three values from hell, or damaged as a whole."""
+    values = [*NUMBERS, *NOT_FINITE, *OTHERS, None, "gymnasium/a:b", "Acrobot-v1", 3]
+    if rng.random() < 0.15:
+        return rng.choice(
+            [text[: len(text) // 2], "", "[" * 100_000, "[]", "3", "null", '{"a":' * 50_000, "9" * 5000, "\0" * 9]
+        )
+    table = json.loads(text)
+    for _ in range(rng.randint(1, 3)):
+        inner = rng.choice([table, *(value for value in table.values() if isinstance(value, dict))])
+        name = rng.choice([*inner, "x", "policy", "made_by"]) if inner else "x"
+        if rng.random() < 0.2:
+            inner.pop(name, None)
+        elif not (name in SIZES and isinstance(inner.get(name), int) and rng.random() < 0.2):
+            inner[name] = rng.choice(values)
+    return json.dumps(table)
+
+
+def check_left_behind(rng, at):
+    name, commands = rng.choice(
+        [
+            (
+                "run/config.json",
+                [["evaluate", "run", "--num-episodes=1"], ["resume", "run"], ["export", "run"], ["play", "run"]],
+            ),
+            ("sweeps/sweep.json", [["report", "sweeps"], ["sweep", "sweep.toml", "--output", "sweeps"]]),
+        ]
+    )
+    file = at / name
+    text = garble(rng, file.read_text())
+    file.write_text(text)
+    arguments = rng.choice(commands)
+    kept = {path for path in snapshot(file.parent) if path.suffix != ".png"}
+    run((arguments, text), arguments, at, keeps=kept)
+
+
+SWEEP = (
+    "num_episodes = 0\n[base]\n"
+    + "\n".join(f"{name} = {value}" for name, value in TINY.items())
+    + "\n[grid]\ngamma = [0.9, 1]"
+)
+
+
+@pytest.fixture(scope="module")
+def left_behind(tmp_path_factory):
+    """A folder with a run, a sweep, and the file of the latter."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    (folder / "sweep.toml").write_text(SWEEP)
+    tiny = flags({name: value for name, value in TINY.items() if not name.startswith(("policy", "value_e", "value_m"))})
+    assert run("train", ["train", *tiny, "--output", "run"], folder, keeps=())[0] == 0
+    assert run("sweep", ["sweep", "sweep.toml", "--output", "sweeps"], folder, keeps=())[0] == 0
+    return folder
+
+
+def check_many(check, first, number, left_behind, tmp_path):
+    for seed in range(first, first + number):
+        at = tmp_path / str(seed)
+        shutil.copytree(left_behind, at)
+        try:
+            check(random.Random(seed), at)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        shutil.rmtree(at)
+
+
+KINDS = [check_configuration, check_command_line, check_toml, check_left_behind]
+
+
+@pytest.mark.parametrize("check", KINDS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_it_trains_or_one_sentence_says_why_not(check, left_behind, tmp_path):
+    check_many(check, 0, 8, left_behind, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("check", KINDS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_it_trains_or_one_sentence_says_why_not_in_2400_cases(check, left_behind, tmp_path):
+    check_many(check, 1000, 600, left_behind, tmp_path)
