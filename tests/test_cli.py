@@ -1,14 +1,28 @@
 """The command line: flags come from Config, bad input is one sentence and status 2, and nothing is overwritten."""
 
 import dataclasses
+import io
+import json
 import os
+import re
+import shutil
+import subprocess
 import sys
 import time
+import tomllib
 
 import pytest
+from probes import linear_policy, linear_value, small_config
+from rich.console import Console
 
+import trpo_jax
 from trpo_jax import Config
+from trpo_jax.arguments import config_of, make_parser
 from trpo_jax.cli import main
+from trpo_jax.displays import LiveLine, run_status
+from trpo_jax.files import checked_settings
+from trpo_jax.runs import Progress
+from trpo_jax.training.memory import compile_agents, least_memory, program_memory
 
 TINY = ["--num-envs", "2", "--num-steps", "8", "--num-iterations", "3"]
 
@@ -58,6 +72,36 @@ def snapshot(folder):
         (["train", "--total-steps", "10"], "total_steps=10 is less than one iteration"),
         (["train", "--total-steps", "1e5", "--num-iterations", "3"], "give one of them"),
         (["train", "--initial-log-std", "0.5"], "CartPole-v1 has discrete actions; leave it out."),
+        (["train", "--max-kl", "1e39"], "max_kl must lie in (0, 1e6], got 1e+39."),
+        (["train", "--max-kl", "1e-46"], "max_kl must lie in (0, 1e6], got 1e-46, which is 0 in float32."),
+        (["train", "--num-envs", "1e300"], "num_envs must be a whole number from 1 to 10,000,000, got 1000"),
+        (["train", "--num-envs", "9" * 5000], "is not a whole number"),
+        (
+            ["train", "--num-steps", str(2**31)],
+            "num_steps must be a whole number from 1 to 10,000,000, got 214",
+        ),
+        (["train", "--num-envs", "1e6", "--num-steps", "1e6"], "samples per update are more than 2,147,483,647"),
+        (["train", "--num-envs", "100000000"], "num_envs must be a whole number from 1 to 10,000,000, got 100000000."),
+        (["train", "--seed", str(2**32 + 7)], "seed must be a whole number from 0 to 2,147,483,647, got 4294967303."),
+        (["train", "--seed", "1e20"], "seed must be a whole number from 0 to"),
+        (["train", "--seed", str(2**31 - 1), "--num-seeds", "2"], "reach beyond 2147483647, the largest seed"),
+        (["evaluate", "x", "--seed", str(2**32 + 7)], "seed must be a whole number from 0 to"),
+        (["play", "x", "--seed", "-1"], "seed must be a whole number from 0 to"),
+        (
+            ["train", "--update", "ppo", "--max-kl", "0.02"],
+            "max_kl needs update=trpo; with update=ppo it has no effect",
+        ),
+        (["train", "--value-epochs", "3"], "value_epochs needs value_fit=adam;"),
+        (["train", "--clip-ratio", "0.3"], "clip_ratio needs update=ppo;"),
+        (["benchmark", "--target-kl", "0.3"], "target_kl needs radius_rule=divergence or update=kl-penalty;"),
+        (["train", "--state-dependent-std"], "CartPole-v1 has discrete actions; leave it out."),
+        (["train", "--output", "a" * 300, *TINY], "File name too long"),
+        (["train", "--output", "a\0b"], "output must not contain the character NUL"),
+        (["train", "--config", "a" * 300], "File name too long"),
+        (["train", "--config", "/dev/zero"], "/dev/zero is not TOML: it is larger than 16 MiB."),
+        (["report", "a" * 300], "File name too long"),
+        (["sweep", "a" * 300], "File name too long"),
+        (["train", "x" * 5000], "there is no environment 'xxx"),
         (["train", "MNISTBandit-bsuite"], "MNISTBandit-bsuite cannot be made without its data set"),
         (["evaluate", "missing"], "missing is not the folder of a run"),
         (["resume", "missing"], "missing is not the folder of a run"),
@@ -168,3 +212,248 @@ def test_compiled_programs_are_kept_for_the_next_start(first_start, tiny_run, py
     third = python(*start, str(tmp_path / "three"), env={**OWN_CACHE, "XDG_CACHE_HOME": str(cache)})
     assert third.returncode == 0 and third.stderr == ""
     assert (tiny_run / "metrics.csv").read_bytes() == (tmp_path / "three" / "metrics.csv").read_bytes()
+
+
+@pytest.mark.parametrize("command", [["train", "--num-envs", "1000000"], ["train", *TINY, "--num-seeds", "1000000"]])
+def test_what_needs_more_memory_than_there_is_is_refused_before_it_is_compiled(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trpo_jax.runs.free_memory", lambda devices: 2**30)
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        r"trpo-jax: at least [\d.,]+ GiB are needed for so large num_envs .*, and 1.0 GiB are free; lower .*\n", error
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_least_memory_is_less_than_what_a_program_holds():
+    config = small_config("CartPole-v1", policy=linear_policy(4), value=linear_value(4), num_envs=512, num_steps=64)
+    assert 512 * 64 * 2 * 4 * 4 < least_memory(config, 3) < program_memory(compile_agents(config, 3))
+
+
+def test_episodes_are_compared_with_the_memory_too(tiny_run, capsys, monkeypatch):
+    monkeypatch.setattr("trpo_jax.training.memory.free_memory", lambda devices: 2**20)
+    assert main(["evaluate", str(tiny_run), "--num-episodes", "1000000"]) == 2
+    assert "are needed for so large num_episodes (1,000,000)" in capsys.readouterr().err
+
+
+# Files
+
+
+def copy(run, folder, **changes):
+    """A copy of a run whose config.json says something else, and has no checksum, as older ones have none."""
+    shutil.copytree(run, folder / "run")
+    file = folder / "run" / "config.json"
+    described = {**json.loads(file.read_text()), **changes}
+    described.pop("checksum", None)
+    file.write_text(json.dumps(described))
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"num_seeds": 0}, "config.json is damaged (num_seeds must be a whole number from 1 to 1,000,000, got 0)"),
+        ({"num_seeds": 1e300}, "config.json is damaged (num_seeds must be a whole number"),
+        ({"num_seeds": "2"}, "config.json is damaged (num_seeds must be a whole number"),
+        ({"num_seeds": None}, "config.json is damaged (num_seeds must be a whole number"),
+        ({"seed": 2**32 + 7}, "config.json is damaged (seed must be a whole number"),
+        ({"max_kl": True}, "config.json is damaged (max_kl in it must be a number"),
+        ({"fisher_fraction": [0.5]}, "config.json is damaged (fisher_fraction in it must be a number"),
+        ({"env": 3}, "config.json is damaged (env in it must be the name of an environment"),
+        ({"policy": "x"}, "config.json is damaged (it has no setting 'policy'"),
+        ({"env": "gymnasium/evil:Name"}, "if you trust it, name it once more: --env 'gymnasium/evil:Name'."),
+    ],
+    ids=str,
+)
+def test_what_config_json_says_is_checked(tiny_run, tmp_path, capsys, monkeypatch, changes, sentence):
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = copy(tiny_run, tmp_path, **changes)
+    before = snapshot(run)
+    for command in ("resume", "evaluate"):
+        assert main([command, str(run)]) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1
+    assert snapshot(run) == before
+
+
+def test_another_number_of_agents_than_the_checkpoint_has_loses_nothing(tiny_run, tmp_path, capsys):
+    run = copy(tiny_run, tmp_path, num_seeds=3)
+    before = snapshot(run)
+    for command in ("resume", "evaluate"):
+        assert main([command, str(run)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert snapshot(run) == before
+
+
+MODULE = """
+import gymnasium
+
+class Env(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(0, 1, (1,))
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.low, {}
+
+    def step(self, action):
+        return self.observation_space.low, 1.0, True, False, {}
+
+gymnasium.register("Named-v0", Env)
+"""
+
+
+def test_a_module_is_imported_where_the_command_line_names_it(tmp_path, capsys, monkeypatch):
+    (tmp_path / "own_module.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    env, run = "gymnasium/own_module:Named-v0", ["--output", "run"]
+    assert main(["train", env, *TINY, *run]) == 0
+    assert main(["evaluate", "run"]) == 2 and f"name it once more: --env '{env}'" in capsys.readouterr().err
+    assert main(["evaluate", "run", "--num-episodes", "2", "--env", env]) == 0
+    assert main(["train", env, *TINY, *run]) == 0 and "done already" in capsys.readouterr().out
+    (tmp_path / "file.toml").write_text(f"env = '{env}'")
+    assert main(["train", "--config", "file.toml"]) == 2
+    assert "env in file.toml names a module to import" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, flags, iterations",
+    [
+        ("total_steps = 64", [], 4),
+        ("total_steps = 64", ["--num-iterations", "3"], 3),
+        ("total_steps = 64", ["--total-steps", "32"], 2),
+        ("num_iterations = 5", ["--total-steps", "32"], 2),
+        ("num_iterations = 5", [], 5),
+        ("", [], 150),
+    ],
+)
+def test_a_file_gives_the_length_of_a_run_and_flags_count(text, flags, iterations):
+    arguments = make_parser().parse_args(["train", "--num-envs", "2", "--num-steps", "8", *flags])
+    assert config_of(arguments, checked_settings(tomllib.loads(text), "file")).num_iterations == iterations
+
+
+def test_a_setting_of_a_file_that_has_no_effect_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trpo_jax.cli._continue", lambda *_: 0)
+    (tmp_path / "a.toml").write_text("max_kl = 0.02\nclip_ratio = 0.2\ngamma = 0.9")
+    assert main(["train", "--config", "a.toml", "--update", "ppo"]) == 0
+    note = "trpo-jax: note: max_kl in a.toml needs update=trpo; with update=ppo it has no effect.\n"
+    assert capsys.readouterr().err == note
+
+
+# Words and displays
+
+
+def test_version_and_help(capsys):
+    for arguments in (["--version"], ["benchmark", "--help"]):
+        with pytest.raises(SystemExit) as done:
+            main(arguments)
+        assert done.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith(f"trpo_jax {trpo_jax.__version__} ")
+    assert "environments stepped in parallel, N (default: 64" in text
+
+
+def test_time_left_is_seen_on_80_columns():
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True, color_system=None)
+    metrics = {"episode_return": -1234.5, "mean_kl": 0.01, "step_fraction": 1.0}
+    with LiveLine(console, 150, seconds=1) as line:
+        line.show(75, run_status(Progress(75, metrics, 1.0, 1_234_567.0, 3723.0), Config()))
+        line.bar.refresh()
+    last = next(text for text in reversed(out.getvalue().splitlines()) if "steps/s" in text)
+    assert "1:02:03 left" in last and "1,234,567 steps/s" in last and "return  -1234.5" in last
+
+
+class Refusing(io.StringIO):
+    """A stream on a full disk, or whose reader is gone."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+FULL, GONE = OSError(28, "No space left on device"), BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("error", [FULL, GONE], ids=["full", "gone"])
+def test_training_goes_on_where_its_display_is_lost(error, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout", Refusing(error))
+    assert main(["train", *TINY, "--output", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "metrics.csv").read_text().count("\n") == 4
+    assert capsys.readouterr().err == f"trpo-jax: nothing more can be shown ({error.strerror}); the work goes on.\n"
+
+
+@pytest.mark.parametrize("error, status", [(FULL, 2), (GONE, 0)], ids=["full", "gone"])
+@pytest.mark.parametrize("command", [["envs"], ["evaluate", "RUN", "--num-episodes", "1"]], ids=lambda c: c[0])
+def test_an_answer_that_cannot_be_shown_is_one_sentence(command, error, status, tiny_run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout", Refusing(error))
+    assert main([str(tiny_run) if word == "RUN" else word for word in command]) == status
+    said = "trpo-jax: cannot read or write: No space left on device; choose another path, or make room.\n"
+    assert capsys.readouterr().err == (said if status else "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+@pytest.mark.parametrize("arguments, status", [(["--help"], 2), (["evaluate", "missing"], 2)])
+def test_exit_is_quiet_on_a_full_disk(arguments, status):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "trpo_jax", *arguments]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert result.returncode == status and result.stderr.count("\n") == 1 and result.stderr.startswith("trpo-jax: ")
+
+
+INTERRUPTED = """
+import os, signal, sys
+from importlib.abc import MetaPathFinder
+
+class Finder(MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "{module}":
+            {how}
+
+class Lost:
+    def __del__(self):  # an exception is swallowed here
+        os.kill(os.getpid(), signal.SIGINT)
+        sum(range(1000))
+
+sys.meta_path.insert(0, Finder())
+sys.argv = ["trpo-jax", "train"]
+from trpo_jax.__main__ import run
+run()
+"""
+
+
+@pytest.mark.parametrize("module", ["argparse", "trpo_jax.config", "jax"])
+@pytest.mark.parametrize("how", ["os.kill(os.getpid(), signal.SIGINT)", "Lost()"])
+def test_ctrl_c_while_python_imports_is_no_traceback_and_never_status_0(module, how, python, tmp_path):
+    result = python("-c", INTERRUPTED.format(module=module, how=how), cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "trpo-jax: interrupted.\n")
+    assert not list(tmp_path.iterdir())
+
+
+NOWHERE = """
+import os, pathlib, jax
+from trpo_jax.cli import _start_quickly
+
+def unknown():
+    raise RuntimeError("Could not determine home directory.")
+
+for home in ("/dev/null/x", "/proc/x", None):
+    pathlib.Path.home = unknown if home is None else pathlib.Path.home
+    os.environ.pop("XDG_CACHE_HOME", None)
+    if home:
+        os.environ["XDG_CACHE_HOME"] = home
+    _start_quickly()
+    print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+def test_without_a_place_for_compiled_programs_it_goes_on_without(python):
+    result = python("-c", NOWHERE, env=OWN_CACHE)
+    assert result.stdout.split() == ["None"] * 3, result.stderr

@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters.partial_eval import dce_jaxpr
+from probes import small_config
 
-from trpo_jax import Config, Metrics, UsageError, validate
+from trpo_jax import Config, Metrics, UsageError, train, train_step, validate
+from trpo_jax.config import check_limits, counted, without_effect
+from trpo_jax.training import loop
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 TRACED = [
@@ -234,3 +238,141 @@ def test_unhashable_environment_objects_are_static_by_identity():
     assert structure == jax.tree.structure(Config(env=one)) != jax.tree.structure(Config(env=other))
     assert hash(structure) == hash(jax.tree.structure(Config(env=one)))
     assert jax.tree.map(lambda leaf: leaf, Config(env=one)).env is one
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("max_kl", 1e39, "max_kl must lie in (0, 1e6], got 1e+39."),
+        ("max_kl", 1e-46, "max_kl must lie in (0, 1e6], got 1e-46, which is 0 in float32."),
+        ("max_kl", 1e-40, "max_kl must lie in (0, 1e6], got 1e-40, which is 0 in float32."),  # subnormal
+        ("line_search_shrink", 0.99999999999, "(0, 1), got 0.99999999999, which is 1 in float32."),
+        ("max_kl", -(10**400), "max_kl must lie in (0, 1e6], got -1000"),
+        pytest.param(
+            "gamma", 10**5000, "gamma must lie in [0, 1], got a number too long to be shown.", id="5000 digits"
+        ),
+        ("gamma", True, "gamma must be a number in [0, 1], got True."),
+        ("gamma", np.bool_(True), "gamma must be a number in [0, 1], got True."),
+        ("gamma", 1j, "gamma must be a number in [0, 1], got 1j."),
+        ("gamma", np.array([[0.5, np.nan]]), "gamma must lie in [0, 1]"),
+        ("fisher_fraction", [0.5], "fisher_fraction must be a number in (0, 1], got [0.5]."),
+        ("num_envs", 2**31, "num_envs must be a whole number from 1 to 10,000,000, got 2147483648."),
+        ("num_envs", 1e300, "num_envs must be a whole number from 1 to 10,000,000, got 1e+300."),
+        ("cg_iterations", 10**400, "cg_iterations must be a whole number from 1 to 10,000, got 1000"),
+        ("line_search", ["none"], "line_search must be one of auto, backtracking, parallel, none, got ['none']."),
+        ("policy", "x", "policy must be None or a trpo_jax.Network(init, apply), got 'x'."),
+    ],
+)
+def test_numbers_from_hell_are_refused_when_a_config_is_made(name, value, message):
+    for make in (Config, Config().replace):
+        with pytest.raises(UsageError) as caught:
+            make(**{name: value})
+        assert message in str(caught.value) and str(caught.value).endswith(".") and len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.type in ("int", "float")])
+def test_every_number_has_bounds_and_keeps_to_them(name):
+    whole, interval = FIELDS[name].type == "int", FIELDS[name].metadata["interval"]
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    assert np.isfinite([low, high]).all()
+    beyond = (int(low) - 1, int(high) + 1) if whole else (low - 1e-6, high + 1e-6 * max(1, high))
+    for value in beyond:
+        with pytest.raises(UsageError, match=name):
+            Config(**{name: value})
+    for value, closed in ((low, interval[0] == "["), (high, interval[-1] == "]")):
+        if closed:
+            Config(**{name: int(value) if whole else value})
+
+
+def test_what_cannot_be_looked_at_passes_when_a_config_is_made():
+    shape = jax.ShapeDtypeStruct((3,), jnp.float32)
+    assert Config(max_kl=shape).replace(num_envs=3).max_kl is shape
+    jax.jit(lambda gamma: Config(gamma=gamma).replace(max_kl=gamma).max_kl)(99.0)
+    assert Config(**dict.fromkeys(TRACED)).replace(max_kl=-1).max_kl == -1  # an axis, not a radius
+    Config(max_kl=np.linspace(0.1, 1, 5))
+
+
+def test_whether_settings_go_together_is_seen_at_use_so_that_they_can_be_replaced_one_by_one():
+    config = Config(value_fit="adam", num_envs=3, num_steps=5)
+    with pytest.raises(UsageError, match="value_minibatches=8 does not divide"):
+        validate(config)
+    validate(config.replace(num_steps=16))
+    with pytest.raises(UsageError, match="100,000,000,000 samples per update are more than 2,147,483,647"):
+        validate(Config(num_envs=10**6, num_steps=10**5))
+
+
+@pytest.mark.parametrize(
+    "settings, name, why",
+    [
+        ({"update": "ppo"}, "max_kl", "needs update=trpo; with update=ppo it has no effect"),
+        ({}, "clip_ratio", "needs update=ppo; with update=trpo it has no effect"),
+        ({}, "value_epochs", "needs value_fit=adam; with value_fit=gauss-newton it has no effect"),
+        ({"line_search": "none"}, "line_search_steps", "needs line_search=auto or backtracking or parallel"),
+        ({}, "target_kl", "needs radius_rule=divergence or update=kl-penalty; with radius_rule=fixed and update=trpo"),
+        ({"radius_rule": "ratio", "update": "ppo"}, "smallest_max_kl", "needs radius_rule=ratio or divergence"),
+        ({}, "observation_clip", "needs normalize_observations=True"),
+        ({"update": "ppo"}, "cg_tolerance", ""),  # the value function's solver
+        ({"update": "ppo", "value_fit": "adam"}, "cg_tolerance", "needs update=trpo or value_fit=gauss-newton"),
+        ({"update": "kl-penalty"}, "target_kl", ""),
+        ({}, "gamma", ""),
+    ],
+)
+def test_a_setting_without_effect_is_known(settings, name, why):
+    found = without_effect(Config(**settings), name)
+    assert found.startswith(why) and bool(found) == bool(why)
+
+
+METHODS = ("trpo", "gauss-newton"), ("ppo", "adam")
+
+
+@pytest.mark.parametrize(
+    "update, fit",
+    [
+        pytest.param(update, fit, marks=[] if (update, fit) in METHODS else pytest.mark.slow)
+        for update in FIELDS["update"].metadata["choices"]
+        for fit in FIELDS["value_fit"].metadata["choices"]
+    ],
+)
+def test_settings_without_effect_leave_the_program_as_it_is(update, fit, monkeypatch):
+    """What is called without effect does not enter the program: a static one its text, a traced one its inputs."""
+    monkeypatch.setattr(loop, "_one_by_one", lambda function: function)  # which takes every leaf of a Config
+    shared = {"update": update, "value_fit": fit, "num_envs": 2, "num_steps": 4}
+    config = small_config(**shared, policy_minibatches=2, policy_epochs=1)
+    state = jax.eval_shape(train, config, jax.random.key(0))[0]
+
+    def program(config):
+        return jax.make_jaxpr(train_step.__wrapped__)(config, state)
+
+    def used(jaxpr, names):
+        _, needed = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+        return {name for name, need in zip(names, needed, strict=False) if need}
+
+    idle = [name for name in FIELDS if FIELDS[name].metadata["flag"] and without_effect(config, name)]
+    assert idle
+    jaxpr = program(config)
+    assert not {name for name in idle if name in TRACED} & used(jaxpr, TRACED)
+    others = {"bool": True, "int": 2}
+    for name in idle:
+        field = FIELDS[name]
+        if field.metadata["static"] and name not in ("constraint", "radius_rule", "reuse", "fisher_fraction"):
+            choices = field.metadata["choices"]
+            other = next(c for c in choices if c != field.default) if choices else others[field.type]
+            assert str(program(config.replace(**{name: other}))) == str(jaxpr), name
+
+
+def test_seeds_stay_where_each_trains_an_agent_of_its_own():
+    check_limits({"seed": 2**31 - 5, "num_seeds": 5})
+    for values in (
+        {"seed": 2**32 + 7},
+        {"seed": -1},
+        {"seed": 1e20},
+        {"seed": True},
+        {"seed": 2**31 - 5, "num_seeds": 6},
+    ):
+        with pytest.raises(UsageError, match=r"seed"):
+            check_limits(values)
+
+
+@pytest.mark.parametrize("number, text", [(1, "1 episode"), (0, "0 episodes"), (2000, "2,000 episodes")])
+def test_what_is_counted_is_in_the_plural_but_for_one(number, text):
+    assert counted(number, "episode") == text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -19,6 +20,9 @@ class _Parser(argparse.ArgumentParser):
         text = " ".join(message.split()).rstrip(".")
         text = text if len(text) <= 300 else f"{text[:200]} …"
         raise UsageError(f"{text[:1].lower()}{text[1:]}; `{self.prog} --help` shows what there is.")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)  # argparse itself would pass over a full disk in silence
 
 
 def make_parser() -> argparse.ArgumentParser:

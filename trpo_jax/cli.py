@@ -48,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _settle_streams()
     try:
         parser = make_parser()
-        namespace, unknown = parser.parse_known_args(arguments)
+        try:
+            namespace, unknown = parser.parse_known_args(arguments)
+        except SystemExit:  # --help, --version
+            sys.stdout.flush()
+            raise
         if unknown:
             flags = flags_of(parser, namespace.command)
             raise UsageError(f"unknown argument {unknown[0][:60]}{nearest(unknown[0], flags)}")

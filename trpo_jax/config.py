@@ -294,8 +294,8 @@ def shown(value: Any) -> str:
     """A value within a sentence: on one line, and short."""
     try:
         text = " ".join((repr(value) if isinstance(value, str) else str(value)).split())
-    except Exception:  # a whole number of more digits than Python prints, or an object that cannot be shown
-        text = f"a {type(value).__name__} that cannot be shown"
+    except Exception:  # more digits than Python prints, or an object whose text fails
+        text = "a number too long to be shown" if isinstance(value, int) else f"an object of {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:60]} …"
 
 

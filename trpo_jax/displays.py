@@ -49,6 +49,11 @@ class _Expendable:
             say(f"nothing more can be shown ({error.strerror or error}); the work goes on.")
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:  # rich itself would end the process, with status 1
+        raise
+
+
 def make_console(*, expendable: bool = False) -> Console:
     """A console as wide as the terminal; wide enough for tables where there is none.
 
@@ -57,7 +62,7 @@ def make_console(*, expendable: bool = False) -> Console:
     """
     file: Any = _Expendable(sys.stdout) if expendable else None
     # Names of files and extras may hold brackets, which are no markup.
-    return Console(file=file, highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
+    return _Console(file=file, highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 
 
 class LiveLine:
