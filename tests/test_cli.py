@@ -11,8 +11,9 @@ import sys
 import time
 import tomllib
 
+import jax
 import pytest
-from probes import linear_policy, linear_value, small_config
+from probes import linear_policy, linear_value, raw, small_config
 from rich.console import Console
 
 import trpo_jax
@@ -22,7 +23,8 @@ from trpo_jax.cli import main
 from trpo_jax.displays import LiveLine, run_status
 from trpo_jax.files import checked_settings
 from trpo_jax.runs import Progress
-from trpo_jax.training.memory import compile_agents, least_memory, program_memory
+from trpo_jax.training.loop import init
+from trpo_jax.training.memory import least_memory
 
 TINY = ["--num-envs", "2", "--num-steps", "8", "--num-iterations", "3"]
 
@@ -226,9 +228,11 @@ def test_what_needs_more_memory_than_there_is_is_refused_before_it_is_compiled(c
     assert not list(tmp_path.iterdir())
 
 
-def test_least_memory_is_less_than_what_a_program_holds():
-    config = small_config("CartPole-v1", policy=linear_policy(4), value=linear_value(4), num_envs=512, num_steps=64)
-    assert 512 * 64 * 2 * 4 * 4 < least_memory(config, 3) < program_memory(compile_agents(config, 3))
+def test_least_memory_is_states_and_one_batch():
+    config = small_config("CartPole-v1", policy=linear_policy(4), value=linear_value(4), num_envs=6, num_steps=8)
+    state = sum(raw(leaf).nbytes for leaf in jax.tree.leaves(init(config, jax.random.key(0))))
+    sample = 4 * 4 + 4 + 4 + 1 + 1 + 4 * 4  # observation, action, reward, two flags, next observation
+    assert least_memory(config, 3) == 3 * state + (6 * 8 * sample)
 
 
 def test_episodes_are_compared_with_the_memory_too(tiny_run, capsys, monkeypatch):
@@ -301,7 +305,7 @@ class Env(gymnasium.Env):
     def step(self, action):
         return self.observation_space.low, 1.0, True, False, {}
 
-gymnasium.register("Named-v0", Env)
+gymnasium.register("Named-v0", Env, max_episode_steps=3)
 """
 
 

@@ -63,6 +63,9 @@ def test_empty_spec_is_one_point_of_defaults():
     assert point.varied == {} and point.config == Config()
 
 
+HALVES = ("gamma", "gae_lambda", "max_kl", "cg_damping")
+
+
 @pytest.mark.parametrize(
     "text, sentence",
     [
@@ -94,6 +97,47 @@ def test_empty_spec_is_one_point_of_defaults():
         ("[random]\ncount = 3\nmax_kl = { log_uniform = [0, 1] }", "log_uniform bounds of max_kl"),
         (f"seed = {TUNING_SEEDS}", "belong to tuning"),
         ("grid = 3", "grid in {file} must be a table of settings, got 3."),
+        ("num_sed = 3", "unknown entry 'num_sed'; did you mean num_seeds or num_episodes?"),
+        ("num_seeds = 1e300", "num_seeds in {file} must be a whole number from 1 to 1,000,000, got 1e+300."),
+        ("seed = 4294967303", "seed in {file} must be a whole number from 0 to 2,147,483,647, got 4294967303."),
+        (f"seed = {TUNING_SEEDS - 5}\nnum_seeds = 6", "belong to tuning"),
+        (f"seed = {'9' * 5000}", "{file} is not TOML: Exceeds the limit (4300 digits)"),
+        ("x = " + "[" * 3000 + "]" * 3000, "{file} is not TOML: it is nested too deep."),
+        ("[base]\npolicy = 'x'", "[base] of {file} has no setting 'policy'"),
+        (
+            "[base]\nfisher_fraction = [0.5]",
+            "fisher_fraction in [base] of {file} must be a number in (0, 1], got [0.5].",
+        ),
+        ("[base]\nmax_kl = true", "max_kl in [base] of {file} must be a number in (0, 1e6], got True."),
+        ("[base]\nmax_kl = 1e-46", "got 1e-46, which is 0 in float32."),
+        (
+            "[base]\nnum_envs = 1e300",
+            "num_envs in [base] of {file} must be a whole number from 1 to 10,000,000, got 1000",
+        ),
+        ("[base]\nnormalize_rewards = 1", "normalize_rewards in [base] of {file} must be True or False, got 1."),
+        ("[base]\nenv = 3", "env in [base] of {file} must be the name of an environment, got 3."),
+        (
+            "[base]\nenv = 'gymnasium/m:N'",
+            "env in [base] of {file} names a module to import, 'gymnasium/m:N', which only",
+        ),
+        ("[grid]\nenv = ['CartPole-v1', 'm:N']", "env in [grid] of {file} names a module to import, 'm:N', which only"),
+        ("[random]\ncount = 1\nenv = { choice = ['m:N'] }", "env in [random] of {file} names a module to import"),
+        (
+            "[random]\ncount = 1\nseed = 'x'\ngamma = { choice = [1] }",
+            "seed in [random] of {file} must be a whole number",
+        ),
+        ("[random]\ncount = 1e9\ngamma = { choice = [1] }", "count in [random] of {file} must be a whole number"),
+        ("[random]\ncount = 1\ngamma = { uniform = [0, nan] }", "gamma in [random] of {file} must be {{ uniform"),
+        (
+            "[random]\ncount = 1\ngamma = { uniform = [0.9, 2] }",
+            "gamma in [random] of {file} must lie in [0, 1], got 2",
+        ),
+        ("[random]\ncount = 1\nline_search = { uniform = [0, 1] }", "line_search in [random] of {file} must be one of"),
+        ("[base]\ntotal_steps = 'x'", "total_steps in [base] of {file} must be a whole number"),
+        (
+            "[grid]\n" + "\n".join(f"{n} = {[0.5] * 1000}" for n in HALVES),
+            "asks for 1000000000000 points with 1 seed each",
+        ),
     ],
 )
 def test_bad_file_is_one_sentence_and_leaves_nothing(text, sentence, tmp_path, monkeypatch):
@@ -104,7 +148,7 @@ def test_bad_file_is_one_sentence_and_leaves_nothing(text, sentence, tmp_path, m
         make_points(read_spec(file))
     message = str(error.value)
     assert sentence.replace("{file}", str(file)).replace("{{", "{").replace("}}", "}") in message
-    assert "\n" not in message and message[-1] in ".?"
+    assert "\n" not in message and message[-1] in ".?" and "?." not in message and len(message) < 500
     assert [entry.name for entry in tmp_path.iterdir()] == ["sweep.toml"]
 
 

@@ -100,7 +100,13 @@ class Folder:
 
     def description(self) -> dict[str, Any]:
         """What sweep.json says; raises `UsageError` if it is missing or damaged."""
-        return self._read_json(self.path / "sweep.json")
+        file = self.path / "sweep.json"
+        found = self._read_json(file)
+        if not isinstance(found.get("made_by", {}), dict) or type(found.get("num_episodes", 0)) is not int:
+            raise UsageError(
+                f"{file} is damaged (made_by or num_episodes); restore it or sweep anew into another folder."
+            )
+        return found
 
     def program(self, group: int) -> dict[str, Any] | None:
         """What was settled about a group's program, if it was."""
