@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import jax
 import jaxlib
@@ -43,6 +44,17 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if hasattr(config, "made_cache"):
         shutil.rmtree(config.made_cache, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Let go of compiled programs between modules, before they fill the memory maps that Linux allows a process."""
+    yield
+    if sys.platform == "linux":
+        used, allowed = (Path(f"/proc/{name}") for name in ("self/maps", "sys/vm/max_map_count"))
+        if used.read_bytes().count(b"\n") > int(allowed.read_text()) / 4:
+            jax.clear_caches()
+            gc.collect()
 
 
 @pytest.fixture
