@@ -41,7 +41,7 @@ SOURCES = ("steps/*.py", "training/*.py", "environments/base.py", "networks.py",
 ALL_TESTS = ("steps", "training", "environments/test_base.py", "environments/test_step_environments.py")
 ALL_TESTS += ("test_networks.py", "sweeps/test_bits.py", "sweeps/test_reports.py")
 HANGS = 180  # seconds of CPU time after which a test is caught in a loop
-SLOW_TESTS = ("test_update_properties.py", "test_constraints.py", "test_checkpoints.py")  # last among equals
+SLOW_TESTS = ("test_update_properties.py", "test_checkpoints.py")  # last among equals
 
 # Of Cosmic Ray's replacements of one operator by any other, those that could be a slip.
 REPLACEMENTS = {
@@ -236,6 +236,7 @@ def tests_for(path: str) -> list[list[str]]:
         return 1 if f"{'.'.join(module.parts)} import" in test.read_text() else 2
 
     everything = [file for name in ALL_TESTS for file in sorted((tests / name).rglob("test_*.py")) or [tests / name]]
+    everything += [test for test in sorted(tests.rglob("test_*.py")) if test not in everything and distance(test) < 2]
     everything.sort(key=lambda test: (test.parent.name != module.parent.name, test.name in SLOW_TESTS))
     parts = [[str(test.relative_to(ROOT)) for test in everything if distance(test) == far] for far in range(3)]
     return [part for part in parts if part]
