@@ -38,8 +38,10 @@ from cosmic_ray.plugins import get_operator, operator_names
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("steps/*.py", "training/*.py", "environments/base.py", "networks.py", "sweeps/statistics.py")
 # After the tests that are nearest to a file: these, which between them run every part of an iteration.
-ALL_TESTS = ("steps", "training", "environments/test_base.py", "environments/test_step_environments.py")
-ALL_TESTS += ("test_networks.py", "sweeps/test_bits.py", "sweeps/test_reports.py")
+ALL_TESTS = [
+    *("steps", "training", "environments/test_base.py", "environments/test_step_environments.py"),
+    *("test_networks.py", "sweeps/test_bits.py", "sweeps/test_reports.py"),
+]
 HANGS = 180  # seconds of CPU time after which a test is caught in a loop
 SLOW_TESTS = ("test_update_properties.py", "test_checkpoints.py")  # last among equals
 
@@ -322,10 +324,12 @@ def summarise(records: list[dict[str, Any]]) -> None:
             print(record["change"])
 
 
-def warm_up() -> None:
+def warm_up(programs: Path) -> None:
     """Import what takes long, without starting JAX's backend, whose threads a fork would lose."""
+    sys.dont_write_bytecode = True  # a mutant of the same size in the same second would be taken for the last one
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs))  # most programs stay as they were
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_parallel_codegen_split_count=1")
     import chex  # noqa: F401
     import flax.linen  # noqa: F401
     import jax.experimental
@@ -333,7 +337,6 @@ def warm_up() -> None:
     import scipy.optimize  # noqa: F401
 
     assert not jax._src.xla_bridge.backends_are_initialized()
-    sys.dont_write_bytecode = True  # a mutant of the same size in the same second would be taken for the last one
 
 
 def main() -> None:
@@ -350,7 +353,6 @@ def main() -> None:
     records = [json.loads(line) for line in lines]
     if options.summary:
         return summarise(records)
-    warm_up()
     missed = [record for record in records if record["caught_by"] is None and "equivalent" not in record]
     if options.again:
         todo = found_again(missed)
@@ -362,8 +364,7 @@ def main() -> None:
         folder = Path(scratch) / "copy"
         ignore = shutil.ignore_patterns("__pycache__", ".*", "experiments", "runs")
         shutil.copytree(ROOT, folder, ignore=ignore)
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(scratch) / "programs"))  # what stays as it was
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        warm_up(Path(scratch) / "programs")
         for mutant in todo:
             record = try_mutant(mutant, folder, options.seconds)
             records = [one for one in records if (one["path"], one["change"]) != (mutant.path, mutant.change)] + [
