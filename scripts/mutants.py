@@ -36,7 +36,7 @@ from cosmic_ray.operators.operator import Operator
 from cosmic_ray.plugins import get_operator, operator_names
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("steps/*.py", "training/*.py", "environments/base.py", "networks.py", "sweeps/statistics.py")
+SOURCES = ("steps/*.py", "training/*.py", "environments/base.py", "sweeps/statistics.py")
 # After the tests that are nearest to a file: these, which between them run every part of an iteration.
 ALL_TESTS = [
     *("steps", "training", "environments/test_base.py", "environments/test_step_environments.py"),

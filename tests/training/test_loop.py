@@ -174,6 +174,54 @@ def test_every_float_setting_was_swept():
     assert sorted(name for _, values in SWEPT for name in values) == sorted(TRACED)
 
 
+# Every static setting, a value for it, and the settings under which it matters.
+PPO, ADAM, DEFAULT_NETWORKS = {"update": "ppo"}, {"value_fit": "adam"}, {"policy": None, "value": None}
+CHOICES = {
+    "num_envs": (8, {}),
+    "num_steps": (4, {}),
+    "num_iterations": (4, {}),
+    "baseline": (False, {}),
+    "update": ("policy-gradient", {}),
+    "constraint": ("max-kl", {}),
+    "radius_rule": ("ratio", {}),
+    "reuse": (2, {}),
+    "cg_iterations": (4, {}),
+    "fisher_fraction": (0.5, {}),
+    "line_search": ("parallel", {}),
+    "line_search_steps": (3, {}),
+    "policy_optimizer": ("sgd", {"update": "policy-gradient"}),
+    "policy_epochs": (3, PPO),
+    "policy_minibatches": (4, PPO),
+    "value_fit": ("adam", {}),
+    "value_cg_iterations": (2, {}),
+    "value_epochs": (3, ADAM),
+    "value_minibatches": (4, ADAM),
+    "normalize_advantages": (False, {}),
+    "normalize_observations": (True, {}),
+    "normalize_rewards": (True, {}),
+    "network": ("gru", DEFAULT_NETWORKS),
+    "shared_trunk": (True, DEFAULT_NETWORKS),
+    "state_dependent_std": (True, DEFAULT_NETWORKS),
+}
+
+
+@functools.cache
+def program(**changes):
+    config = small_config(probes.ReachTarget(), **changes)
+    return str(jax.make_jaxpr(lambda key: train(config, key))(jax.random.key(0)))
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_static_setting_changes_the_program(name):
+    value, choices = CHOICES[name]
+    assert program(**choices, **{name: value}) != program(**choices)
+
+
+def test_every_static_setting_was_tried():
+    static = {field.name for field in dataclasses.fields(Config) if field.metadata["static"]}
+    assert static == {"env", "policy", "value", *CHOICES}
+
+
 @pytest.mark.parametrize("name", TRACED)
 def test_vmap_over_one_setting_by_axes(name):
     axes = BASE.replace(**{**dict.fromkeys(TRACED), name: 0})
