@@ -12,7 +12,7 @@ from probes import lane, same_bits, small_config, stack
 
 from trpo_jax import Config, UsageError, init, load, save, train, train_step, validate
 from trpo_jax.training.adaptation import adapt
-from trpo_jax.training.agents import flatten_batch, make_agent
+from trpo_jax.training.agents import flatten_batch, make_agent, on_normalized
 from trpo_jax.training.learning import learn
 from trpo_jax.training.rollouts import rollout
 from trpo_jax.types import Control, Learned
@@ -253,11 +253,11 @@ def test_reinforce_weights_actions_by_returns():
         np.testing.assert_allclose(new.policy_params[name], leaf + 0.5 * gradient[name], rtol=1e-5, atol=1e-6)
 
 
-def newest_batch(config, state):
-    """What the next iteration collects."""
+def newest_batch(config, state, policy=None):
+    """What the next iteration collects, by `policy` on observations as the environment gives them."""
     agent = make_agent(config)
     key = jax.random.fold_in(state.key, state.iteration)
-    return rollout(agent.environment, agent.policy, state, key, config.num_steps)[1]
+    return rollout(agent.environment, policy or agent.policy, state, key, config.num_steps)[1]
 
 
 # --- Reuse --------------------------------------------------------------------------------------------------------
@@ -289,6 +289,34 @@ def test_the_radius_of_reuse_is_that_of_generalized_improvement():
     np.testing.assert_allclose(metrics.radius, 0.01 / np.array([1, 5 / 3, 2, 2]) ** 2, rtol=1e-5)
     assert (metrics.divergence <= metrics.radius).all()
     assert metrics.effective_sample_fraction[0] > metrics.effective_sample_fraction[2]
+
+
+def test_what_is_reused_is_judged_by_the_newest_batch():
+    """The gain ratio and the statistics look at new samples alone; the promise is in units of the raw advantage."""
+    config = small_config(probes.ReachTarget(), policy=probes.linear_gaussian(), reuse=2, radius_rule="ratio")
+    config = config.replace(normalize_observations=True)
+    step = jax.jit(train_step)
+    first = init(config, jax.random.key(0))
+    second, metrics = step(config, first)
+    advantage, values, log_prob = {}, {}, {}
+    for state in (first, second):
+        agent = make_agent(config)
+        policy, value = (on_normalized(config, state.statistics, network) for network in (agent.policy, agent.value))
+        i, batch = int(state.iteration), newest_batch(config, state, policy)
+        values[i] = value.apply(state.value_params, batch.observation)
+        advantage[i] = batch.reward - values[i]  # one-step episodes
+        log_prob[i] = policy.apply(state.policy_params, batch.observation).log_prob(batch.action)
+    targets = advantage[0] + values[0]
+    np.testing.assert_allclose(
+        metrics.explained_variance, 1 - np.var(targets - values[0]) / np.var(targets), rtol=1e-3, atol=1e-4
+    )
+    last = second.control.last
+    np.testing.assert_allclose(last.gain, np.std(advantage[0]) * metrics.surrogate_gain, rtol=1e-3)
+    third, metrics = step(config, second)
+    before = on_normalized(config, last.statistics, agent.policy).apply(last.policy_params, batch.observation)
+    backward = -np.expm1(before.log_prob(batch.action) - log_prob[1]) * advantage[1]
+    np.testing.assert_allclose(metrics.gain_ratio, 0.5 * (1 + np.mean(backward) / last.gain), rtol=1e-3, atol=1e-3)
+    assert third.statistics.count == 2 * 8 * 4
 
 
 def test_reusing_the_first_batch_alone_is_using_it():
