@@ -1,0 +1,251 @@
+"""Damaged folders: what is good is used, what is lost is said, and nothing good is removed."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+
+from trpo_jax import runs
+from trpo_jax.cli import main
+from trpo_jax.runs import continue_run, open_run
+from trpo_jax.sweeps import loop
+from trpo_jax.sweeps.grids import read_spec
+from trpo_jax.sweeps.loop import run_sweep
+
+SIZE = {"num_envs": 2, "num_steps": 8, "cg_iterations": 2}
+FLAGS = [text for name, value in SIZE.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+SWEEP = """
+num_seeds = 1
+num_episodes = 2
+[base]
+num_envs = 2
+num_steps = 8
+cg_iterations = 2
+num_iterations = 8
+[grid]
+max_kl = [0.003, 0.01]
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steady():
+    """One iteration at a time, however slow the machine: checkpoints bear the same names every time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "_CHUNK_SECONDS", 0)
+        patch.setattr(loop, "_CALL_SECONDS", 0)
+        yield
+
+
+class Killed(BaseException):
+    """Stands for the moment of a kill."""
+
+
+def killed_at(iteration):
+    """A report that ends the process, as it were, at an iteration."""
+
+    def report(progress):
+        if progress.iteration >= iteration:
+            raise Killed
+
+    return report
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that was killed on its way, and the same run in one piece."""
+    folder = tmp_path_factory.mktemp("run")
+    command = ["train", *FLAGS, "--num-iterations", "12", "--output"]
+    assert main([*command, str(folder / "whole")]) == 0
+    (folder / "killed").mkdir()
+    shutil.copy(folder / "whole" / "config.json", folder / "killed")
+    with pytest.raises(Killed):
+        continue_run(open_run(folder / "killed"), killed_at(3))
+    assert len(list((folder / "killed" / "checkpoints").iterdir())) == 2
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """A sweep of two blocks that was killed when one was finished and one at work, and the same sweep in one piece."""
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "sweep.toml").write_text(SWEEP)
+    command = ["sweep", str(folder / "sweep.toml"), "--agents-per-device", "1", "--output"]
+    assert main([*command, str(folder / "whole")]) == 0
+    spec, blocks = read_spec(folder / "sweep.toml"), []
+
+    def report(progress):
+        blocks.append(progress.blocks[0].number)
+        if blocks[-1] != blocks[0] and progress.iteration >= 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_sweep(folder / "killed", spec, most_agents=1, checkpoint_seconds=0, report=report)
+    assert len(list((folder / "killed").rglob("*.parquet"))) == len(list((folder / "killed").rglob("*.npz"))) == 1
+    return folder
+
+
+def flip(file, position=None):
+    """Invert a byte, by default the one in the middle."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2 if position is None else position] ^= 255
+    file.write_bytes(bytes(data))
+
+
+def from_another_version(file):
+    """What a version of the future, or of the past, may have left there."""
+    if file.suffix == ".json":
+        file.write_text(json.dumps({**json.loads(file.read_text()), "lookahead": 3}))
+    elif file.suffix == ".csv":
+        first, *rest = file.read_text().splitlines()
+        file.write_text("\n".join([f"{first},lookahead", *(f"{row},1" for row in rest)]) + "\n")
+    elif file.suffix == ".npz":
+        arrays = dict(np.load(file))
+        header = {**json.loads(bytes(arrays["__header__"])), "format": "trpo_jax state 0"}
+        np.savez(file, **{**arrays, "__header__": np.frombuffer(json.dumps(header).encode(), np.uint8)})
+    else:
+        table = parquet.ParquetFile(file).read().drop_columns(["reward_clip", "penalty"])
+        parquet.write_table(table.replace_schema_metadata(None), file)
+
+
+DAMAGES = {
+    "missing": lambda file: file.unlink(),
+    "empty": lambda file: file.write_bytes(b""),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "cut in its end": lambda file: file.write_bytes(file.read_bytes()[:-30]),
+    "flipped": flip,
+    "flipped in its end": lambda file: flip(file, -40),
+    "noise": lambda file: file.write_bytes(random.Random(0).randbytes(2000)),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "another version": from_another_version,
+}
+EVERY = tuple(DAMAGES)
+ONLY_RUN = "checkpoints/00000002.npz", "checkpoints/00000003.npz"
+
+# Files, damages, exit status of `resume`, and whether something has to be said. `evaluate` may do without the rows.
+RUN = [
+    (["config.json"], EVERY, 2, True),
+    (["metrics.csv"], ("cut in its end", "flipped in its end"), 0, True),
+    (["metrics.csv"], ("missing", "empty", "cut", "flipped", "noise", "a folder", "another version"), 2, True),
+    ([ONLY_RUN[1]], EVERY[1:], 0, True),
+    ([ONLY_RUN[1]], ("missing",), 0, False),
+    ([ONLY_RUN[0]], EVERY, 0, False),
+    (ONLY_RUN, EVERY, 2, True),
+]
+# The same of `sweep`, and of `report`.
+BLOCK, STATE = "results/00-0000.parquet", "checkpoints/00-0001-00000002.npz"
+SWEEPS = [
+    (["sweep.json"], EVERY, 2, 2),
+    (["programs/00.json"], ("missing",), 0, 0),
+    (["programs/00.json"], EVERY[1:], 2, 0),
+    ([BLOCK], ("missing",), 0, 2),
+    ([BLOCK], EVERY[1:-1], 0, 2),
+    ([BLOCK], ("another version",), 0, 0),
+    ([STATE], EVERY, 0, 0),
+]
+QUICK = {("metrics.csv", "cut in its end"), (ONLY_RUN[1], "flipped"), (BLOCK, "flipped"), (STATE, "cut")}
+
+
+def cases(table):
+    """One case a damage; those that train on are slow, but for a few."""
+    for files, damages, status, other in table:
+        for damage in damages:
+            marks = [pytest.mark.slow] if status == 0 and (files[-1], damage) not in QUICK else []
+            yield pytest.param(files, damage, status, other, marks=marks, id=f"{'+'.join(files)} {damage}")
+
+
+def spoiled(folder, tmp_path, files, damage):
+    out = tmp_path / "out"
+    shutil.copytree(folder / "killed", out)
+    for file in files:
+        DAMAGES[damage](out / file)
+    return out
+
+
+def check_sentence(errors, *names):
+    assert "Traceback" not in errors and errors.endswith(".\n")
+    assert any(str(name) in errors for name in names), errors
+
+
+@pytest.mark.parametrize("files, damage, status, said", [*cases(RUN)])
+def test_a_run_goes_on_from_what_is_good(run, tmp_path, capsys, files, damage, status, said):
+    out = spoiled(run, tmp_path, files, damage)
+    before = contents(out)
+    assert main(["resume", str(out)]) == status
+    errors = capsys.readouterr().err
+    if said:
+        assert errors.count("\n") == 1
+        check_sentence(errors, *(out / file for file in files), out)
+    else:
+        assert errors == ""
+    if status:
+        assert contents(out) == before
+        return
+    found, whole = contents(out), contents(run / "whole")
+    for file in ("config.json", "metrics.csv", "learning_curve.png", "checkpoints/00000012.npz"):
+        assert found[file] == whole[file], file
+    assert not [file for file in found if "/." in f"/{file}"]
+
+
+@pytest.mark.parametrize("damage", EVERY)
+def test_evaluation_does_without_the_rows_and_the_newest_state(run, tmp_path, capsys, damage):
+    out = spoiled(run, tmp_path, ["metrics.csv", ONLY_RUN[1]], damage)
+    before = contents(out)
+    assert main(["evaluate", str(out), "--num-episodes", "1"]) == 0
+    captured = capsys.readouterr()
+    assert "CartPole-v1 after 32 steps" in captured.out
+    assert (ONLY_RUN[1] in captured.err) == (damage != "missing") and contents(out) == before
+
+
+@pytest.mark.parametrize("files, damage, status, reported", [*cases(SWEEPS)])
+def test_a_sweep_goes_on_from_what_is_good(sweep, tmp_path, capsys, files, damage, status, reported):
+    out = spoiled(sweep, tmp_path, files, damage)
+    before = contents(out)
+    assert main(["report", str(out)]) == reported
+    if reported:
+        check_sentence(capsys.readouterr().err, out)
+        assert contents(out) == before
+    capsys.readouterr()
+    assert main(["sweep", str(sweep / "sweep.toml"), "--agents-per-device", "1", "--output", str(out)]) == status
+    errors = capsys.readouterr().err
+    if damage != "missing" and (status or damage != "another version" or files == [STATE]):
+        check_sentence(errors, *(out / file for file in files))
+    if status:
+        assert {name: data for name, data in contents(out).items() if name in before} == before
+        return
+    found, whole = contents(out), contents(sweep / "whole")
+    for file in ("sweep.json", "programs/00.json", BLOCK, "results/00-0001.parquet"):
+        if file != BLOCK or damage != "another version" or files != [BLOCK]:
+            assert found[file] == whole[file], file
+    assert not [file for file in found if file.startswith("checkpoints/") or "/." in f"/{file}"]
+
+
+def test_states_of_an_earlier_version_are_trained_anew(sweep, tmp_path, capsys):
+    out = spoiled(sweep, tmp_path, [STATE], "missing")
+    old = out / "checkpoints" / "00-0001" / "00000002"
+    old.mkdir(parents=True)
+    (old / "manifest.ocdbt").write_bytes(b"of Orbax")
+    assert main(["sweep", str(sweep / "sweep.toml"), "--agents-per-device", "1", "--output", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert f"{old.parent} was saved by an earlier version; its agents are trained anew." in said
+    assert contents(out / "results") == contents(sweep / "whole" / "results")
+    assert not list((out / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_any_flipped_byte_of_a_finished_block_is_found(sweep, tmp_path, capsys):
+    """Pages, their headers, the directory at the end: everything is under the checksum."""
+    out, rng = spoiled(sweep, tmp_path, [], "missing"), random.Random(0)
+    good = (out / BLOCK).read_bytes()
+    for position in [*range(0, len(good), 97), *(rng.randrange(len(good)) for _ in range(50)), len(good) - 1]:
+        data = bytearray(good)
+        data[position] ^= 1 << rng.randrange(8)
+        (out / BLOCK).write_bytes(bytes(data))
+        assert main(["report", str(out)]) == 2
+        assert f"{out / BLOCK} is damaged" in capsys.readouterr().err
