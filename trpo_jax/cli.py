@@ -228,7 +228,7 @@ def _continue(run: Run, sinks: Sequence[str]) -> int:
 
 def _sweep(namespace: argparse.Namespace) -> int:
     output = Path(namespace.output or f"sweeps/{Path(namespace.file).stem}")
-    _use_every_core(output, namespace.num_devices)
+    _use_every_core(output / "sweep.json", namespace.num_devices)
     _start_quickly()
     from trpo_jax.displays import LiveLine, make_console, print_outline, sweep_status
     from trpo_jax.sweeps.grids import plan, read_spec
@@ -273,12 +273,12 @@ def _sweep(namespace: argparse.Namespace) -> int:
     return 0
 
 
-def _use_every_core(folder: Path, num_devices: int | None) -> None:
-    """On a CPU, make each core a device; a sweep that is there goes on with as many threads as it was started with."""
+def _use_every_core(file: Path, num_devices: int | None) -> None:
+    """On a CPU, make each core a device; what is there already goes on with as many threads as its file says."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = None
     with contextlib.suppress(OSError, KeyError, TypeError, UsageError):  # new, or damaged and reported in its place
-        threads = read_json(folder / "sweep.json", "")["made_by"]["threads"]
+        threads = read_json(file, "")["made_by"]["threads"]
         check_limits({"threads": threads})
     if type(threads) is int:
         os.environ.setdefault("NPROC", str(threads))
@@ -304,6 +304,8 @@ def _show_report(path: Path, *, expendable: bool = False) -> int:
         print_table(console, f"{env}: {report.score}", titles, cells[:most])
         if len(cells) > most:
             console.print(f"and {len(cells) - most} more.")
+    if report.num_agents < report.num_asked:
+        console.print(f"{report.extent} are finished.")
     if report.failures:
         console.print(
             f"{counted(len(report.failures), 'agent')} met a number that was not finite; the page names them."
@@ -315,7 +317,7 @@ def _show_report(path: Path, *, expendable: bool = False) -> int:
 
 def _tune(namespace: argparse.Namespace) -> int:
     output = Path(namespace.output or f"searches/{Path(namespace.file).stem}")
-    _use_every_core(output, None)
+    _use_every_core(output / "search.json", None)
     _start_quickly()
     from trpo_jax.displays import make_console
     from trpo_jax.sweeps.grids import read_spec

@@ -1,17 +1,21 @@
 """The report: statistics that agree with others', a sorted table, pictures, and a page that stands alone."""
 
 import base64
+import html
+import json
 import re
 import shutil
 import subprocess
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 from scipy import stats
 
+from trpo_jax import UsageError
 from trpo_jax.cli import main
-from trpo_jax.sweeps.loop import METRICS
-from trpo_jax.sweeps.reports import make_report, table_of, write_report
+from trpo_jax.sweeps.loop import METRICS, training_return
+from trpo_jax.sweeps.reports import _file_name, make_report, table_of, write_report
 from trpo_jax.sweeps.statistics import interquartile_mean, stratified_bootstrap
 from trpo_jax.sweeps.storage import Block, Folder
 from trpo_jax.types import Config
@@ -48,14 +52,14 @@ def test_bootstrap_agrees_with_scipy(sizes):
     assert stratified_bootstrap(scores) == stratified_bootstrap(scores)
 
 
-def sweep_folder(path, points, failed=(), num_episodes=4):
+def sweep_folder(path, points, failed=(), num_episodes=4, **asked):
     """Results as a sweep writes them, from (settings, scores [SEEDS]) made up here."""
     folder = Folder(path)
-    folder.describe({"num_seeds": SEEDS, "num_episodes": num_episodes}, {"jax": "0"})
+    folder.describe({"num_seeds": SEEDS, "num_episodes": num_episodes, **asked}, {"jax": "0"})
     for i, (settings, scores) in enumerate(points):
         config = Config(num_iterations=ITERATIONS).replace(**settings)
         flags = {name: [getattr(config, name)] * SEEDS for name in ("env", *_flags())}
-        rise = np.linspace(0, 1, ITERATIONS, dtype=np.float32)
+        rise = np.linspace(0.05, 1, ITERATIONS, dtype=np.float32)
         metrics = {name: np.ones((SEEDS, ITERATIONS), np.float32) for name in METRICS}
         metrics["episode_return"] = np.float32(scores)[:, None] * rise
         at = np.array([3 if (i, seed) in failed else 0 for seed in range(SEEDS)])
@@ -148,7 +152,7 @@ def test_pictures_are_drawn(points, drawn, tmp_path):
 def test_page_stands_alone(grid, capsys):
     assert main(["report", str(grid)]) == 0
     out = capsys.readouterr().out
-    assert out.index("0.03") < out.index("Page:") and "1 agents met a number that was not finite" in out
+    assert out.index("0.03") < out.index("Page:") and "1 agent met a number that was not finite" in out
     page = (grid / "report.html").read_text()
     assert not re.search(r"(src|href)=['\"](?!data:)", page) and "<script" not in page
     images = re.findall(r"src='data:image/png;base64,([^']+)'", page)
@@ -156,6 +160,170 @@ def test_page_stands_alone(grid, capsys):
         (grid / name).read_bytes() for name in ("learning_curves.png", "settings.png")
     ]
     assert (grid / "table.csv").read_text().splitlines()[1].startswith("CartPole-v1,0.99,0.03,")
+
+
+ODD = [
+    "gymnasium/CartPole-v1",
+    "gymnasium-CartPole-v1",
+    "gymnasium CartPole-v1",
+    "../x",
+    "..",
+    "",
+    "ü",
+    "é",
+    "$x_{",
+]  # no closing brace
+
+
+def test_odd_names_make_distinct_names_of_files():
+    names = ["CartPole-v1", *ODD, "x" * 300, "x" * 299 + "y", "a\0b", "a\nb"]
+    files = [_file_name(name) for name in names]
+    assert files[0] == "CartPole-v1" and len({file.lower() for file in files}) == len(names)
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,64}", file) and len(file) <= 64 for file in files)
+
+
+def test_environments_of_odd_names_have_their_pictures(tmp_path):
+    envs = ["CartPole-v1", *ODD[::3]]
+    folder = sweep_folder(tmp_path / "s", [({"env": env}, scores(i)) for i, env in enumerate(envs)])
+    page = write_report(folder, make_report(folder)).read_text()
+    assert len(list(folder.glob("learning_curves_*.png"))) == len(envs)
+    for env in envs:
+        section = page.split(f"<h2>{html.escape(env)}</h2>")[1].split("<h2>")[0]
+        assert section.count("<img") == 1 and f"learning_curves_{_file_name(env)}.png" in section
+    assert {entry.name for entry in tmp_path.iterdir()} == {"s"}
+
+
+def test_pictures_of_an_older_report_go_and_no_others(grid):
+    write_report(grid, make_report(grid))
+    assert {file.name for file in grid.glob("*.png")} == {"learning_curves.png", "settings.png"}
+    (grid / "settings_mine.png").write_bytes(b"\x89PNG mine")
+    other = sweep_folder(grid.parent / "other", [({"env": env}, scores(3)) for env in ("CartPole-v1", "Acrobot-v1")])
+    write_report(grid, make_report(other))
+    assert {file.name for file in grid.glob("*.png")} == {
+        "learning_curves_CartPole-v1.png",
+        "learning_curves_Acrobot-v1.png",
+        "settings_mine.png",
+    }
+
+
+def test_report_of_an_unfinished_sweep_says_of_how_many(tmp_path, capsys):
+    asked = {"grid": {"gamma": [0.9, 0.99]}, "zip": {"max_kl": [0.01, 0.1, 0.2, 0.3]}, "random": {"count": 6}}
+    points = [({"gamma": gamma, "max_kl": 0.01}, scores(i)) for i, gamma in enumerate((0.9, 0.99, 0.95))]
+    folder = sweep_folder(tmp_path / "s", points, **asked)
+    (folder / "checkpoints" / "00-0003" / "00000002").mkdir(parents=True)  # of a block at work
+    assert main(["report", str(folder)]) == 0
+    assert "24 of 384 agents" in capsys.readouterr().out
+    assert "24 of 384 agents" in (folder / "report.html").read_text()
+    whole = sweep_folder(tmp_path / "whole", points, zip={"gamma": [0.9, 0.99, 0.95]})
+    assert make_report(whole).extent == "24 agents"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[np.nan] * SEEDS, [np.nan] * 3 + [1.0] * 5, [-np.inf] + [np.inf] * 7, [3e38] * SEEDS],
+    ids=["none", "some", "infinities", "huge"],
+)
+@pytest.mark.parametrize("varied", [(), ("max_kl",), ("gamma", "max_kl"), ("gamma", "max_kl", "cg_damping")], ids=len)
+def test_scores_that_are_no_numbers_leave_a_report(values, varied, tmp_path):
+    points = [
+        ({name: 0.5 + 0.1 * (i >> k & 1) for k, name in enumerate(varied)}, np.array(values))
+        for i in range(2 ** len(varied))
+    ]
+    everyone = {(i, seed) for i in range(len(points)) for seed in range(SEEDS)}
+    folder = sweep_folder(tmp_path / "s", points, failed=everyone)
+    report = make_report(folder)
+    page = write_report(folder, report).read_text()
+    assert len(report.failures) == len(points) * SEEDS and page.endswith("</html>\n")
+
+
+def test_a_sweep_in_which_no_episode_ended_is_said_to_be_one(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr("matplotlib.axes.Axes.text", lambda *arguments, **_: written.append(arguments[3]))
+    folder = sweep_folder(tmp_path / "s", [({}, np.full(SEEDS, np.nan))])
+    write_report(folder, make_report(folder))
+    assert written == ["no episode has ended"]
+
+
+def test_environment_without_scores_leaves_the_ranking_of_the_others(tmp_path):
+    points = [
+        ({"env": env, "gamma": gamma}, np.full(SEEDS, score))
+        for env, some in (("CartPole-v1", [1.0, 3.0]), ("Acrobot-v1", [np.nan, np.nan]), ("Pendulum-v1", [2.0, 4.0]))
+        for gamma, score in zip((0.9, 0.99), some, strict=True)
+    ]
+    report = make_report(sweep_folder(tmp_path / "s", points))
+    assert [len(rows) for rows in report.rows.values()] == [2, 2, 2] and len(report.overall) == 2
+
+
+def test_points_of_an_unfinished_sweep_are_not_taken_for_each_other(tmp_path):
+    """Of a grid of γ and δ, one environment has finished γ = .9 and the other one γ = .99."""
+    points = [
+        ({"env": env, "gamma": gamma, "max_kl": kl}, scores(i))
+        for env, gamma in (("CartPole-v1", 0.9), ("Acrobot-v1", 0.99))
+        for i, kl in enumerate((0.01, 0.1))
+    ]
+    grid = {"env": ["CartPole-v1", "Acrobot-v1"], "gamma": [0.9, 0.99], "max_kl": [0.01, 0.1]}
+    report = make_report(sweep_folder(tmp_path / "s", points, grid=grid))
+    assert [row.settings["gamma"] for row in report.rows["CartPole-v1"]] == [0.9, 0.9]
+    assert not report.overall
+
+
+def test_interval_counts_what_is_not_a_number_as_worst():
+    some = np.array([np.nan, np.nan, *np.arange(6.0)])
+    lowest = np.where(np.isnan(some), -1e300, some)
+    low, high = stratified_bootstrap([some])
+    assert np.isnan(low) and stratified_bootstrap([lowest])[0] < -1e200
+    assert high == stratified_bootstrap([lowest])[1]
+    assert np.isnan(stratified_bootstrap([np.full(4, np.nan)])).all()
+    assert stratified_bootstrap([np.full(4, 7.0)]) == (7, 7)
+
+
+def test_report_on_a_disk_that_cannot_be_written_to(grid, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    assert main(["report", str(grid)]) == 2
+    shown = capsys.readouterr()
+    assert "0.03" in shown.out and re.fullmatch(r"trpo-jax: cannot write .*No space left on device; .*\.\n", shown.err)
+    assert not any(file.suffix in (".png", ".tmp", ".html") for file in grid.iterdir())
+
+
+def test_description_with_impossible_numbers_leaves_the_results(tmp_path):
+    folder = sweep_folder(tmp_path / "s", [({}, scores(1))])
+    for asked in (
+        {"num_seeds": "x"},
+        {"num_seeds": -1},
+        {"grid": {"gamma": 3}},
+        {"random": {"count": 1e400}},
+        {"zip": 3},
+    ):
+        (folder / "sweep.json").write_text(json.dumps({"num_seeds": SEEDS, "num_episodes": 4, **asked}))
+        assert make_report(folder).extent == "8 agents"
+
+
+def test_results_of_another_version(tmp_path):
+    folder = sweep_folder(tmp_path / "s", [({"gamma": 0.9}, scores(1)), ({"gamma": 0.99}, scores(2))])
+    for file in (folder / "results").iterdir():
+        table = parquet.read_table(file)
+        table = table.replace_schema_metadata(None).drop_columns(["reuse", "line_search"])  # which it did not have
+        parquet.write_table(table, file)
+    assert make_report(folder).rows["CartPole-v1"][0].settings == {"gamma": 0.99}
+    for file in (folder / "results").iterdir():
+        parquet.write_table(parquet.read_table(file).drop_columns(["point"]), file)
+    with pytest.raises(UsageError, match=r"results in .* lack point; restore them, or sweep anew"):
+        make_report(folder)
+
+
+def test_training_return_is_of_the_last_episodes_that_ended():
+    """Of twenty iterations the last two count, else the last one in which an episode ended."""
+    returns, ended = np.full((5, 20), np.nan, np.float32), np.zeros((5, 20), np.float32)
+    ended[0, [4, 18, 19]], returns[0, 4:] = [1, 1, 3], 7  # carried forward where none ended
+    returns[0, 18:] = [1, 5]
+    ended[1, [4, 12]], returns[1, 4:12], returns[1, 12:] = [1, 2], 7, 9
+    ended[2, 0], returns[2] = 1, 3
+    ended[4], returns[4, :19] = 1, 1  # a reward that was not a number in the last one
+    rows = {"episode_return": returns, "num_episodes": ended}
+    np.testing.assert_equal(training_return(rows), np.float32([4, 9, 3, np.nan, np.nan]))
 
 
 def test_page_in_a_browser(grid, tmp_path):

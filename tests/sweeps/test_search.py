@@ -1,17 +1,24 @@
 """Searching: trials share a program, the worse half stops early, a killed search goes on, the best settings train."""
 
+import contextlib
+import functools
+import json
+import os
 import re
+import sqlite3
 import sys
 import tomllib
+import weakref
 
 import jax
 import numpy as np
 import optuna
 import pytest
+from sqlalchemy.pool import StaticPool
 
 from trpo_jax import UsageError
 from trpo_jax.cli import main
-from trpo_jax.sweeps import search
+from trpo_jax.sweeps import search, studies
 from trpo_jax.sweeps.grids import TUNING_SEEDS, make_spec
 from trpo_jax.sweeps.search import tune
 
@@ -42,11 +49,6 @@ def searched(tmp_path_factory):
         patch.setattr(search, "fit_programs", compile_and_watch)
         file, best = tune(folder, make(), batch=8, report=reports.append)
     return folder, file, best, reports, seeds
-
-
-def trials(folder):
-    (study,) = optuna.get_all_study_summaries(f"sqlite:///{folder / 'study.db'}")
-    return optuna.load_study(study_name=study.study_name, storage=f"sqlite:///{folder / 'study.db'}").trials
 
 
 def test_worse_half_stops_at_each_stage(searched):
@@ -107,17 +109,360 @@ def test_command_line(tmp_path, python):
     assert result.returncode == 0, result.stderr
     assert "4 of 4 trials, 3 of the last batch stopped early" in result.stdout
     assert "trpo-jax train --config searches/space/best.toml" in re.sub(r"\s+", " ", result.stdout)
-    assert sorted(entry.name for entry in (tmp_path / "searches" / "space").iterdir()) == ["best.toml", "study.db"]
+    folder = tmp_path / "searches" / "space"
+    assert sorted(entry.name for entry in folder.iterdir()) == ["best.toml", "search.json", "study.db"]
 
 
 def test_missing_optuna_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UsageError, match=r"tune needs Optuna; install it with `pip install 'trpo_jax\[tune\]'`."):
+    with pytest.raises(UsageError, match=r"tune needs Optuna; install it with `pip install '.\[tune\]'`."):
         tune(tmp_path / "new", make())
     assert not (tmp_path / "new").exists()
 
 
+def scores_of(config):
+    """What a trial's two agents come to, in the searches that train nothing: best at δ = .03."""
+    return np.array([0, 1]) - abs(np.log(config.max_kl / 0.03))
+
+
+def train_nothing(spec, alive, rung, num_rungs, programs):
+    for trial in alive:
+        end = search._end(rung, trial.config.num_iterations)
+        trial.states = ()
+        trial.rows = {name: np.ones((2, end), np.float32) for name in search.METRICS}
+        trial.rows["episode_return"] *= scores_of(trial.config)[:, None]
+        trial.score = float(search.interquartile_mean(scores_of(trial.config)))
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Trials come to what their settings say, at once."""
+    monkeypatch.setattr(search, "_train_groups", train_nothing)
+
+
+def outcome(folder):
+    """All that a search found: of each trial that was told its settings, stages and score; and best.toml."""
+    told = [(t.params, t.intermediate_values, t.value, t.state.name) for t in trials(folder) if t.state.name != "FAIL"]
+    return told, (folder / "best.toml").read_bytes()
+
+
+def trials(folder):
+    with contextlib.closing(sqlite3.connect(folder / "study.db")) as database:
+        copy = sqlite3.connect(":memory:", check_same_thread=False)
+        database.backup(copy)
+    storage = optuna.storages.RDBStorage("sqlite://", engine_kwargs={"creator": lambda: copy, "poolclass": StaticPool})
+    (summary,) = optuna.get_all_study_summaries(storage)
+    found = optuna.load_study(study_name=summary.study_name, storage=storage).trials
+    storage.engine.dispose()
+    copy.close()
+    return found
+
+
+ALL = 12  # trials; the sampler has learned from ten on
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The outcome of a search without a cut."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "_train_groups", train_nothing)
+        tune(folder, make(ALL), batch=4)
+    return outcome(folder)
+
+
+def test_search_in_parts_is_the_search_at_once(whole, tmp_path, untrained):
+    for count in (4, ALL):
+        tune(tmp_path / "parts", make(count), batch=4)
+    assert outcome(tmp_path / "parts") == whole
+    assert len({tuple(params.values()) for params, *_ in whole[0]}) == ALL
+    tune(tmp_path / "other seed", make(random={"count": 4, "seed": 1, **SPACE}), batch=4)
+    assert outcome(tmp_path / "other seed")[0][0] != whole[0][0]
+
+
+class Failing(sqlite3.Connection):
+    """A connection whose commits fail from one on: before it is done or, a kill, just after."""
+
+    left, error, after = 10**9, None, False
+
+    def commit(self):
+        Failing.left -= 1
+        if Failing.left < 0:
+            if Failing.after:
+                super().commit()
+            raise Failing.error
+        super().commit()
+
+
+def fail(monkeypatch, commits, error, after=False):
+    monkeypatch.setattr(Failing, "left", commits)
+    monkeypatch.setattr(Failing, "error", error)
+    monkeypatch.setattr(Failing, "after", after)
+    monkeypatch.setattr(studies.sqlite3, "connect", functools.partial(CONNECT, factory=Failing))
+
+
+CONNECT = sqlite3.connect
+KILL = KeyboardInterrupt("cut off")
+FULL = sqlite3.OperationalError("database or disk is full")
+
+
+def cut_and_continue(folder, monkeypatch, commits, error, after):
+    expected = KeyboardInterrupt if error is KILL else UsageError
+    with monkeypatch.context() as patch:
+        fail(patch, commits, error, after)
+        with pytest.raises(expected, match=r"disk is full|cut off"):
+            tune(folder, make(ALL), batch=4)
+    tune(folder, make(ALL), batch=4)
+    return outcome(folder)
+
+
+@pytest.mark.parametrize("commits, after", [(40, True), (70, False)])
+def test_search_that_is_killed_goes_on_to_the_same_end(whole, tmp_path, monkeypatch, untrained, commits, after):
+    assert cut_and_continue(tmp_path / "cut", monkeypatch, commits, KILL, after) == whole
+
+
+def test_batch_that_is_half_told_is_told_to_its_end(whole, tmp_path, monkeypatch, untrained):
+    told = []
+
+    def tell(study, *arguments):
+        told.append(arguments)
+        if len(told) == 7:
+            raise KeyboardInterrupt
+        return original(study, *arguments)
+
+    original = optuna.Study.tell
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(optuna.Study, "tell", tell)
+        tune(tmp_path / "cut", make(ALL), batch=4)
+    assert [trial.state.name for trial in trials(tmp_path / "cut")].count("RUNNING") == 2
+    tune(tmp_path / "cut", make(ALL), batch=4)
+    assert outcome(tmp_path / "cut") == whole and len(trials(tmp_path / "cut")) == ALL
+
+
+def test_full_disk_is_one_sentence_and_loses_nothing(whole, tmp_path, monkeypatch, untrained):
+    assert cut_and_continue(tmp_path / "full", monkeypatch, 60, FULL, False) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_search_that_is_killed_at_any_write_goes_on_to_the_same_end(whole, tmp_path, monkeypatch, untrained):
+    with monkeypatch.context() as patch:
+        fail(patch, 10**6, None)
+        tune(tmp_path / "count", make(ALL), batch=4)
+        writes = 10**6 - Failing.left
+    assert writes > 80
+    for commits in range(writes):
+        folder = tmp_path / f"{commits}"
+        assert cut_and_continue(folder, monkeypatch, commits, KILL, bool(commits % 2)) == whole
+        assert sorted(entry.name for entry in folder.iterdir()) == ["best.toml", "search.json", "study.db"]
+
+
+def test_second_process_in_a_folder_is_refused_and_the_first_goes_on(whole, tmp_path, untrained):
+    folder, refused = tmp_path / "held", []
+
+    def second(batch):
+        with pytest.raises(UsageError, match=r"another process is at work on .*held; wait for it, or choose another"):
+            tune(folder, make(ALL), batch=4)
+        refused.append(batch.told)
+
+    tune(folder, make(ALL), batch=4, report=second)
+    assert refused == [4, 8, 12] and outcome(folder) == whole
+
+
+def test_machines_that_share_a_storage_leave_each_other_their_trials(tmp_path, untrained):
+    storage = f"sqlite:///{tmp_path / 'shared.db'}"
+
+    def join(batch):
+        if batch.told == 2:
+            tune(tmp_path / "b" / "search", make(4), batch=2, storage=storage)
+
+    tune(tmp_path / "a" / "search", make(6), batch=2, storage=storage, report=join)
+    study = optuna.load_study(study_name="search", storage=storage)
+    assert [trial.state.name for trial in study.trials].count("FAIL") == 0 and len(study.trials) == 6
+    study.ask().set_user_attr("owner", "another machine")
+    tune(tmp_path / "a" / "search", make(8), batch=2, storage=storage)
+    assert [trial.state.name for trial in study.trials].count("RUNNING") == 1
+    assert len({tuple(trial.params.values()) for trial in study.trials if trial.params}) == 8
+    assert sorted(entry.name for entry in (tmp_path / "a" / "search").iterdir()) == ["best.toml", "search.json"]
+
+
+def of_a_search(folder, name):
+    tune(folder.parent / "good", make(1), batch=1)
+    return (folder.parent / "good" / name).read_bytes()
+
+
+FOREIGN = {
+    "a note": lambda folder: (folder / "notes.txt").write_text("mine"),
+    "settings of one's own": lambda folder: (folder / "best.toml").write_text("gamma = 0.5\n"),
+    "a run": lambda folder: (folder / "config.json").write_text("{}"),
+    "a database of one's own": lambda folder: make_database(folder / "study.db"),
+    "a study of one's own": lambda folder: optuna.create_study(storage=f"sqlite:///{folder / 'study.db'}").ask(),
+    "text": lambda folder: (folder / "study.db").write_text("not a database, but long enough to look like one" * 9),
+    "nothing": lambda folder: (folder / "study.db").write_bytes(b""),
+    "half a study": lambda folder: (folder / "study.db").write_bytes(of_a_search(folder, "study.db")[:50_000]),
+    "a garbled study": lambda folder: (folder / "study.db").write_bytes(
+        of_a_search(folder, "study.db").replace(b"sweep", b"sheep")
+    ),
+    "a lost study": lambda folder: (folder / "search.json").write_bytes(of_a_search(folder, "search.json")),
+}
+
+
+def make_database(file):
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        database.execute("CREATE TABLE mine (name)")
+
+
+@pytest.mark.parametrize("storage", [None, "sqlite:///{}/elsewhere.db"], ids=["here", "elsewhere"])
+@pytest.mark.parametrize("what", FOREIGN)
+def test_folder_that_is_not_a_searchs_is_left_alone(what, storage, tmp_path, untrained, capsys):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    FOREIGN[what](folder)
+    if storage and what == "a lost study":
+        pytest.skip("the study may be where the storage says")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(UsageError, match=r"^[^\n]*choose another --output[^\n]*\.$"):
+        tune(folder, make(4), batch=4, storage=storage and storage.format(tmp_path))
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert not (tmp_path / "elsewhere.db").exists()
+
+
+def test_file_in_the_place_of_a_folder_is_one_sentence(tmp_path, untrained):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match="choose a"):
+            tune(path, make(4), batch=4)
+
+
+def test_what_a_search_can_do_without_is_made_again(whole, tmp_path, untrained):
+    folder = tmp_path / "lost"
+    tune(folder, make(8), batch=4)
+    (folder / "best.toml").unlink()
+    (folder / "search.json").write_text("{")
+    (folder / "notes.txt").write_text("mine, in a search's folder")
+    (folder / ".best.toml.7.tmp").write_text("of a process that was killed")
+    folder = folder.rename(tmp_path / "renamed")
+    tune(folder, make(ALL), batch=4)
+    assert outcome(folder) == whole and json.loads((folder / "search.json").read_text())["num_seeds"] == 2
+    assert {file.name for file in folder.iterdir()} == {"best.toml", "search.json", "study.db", "notes.txt"}
+
+
+@pytest.mark.parametrize(
+    "name", ["q?x", "a#b", "100%", "%20", "a b", "{x}", "ü", "a'b", "x" * 255, os.fsdecode(b"\xff")]
+)
+def test_folder_of_any_name_holds_its_study(name, tmp_path, untrained, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for count in (1, 2):
+        tune(name, make(count), batch=1)
+    assert os.listdir(tmp_path) == [name] and len(trials(tmp_path / name)) == 2
+
+
+@pytest.mark.parametrize(
+    "rows, says",
+    [
+        ({"num_episodes": 0}, r"no episode ended \(4 of 4\); raise total_steps, or let episodes judge"),
+        ({"finite": 0}, r"a number was not finite \(4 of 4\); move the distributions in \[random\] to smaller steps"),
+    ],
+)
+def test_search_without_a_score_says_what_happened(rows, says, tmp_path, monkeypatch):
+    def train_groups(spec, alive, rung, num_rungs, programs):
+        for trial in alive:
+            end, trial.states = search._end(rung, trial.config.num_iterations), ()
+            trial.rows = {name: np.full((2, end), rows.get(name, 1), np.float32) for name in search.METRICS}
+            trial.rows["episode_return"][:] = np.nan
+            trial.score = float("nan")
+
+    monkeypatch.setattr(search, "_train_groups", train_groups)
+    reports = []
+    for _ in range(2):  # and again from the study
+        with pytest.raises(UsageError, match=f"no trial in .* has a score: {says}"):
+            tune(tmp_path / "s", make(4, num_episodes=0), batch=4, report=reports.append)
+    assert [(report.told, report.pruned) for report in reports] == [(4, 0)]  # none was stopped on no grounds
+
+
+def test_settings_that_do_not_go_together_are_no_end_of_a_search(tmp_path, untrained):
+    space = {"smallest_max_kl": {"choice": [1e-5, 0.5]}, "largest_max_kl": {"choice": [1.0, 0.1]}}
+    spec = make(8, random={"count": 8, **space})
+    file, _ = tune(tmp_path / "s", spec, batch=4)
+    why = [trial.user_attrs.get("why", "") for trial in trials(tmp_path / "s")]
+    assert {trial.state.name for trial in trials(tmp_path / "s")} == {"COMPLETE", "PRUNED"}
+    assert 0 < sum("smallest_max_kl must not be above largest_max_kl" in reason for reason in why) < 8
+    assert tomllib.loads(file.read_text())["max_kl"]
+
+
+def test_programs_are_compiled_once_and_only_a_few_are_kept(monkeypatch, tmp_path):
+    compiled, alive = [], []
+
+    class Program:
+        pass
+
+    def compile_programs(spec, group, num_rungs):
+        program = Program()
+        compiled.append(group[0].config.num_steps)
+        alive.append(weakref.ref(program))
+        assert sum(reference() is not None for reference in alive) <= search._KEPT_PROGRAMS
+        return program
+
+    def train_until(program, spec, group, rung):
+        end = search._end(rung, group[0].config.num_iterations)
+        for trial in group:
+            trial.states = ()
+            trial.rows = {name: np.full((2, end), trial.config.num_steps, np.float32) for name in search.METRICS}
+            trial.score = float(trial.config.num_steps)
+
+    monkeypatch.setattr(search, "_compile", compile_programs)
+    monkeypatch.setattr(search, "_train_until", train_until)
+    monkeypatch.setattr(search, "_KEPT_PROGRAMS", 4)
+    base = {name: value for name, value in BASE.items() if name != "num_steps"}
+    few = {"num_steps": {"choice": [8, 9, 10, 11]}}
+    tune(tmp_path / "few", make(base=base, random={"count": 16, **few}), batch=8)
+    assert len(compiled) == len(set(compiled)) > 1  # over all stages and batches
+    compiled.clear()
+    many = {"num_steps": {"uniform": [8, 1000]}}
+    tune(tmp_path / "many", make(base=base, random={"count": 8, **many}), batch=8)
+    assert len(set(compiled)) > 4 and len(compiled) <= len(set(compiled)) + 4  # and none for the last stage
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_memory_levels_off_over_two_hundred_programs(tmp_path, python):
+    """In a process of its own, which nothing else has filled; after the programs that are kept it holds no more."""
+    code = """
+import sys
+from pathlib import Path
+from trpo_jax.sweeps.grids import make_spec
+from trpo_jax.sweeps.search import tune
+
+def measure(batch):
+    maps = len(Path("/proc/self/maps").read_text().splitlines())
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    print(batch.told, maps, pages * 4096 // 2**20, flush=True)
+
+base = {"num_envs": 2, "num_iterations": 1, "network": "mlp"}
+space = {"num_steps": {"choice": list(range(8, 208))}}
+spec = make_spec({"base": base, "random": {"count": 200, **space}, "num_episodes": 1})
+tune(sys.argv[1], spec, batch=10, report=measure)
+"""
+    result = python("-c", code, str(tmp_path / "s"), timeout=7000)
+    assert result.returncode == 0, result.stderr
+    _, maps, memory = np.array([line.split() for line in result.stdout.splitlines()], int).T
+    assert len(maps) == 20 and maps.max() < 40_000
+    assert maps[10:].max() < 1.1 * maps[1:10].max() and memory[10:].max() < 1.1 * memory[1:10].max() + 50
+
+
 def test_storage_that_cannot_be_opened_is_one_sentence(tmp_path):
-    (tmp_path / "study.db").write_text("not a database, but long enough to look like one to a careless reader")
-    with pytest.raises(UsageError, match="cannot be opened"):
-        tune(tmp_path, make())
+    for storage in (f"sqlite:///{tmp_path}/no/such/folder.db", "redis://nowhere", "no url", f"sqlite:///{tmp_path}"):
+        with pytest.raises(
+            UsageError, match=r"the study in .* cannot be opened \([^\n]+\); restore it, or choose another"
+        ):
+            tune(tmp_path / "s", make(), storage=storage)
+    assert not (tmp_path / "s").exists()
+
+
+def test_study_of_ones_own_in_a_storage_is_left_alone(tmp_path):
+    storage = f"sqlite:///{tmp_path / 'theirs.db'}"
+    study = optuna.create_study(study_name="s", storage=storage)
+    study.ask()
+    with pytest.raises(UsageError, match=r"the study 's' in .* is no search of ours; choose another --output."):
+        tune(tmp_path / "s", make(), storage=storage)
+    assert len(study.trials) == 1 and not study.user_attrs

@@ -187,12 +187,20 @@ def failed_iteration(rows: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def training_return(rows: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Mean return of the episodes that ended in the last tenth of the iterations; NaN if none did. [agents]."""
-    last = max(1, round(_LAST_SHARE * rows["episode_return"].shape[1]))
-    count = np.nan_to_num(rows["num_episodes"][:, -last:].astype(np.float64))
-    total = np.nansum(rows["episode_return"][:, -last:].astype(np.float64) * count, axis=1)
-    episodes = count.sum(axis=1)
-    return np.where(episodes > 0, total / np.where(episodes > 0, episodes, 1), np.nan).astype(np.float32)
+    """Mean return of the episodes that ended in the last tenth of the iterations. [agents].
+
+    Where none did, as episodes may be longer than that, of those of the last iteration in which one ended; NaN if none
+    ever did.
+    """
+    count = np.nan_to_num(rows["num_episodes"].astype(np.float64))
+    total = np.where(count > 0, rows["episode_return"].astype(np.float64), 0) * count
+    iterations = count.shape[1]
+    ended = np.where(count > 0, np.arange(iterations), -1).max(axis=1)
+    first = np.minimum(ended, iterations - max(1, round(_LAST_SHARE * iterations)))
+    counts = (np.arange(iterations) >= first[:, None]) & (ended >= 0)[:, None]
+    episodes = (count * counts).sum(axis=1)
+    total = np.where(counts, total, 0).sum(axis=1)
+    return np.where(ended >= 0, total / np.where(ended >= 0, episodes, 1), np.nan).astype(np.float32)
 
 
 # A sweep in a folder

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import dataclasses
+import hashlib
 import html
 import io
 import json
+import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trpo_jax.config import UsageError
-from trpo_jax.files import SETTINGS, write_atomically
+from trpo_jax.config import UsageError, counted
+from trpo_jax.files import SETTINGS, remove_temporaries, write_atomically
 from trpo_jax.runs import fill_forward
 from trpo_jax.sweeps.statistics import interquartile_mean, stratified_bootstrap
 from trpo_jax.sweeps.storage import Folder
 
 _CURVES = 8  # best points whose learning curves are drawn
+_LARGEST = 40  # inches of a picture; what does not fit goes without its numbers
+_SOFTWARE = "trpo_jax report"  # stands in every picture of ours, so that nobody else's is ever removed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Report:
       failures: (environment, settings, seed, iteration) of each agent that met a number that was not finite.
       score: what the score is, in words.
       num_agents: finished agents.
+      num_asked: agents of the whole sweep.
       description: sweep.json.
     """
 
@@ -73,7 +80,14 @@ class Report:
     failures: list[tuple[str, dict[str, Any], int, int]]
     score: str
     num_agents: int
+    num_asked: int
     description: dict[str, Any]
+
+    @property
+    def extent(self) -> str:
+        """How many of its agents it is of: "384 agents", or "48 of 384 agents" of a sweep that is not finished."""
+        of = f"{self.num_agents:,} of " if self.num_agents < self.num_asked else ""
+        return of + counted(self.num_asked, "agent")
 
 
 def make_report(path: str | os.PathLike[str]) -> Report:
@@ -84,19 +98,31 @@ def make_report(path: str | os.PathLike[str]) -> Report:
     """
     folder = Folder(path)
     description = folder.description()
-    names = ["point", "seed", "final_return", "training_return", "failed_at", *SETTINGS]
-    table = folder.read_results([*names, "episode_return"])
+    episodes = max(0, description.get("num_episodes", 0))
+    needed = ["point", "seed", "num_envs", "num_steps", "env", "episode_return"]
+    outcomes = ["final_return", "training_return", "failed_at"]
+    table = folder.read_results(list({*needed, *outcomes, *SETTINGS}))
     if table is None:
         raise UsageError(f"{path} has no finished agents yet; `trpo-jax sweep` with --output {path} continues it.")
-    columns = {name: np.array(table[name].to_pylist(), dtype=object) for name in names}
-    by_mode = description.get("num_episodes", 0) > 0
-    score = columns["final_return" if by_mode else "training_return"].astype(np.float64)
+    missing = [name for name in needed if table[name].null_count]
+    if missing:
+        raise UsageError(
+            f"results in {path} lack {', '.join(missing)}; restore them, or sweep anew into another folder."
+        )
     curves = table["episode_return"]
+    columns = {
+        name: np.array(table[name].to_pylist(), dtype=object)
+        for name in {*needed, *outcomes, *SETTINGS} - {"episode_return"}
+    }
+    score = columns["final_return" if episodes else "training_return"].astype(np.float64)
+    crossed = {name for section in ("grid", "random") for name in _section(description, section)}
     rows: dict[str, list[Row]] = {}
     failures = []
     for env in dict.fromkeys(columns["env"]):
         here = np.flatnonzero(columns["env"] == env)
-        varied = [name for name in SETTINGS if name != "env" and len(set(columns[name][here])) > 1]
+        # What is crossed with the environments names a point in each of them, though a part of it be unfinished.
+        seen = {name: columns[name] if name in crossed else columns[name][here] for name in SETTINGS if name != "env"}
+        varied = [name for name, values in seen.items() if len(set(values)) > 1]
         if "num_iterations" in varied and len(varied) > 1 and _follows(columns, here, "num_iterations", varied):
             varied.remove("num_iterations")  # total_steps was given: it follows from the sizes
         rows[env] = []
@@ -107,26 +133,49 @@ def make_report(path: str | os.PathLike[str]) -> Report:
             failures += [(env, settings, int(columns["seed"][i]), int(columns["failed_at"][i])) for i in failed]
             returns = np.array(curves.take(agents).to_pylist(), dtype=np.float64)
             per_iteration = columns["num_envs"][agents[0]] * columns["num_steps"][agents[0]]
-            scores = score[agents]
-            rows[env].append(
-                Row(
-                    env=env,
-                    settings=settings,
-                    iqm=float(interquartile_mean(scores)),
-                    interval=stratified_bootstrap([scores]),
-                    mean=float(np.mean(scores)),
-                    worst=float(np.min(scores)),
-                    num_seeds=len(agents),
-                    num_failed=len(failed),
-                    scores=scores,
-                    steps=per_iteration * np.arange(1, returns.shape[1] + 1),
-                    curve=_curve(returns),
-                )
-            )
+            rows[env].append(_make_row(env, settings, score[agents], returns, per_iteration, len(failed)))
         rows[env].sort(key=lambda row: -np.nan_to_num(row.iqm, nan=-np.inf))
-    episodes = description.get("num_episodes", 0)
-    words = f"mean return of {episodes} episodes by the policy's mode" if by_mode else "training return at the end"
-    return Report(rows, _overall(rows), failures, words, len(score), description)
+    by_mode = f"mean return of {counted(episodes, 'episode')} by the policy's mode"
+    words = by_mode if episodes else "training return at the end"
+    asked = max(len(score), _num_agents(description))
+    return Report(rows, _overall(rows), failures, words, len(score), asked, description)
+
+
+def _make_row(
+    env: str, settings: dict[str, Any], scores: np.ndarray, returns: np.ndarray, per_iteration: int, num_failed: int
+) -> Row:
+    """A point from the scores [seeds] and returns [seeds, iterations] of its agents."""
+    with np.errstate(invalid="ignore"):  # ∞ - ∞
+        mean = float(np.mean(scores))
+    return Row(
+        env=env,
+        settings=settings,
+        iqm=float(interquartile_mean(scores)),
+        interval=stratified_bootstrap([scores]),
+        mean=mean,
+        worst=float(np.min(scores)),
+        num_seeds=len(scores),
+        num_failed=num_failed,
+        scores=scores,
+        steps=per_iteration * np.arange(1, returns.shape[1] + 1),
+        curve=_curve(returns),
+    )
+
+
+def _section(description: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = description.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _num_agents(description: Mapping[str, Any]) -> int:
+    """How many agents sweep.json asks for; 0 if it does not say."""
+    try:
+        crossed = math.prod(len(values) for values in _section(description, "grid").values())
+        together = [len(values) for values in _section(description, "zip").values()] or [1]
+        drawn = int(_section(description, "random").get("count", 1))
+        return crossed * together[0] * drawn * int(description["num_seeds"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return 0
 
 
 def _follows(columns: Mapping[str, np.ndarray], here: np.ndarray, name: str, varied: Sequence[str]) -> bool:
@@ -148,9 +197,8 @@ def _overall(rows: Mapping[str, Sequence[Row]]) -> list[tuple[dict[str, Any], fl
         return []
     tables = []
     for env_rows in rows.values():
-        iqms = np.array([row.iqm for row in env_rows])
-        low, high = np.nanmin(iqms), np.nanmax(iqms)
-        scale = high - low if high > low else 1.0
+        iqms = [row.iqm for row in env_rows if math.isfinite(row.iqm)] or [0.0]
+        low, scale = min(iqms), (max(iqms) - min(iqms)) or 1.0
         tables.append({json.dumps(row.settings): (row.settings, (row.scores - low) / scale) for row in env_rows})
     shared = [key for key in tables[0] if all(key in table for table in tables)]
     found = []
@@ -169,10 +217,14 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for row in rows:
         values = [_text(row.settings[name]) for name in names]
-        interval = f"{row.interval[0]:.1f} … {row.interval[1]:.1f}"
-        numbers = [f"{row.iqm:.1f}", interval, f"{row.mean:.1f}", f"{row.worst:.1f}"]
+        interval = f"{_number(row.interval[0])} … {_number(row.interval[1])}"
+        numbers = [_number(row.iqm), interval, _number(row.mean), _number(row.worst)]
         cells.append([*values, *numbers, str(row.num_seeds), str(row.num_failed)])
     return titles, cells
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value == 0 or 1 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _text(value: Any) -> str:
@@ -180,16 +232,18 @@ def _text(value: Any) -> str:
 
 
 def write_report(path: str | os.PathLike[str], report: Report) -> Path:
-    """Write report.html, its pictures as PNG files, and table.csv into the folder; return the page's path."""
+    """Write report.html, its pictures as PNG files, and table.csv into the folder; return the page's path.
+
+    Pictures of a report before it that it does not have go.
+    """
     folder = Path(path)
-    pictures: list[tuple[str, bytes]] = []
+    pictures: dict[str, list[tuple[str, bytes]]] = {}
     for env, rows in report.rows.items():
-        suffix = f"_{env}" if len(report.rows) > 1 else ""
-        pictures.append((f"learning_curves{suffix}.png", _png(_draw_curves(env, rows))))
-        figure = _draw_settings(env, rows)
-        if figure:
-            pictures.append((f"settings{suffix}.png", _png(figure)))
-    for name, data in pictures:
+        suffix = f"_{_file_name(env)}" if len(report.rows) > 1 else ""
+        drawn = {"learning_curves": _draw_curves(env, rows), "settings": _draw_settings(env, rows)}
+        pictures[env] = [(f"{kind}{suffix}.png", _png(figure)) for kind, figure in drawn.items() if figure]
+    files = dict(picture for drawn_there in pictures.values() for picture in drawn_there)
+    for name, data in files.items():
         write_atomically(folder / name, data)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -202,13 +256,31 @@ def write_report(path: str | os.PathLike[str], report: Report) -> Path:
             writer.writerow([env, *row.settings.values(), *numbers])
     write_atomically(folder / "table.csv", text.getvalue())
     page = folder / "report.html"
-    write_atomically(page, _page(folder.name, report, pictures))
+    write_atomically(page, _page(folder.resolve().name, report, pictures))
+    _remove_stale(folder, files)
+    remove_temporaries(folder)
     return page
+
+
+def _file_name(name: str) -> str:
+    """A name as a part of a file's name. Where it cannot stand as it is, a checksum keeps it apart from its like."""
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        return name
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:48]
+    return f"{plain}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
+
+
+def _remove_stale(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Remove the pictures of earlier reports that this one does not have."""
+    for file in [*folder.glob("learning_curves*.png"), *folder.glob("settings*.png")]:
+        with contextlib.suppress(OSError):
+            if file.name not in files and _SOFTWARE.encode() in file.read_bytes()[:256]:
+                file.unlink()
 
 
 def _png(figure: Any) -> bytes:
     data = io.BytesIO()
-    figure.savefig(data, dpi=130, format="png")
+    figure.savefig(data, dpi=130, format="png", metadata={"Software": _SOFTWARE})
     return data.getvalue()
 
 
@@ -217,7 +289,12 @@ def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     matplotlib.use("Agg")
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(min(width, _LARGEST), min(height, _LARGEST)), layout="constrained")
+
+
+def _plain(text: str) -> str:
+    """Text in which a dollar begins no formula."""
+    return text.replace("$", r"\$")
 
 
 def _draw_curves(env: str, rows: Sequence[Row]) -> Any:
@@ -225,9 +302,14 @@ def _draw_curves(env: str, rows: Sequence[Row]) -> Any:
     axes = figure.add_subplot()
     for row in rows[:_CURVES]:
         label = ", ".join(f"{name}={_text(value)}" for name, value in row.settings.items()) or "all"
-        axes.plot(row.steps, row.curve, linewidth=1.5, label=label)
+        alone = np.isfinite(row.curve).sum() == 1  # a line through one point is none
+        axes.plot(row.steps, row.curve, linewidth=1.5, label=_plain(label), marker="o" if alone else "")
+    if not any(np.isfinite(row.curve).any() for row in rows[:_CURVES]):
+        axes.text(0.5, 0.5, "no episode has ended", ha="center", va="center", transform=axes.transAxes)
     best = f", the {_CURVES} best of {len(rows)} points" if len(rows) > _CURVES else ""
-    axes.set(title=f"{env}{best}", xlabel="environment steps (each agent)", ylabel="training return, IQM over seeds")
+    axes.set(
+        title=_plain(f"{env}{best}"), xlabel="environment steps per agent", ylabel="training return, IQM over seeds"
+    )
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
     axes.grid(alpha=0.3)
     if len(rows) > 1:
@@ -267,7 +349,7 @@ def _draw_line(env: str, rows: Sequence[Row], name: str) -> Any:
     axes.fill_between(values, low, high, alpha=0.2, label="95 % interval")
     axes.plot(values, [row.iqm for row in ordered], marker="o", label="IQM over seeds")
     _scale(axes.xaxis, values)
-    axes.set(title=env, xlabel=name, ylabel="score")
+    axes.set(title=_plain(env), xlabel=name, ylabel="score")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
@@ -281,15 +363,25 @@ def _draw_heat_map(env: str, rows: Sequence[Row], names: Sequence[str]) -> Any:
         grid[at] = row.iqm
     figure = _figure(1.5 + 0.9 * grid.shape[1], 1.5 + 0.6 * grid.shape[0])
     axes = figure.add_subplot()
-    image = axes.imshow(grid, origin="lower", aspect="auto", cmap="viridis")
+    finite = np.where(np.isfinite(grid), grid, np.nan)
+    image = axes.imshow(finite, origin="lower", aspect="auto", cmap="viridis")
     figure.colorbar(image, label="IQM")
-    middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
-    for i, j in np.ndindex(*grid.shape):
-        color = "black" if grid[i, j] > middle else "white"
-        axes.text(j, i, f"{grid[i, j]:.0f}", ha="center", va="center", color=color, fontsize=8)
-    axes.set_xticks(range(grid.shape[1]), [_text(value) for value in ordered[1]])
-    axes.set_yticks(range(grid.shape[0]), [_text(value) for value in ordered[0]])
-    axes.set(title=env, xlabel=names[1], ylabel=names[0])
+    known = finite[~np.isnan(finite)]
+    middle = (known.min() + known.max()) / 2 if known.size else 0.0
+    for i, j in np.ndindex(*grid.shape) if max(grid.shape) <= _LARGEST else ():
+        color = "white" if grid[i, j] <= middle else "black"
+        axes.text(
+            j,
+            i,
+            f"{grid[i, j]:.0f}" if 100 <= abs(grid[i, j]) < 1e5 else f"{grid[i, j]:.2g}",
+            ha="center",
+            va="center",
+            color=color,
+            fontsize=8,
+        )
+    axes.set_xticks(range(grid.shape[1]), [_plain(_text(value)) for value in ordered[1]])
+    axes.set_yticks(range(grid.shape[0]), [_plain(_text(value)) for value in ordered[0]])
+    axes.set(title=_plain(env), xlabel=names[1], ylabel=names[0])
     return figure
 
 
@@ -305,13 +397,13 @@ def _draw_scatter(env: str, rows: Sequence[Row], names: Sequence[str]) -> Any:
         else:
             kinds = sorted(set(values), key=_order)
             axes.scatter([kinds.index(value) for value in values], scores, s=16)
-            axes.set_xticks(range(len(kinds)), [_text(kind) for kind in kinds])
+            axes.set_xticks(range(len(kinds)), [_plain(_text(kind)) for kind in kinds])
         axes.set(xlabel=name)
         axes.grid(alpha=0.3)
     for axes in panels[len(names) :]:
         axes.remove()
     panels[0].set_ylabel("score, IQM over seeds")
-    figure.suptitle(env)
+    figure.suptitle(_plain(env))
     return figure
 
 
@@ -327,14 +419,14 @@ img { max-width: 100%; display: block; margin: 1em 0; } pre { background: #f4f6f
 """
 
 
-def _page(title: str, report: Report, pictures: Sequence[tuple[str, bytes]]) -> str:
+def _page(title: str, report: Report, pictures: Mapping[str, Sequence[tuple[str, bytes]]]) -> str:
     made_by = report.description.get("made_by", {})
     parts = [
         "<!DOCTYPE html>",
         f"<html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>",
         f"<style>{_STYLE}</style></head>",
         f"<body><h1>{html.escape(title)}</h1>",
-        f"<p>{report.num_agents:,} agents. Score: {report.score}. IQM: mean of the middle half of the seeds, with a "
+        f"<p>{report.extent}. Score: {report.score}. IQM: mean of the middle half of the seeds, with a "
         "95 % percentile interval of the stratified bootstrap.</p>",
     ]
     if report.overall:
@@ -349,10 +441,9 @@ def _page(title: str, report: Report, pictures: Sequence[tuple[str, bytes]]) -> 
     for env, rows in report.rows.items():
         parts.append(f"<h2>{html.escape(env)}</h2>")
         parts.append(_html_table(*table_of(rows)))
-        for name, data in pictures:
-            if len(report.rows) == 1 or name.endswith(f"_{env}.png"):
-                encoded = base64.b64encode(data).decode()
-                parts.append(f"<img alt='{html.escape(name)}' src='data:image/png;base64,{encoded}'>")
+        for name, data in pictures[env]:
+            encoded = base64.b64encode(data).decode()
+            parts.append(f"<img alt='{html.escape(name)}' src='data:image/png;base64,{encoded}'>")
     parts.append("<h2>Failures</h2>")
     if report.failures:
         parts.append("<p>Agents that met a number that was not finite, at which iteration.</p>")

@@ -8,6 +8,8 @@ what is stopped early is really saved.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gc
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -20,13 +22,16 @@ import numpy as np
 from trpo_jax.config import UsageError
 from trpo_jax.files import is_whole, settings_of, write_atomically
 from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, make_point, stack_configs, static_part
-from trpo_jax.sweeps.loop import METRICS, training_return
+from trpo_jax.sweeps.loop import METRICS, failed_iteration, training_return, versions
 from trpo_jax.sweeps.placement import CAPACITY, Programs, agents_per_block, fit_programs, from_host, to_host
 from trpo_jax.sweeps.statistics import interquartile_mean
+from trpo_jax.sweeps.studies import Study, open_study
 from trpo_jax.training.agents import make_agent
-from trpo_jax.types import Config
 
 _RUNGS = 0.25, 0.5, 1.0  # shares of the iterations after which the worse half stops
+_KEPT_PROGRAMS = 8  # compiled ones that wait for their next use; each is some 2,000 of the 65,530 maps of a process
+_NO_EPISODE = "no episode ended"
+_NOT_FINITE = "a number was not finite"
 
 
 @dataclasses.dataclass
@@ -35,17 +40,19 @@ class Trial:
 
     Attributes:
       asked: Optuna's trial.
-      config: its configuration.
+      config: its `Config`; None where its settings do not go together.
       states: states of its agents [S, ...] on the host; None before the first iteration.
       rows: metrics of its agents {name: [S, iterations]}.
       score: IQM over its agents after the last stage that it reached.
+      why: it has no score, if it has none.
     """
 
     asked: Any
-    config: Config
+    config: Any
     states: Any = None
     rows: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     score: float = float("nan")
+    why: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,95 +77,74 @@ def tune(
 ) -> tuple[Path, float]:
     """Search the distributions of `spec.random` for the settings with the highest score; continue what is there.
 
+    A search that is cut, by a kill or by a smaller number of trials, proposes and scores what it would have uncut, if
+    its batches fall equally.
+
     Args:
-      path: folder for the study and for best.toml.
+      path: folder for the study and for best.toml, which is there from the first batch on.
       spec: base settings, distributions and their count, the number of trials; `num_seeds` agents a trial. Its seeds
         are `TUNING_SEEDS` and the ones after it, which no sweep and no `train` by default uses.
       batch: trials proposed and trained together.
-      storage: Optuna's storage URL; by default an SQLite file in the folder.
+      storage: Optuna's storage URL; by default an SQLite file in the folder. Machines that share one search together
+        where their folders have the same name.
       report: called after each batch.
 
     Returns:
       The file with the best settings, for `trpo-jax train --config`, and their score on the tuning seeds.
 
     Raises:
-      UsageError: if Optuna is missing, or the spec or the folder cannot be used.
+      UsageError: if Optuna is missing, the spec, the folder or the study cannot be used, or no trial has a score.
     """
     space = {name: values for name, values in spec.random.items() if name not in ("count", "seed")}
     if not space or spec.grid or spec.zip:
         raise UsageError("tune searches the distributions in [random], and takes neither [grid] nor [zip].")
     lower = {name: _lowest(values) for name, values in space.items()}
     make_agent(make_point(spec.base, lower).config)  # bad input shows before anything is written
-    folder = Path(path)
-    study = _open_study(folder, spec, storage)
     programs: dict[Any, Programs] = {}
     count = spec.random["count"]
-    while (told := _told(study)) < count:
-        trials = _ask(study, spec, space, min(batch, count - told))
-        pruned = _run_batch(study, spec, trials, programs)
-        scores = [trial.score for trial in trials if np.isfinite(trial.score)]
-        if _has_best(study):
-            report(
-                Batch(
-                    _told(study), count, pruned, max(scores, default=float("nan")), study.best_value, study.best_params
-                )
-            )
-    if not _has_best(study):
-        raise UsageError(f"no trial in {folder} reached a finite score; widen or move the distributions in [random].")
-    config = make_point(spec.base, study.best_params).config
-    file = folder / "best.toml"
+    with open_study(path, spec, storage, versions()) as study:
+        file = Path(path) / "best.toml"
+        with study.at_work():
+            told, best = study.num_told(), study.best()
+        while told < count:
+            with study.at_work():
+                trials = [_make_trial(asked, spec, space) for asked in study.ask(min(batch, count - told))]
+            pruned = _run_batch(study, spec, trials, programs)
+            with study.at_work():
+                told, best = study.num_told(), study.best()
+            if best:
+                _write_best(file, spec, best, told)
+            scores = [trial.score for trial in trials if np.isfinite(trial.score)]
+            nothing = float("nan")
+            found = (best.value, best.params) if best else (nothing, {})
+            report(Batch(told, count, pruned, max(scores, default=nothing), *found))
+        if not best:
+            raise UsageError(_blame(study, path, told))
+        _write_best(file, spec, best, told)
+    return file, best.value
+
+
+def _write_best(file: Path, spec: Spec, best: Any, told: int) -> None:
+    config = make_point(spec.base, best.params).config
     lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in settings_of(config).items()]
-    score = f"# score {study.best_value:.6g} on {spec.num_seeds} tuning seeds, best of {count} trials\n"
-    write_atomically(file, score + "\n".join(lines) + "\n")
-    return file, study.best_value
+    score = f"# score {best.value:.6g} on {spec.num_seeds} tuning seeds, best of {told} trials\n"
+    write_atomically(
+        file,
+        score + "\n".join(lines) + "\n",
+        "what is told is safe, and the same command continues when the folder can be written to",
+    )
 
 
-def _open_study(folder: Path, spec: Spec, storage: str | None) -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise UsageError("tune needs Optuna; install it with `pip install '.[tune]'`.") from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    description = json.loads(json.dumps(dataclasses.asdict(spec)))
-    description["random"].pop("count", None)  # more trials of the same search are welcome
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        sampler = optuna.samplers.TPESampler(seed=spec.random.get("seed", 0), constant_liar=True)
-        study = optuna.create_study(
-            study_name=folder.resolve().name,
-            storage=storage or f"sqlite:///{folder.resolve() / 'study.db'}",
-            direction="maximize",
-            sampler=sampler,
-            load_if_exists=True,
-        )
-        known = study.user_attrs.get("sweep")
-        if known is None:
-            study.set_user_attr("sweep", description)
-        elif known != description:
-            changed = [name for name in description if known.get(name) != description[name]]
-            raise UsageError(f"{folder} holds a search with another {', '.join(changed)}; choose another --output.")
-        for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # of a process that was killed
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another --output.") from error
-    except UsageError:
-        raise
-    except Exception as error:  # whichever database is behind the URL
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"the study in {storage or folder} cannot be opened ({reason[:200]}).") from error
-    return study
-
-
-def _told(study: Any) -> int:
-    from optuna.trial import TrialState
-
-    return len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.PRUNED]))
-
-
-def _has_best(study: Any) -> bool:
-    from optuna.trial import TrialState
-
-    return bool(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
+def _blame(study: Study, path: str | os.PathLike[str], told: int) -> str:
+    """The sentence about a search in which no trial has a score: what happened, and what to do about the most of it."""
+    with study.at_work():
+        reasons = study.reasons().most_common()
+    happened = ", ".join(f"{why} ({number} of {told})" for why, number in reasons) or f"all {told} stopped early"
+    mend = {
+        _NO_EPISODE: "raise total_steps, or let episodes judge with num_episodes",
+        _NOT_FINITE: "move the distributions in [random] to smaller steps, or see what the environment gives",
+    }.get(reasons[0][0] if reasons else "", "move the distributions in [random]")
+    return f"no trial in {path} has a score: {happened}; {mend}, and choose another --output."
 
 
 def _lowest(distribution: Mapping[str, Any]) -> Any:
@@ -166,53 +152,81 @@ def _lowest(distribution: Mapping[str, Any]) -> Any:
     return values[0]
 
 
-def _ask(study: Any, spec: Spec, space: Mapping[str, Any], number: int) -> list[Trial]:
-    trials = []
-    for _ in range(number):
-        asked = study.ask()
-        varied = {name: _suggest(asked, name, distribution) for name, distribution in space.items()}
-        trials.append(Trial(asked, make_point(spec.base, varied).config))
-    return trials
+def _make_trial(asked: Any, spec: Spec, space: Mapping[str, Any]) -> Trial:
+    varied = {name: _suggest(asked, name, distribution) for name, distribution in space.items()}
+    try:
+        config = make_point(spec.base, varied).config
+        make_agent(config)
+    except UsageError as error:  # each of its settings can be used, together they cannot
+        return Trial(asked, None, why=str(error).rstrip("."))
+    return Trial(asked, config)
 
 
 def _suggest(trial: Any, name: str, distribution: Mapping[str, Any]) -> Any:
     ((kind, values),) = distribution.items()
     if kind == "choice":
         return trial.suggest_categorical(name, list(values))
-    suggest = trial.suggest_int if is_whole(name) else trial.suggest_float
-    return suggest(name, *values, log=kind == "log_uniform")
+    if is_whole(name):
+        return trial.suggest_int(name, *(round(value) for value in values), log=kind == "log_uniform")
+    return trial.suggest_float(name, *values, log=kind == "log_uniform")
 
 
-def _run_batch(study: Any, spec: Spec, trials: list[Trial], programs: dict[Any, Programs]) -> int:
+def _run_batch(study: Study, spec: Spec, trials: list[Trial], programs: dict[Any, Programs]) -> int:
     """Train a batch by successive halving and tell the study; returns how many trials stopped early."""
-    from optuna.trial import TrialState
-
-    alive = list(trials)
-    rungs = _distinct_rungs(min(trial.config.num_iterations for trial in trials))
+    alive = [trial for trial in trials if trial.config]
+    rungs = _distinct_rungs(min((trial.config.num_iterations for trial in alive), default=1))
     for rung in rungs:
-        for shape in dict.fromkeys(static_part(trial.config) for trial in alive):
-            group = [trial for trial in alive if static_part(trial.config) == shape]
-            if shape not in programs:
-                programs[shape] = _compile(spec, group, len(rungs))
-            _train_until(programs[shape], spec, group, rung)
+        _train_groups(spec, alive, rung, len(rungs), programs)
+        alive = [trial for trial in alive if trial.states is not None]
         for trial in alive:
             if rung < 1:
                 trial.score = float(interquartile_mean(training_return(trial.rows)))
-            if np.isfinite(trial.score):
-                trial.asked.report(trial.score, step=trial.rows["finite"].shape[1])
-        if rung < 1:
+            trial.why = "" if np.isfinite(trial.score) else _why(trial)
+        with study.at_work():
+            for trial in alive:
+                if np.isfinite(trial.score):
+                    trial.asked.report(trial.score, step=trial.rows["finite"].shape[1])
+        if rung < 1 and any(np.isfinite(trial.score) for trial in alive):  # else nothing is known yet
             alive.sort(key=lambda trial: -np.nan_to_num(trial.score, nan=-np.inf))
             keep = -(-len(alive) // 2)
             for trial in alive[keep:]:
-                study.tell(trial.asked, state=TrialState.PRUNED)
                 trial.states = None
             alive = alive[:keep]
-    for trial in alive:
-        if np.isfinite(trial.score):
-            study.tell(trial.asked, trial.score)
-        else:
-            study.tell(trial.asked, state=TrialState.PRUNED)
+    done = {trial.asked.number for trial in alive if np.isfinite(trial.score)}
+    with study.at_work():
+        for trial in trials:
+            if trial.why:
+                trial.asked.set_user_attr("why", trial.why)
+        study.tell({t.asked.number: t.score if t.asked.number in done else None for t in trials})
     return len(trials) - len(alive)
+
+
+def _why(trial: Trial) -> str:
+    return _NOT_FINITE if failed_iteration(trial.rows).any() else _NO_EPISODE
+
+
+def _train_groups(spec: Spec, alive: list[Trial], rung: float, num_rungs: int, programs: dict[Any, Programs]) -> None:
+    """Advance all trials to a share of their iterations, group by group of those that share a program.
+
+    Those whose programs are compiled come first; then a program takes the place of the one that was used the longest
+    ago: a process can hold only so many.
+    """
+    groups: dict[Any, list[Trial]] = {}
+    for trial in alive:
+        groups.setdefault(static_part(trial.config), []).append(trial)
+    for shape in sorted(groups, key=lambda shape: shape not in programs):
+        if shape not in programs:
+            while len(programs) >= _KEPT_PROGRAMS:
+                del programs[next(iter(programs))]
+                gc.collect()  # the program and what traced it refer to each other
+            try:
+                programs[shape] = _compile(spec, groups[shape], num_rungs)
+            except UsageError as error:  # it does not fit into memory
+                for trial in groups[shape]:
+                    trial.why, trial.states = str(error).rstrip("."), None
+                continue
+        programs[shape] = programs.pop(shape)  # the newest is the last
+        _train_until(programs[shape], spec, groups[shape], rung)
 
 
 def _distinct_rungs(num_iterations: int) -> list[float]:
@@ -232,9 +246,14 @@ def _compile(spec: Spec, group: list[Trial], num_rungs: int) -> Programs:
     return fit_programs(group[0].config, most, spec.num_episodes, devices)
 
 
+@functools.lru_cache(maxsize=1)
+def _tuning_keys(first: int, count: int) -> jax.Array:
+    return jax.jit(jax.vmap(jax.random.key))(TUNING_SEEDS + first + np.arange(count))
+
+
 def _train_until(programs: Programs, spec: Spec, group: list[Trial], rung: float) -> None:
     """Advance every trial of a group to a share of its iterations; judge it when that is all."""
-    seeds = jax.jit(jax.vmap(jax.random.key))(TUNING_SEEDS + spec.seed + np.arange(spec.num_seeds))
+    seeds = _tuning_keys(spec.seed, spec.num_seeds)
     agents = [(trial, i) for trial in group for i in range(spec.num_seeds)]
     width = programs.agents_per_block * programs.num_blocks
     end = _end(rung, group[0].config.num_iterations)

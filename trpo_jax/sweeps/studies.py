@@ -1,0 +1,245 @@
+"""A search's folder and its trials, which Optuna keeps in a database and a kill at any moment leaves whole.
+
+    study.db        Optuna's study, unless a storage URL puts it elsewhere
+    search.json     what was asked for, and the versions that do it; written when the study is there
+    best.toml       the best settings so far, for `trpo-jax train --config`
+
+A folder is searched by one process at a time. Machines that share a storage URL, each with a folder of the same name,
+search together: each trains batches of its own, and proposes in the light of all trials.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import socket
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trpo_jax.config import UsageError
+from trpo_jax.files import first_line, is_fresh, locked, read_json, remove_temporaries, write_atomically, write_table
+from trpo_jax.sweeps.grids import Spec
+
+_ASKED_FOR = "sweep"  # attribute of a study: what was asked for, without the number of trials
+_SECONDS = 60  # that a connection waits for one that writes
+
+
+class Study:
+    """The trials of a search.
+
+    A trial's attributes: `index`, which decides its proposal; `owner`, whose process trains it; `why` it has no score.
+    """
+
+    def __init__(self, study: Any, where: str | Path, owner: str, seed: int):
+        self._study, self._where, self._owner, self._seed = study, where, owner, seed
+
+    def ask(self, number: int) -> list[Any]:
+        """So many new trials of Optuna's, to suggest values and report to.
+
+        The sampler is seeded anew for each, by the search's seed and the trial's index: the number of trials before it,
+        those apart that a killed process left. So a search that is cut anywhere proposes what it would have uncut.
+        """
+        import optuna
+
+        used = {
+            trial.user_attrs.get("index", trial.number)
+            for trial in self._study.get_trials(deepcopy=False)
+            if trial.state != optuna.trial.TrialState.FAIL
+        }
+        indices = (index for index in itertools.count() if index not in used)
+        trials = []
+        for index in itertools.islice(indices, number):
+            seed = int(np.random.SeedSequence([self._seed, index]).generate_state(1)[0])
+            self._study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+            trials.append(self._study.ask())
+            trials[-1].set_user_attr("index", index)
+            trials[-1].set_user_attr("owner", self._owner)
+        return trials
+
+    def tell(self, scores: Mapping[int, float | None]) -> None:
+        """End a batch: trials by number, with their scores, or None for those that stopped early or have none.
+
+        What is told is written in one piece first, so that a kill in between leaves no batch half told.
+        """
+        self._study.set_user_attr(f"told by {self._owner}", {str(number): score for number, score in scores.items()})
+        self.settle()
+
+    def settle(self) -> None:
+        """Finish what a killed process was telling, and give up the trials that it was training."""
+        from optuna.trial import TrialState
+
+        told = self._study.user_attrs.get(f"told by {self._owner}", {})
+        for trial in self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            if self._owner and trial.user_attrs.get("owner") != self._owner:
+                continue  # another machine is at it
+            score = told.get(str(trial.number))
+            state = TrialState.PRUNED if str(trial.number) in told else TrialState.FAIL
+            self._study.tell(trial.number, score, TrialState.COMPLETE if score is not None else state)
+
+    def num_told(self) -> int:
+        """Trials that came to an end."""
+        return len(self._finished())
+
+    def best(self) -> Any:
+        """The trial with the highest score, the first of equals; None if none has one."""
+        scored = [trial for trial in self._finished() if trial.state.name == "COMPLETE"]
+        return max(scored, key=lambda trial: (trial.value, -trial.number), default=None)
+
+    def reasons(self) -> Counter[str]:
+        """Why trials have no score, and how many each."""
+        return Counter(trial.user_attrs["why"] for trial in self._finished() if "why" in trial.user_attrs)
+
+    def _finished(self) -> list[Any]:
+        from optuna.trial import TrialState
+
+        return self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.PRUNED])
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Turn whatever a database answers into one sentence."""
+        try:
+            yield
+        except UsageError:
+            raise
+        except Exception as error:  # each database has errors of its own
+            raise UsageError(
+                f"cannot use the study in {self._where} ({_cause(error)}); what is told is safe, and the same command "
+                "continues when it can be read and written."
+            ) from error
+
+
+@contextlib.contextmanager
+def open_study(path: str | os.PathLike[str], spec: Spec, storage: str | None, made_by: Mapping[str, Any]) -> Any:
+    """Hold a folder and give its `Study`: a new one, or the one that is there.
+
+    Args:
+      path: the folder.
+      spec: what is asked for; all but the number of trials must be that of the study.
+      storage: where the study is; None: in the folder.
+      made_by: the versions, for search.json.
+
+    Raises:
+      UsageError: if Optuna is missing, the folder is not a search's or another process is at work on it, or the study
+        is damaged or another one's. Nothing is written then.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise UsageError("tune needs Optuna; install it with `pip install '.[tune]'`.") from None
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    folder = Path(path).absolute()
+    description = json.loads(json.dumps(dataclasses.asdict(spec)))
+    description["random"].pop("count", None)  # more trials of the same search are welcome
+    _check(folder, storage)
+    with locked(folder, mend="wait for it, or choose another --output"):
+        remove_temporaries(folder)
+        where = storage or folder / "study.db"
+        try:
+            study = _load(folder, storage, description)
+        except (UsageError, MemoryError):
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"the study in {where} cannot be opened ({_cause(error)}); restore it, or choose another --output."
+            ) from error
+        found = study.user_attrs[_ASKED_FOR]
+        changed = [name for name in {**found, **description} if found.get(name) != description.get(name)]
+        if changed:
+            raise UsageError(f"{folder} holds a search with another {', '.join(changed)}; choose another --output.")
+        try:
+            read_json(folder / "search.json", "")
+        except (OSError, UsageError):  # it repeats what the study has
+            write_table(folder / "search.json", {**description, "made_by": dict(made_by)})
+        owner = f"{socket.gethostname()}:{folder}"[-400:] if storage else ""  # of a database's names 512 are kept
+        opened = Study(study, where, owner, spec.random.get("seed", 0))
+        with opened.at_work():
+            opened.settle()
+        yield opened
+
+
+def _check(folder: Path, storage: str | None) -> None:
+    """Raise `UsageError` unless a folder is a search's or may become one."""
+    database, description = folder / "study.db", folder / "search.json"
+    if storage is None and database.exists():
+        _check_database(database)
+    elif storage is not None and database.exists():
+        raise UsageError(f"{folder} has a {database.name} of its own; leave out --storage, or choose another --output.")
+    elif storage is None and description.exists():
+        raise UsageError(
+            f"{database} is missing, which holds the trials of the search; restore it, give the --storage that the "
+            "search was started with, or choose another --output."
+        )
+    elif not description.exists() and not is_fresh(folder, description.name if storage else database.name):
+        raise UsageError(f"{folder} exists and is not the folder of a search; choose another --output.")
+
+
+def _check_database(file: Path) -> None:
+    """Raise `UsageError` unless a file is a whole database with a search in it."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=_SECONDS)) as database:
+            fault = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+            named = "SELECT count(*) FROM study_user_attributes WHERE key = ?"
+            if fault == "ok" and not database.execute(named, (_ASKED_FOR,)).fetchone()[0]:
+                fault = "it holds no search"
+    except (sqlite3.Error, OSError) as error:
+        fault = str(error)
+    if fault != "ok":
+        raise UsageError(
+            f"{file} is damaged, or no study of `trpo-jax tune` ({fault.splitlines()[0]}); restore it, or choose "
+            "another --output."
+        )
+
+
+def _load(folder: Path, storage: str | None, description: Mapping[str, Any]) -> Any:
+    """The study of a folder, made if it is not there."""
+    import optuna
+    from sqlalchemy.pool import NullPool
+
+    name = os.fsencode(folder.resolve().name).decode(errors="replace") or "search"
+    if storage is not None:
+        study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
+        if _ASKED_FOR not in study.user_attrs:
+            if study.get_trials(deepcopy=False):
+                raise UsageError(f"the study {name!r} in {storage} is no search of ours; choose another --output.")
+            study.set_user_attr(_ASKED_FOR, description)
+        return study
+    file = folder / "study.db"
+    if not file.exists():
+        _make_database(file, name, description)
+    # Connected to by path: in a URL a name's ?, # and % would mean something.
+    connect = lambda: sqlite3.connect(file, timeout=_SECONDS)  # noqa: E731
+    found = optuna.storages.RDBStorage("sqlite://", engine_kwargs={"creator": connect, "poolclass": NullPool})
+    names = [study.study_name for study in found.get_all_studies() if _ASKED_FOR in study.user_attrs]
+    return optuna.load_study(study_name=name if name in names else names[0], storage=found)  # a folder may be renamed
+
+
+def _make_database(file: Path, name: str, description: Mapping[str, Any]) -> None:
+    """Write the database of a new study, whole or not at all."""
+    import optuna
+    from sqlalchemy.pool import StaticPool
+
+    with contextlib.closing(sqlite3.connect(":memory:", check_same_thread=False)) as memory:
+        storage = optuna.storages.RDBStorage(
+            "sqlite://", engine_kwargs={"creator": lambda: memory, "poolclass": StaticPool}
+        )
+        study = optuna.create_study(study_name=name, storage=storage, direction="maximize")
+        study.set_user_attr(_ASKED_FOR, description)
+        storage.remove_session()
+        data = memory.serialize()
+        storage.engine.dispose()
+    write_atomically(file, data)
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what lies at the bottom of an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
