@@ -168,8 +168,8 @@ def with_length(settings: Mapping[str, Any], base: Config) -> Config:
 
 def say(sentence: str) -> None:
     """One line for whoever started the process, on standard error; nothing if that cannot be written to."""
-    with contextlib.suppress(OSError):
-        print(f"trpo-jax: {sentence}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a name in it may have line breaks
+        print(f"trpo-jax: {' '.join(sentence.splitlines())}", file=sys.stderr, flush=True)
 
 
 def drop_output() -> None:

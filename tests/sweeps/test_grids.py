@@ -1,9 +1,10 @@
 """A sweep's file: what it means, and one sentence for what it cannot mean."""
 
+import jax
 import numpy as np
 import pytest
 
-from trpo_jax import Config, UsageError
+from trpo_jax import Config, UsageError, sweep
 from trpo_jax.sweeps.grids import TUNING_SEEDS, group_by_program, make_points, make_spec, read_spec, stack_configs
 
 
@@ -171,3 +172,21 @@ def test_bad_arguments_are_one_sentence(arguments, sentence, tmp_path, python):
     assert result.returncode == 2, result.stderr
     assert sentence in result.stderr and result.stderr.count("\n") == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["s.toml"]
+
+
+@pytest.mark.parametrize(
+    "grid, options, sentence",
+    [
+        ({"max_kl": 0.1}, {}, "max_kl in the grid must be a list of values, got 0.1."),
+        ({"line_search": "none"}, {}, "line_search in the grid must be a list of values, got 'none'."),
+        ({"max_kl": []}, {}, "max_kl in the grid must be a list of values, got []."),
+        ({"max_kl": [True]}, {}, "max_kl must be a number in (0, 1e6], got True."),
+        ({"max_kll": [1]}, {}, "Config has no setting 'max_kll'; did you mean max_kl"),
+        ({}, {"num_seeds": 0}, "num_seeds must be a whole number from 1 to 1,000,000, got 0."),
+        ({}, {"num_episodes": 1.5}, "num_episodes must be a whole number from 1 to 1,000,000, got 1.5."),
+    ],
+)
+def test_a_sweep_from_python_is_checked_before_it_compiles(grid, options, sentence):
+    with pytest.raises(UsageError) as error:
+        sweep(Config(), grid, jax.random.key(0), **options)
+    assert sentence in str(error.value)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from trpo_jax import __version__
-from trpo_jax.config import UsageError
+from trpo_jax.config import UsageError, check_limits, shown
 from trpo_jax.files import SETTINGS
 from trpo_jax.runs import interrupts
 from trpo_jax.sweeps.grids import Group, Point, Spec, make_groups, make_points, plan, stack_configs
@@ -67,6 +67,10 @@ def sweep(
       UsageError: if a setting or value cannot be used.
     """
     check_key(key)
+    check_limits({"num_seeds": num_seeds, "num_episodes": num_episodes or None})
+    for name, values in grid.items():
+        if isinstance(values, str) or not hasattr(values, "__len__") or not len(values):
+            raise UsageError(f"{name} in the grid must be a list of values, got {shown(values)}.")
     names = {field.name for field in dataclasses.fields(Config)}
     base = {name: getattr(config, name) for name in names if name not in grid}
     points = make_points(Spec(base=base, grid={name: list(values) for name, values in grid.items()}))

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from trpo_jax.config import check_limits
 from trpo_jax.steps.types import Array
 from trpo_jax.training.agents import make_agent, on_normalized
 from trpo_jax.training.loop import check_key
@@ -56,6 +57,7 @@ def evaluate(
     """
     agent = make_agent(config)
     check_key(key)
+    check_limits({"num_episodes": num_episodes, "max_steps": max_steps})
     key_reset, key_run = jax.random.split(key)
     observation, env_state = reset_environments(agent.environment, key_reset, num_episodes)
     policy = on_normalized(config, state.statistics, agent.policy)
