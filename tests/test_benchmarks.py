@@ -138,7 +138,7 @@ def test_an_unknown_peer_is_one_sentence():
     "arguments, sentence",
     [
         (["--compare", "nobody"], "invalid choice: 'nobody' (choose from"),
-        (["--repetitions", "0"], "repetitions must be at least 1, got 0."),
+        (["--repetitions", "0"], "repetitions must be a whole number from 1 to 10,000, got 0."),
         (["--output", "no/such/folder/b.json"], "there is no folder no/such/folder"),
         (["CartPol-v1"], "did you mean CartPole-v1"),
         (["--network", "gru"], "with networks without a memory"),
