@@ -32,7 +32,7 @@ LAYERS = {
     "cli": 5,
     "__main__": 5,
 }
-ALONE = {"steps", "config"}  # these import nothing of the package but themselves
+ALONE = {"steps"}  # imports nothing of the package but itself
 
 
 def layer(module: str) -> str:

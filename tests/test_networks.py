@@ -93,14 +93,33 @@ def test_each_dimension_has_its_own_unit():
     np.testing.assert_allclose(distribution.mean, [0, 50], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "low, high", [(-np.inf, np.inf), (-3.4e38, 3.4e38), (0.0, np.inf), (1.0, 1.0)], ids=["inf", "max", "half", "empty"]
-)
+@pytest.mark.parametrize("low, high", [(-np.inf, np.inf), (-3.4e38, 3.4e38), (1.0, 1.0)], ids=["inf", "max", "empty"])
 def test_bounds_that_say_nothing_mean_unit_scale(low, high):
     policy = make_policy(environment(Box(np.full(2, low, np.float32), np.full(2, high, np.float32))))
     distribution = policy.apply(start(policy), jnp.zeros(3))
     np.testing.assert_allclose(jnp.exp(distribution.log_std), 1, rtol=1e-6)
     np.testing.assert_allclose(distribution.mean, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("low, high", [(5, np.inf), (0, np.inf), (-np.inf, 5), (1e5, 3.4e38), (-1e5, np.inf)])
+def test_the_first_policy_acts_within_one_bound(low, high):
+    policy = make_policy(environment(make_box(low, high, (2,))))
+    distribution = policy.apply(start(policy), jnp.zeros(3))
+    assert ((distribution.mean > low) & (distribution.mean < high)).all()
+    bound = low if abs(low) < 1e12 else high
+    # One σ from the bound: five in six actions are not clipped.
+    np.testing.assert_allclose(np.abs(distribution.mean - bound), jnp.exp(distribution.log_std), rtol=0.05)
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 5e6), (-1e9, 1e9), (0.0, 2**32)])
+def test_large_bounds_are_a_unit_like_any_other(low, high):
+    policy = make_policy(environment(make_box(low, high, (1,))))
+    distribution = policy.apply(start(policy), jnp.zeros(3))
+    half = (high - low) / 2
+    np.testing.assert_allclose(jnp.exp(distribution.log_std), half, rtol=1e-4)
+    np.testing.assert_allclose(distribution.mean, low + half, atol=0.05 * half)
+    product = distribution.fisher_product(distribution)
+    assert np.isfinite(product.mean).all() and (np.abs(product.mean) > 0).all() == (low + half > 0)
 
 
 def test_the_deviation_does_not_depend_on_the_observation():

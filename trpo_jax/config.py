@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from trpo_jax.steps import defaults
+
 
 class UsageError(ValueError):
     """A setting, file or environment cannot be used. The message is one sentence with the mend in it."""
@@ -75,7 +77,7 @@ class Config:
         choices=("trpo", "policy-gradient", "ppo", "kl-penalty"),
     )
     max_kl: float = _traced(
-        0.01,
+        defaults.MAX_KL,
         "trust-region radius δ: bound on the divergence of an update, nats; the first, if it adapts",
         interval="(0, 1e6]",
         used=_TRPO,
@@ -109,20 +111,26 @@ class Config:
     )
     reuse: int = _static(1, "batches an update learns from: the newest and reuse − 1 before it", used=_TRPO, high=1_000)
     entropy_coefficient: float = _traced(
-        0.0, "weight of the policy's mean entropy in the objective", interval="[0, 1e6]"
+        0.0,
+        "weight of the policy's mean entropy in the objective; of a default Gaussian's log σ it counts what is below "
+        "2, in units of half the action range",
+        interval="[0, 1e6]",
     )
     cg_damping: float = _traced(
-        0.1, "damping λ_d of the Fisher matrix in conjugate gradient", interval="[0, 1e6]", used=_TRPO
+        defaults.CG_DAMPING,
+        "damping λ_d of the Fisher matrix in conjugate gradient",
+        interval="[0, 1e6]",
+        used=_TRPO,
     )
-    cg_iterations: int = _static(10, "conjugate-gradient iterations k at most", used=_TRPO)
+    cg_iterations: int = _static(defaults.CG_ITERATIONS, "conjugate-gradient iterations k at most", used=_TRPO)
     cg_tolerance: float = _traced(
-        0.01,
+        defaults.CG_TOLERANCE,
         "relative residual at which conjugate gradient stops before k; 0: never",
         interval="[0, 1)",
         used=_CURVATURE,
     )
     fisher_fraction: float = _traced(
-        0.1,
+        defaults.FISHER_FRACTION,
         "share of the batch that curvature is estimated from; as an array it is traced, and saves no work",
         interval="(0, 1]",
         static=True,
@@ -136,9 +144,14 @@ class Config:
         used=_TRPO,
     )
     line_search_shrink: float = _traced(
-        0.8, "factor α between candidates of the line search", interval="(0, 1)", used=_SEARCH
+        defaults.LINE_SEARCH_SHRINK,
+        "factor α between candidates of the line search",
+        interval="(0, 1)",
+        used=_SEARCH,
     )
-    line_search_steps: int = _static(10, "candidates that the line search tries", used=_SEARCH, high=1_000)
+    line_search_steps: int = _static(
+        defaults.LINE_SEARCH_STEPS, "candidates that the line search tries", used=_SEARCH, high=1_000
+    )
     policy_optimizer: str = _static(
         "adam",
         "gradient steps: by Adam, or plain, θ + learning rate · gradient",
@@ -176,9 +189,14 @@ class Config:
         choices=("gauss-newton", "adam"),
     )
     value_damping: float = _traced(
-        1.0, "gauss-newton: damping λ of the value function's matrix", interval="[0, 1e6]", used=_GAUSS_NEWTON
+        defaults.VALUE_DAMPING,
+        "gauss-newton: damping λ of the value function's matrix",
+        interval="[0, 1e6]",
+        used=_GAUSS_NEWTON,
     )
-    value_cg_iterations: int = _static(5, "gauss-newton: conjugate-gradient iterations at most", used=_GAUSS_NEWTON)
+    value_cg_iterations: int = _static(
+        defaults.VALUE_CG_ITERATIONS, "gauss-newton: conjugate-gradient iterations at most", used=_GAUSS_NEWTON
+    )
     value_learning_rate: float = _traced(3e-3, "adam: learning rate", interval="[0, 1e6]", used=_ADAM)
     value_clip: float = _traced(
         0.0,
@@ -199,10 +217,18 @@ class Config:
         used=_ADAM,
         high=10_000_000,
     )
-    normalize_advantages: bool = _static(True, "shift and scale the advantages of a batch to mean 0 and variance 1")
-    normalize_observations: bool = _static(False, "running normalisation of observations, frozen within an iteration")
+    normalize_advantages: bool = _static(
+        True,
+        "shift and scale the advantages of a batch to mean 0 and variance 1; with baseline=False only scale the "
+        "returns, to a mean square of 1",
+    )
+    normalize_observations: bool = _static(
+        False,
+        "running normalisation of observations, frozen within an iteration; starts from a rollout that nothing is "
+        "learned from",
+    )
     observation_clip: float = _traced(
-        10.0,
+        defaults.OBSERVATION_CLIP,
         "normalize_observations: clip to ± this many standard deviations",
         interval="(0, 1e6]",
         used=({"normalize_observations": (True,)},),

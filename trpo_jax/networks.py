@@ -29,7 +29,8 @@ _LARGE_BATCH = 4096  # samples, of more than which a dense layer's product on a 
 _GROUPS = range(128, 513)  # samples that such a group may have
 _GRID = 10  # filters along each side of a grid, at most
 _FORBIDDEN = -1e9  # a logit whose probability is exactly 0 and whose products are all finite
-_UNBOUNDED = 1e6  # bounds beyond this (±3.4e38 is common) say nothing about the scale of an action
+_UNBOUNDED = 1e12  # bounds beyond this (±3.4e38 is common) are none; much beyond, 1/σ² is no number in float32
+_LARGEST_LOG_STD = 2.0  # of which an entropy bonus counts log σ, in units of half the action range
 
 
 @functools.cache
@@ -253,7 +254,8 @@ def make_policy(
 def _masked(network: Network, action_mask: Callable[[Array], Array], sizes: Sequence[int]) -> Network:
     """A network of logits [..., sum(sizes)] that gives forbidden actions a probability of 0.
 
-    A component without any allowed action, as may be in the last state of an episode, is left as it is.
+    A component without any allowed action, as may be in the last state of an episode, is left as it is. The mask is
+    asked about the observation of the environment, whatever the network's own part sees in its place.
     """
     ends = np.cumsum(sizes)[:-1]
 
@@ -266,7 +268,21 @@ def _masked(network: Network, action_mask: Callable[[Array], Array], sizes: Sequ
         carry, logits = output
         return carry, jnp.where(allowed, logits, _FORBIDDEN)
 
-    return network._replace(apply=apply)
+    def change_inputs(change: Callable[[Array], Array]) -> Network:
+        return _masked(on_inputs(network, change), action_mask, sizes)
+
+    return network._replace(apply=apply, on_inputs=change_inputs)
+
+
+def on_inputs(network: Network, change: Callable[[Array], Array]) -> Network:
+    """A network whose learned part sees `change(observation)`."""
+    if network.on_inputs is not None:
+        return network.on_inputs(change)
+
+    def changed(function: Any) -> Any:
+        return function and (lambda params, *inputs: function(params, *inputs[:-1], change(inputs[-1])))
+
+    return network._replace(apply=changed(network.apply), features=changed(network.features))
 
 
 def make_value(environment: Environment, *, network: str = "auto", hidden: Sequence[int] = (64, 64)) -> Network:
@@ -317,19 +333,37 @@ def _then(network: Network, function: Callable[[PyTree, Any], Any]) -> Network:
         carry, output = network.apply(params, *inputs)
         return carry, function(params, output)
 
-    return network._replace(apply=apply)
+    def change_inputs(change: Callable[[Array], Array]) -> Network:
+        return _then(on_inputs(network, change), function)
+
+    return network._replace(apply=apply, on_inputs=change_inputs)
+
+
+def _units(space: Box) -> tuple[np.ndarray, np.ndarray]:
+    """Centre and half the width, [D] each, of the range that a Gaussian's mean and σ are counted in.
+
+    It is that between the bounds. Without any it is [−1, 1]. Of one bound b it reaches from there over 2 max(1, |b|):
+    b itself for a centre would be where clipped actions give no sign of a way out.
+    """
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    below, above = np.abs(low) < _UNBOUNDED, np.abs(high) < _UNBOUNDED
+    width_above, width_below = 2 * np.maximum(1, np.abs(low)), 2 * np.maximum(1, np.abs(high))
+    start = np.where(below, low, np.where(above, high - width_below, -1))
+    end = np.where(above, high, np.where(below, low + width_above, 1))
+    empty = ~(end > start)  # one action alone
+    start, end = np.where(empty, -1, start), np.where(empty, 1, end)
+    return ((end + start) / 2).astype(np.float32), ((end - start) / 2).astype(np.float32)
 
 
 def _gaussian_policy(
     environment: Environment, network: str, hidden: Sequence[int], initial_log_std: Scalar, state_dependent_std: bool
 ) -> Network:
     space: Any = environment.action_space
-    bounded = (np.abs(space.low) < _UNBOUNDED) & (np.abs(space.high) < _UNBOUNDED) & (space.high > space.low)
-    low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-    centre, half_range = ((high + low) / 2).astype(np.float32), ((high - low) / 2).astype(np.float32)
+    centre, half_range = _units(space)
+    largest = _LARGEST_LOG_STD + np.log(half_range)
 
     def gaussian(mean: Any, log_std: Any) -> DiagonalGaussian:
-        return DiagonalGaussian(jnp.asarray(centre + half_range * mean), log_std + np.log(half_range))
+        return DiagonalGaussian(jnp.asarray(centre + half_range * mean), log_std + np.log(half_range), largest)
 
     if state_dependent_std:
         body = _body(environment, network, hidden, 2 * space.low.size, 0.01)

@@ -91,12 +91,16 @@ class Network(NamedTuple):
         (carry, output), where the carry has the leading axes of `observation`.
       features: None, or, for a policy whose trunk the value function may share (`shared_trunk`), a function like
         `apply` whose output is what the last layer sees, [..., F].
+      on_inputs: None, or, where not all of `apply` may see a changed observation, `on_inputs(change)` -> the network
+        whose learned part sees `change(observation)`. Of the default policy with a mask of allowed actions it is this
+        part alone that observations are normalised for: the mask is asked about those of the environment.
     """
 
     init: Callable[[Array, Array], PyTree]
     apply: Callable[..., Any]
     initial_carry: Callable[[], PyTree] | None = None
     features: Callable[..., Any] | None = None
+    on_inputs: Callable[[Callable[[Array], Array]], Any] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -127,13 +131,15 @@ class LastUpdate(NamedTuple):
     Attributes:
       policy_params: θ before it.
       statistics: of the observations, as that policy had them.
-      gain: surrogate gain that it promised, in units of the raw advantage; 0 if it was rejected.
+      gain: surrogate gain that it promised, entropy bonus included, in units of the raw advantage; 0 if rejected.
+      entropy_weight: what a nat of entropy counts for in it, in the same units.
       at_boundary: whether the radius, not the gain, limited the step, bool.
     """
 
     policy_params: PyTree
     statistics: RunningStatistics
     gain: Array
+    entropy_weight: Array
     at_boundary: Array
 
 
@@ -186,6 +192,8 @@ class TrainState:
       value_carry: the same of a recurrent value function.
       episode_return: undiscounted return of the N running episodes, [N].
       episode_length: steps of the N running episodes, int32 [N].
+      last_return: mean return of the episodes that ended in the last iteration in which any did; NaN before that.
+      last_length: the same of their lengths.
     """
 
     iteration: Array
@@ -205,6 +213,8 @@ class TrainState:
     value_carry: PyTree
     episode_return: Array
     episode_length: Array
+    last_return: Array
+    last_length: Array
 
 
 class Learned(NamedTuple):
@@ -228,9 +238,10 @@ class Metrics:
     """One scalar an iteration each (`train` stacks them to [num_iterations]).
 
     Attributes:
-      episode_return: mean undiscounted return of the episodes that ended; NaN if none did.
-      episode_length: mean length of those episodes in steps; NaN if none ended.
-      num_episodes: how many episodes ended.
+      episode_return: mean undiscounted return of the episodes that ended; where none did (num_episodes is 0), that of
+        the last iteration in which any ended; NaN before that.
+      episode_length: mean length of those episodes in steps.
+      num_episodes: how many episodes ended in this iteration.
       accepted: 1 if the line search accepted a step, 0 if the policy stayed as it was.
       step_fraction: share αʲ of the full natural step that was taken; 0 if rejected.
       surrogate_gain: L(θ_new) − L(θ_old), in units of the (normalised) advantage.
@@ -242,10 +253,10 @@ class Metrics:
       entropy: mean entropy of the policy that collected the batch, nats.
       effective_sample_fraction: (Σw)²/(B Σw²) of the importance ratios after the step, to the policies that took the
         actions (over all batches that the update learned from); 1 means unchanged.
-      gradient_norm: norm of the policy gradient.
+      gradient_norm: norm of the policy gradient; the largest float32 where that is not finite.
       cg_residual: relative residual that conjugate gradient left.
       value_loss: mean squared error that the fit of the value function leaves, on at most 1024 samples of the batch
-        (adam: on all, averaged over its last epoch).
+        (adam: on all, averaged over its last epoch); NaN where the batch is not finite.
       explained_variance: 1 − Var[return − V]/Var[return] before the fit; 1 is perfect, 0 a constant's worth.
       radius: δ of this update, nats; NaN where the update has none.
       gain_ratio: realised over predicted gain of the update before, measured on this batch; NaN where it was not.

@@ -150,6 +150,18 @@ def test_flags_may_be_numbers_and_rewards_integers(method):
 
 
 @METHODS
+@pytest.mark.parametrize("dtype", [int, bool, np.int8, jnp.float16, jnp.bfloat16], ids=str)
+def test_whatever_the_dtype_of_rewards_and_values_advantages_are_float32(method, dtype):
+    """300 steps of reward 1, undiscounted: the first advantage is 300, which bfloat16 cannot say."""
+    rewards, flags = jnp.ones((300, 1), dtype), jnp.zeros((300, 1), bool)
+    zeros = jnp.zeros((300, 1), dtype)
+    advantages = method(rewards, zeros, zeros, flags, flags, gamma=1, gae_lambda=1)
+    assert advantages.dtype == jnp.float32
+    np.testing.assert_array_equal(advantages[:, 0], np.arange(300, 0, -1))
+    assert method(rewards, zeros, zeros, flags, flags, gamma=1, gae_lambda=1, ratios=rewards)[0, 0] == 300
+
+
+@METHODS
 def test_shapes_that_differ_are_refused(method):
     rewards, values, next_values, terminated, truncated = random_rollout(8, (6, 2))
     with pytest.raises(AssertionError):

@@ -49,3 +49,21 @@ def test_the_order_and_the_cut_of_the_batches_do_not_matter():
         assert statistics.count == 240
         np.testing.assert_allclose(statistics.mean, data.mean(0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(statistics.variance, data.var(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("constant", [0.1, 1 / 3, 1e6 + 0.1])
+def test_a_million_equal_numbers_have_no_variance(constant):
+    batch = jnp.full((2**20, 1), constant, jnp.float32)
+    statistics = merge(merge(init_statistics((1,)), batch), batch[:1000])
+    assert statistics.variance == 0 and statistics.mean == batch[0]
+    assert explained_variance(jnp.arange(2**20), batch[:, 0]) == 0
+
+
+@pytest.mark.parametrize("dtype", [int, bool, jnp.float16], ids=str)
+def test_statistics_of_every_dtype_are_float32(dtype):
+    batch = jnp.arange(300)[:, None].astype(dtype)
+    statistics = merge(init_statistics((1,)), batch)
+    expected = np.asarray(batch, np.float64)
+    np.testing.assert_allclose(statistics.variance, expected.var(0), rtol=1e-5)
+    assert statistics.mean.dtype == statistics.variance.dtype == jnp.float32
+    assert explained_variance(batch[:, 0], batch[:, 0]) == 1

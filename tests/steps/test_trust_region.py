@@ -12,6 +12,7 @@ from trpo_jax import Categorical, DiagonalGaussian, mean_kl, natural_gradient, t
 from trpo_jax.steps.curvature import curvature_sample
 
 DEFAULTS = {"max_kl": 0.01, "cg_damping": 0.1, "line_search_shrink": 0.8, "fisher_fraction": 1.0}
+EXACT = {"cg_tolerance": 0.0, "fisher_fraction": 1.0}
 
 
 def categorical(params, observation):
@@ -40,8 +41,8 @@ def make_problem(policy=categorical, batch=40):
 def test_a_tolerance_stops_the_solver_before_its_last_product(x64):
     params, observation, action, advantage = make_problem()
     problem = categorical, params, observation, action, advantage
-    _, exact = trpo_update(*problem, cg_iterations=50)
-    _, loose = trpo_update(*problem, cg_iterations=50, cg_tolerance=0.05)
+    _, exact = trpo_update(*problem, cg_iterations=50, **EXACT)
+    _, loose = trpo_update(*problem, cg_iterations=50, **{**EXACT, "cg_tolerance": 0.05})
     assert exact.cg_residual < 1e-6 < loose.cg_residual <= 0.05
     np.testing.assert_allclose(loose.predicted_gain, exact.predicted_gain, rtol=0.01)
     gradient = jax.grad(lambda p: jnp.mean(categorical(p, observation).log_prob(action) * advantage))(params)
@@ -65,7 +66,7 @@ def test_damping_bends_the_direction_and_not_the_length(policy, cg_iterations, x
     def compute(theta, gradient):
         old = jax.lax.stop_gradient(distribution_fn(theta))
         fisher = jax.hessian(lambda v: mean_kl(old, distribution_fn(v)))(theta)
-        options = {"max_kl": 0.02, "cg_damping": 0.1, "cg_iterations": cg_iterations}
+        options = {"max_kl": 0.02, "cg_damping": 0.1, "cg_iterations": cg_iterations, "cg_tolerance": 0.0}
         return fisher, *natural_gradient(distribution_fn, theta, gradient, **options)
 
     gradient = np.random.default_rng(1).normal(size=theta.size)
@@ -90,9 +91,11 @@ def compiled(**static):
 )
 def test_a_python_number_and_a_traced_array_give_one_answer(name, value):
     problem = make_problem()
-    number, number_info = compiled(**{name: value})(problem, {})
-    traced, traced_info = compiled()(problem, {k: jnp.float32(v) for k, v in {**DEFAULTS, name: value}.items()})
-    default, _ = compiled()(problem, {k: jnp.float32(v) for k, v in DEFAULTS.items()})
+    number, number_info = compiled(**{**EXACT, name: value})(problem, {})
+    traced, traced_info = compiled(cg_tolerance=0.0)(
+        problem, {k: jnp.float32(v) for k, v in {**DEFAULTS, name: value}.items()}
+    )
+    default, _ = compiled(cg_tolerance=0.0)(problem, {k: jnp.float32(v) for k, v in DEFAULTS.items()})
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, (number, number_info), (traced, traced_info))
     if name != "line_search_shrink":  # which changes nothing where the full step passes

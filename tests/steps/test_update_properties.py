@@ -26,7 +26,8 @@ LINE_SEARCHES = [backtracking_line_search, parallel_line_search]
 
 
 def update(apply, *arrays, **options):
-    """`trpo_update` as one compiled program."""
+    """`trpo_update` as one compiled program; exact, unless the options say otherwise."""
+    options = {"cg_tolerance": 0.0, "fisher_fraction": 1.0, **options}
     return jax.jit(lambda *traced: trpo_update(apply, *traced, **options))(*arrays)
 
 
@@ -34,7 +35,9 @@ def natural_step(apply, params, gradient, observation, weight=None, **options):
     """The step of `natural_gradient` by one compiled program."""
 
     def step(params, gradient, observation):
-        return natural_gradient(lambda p: apply(p, observation), params, gradient, weight=weight, **options)[0]
+        return natural_gradient(
+            lambda p: apply(p, observation), params, gradient, weight=weight, cg_tolerance=0.0, **options
+        )[0]
 
     return jax.jit(step)(params, gradient, observation)
 
@@ -154,6 +157,7 @@ def test_linear_gaussian_step_has_kl_delta(x64):
             max_kl=0.01,
             cg_damping=0.1,  # damps the direction, not the length
             cg_iterations=20,
+            cg_tolerance=0.0,
         )
         return mean_kl(apply(params, observation), apply(params + step, observation))
 
@@ -194,6 +198,7 @@ def test_step_is_invariant_to_reparametrisation(x64):
             return bare_apply(unravel(matrix @ v), o)
 
         options = {"max_kl": 0.01, "cg_damping": 0.0, "cg_iterations": 300, "line_search_shrink": 0.5}
+        options |= {"cg_tolerance": 0.0, "fisher_fraction": 1.0}
         new, info = trpo_update(apply, parameters, observation, action, advantage, **options)
         return apply(parameters, observation).logits, apply(new, observation).logits, info.accepted
 
@@ -282,7 +287,9 @@ def test_multicategorical_and_batches_of_any_rank():
 
 @functools.cache
 def traced_fraction():
-    return jax.jit(lambda fraction, *problem: trpo_update(bare_apply, *problem, fisher_fraction=fraction))
+    return jax.jit(
+        lambda fraction, *problem: trpo_update(bare_apply, *problem, cg_tolerance=0.0, fisher_fraction=fraction)
+    )
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.1, 1 / 64])

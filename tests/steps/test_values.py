@@ -10,6 +10,8 @@ from trpo_jax import fit_value_function, gauss_newton_fit
 from trpo_jax.steps.statistics import init_statistics, normalize, update_statistics
 from trpo_jax.steps.values import explained_variance
 
+EXACT = {"cg_tolerance": 0.0, "fisher_fraction": 1.0}
+
 
 def linear(params, observation):
     return observation @ params
@@ -89,9 +91,8 @@ def test_constant_observation_maps_to_zero():
 def test_gauss_newton_solves_a_linear_problem_at_once(x64):
     observation = jax.random.normal(jax.random.key(0), (10, 4, 3))
     target = jax.random.normal(jax.random.key(1), (10, 4))
-    params, loss = jax.jit(lambda p: gauss_newton_fit(linear, p, observation, target, damping=0.0, cg_iterations=5))(
-        jnp.array([5.0, -3.0, 2.0])
-    )
+    fit = jax.jit(lambda p: gauss_newton_fit(linear, p, observation, target, damping=0.0, **EXACT))
+    params, loss = fit(jnp.array([5.0, -3.0, 2.0]))
     expected, residual, *_ = np.linalg.lstsq(observation.reshape(-1, 3), target.ravel(), rcond=None)
     np.testing.assert_allclose(params, expected, rtol=1e-10)
     assert float(loss) == pytest.approx(residual[0] / target.size)
@@ -101,7 +102,7 @@ def test_gauss_newton_damping_is_ridge_regression_towards_the_start(x64):
     # argmin ½ mean (o·p − t)² + ½ λ ‖p − p₀‖²
     observation = jax.random.normal(jax.random.key(0), (40, 3))
     target, start, damping = jax.random.normal(jax.random.key(1), (40,)), jnp.array([1.0, 0.0, -1.0]), 0.7
-    params, _ = gauss_newton_fit(linear, start, observation, target, damping=damping, cg_iterations=5)
+    params, _ = gauss_newton_fit(linear, start, observation, target, damping=damping, **EXACT)
     matrix = observation.T @ observation / 40 + damping * jnp.eye(3)
     expected = start + jnp.linalg.solve(matrix, observation.T @ (target - observation @ start) / 40)
     np.testing.assert_allclose(params, expected, rtol=1e-10)

@@ -25,6 +25,7 @@ from trpo_jax import (
     train,
     train_step,
 )
+from trpo_jax.steps.statistics import init_statistics
 from trpo_jax.training.agents import make_agent
 from trpo_jax.training.learning import _next_values
 from trpo_jax.training.loop import train_chunk
@@ -363,7 +364,18 @@ def test_episode_metrics_are_means_over_the_episodes_that_ended():
     assert abs(steps - LONG.steps_per_iteration * LONG.num_iterations) <= 5 * LONG.num_envs  # but for the running ones
 
 
-def test_without_an_end_the_mean_return_is_nan_and_the_rest_is_finite():
+def test_where_no_episode_ends_the_return_is_carried_forward():
+    """Time limits after 5, 10, 15, … steps, in iterations of 4: none ends in the first and the sixth."""
+    env = probes.RecordAction(-1.0, 1.0, (1,))
+    settings = {"policy": probes.linear_gaussian(), "num_steps": 4, "num_iterations": 6}
+    _, metrics = trainers()[0](small_config(env, **settings), jax.random.key(0))
+    np.testing.assert_array_equal(metrics.num_episodes, [0, 4, 4, 4, 4, 0])
+    for column in (metrics.episode_return, metrics.episode_length):
+        assert np.isnan(column[0]) and np.isfinite(column[1:]).all() and column[5] == column[4]
+    np.testing.assert_array_equal(metrics.episode_length[1:], 5)
+
+
+def test_before_the_first_end_the_mean_return_is_nan_and_the_rest_is_finite():
     _, metrics = trainers()[0](small_config(probes.Endless(), num_iterations=1), jax.random.key(0))
     assert int(metrics.num_episodes[0]) == 0
     for name, column in vars(metrics).items():
@@ -451,6 +463,11 @@ def test_statistics_are_frozen_within_an_iteration_and_exact_after_it():
 
     step, collect = jax.jit(train_step), jax.jit(collect)
     state, seen = jax.jit(init)(config, jax.random.key(0)), []
+    # What the first policy sees in one rollout comes before all.
+    looking = dataclasses.replace(state, statistics=init_statistics((2,)))
+    key = jax.random.fold_in(state.key, 2**32 - 2)
+    _, batch, _ = jax.jit(lambda s: rollout(agent.environment, agent.policy, s, key, config.num_steps))(looking)
+    seen.append(np.asarray(batch.observation, np.float64).reshape(-1, 2))
     for _ in range(4):
         collected, batch, _ = collect(state)
         state, _ = step(config, state)

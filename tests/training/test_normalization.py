@@ -1,5 +1,7 @@
 """Normalisation, clipping and annealing, each against a known answer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,22 @@ import probes
 import pytest
 from probes import same_bits, small_config
 
-from trpo_jax import Config, Network, UsageError, fit_value_function, init, train, train_step, validate
+from trpo_jax import (
+    Config,
+    Network,
+    UsageError,
+    fit_value_function,
+    init,
+    make_environment,
+    train,
+    train_step,
+    validate,
+)
+from trpo_jax.deployment import acting_policy
 from trpo_jax.steps.statistics import init_statistics
-from trpo_jax.training.agents import on_normalized
+from trpo_jax.training.agents import make_agent, on_normalized
 from trpo_jax.training.learning import observe_returns, scale_rewards
+from trpo_jax.training.recurrence import advance, initial_carries
 from trpo_jax.types import Control, Learned, Transition
 
 
@@ -64,6 +78,61 @@ def test_rewards_are_divided_by_the_deviation_and_then_clipped(settings, expecte
 def test_constant_returns_are_not_divided_by_zero():
     statistics = type(init_statistics(()))(jnp.float32(5), jnp.float32(3), jnp.float32(0))
     np.testing.assert_array_equal(scale_rewards(Config(normalize_rewards=True), statistics, jnp.ones(2)), 1)
+
+
+def test_equal_returns_are_not_divided_by_their_rounding():
+    """γ = 0 and reward 0.1: every discounted return is 0.1."""
+    config = Config(normalize_rewards=True, gamma=0.0)
+    old = learned(return_statistics=init_statistics(()), discounted_return=jnp.zeros(7))
+    for steps in (11, 370):
+        reward, never = jnp.full((steps, 7), 0.1), jnp.zeros((steps, 7), bool)
+        statistics, discounted = observe_returns(config, old, batch_of(reward, never, never))
+        np.testing.assert_array_equal(scale_rewards(config, statistics, reward), reward)
+        old = old._replace(return_statistics=statistics, discounted_return=discounted)
+    rounded = type(statistics)(jnp.float32(100), jnp.float32(0.1), jnp.float32(1e-17))
+    np.testing.assert_array_equal(scale_rewards(config, rounded, reward), reward)
+
+
+@pytest.mark.parametrize("changes", [{}, {"network": "gru"}, {"shared_trunk": True}], ids=str)
+def test_the_mask_sees_the_observation_of_the_environment(changes):
+    """Action 1 is allowed where the countdown stands above 3; normalised, it never does."""
+    environment = dataclasses.replace(
+        make_environment(probes.Countdown()), action_mask=lambda o: jnp.concatenate([o > 0, o > 3], axis=-1)
+    )
+    config = Config(env=environment, num_envs=2, num_steps=4, normalize_observations=True, **changes)
+    state = jax.jit(init)(config, jax.random.key(0))
+    statistics = dataclasses.replace(state.statistics, mean=jnp.array([10.0]), variance=jnp.array([4.0]))
+    policy = on_normalized(config, statistics, make_agent(config).policy)
+    observation = jnp.array([[1.0], [3.0], [4.0], [5.0]])
+    _, distribution = advance(policy, state.policy_params, initial_carries(policy, 4), observation)
+    probabilities = np.asarray(jax.nn.softmax(distribution.logits))
+    np.testing.assert_array_equal(probabilities[:2], [[1, 0]] * 2)
+    assert (probabilities[2:] > 0.3).all()
+    # The learned part sees the normalised one: a mean that is shifted by one observation gives the same.
+    shifted = on_normalized(config, dataclasses.replace(statistics, mean=jnp.array([11.0])), make_agent(config).policy)
+    _, other = advance(shifted, state.policy_params, initial_carries(policy, 1), jnp.array([[5.0]]))
+    _, one = advance(policy, state.policy_params, initial_carries(policy, 1), jnp.array([[4.0]]))
+    np.testing.assert_allclose(other.logits, one.logits, rtol=1e-6)
+    act, carry = acting_policy(config, dataclasses.replace(state, statistics=statistics))
+    _, action = act(jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), carry), observation[:2])
+    np.testing.assert_array_equal(action, 0)
+
+
+def test_statistics_of_observations_start_from_a_rollout():
+    config = small_config(probes.Countdown(), normalize_observations=True, num_envs=8, num_steps=64)
+    state = jax.jit(init)(config, jax.random.key(0))
+    assert state.statistics.count == 8 * 64 and state.iteration == 0
+    # The observations 1 … L of an episode, L even in 1 … 5: mean 7/3 and variance 14/9 over all steps.
+    np.testing.assert_allclose(state.statistics.mean, 7 / 3, rtol=0.1)
+    np.testing.assert_allclose(state.statistics.variance, 14 / 9, rtol=0.15)
+    after, _ = jax.jit(train_step)(config, state)
+    assert after.statistics.count == 2 * 8 * 64
+
+    def policy(statistics):
+        return on_normalized(config, statistics, config.policy).apply(after.policy_params, state.observation)
+
+    drift = policy(state.statistics).kl(policy(after.statistics)).mean()
+    assert drift < 1e-5 < policy(init_statistics((1,))).kl(policy(after.statistics)).mean()
 
 
 def test_observations_are_clipped_at_the_setting():

@@ -79,6 +79,15 @@ def test_episodes_are_counted_across_rollouts(countdown):
     assert any(state.episode_length.any() for state in states[1:3])  # an episode did span two rollouts
 
 
+def test_a_time_limit_ends_an_episode_as_a_terminal_state_does():
+    """Reward 1 and a time limit at every step: every return and length is 1."""
+    run, state = compile_rollout(small_config(probes.CutShort()))
+    state, batch, totals = run(state, jax.random.key(0))
+    assert batch.truncated.all() and not batch.terminated.any()
+    assert totals.count == totals.total_return == totals.total_length == NUM_ENVS * NUM_STEPS
+    assert not state.episode_return.any() and not state.episode_length.any()
+
+
 def test_nothing_but_the_environments_moves(countdown):
     states, _, _ = countdown
     moving = ("env_state", "observation", "episode_return", "episode_length")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ import probes
 import pytest
 from probes import lane, same_bits, small_config, stack
 
-from trpo_jax import Config, UsageError, init, load, save, train, train_step, validate
-from trpo_jax.training.adaptation import adapt
+from trpo_jax import Config, Network, UsageError, gae, init, load, save, train, train_step, validate
+from trpo_jax.steps.values import explained_variance
+from trpo_jax.training.adaptation import adapt, annealed
 from trpo_jax.training.agents import flatten_batch, make_agent, on_normalized
 from trpo_jax.training.learning import learn
 from trpo_jax.training.rollouts import rollout
+from trpo_jax.training.updates import normalize_weights
 from trpo_jax.types import Control, Learned
 
 OPTIONS = {
@@ -127,11 +130,41 @@ def test_the_realised_gain_of_a_bandit_is_the_predicted_one():
     np.testing.assert_allclose(metrics.radius, expected, rtol=1e-5)
 
 
+class Indifferent(probes.MatchObservation):
+    """Reward 1 whatever the action."""
+
+    def move(self, key, state, action):
+        return state, 1.0, True, False
+
+
+def test_the_realised_gain_of_an_entropy_bonus_is_the_predicted_one():
+    """Nothing but the bonus is to be gained, and all of it is."""
+
+    def init(key, observation):
+        return {"w": jnp.ones((1, 2)) * jnp.array([0.0, 2.0]), "b": jnp.array([1.0, -1.0])}
+
+    config = Config(
+        env=Indifferent(),
+        policy=probes.linear_policy()._replace(init=init),
+        value=probes.linear_value()._replace(init=lambda *_: {"w": jnp.zeros(1), "b": jnp.ones(())}),
+        num_envs=64,
+        num_iterations=5,
+        radius_rule="ratio",
+        max_kl=1e-4,
+        entropy_coefficient=0.5,
+    )
+    _, metrics = trainer()(config, jax.random.key(0))
+    assert metrics.accepted.all() and (metrics.surrogate_gain > 0).all()
+    np.testing.assert_allclose(metrics.gain_ratio[1:], 1, atol=0.1)
+    np.testing.assert_allclose(metrics.radius, 1e-4 * 2.0 ** np.arange(5), rtol=1e-5)
+
+
 @dataclasses.dataclass
 class Outcome:
     accepted: jax.Array
     gradient_norm: float = 1.0
     divergence: float = 0.01
+    surrogate_gain: float = 1.0
 
 
 @pytest.mark.parametrize("rule", ["ratio", "divergence"])
@@ -141,13 +174,53 @@ def test_a_refused_step_shrinks_the_radius_and_a_zero_gradient_does_not(rule):
     old = Learned(**{**dict.fromkeys(Learned._fields, ()), "control": control})
 
     def radius_after(outcome):
-        return float(adapt(config, control, old, outcome, radius=control.radius, gain=jnp.float32(1)).radius)
+        return float(adapt(config, control, old, outcome, radius=control.radius, scale=jnp.float32(1)).radius)
 
     shrunk = 0.0025 if rule == "ratio" else 0.005
     assert radius_after(Outcome(jnp.bool_(False))) == pytest.approx(shrunk)
     assert radius_after(Outcome(jnp.bool_(False), gradient_norm=0.0)) == pytest.approx(0.01)
     assert radius_after(Outcome(jnp.bool_(False), gradient_norm=float("nan"))) == pytest.approx(0.01)
     assert radius_after(Outcome(jnp.bool_(True))) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1])
+def test_a_rule_for_the_divergence_leaves_alone_what_annealing_and_reuse_take(share):
+    """A step as long as the radius allowed, in a radius of which only a share was left, is as long as it should be."""
+    config = Config(radius_rule="divergence", target_kl=0.01)
+    control = Control(jnp.float32(0.01))
+    old = Learned(**{**dict.fromkeys(Learned._fields, ()), "control": control})
+    for used, factor in ((1.0, 1.0), (0.5, 2.0), (2.0, 0.5)):
+        outcome = Outcome(jnp.bool_(True), divergence=share * 0.01 * used)
+        after = adapt(config, control, old, outcome, radius=share * control.radius, scale=jnp.float32(1))
+        assert float(after.radius) == pytest.approx(factor * 0.01)
+
+
+def test_the_radius_of_a_rule_anneals_and_shrinks_under_reuse():
+    config = small_config(num_iterations=4, radius_rule="divergence", anneal_max_kl=0.8, reuse=3)
+    _, metrics = trainer()(config, jax.random.key(0))
+    shares = (1 - 0.8 * np.arange(4) / 4) / np.array([1, 5 / 3, 2, 2]) ** 2
+    radius = 0.01
+    for share, used, found in zip(shares, metrics.divergence, metrics.radius, strict=True):
+        np.testing.assert_allclose(found, share * radius, rtol=1e-5)
+        target = 0.01 * share
+        radius *= 0.5 if used > 1.5 * target else 2.0 if used < target / 1.5 else 1.0
+
+
+@pytest.mark.parametrize("iteration, share", [(0, 0), (5, 0.5), (10, 1), (11, 1), (40, 1), (2**30, 1)])
+def test_annealing_ends_with_the_run(iteration, share):
+    config = Config(num_iterations=10)
+    for rate in (1.0, 0.4):
+        value = annealed(3.0, jnp.float32(rate), config, jnp.int32(iteration))
+        np.testing.assert_allclose(value, 3 * (1 - rate * share), rtol=1e-6)
+
+
+def test_steps_beyond_the_end_of_the_run_do_no_harm():
+    config = small_config(num_iterations=2, anneal_max_kl=1.0, anneal_learning_rates=1.0)
+    state, step = jax.jit(init)(config, jax.random.key(0)), jax.jit(train_step)
+    for _ in range(5):
+        state, metrics = step(config, state)
+        assert metrics.radius >= 0 and metrics.finite
+    assert metrics.radius == 0 and not metrics.accepted
 
 
 def test_the_radius_stays_within_its_bounds():
@@ -267,6 +340,32 @@ def test_reinforce_weights_actions_by_returns():
         np.testing.assert_allclose(new.policy_params[name], leaf + 0.5 * gradient[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1, 370, 2048, 2**20])
+@pytest.mark.parametrize("constant", [0.0, 0.1, -1 / 3, 1e6 + 0.1])
+def test_equal_advantages_say_nothing(size, constant):
+    scale, weight = normalize_weights(Config(), jnp.full(size, constant, jnp.float32))
+    assert scale == 1 and not weight.any()
+
+
+def test_advantages_that_are_the_rounding_of_what_they_are_differences_of_say_nothing():
+    targets = jnp.full(512, 1000.0)
+    advantage = targets - jnp.nextafter(targets, 2e3 * (jnp.arange(512) % 2))
+    assert not normalize_weights(Config(), advantage, of=targets)[1].any()
+    np.testing.assert_allclose(jnp.std(normalize_weights(Config(), advantage)[1]), 1, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [int, bool, jnp.float16, jnp.float32], ids=str)
+def test_advantages_are_shifted_and_scaled_and_returns_only_scaled(dtype):
+    weight = jnp.array([0, 1, 1, 1], dtype)
+    scale, shifted = normalize_weights(Config(), weight)
+    np.testing.assert_allclose(shifted, (np.array([0, 1, 1, 1]) - 0.75) / np.sqrt(3 / 16), rtol=1e-6)
+    np.testing.assert_allclose(scale, np.sqrt(3 / 16), rtol=1e-6)
+    scale, scaled = normalize_weights(Config(baseline=False), weight)
+    np.testing.assert_allclose(scaled, np.array([0, 1, 1, 1]) / np.sqrt(3 / 4), rtol=1e-6)
+    np.testing.assert_allclose(normalize_weights(Config(baseline=False), jnp.full(370, -0.1))[1], -1, rtol=1e-6)
+    assert not normalize_weights(Config(baseline=False), jnp.zeros(7))[1].any()
+
+
 def newest_batch(config, state, policy=None):
     """What the next iteration collects, by `policy` on observations as the environment gives them."""
     agent = make_agent(config)
@@ -330,7 +429,44 @@ def test_what_is_reused_is_judged_by_the_newest_batch():
     before = on_normalized(config, last.statistics, agent.policy).apply(last.policy_params, batch.observation)
     backward = -np.expm1(before.log_prob(batch.action) - log_prob[1]) * advantage[1]
     np.testing.assert_allclose(metrics.gain_ratio, 0.5 * (1 + np.mean(backward) / last.gain), rtol=1e-3, atol=1e-3)
-    assert third.statistics.count == 2 * 8 * 4
+    assert third.statistics.count == 3 * 8 * 4  # the first rollout is one that nothing is learned from
+
+
+def test_value_targets_under_reuse_weigh_the_first_action_by_its_ratio():
+    """A target is V + min(1, π/π_b) A: an action that the policy would no longer take says nothing of its value."""
+    config = small_config(reuse=2, max_kl=0.5, num_envs=16)
+    step = jax.jit(train_step)
+    state, _ = step(config, init(config, jax.random.key(0)))
+    batch = jax.tree.map(
+        lambda *leaves: jnp.concatenate(leaves, axis=1), newest_batch(config, state), state.memory.batch
+    )
+    today = config.policy.apply(state.policy_params, batch.observation).log_prob(batch.action)
+    ratios = jnp.exp(today - jnp.concatenate([today[:, :16], state.memory.log_prob], axis=1))
+    assert ratios.min() < 0.7 and (ratios[:, :16] == 1).all()
+    values = config.value.apply(state.value_params, batch.observation)
+    advantage = gae(
+        batch.reward, values, values, batch.terminated, batch.truncated, gamma=0.99, gae_lambda=0.98, ratios=ratios
+    )
+    targets = jnp.minimum(ratios, 1) * advantage + values
+    _, metrics = step(config, state)
+    expected = explained_variance(values, targets)
+    np.testing.assert_allclose(metrics.explained_variance, expected, atol=1e-4)
+    assert abs(expected - explained_variance(values, advantage + values)) > 0.01
+
+
+def test_a_batch_that_is_reused_is_looked_at_no_more_than_it_must(monkeypatch):
+    """All K batches: once for the ratios, once for the gradient, and once a candidate of the line search."""
+    calls = []
+    plain = probes.linear_policy()
+
+    def apply(params, observation):
+        calls.append(observation.shape[:-1])
+        return plain.apply(params, observation)
+
+    config = small_config(reuse=3, policy=Network(plain.init, apply), line_search="none")
+    jax.eval_shape(lambda state: train_step(config, state), jax.eval_shape(lambda: init(config, jax.random.key(0))))
+    everything = [math.prod(shape) for shape in calls if math.prod(shape) == 3 * 4 * 8]
+    assert len(everything) == 3
 
 
 def test_reusing_the_first_batch_alone_is_using_it():

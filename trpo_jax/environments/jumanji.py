@@ -60,9 +60,7 @@ def from_timesteps(env: Any, name: str, max_steps: int | None) -> Environment:
         return flat((jnp.where(observation.action_mask, 1, -1), observation._replace(action_mask=())))
 
     def action_mask(observation: Array) -> Array:
-        # The sign, also of a normalised observation, where what was always the same is 0: always legal, mostly. An
-        # action that has never been legal so far counts as legal, too, where observations are normalised.
-        return observation[..., : sum(sizes)] >= 0
+        return observation[..., : sum(sizes)] > 0
 
     limit = getattr(env, "time_limit", None)
     environment = assemble(name, space, reset, step, limit=None if limit is None else int(limit), max_steps=max_steps)

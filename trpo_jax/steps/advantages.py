@@ -9,7 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from trpo_jax.steps.types import Array, Scalar
+from trpo_jax.steps.types import Array, Scalar, at_least_float32
 
 
 def gae(
@@ -43,7 +43,8 @@ def gae(
         asked for: λ becomes λ min(1, ratio_{t+1}), which cuts the sum where they part (Munos et al. 2016).
 
     Returns:
-      Advantages, [T, ...]. Add `values` for the λ-return that a value function is fitted to.
+      Advantages, [T, ...], float32 or wider whatever the inputs are. Add `values` for the λ-return that a value
+      function is fitted to.
 
     Raises:
       AssertionError: if the shapes differ or there is no time axis.
@@ -95,12 +96,14 @@ def _deltas(
     """Temporal differences δ_t and the factor γλ(1 − done_t) that carries A_{t+1} back, each [T, ...]."""
     chex.assert_equal_shape([rewards, values, next_values, terminated, truncated])
     terminated, truncated = jnp.asarray(terminated, bool), jnp.asarray(truncated, bool)
-    dtype = jnp.result_type(rewards, values, next_values, jnp.bfloat16)
+    rewards, values, next_values = map(at_least_float32, (rewards, values, next_values))
+    dtype = jnp.result_type(rewards, values, next_values)
     # Selected, not multiplied: the value after a terminal state may be anything, even NaN.
     bootstrap = jnp.where(terminated, 0, next_values)
     deltas = rewards + gamma * bootstrap - values
     decay = jnp.where(terminated | truncated, 0, gamma * gae_lambda)
     if ratios is not None:
+        ratios = at_least_float32(ratios)
         chex.assert_equal_shape([rewards, ratios])
         decay = decay.at[:-1].multiply(jnp.minimum(ratios[1:], 1))  # nothing follows the last step
     return jnp.asarray(deltas, dtype), jnp.asarray(decay, dtype)

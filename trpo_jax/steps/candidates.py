@@ -7,8 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from trpo_jax.steps import trees
 from trpo_jax.steps.objectives import effective_sample_fraction
-from trpo_jax.steps.types import Array, PolicyApply, PyTree
+from trpo_jax.steps.types import Array, PolicyApply, PyTree, at_least_float32
 
 
 @jax.tree_util.register_dataclass
@@ -69,10 +70,11 @@ def judge_candidate(
 
     Source: Efron & Tibshirani 1993 (bootstrap); Schulman et al. 2015, equation 14.
     """
-    old = policy_apply(old_params, observation)
+    advantage = at_least_float32(advantage)
+    old = trees.widened(policy_apply(old_params, observation))
     # The KL is as small as the rounding of TF32 and bfloat16 products.
     with jax.default_matmul_precision("highest"):
-        new = policy_apply(candidate, observation)
+        new = trees.widened(policy_apply(candidate, observation))
     old_log_prob = old.log_prob(action)
     gains = jnp.expm1(new.log_prob(action) - old_log_prob) * advantage
     units = gains.reshape(-1, gains.shape[-1]).mean(axis=0)

@@ -11,6 +11,7 @@ parameters, sample by sample: the metric in F = Jᵀ M J (Schulman et al. 2015, 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Protocol, Self
 
 import jax
@@ -65,7 +66,8 @@ class Categorical:
     def log_prob(self, action: Array) -> Array:
         """log π(action) for indices [...]."""
         log_probs = jax.nn.log_softmax(self.logits)
-        return jnp.take_along_axis(log_probs, action[..., None], axis=-1)[..., 0]
+        index = jnp.asarray(action, jnp.int32) if action.dtype == bool else action
+        return jnp.take_along_axis(log_probs, index[..., None], axis=-1)[..., 0]
 
     def entropy(self) -> Array:
         """−Σ_a π(a) log π(a), [...]."""
@@ -98,14 +100,19 @@ class DiagonalGaussian:
       mean: [..., D].
       log_std: natural logarithm of the standard deviation; broadcast to the shape of `mean`, so one [D] vector
         serves a policy whose σ does not depend on the state.
+      largest_log_std: how much of log σ of each dimension an entropy bonus counts, D numbers; None: all of it. Nothing
+        else limits σ where a bonus outweighs the advantages, until its square is no number any more.
     """
 
     mean: Array
     log_std: Array
+    largest_log_std: tuple[float, ...] | None
 
-    def __init__(self, mean: Array, log_std: Array):
-        self.mean = mean
-        self.log_std = jnp.broadcast_to(log_std, jnp.shape(mean))
+    def __init__(self, mean: Array, log_std: Array, largest_log_std: Sequence[float] | None = None):
+        dtype = jnp.result_type(mean, log_std)
+        self.mean = jnp.asarray(mean, dtype)
+        self.log_std = jnp.broadcast_to(jnp.asarray(log_std, dtype), jnp.shape(mean))
+        self.largest_log_std = None if largest_log_std is None else tuple(map(float, largest_log_std))
 
     def sample(self, key: Array) -> Array:
         """mean + σ · noise, [..., D]."""
@@ -121,6 +128,13 @@ class DiagonalGaussian:
         """Σ_d log σ_d + ½ log(2πe), [...]."""
         return jnp.sum(self.log_std + 0.5 * (1 + jnp.log(2 * jnp.pi)), axis=-1)
 
+    def bonus(self) -> Array:
+        """What an entropy bonus counts: the entropy, with no more of log σ than `largest_log_std`, [...]."""
+        if self.largest_log_std is None:
+            return self.entropy()
+        limit = jnp.asarray(self.largest_log_std, self.log_std.dtype)
+        return self._with(self.mean, jnp.minimum(self.log_std, limit)).entropy()
+
     def kl(self, other: DiagonalGaussian) -> Array:
         """Σ_d log(σ'/σ) + (σ² + (μ − μ')²)/(2σ'²) − ½, [...]."""
         # Written with expm1 of the difference: no cancellation of order-one terms, and exactly 0 against itself.
@@ -134,27 +148,27 @@ class DiagonalGaussian:
 
     def fisher_product(self, tangent: DiagonalGaussian) -> DiagonalGaussian:
         """(t_mean / σ², 2 t_log_std)."""
-        return self._with(tangent.mean * jnp.exp(-2 * self.log_std), 2 * tangent.log_std)
+        return self._with(tangent.mean * jnp.exp(-2 * self.log_std), 2 * tangent.log_std, self.largest_log_std)
 
     def __repr__(self) -> str:
         return f"DiagonalGaussian(mean={self.mean!r}, log_std={self.log_std!r})"
 
     # Unflattening bypasses __init__: JAX also rebuilds pytrees from placeholders, which cannot be broadcast.
     @classmethod
-    def _with(cls, mean: Any, log_std: Any) -> Self:
+    def _with(cls, mean: Any, log_std: Any, largest_log_std: tuple[float, ...] | None = None) -> Self:
         distribution = object.__new__(cls)
-        distribution.mean, distribution.log_std = mean, log_std
+        distribution.mean, distribution.log_std, distribution.largest_log_std = mean, log_std, largest_log_std
         return distribution
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
         """For JAX."""
         key = jax.tree_util.GetAttrKey
-        return ((key("mean"), self.mean), (key("log_std"), self.log_std)), None
+        return ((key("mean"), self.mean), (key("log_std"), self.log_std)), self.largest_log_std
 
     @classmethod
-    def tree_unflatten(cls, _: None, children: tuple[Any, Any]) -> Self:
+    def tree_unflatten(cls, largest_log_std: Any, children: tuple[Any, Any]) -> Self:
         """For JAX."""
-        return cls._with(*children)
+        return cls._with(*children, largest_log_std)
 
 
 @jax.tree_util.register_dataclass

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from trpo_jax.steps import trees
 from trpo_jax.steps.minibatches import minibatch_descent
-from trpo_jax.steps.trust_region import UpdateInfo, candidate_judge, surrogate_gradient
-from trpo_jax.steps.types import Array, PolicyApply, PyTree, Scalar
+from trpo_jax.steps.objectives import entropy_bonus
+from trpo_jax.steps.trust_region import UpdateInfo, candidate_judge, finite_info, surrogate_gradient
+from trpo_jax.steps.types import Array, PolicyApply, PyTree, Scalar, at_least_float32
 
 if TYPE_CHECKING:
     import optax
@@ -98,6 +99,8 @@ def first_order_update(
 
     Source: Williams 1992 (REINFORCE); Schulman et al. 2017 (PPO).
     """
+    trees.check_parameters(params)
+    advantage = at_least_float32(advantage)
     gradient, old_distribution = surrogate_gradient(
         policy_apply, params, observation, action, advantage, entropy_coefficient
     )
@@ -107,7 +110,7 @@ def first_order_update(
         distribution = policy_apply(new, observation)
         ratio = jnp.exp(distribution.log_prob(action) - old_log_prob)
         value = objective(distribution, policy_apply(params, observation), ratio, advantage)
-        return -jnp.mean(value + entropy_coefficient * distribution.entropy())
+        return -jnp.mean(value + entropy_coefficient * entropy_bonus(distribution))
 
     new_params, new_state, _ = minibatch_descent(
         loss_fn,
@@ -143,4 +146,4 @@ def first_order_update(
         cg_residual=jnp.zeros_like(gain),
     )
     params, optimizer_state = trees.select(moved, (new_params, new_state), (params, optimizer_state))
-    return params, optimizer_state, info
+    return params, optimizer_state, finite_info(info)

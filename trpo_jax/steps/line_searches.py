@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trpo_jax.steps import trees
-from trpo_jax.steps.types import Array, PyTree, Scalar
+from trpo_jax.steps import defaults, trees
+from trpo_jax.steps.types import Array, PyTree, Scalar, at_least_float32
 
 Evaluate = Callable[[PyTree], tuple[Any, ...]]
 """`evaluate(params)` -> (gain over the start, divergence from the start, *anything else worth keeping)."""
@@ -44,7 +44,13 @@ class LineSearchInfo:
 
 
 def backtracking_line_search(
-    evaluate: Evaluate, params: PyTree, step: PyTree, *, max_kl: Scalar, shrink: Scalar = 0.8, max_steps: int = 10
+    evaluate: Evaluate,
+    params: PyTree,
+    step: PyTree,
+    *,
+    max_kl: Scalar,
+    shrink: Scalar = defaults.LINE_SEARCH_SHRINK,
+    max_steps: int = defaults.LINE_SEARCH_STEPS,
 ) -> tuple[PyTree, LineSearchInfo]:
     """Try params + shrinkʲ · step for j = 0, 1, … and keep the first candidate that passes.
 
@@ -82,7 +88,13 @@ def backtracking_line_search(
 
 
 def parallel_line_search(
-    evaluate: Evaluate, params: PyTree, step: PyTree, *, max_kl: Scalar, shrink: Scalar = 0.8, max_steps: int = 10
+    evaluate: Evaluate,
+    params: PyTree,
+    step: PyTree,
+    *,
+    max_kl: Scalar,
+    shrink: Scalar = defaults.LINE_SEARCH_SHRINK,
+    max_steps: int = defaults.LINE_SEARCH_STEPS,
 ) -> tuple[PyTree, LineSearchInfo]:
     """`backtracking_line_search` with all candidates evaluated in one batched pass. Same arguments, same answer."""
     fractions = _fractions(step, shrink, max_steps)
@@ -96,7 +108,13 @@ def parallel_line_search(
 
 
 def full_step(
-    evaluate: Evaluate, params: PyTree, step: PyTree, *, max_kl: Scalar, shrink: Scalar = 0.8, max_steps: int = 10
+    evaluate: Evaluate,
+    params: PyTree,
+    step: PyTree,
+    *,
+    max_kl: Scalar,
+    shrink: Scalar = defaults.LINE_SEARCH_SHRINK,
+    max_steps: int = defaults.LINE_SEARCH_STEPS,
 ) -> tuple[PyTree, LineSearchInfo]:
     """No search: take the whole step, whatever it gains and however far it leads, unless something is not finite.
 
@@ -121,7 +139,8 @@ def _fractions(step: PyTree, shrink: Scalar, max_steps: int) -> Array:
 
 def _passes(candidate: PyTree, evaluation: tuple[Any, ...], max_kl: Scalar) -> Array:
     gain, divergence = evaluation[:2]
-    return trees.all_finite((candidate, gain, divergence)) & (gain > 0) & (divergence <= max_kl)
+    within = at_least_float32(divergence) <= at_least_float32(max_kl)  # in half precision δ itself would be rounded
+    return trees.all_finite((candidate, gain, divergence)) & (gain > 0) & within
 
 
 def _conclude(

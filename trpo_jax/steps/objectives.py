@@ -30,6 +30,11 @@ def surrogate(distribution: Any, old_log_prob: Array, action: Array, advantage: 
     return jnp.mean(jnp.exp(_log_ratio(distribution, old_log_prob, action, advantage)) * advantage)
 
 
+def entropy_bonus(distribution: Any) -> Array:
+    """What an entropy bonus counts of each sample, [B]: `bonus()` of a distribution that has one, or its entropy."""
+    return distribution.bonus() if hasattr(distribution, "bonus") else distribution.entropy()
+
+
 def surrogate_gain(distribution: Any, old_log_prob: Array, action: Array, advantage: Array) -> Array:
     """L(θ) − L(θ_old) = mean_n[(ratio_n − 1) · A_n], without the cancellation of subtracting two surrogates.
 

@@ -57,7 +57,7 @@ def conjugate_gradient(
     # A power of two scales without rounding: x(2ⁿ b) = 2ⁿ x(b) to the bit.
     exponent = jnp.frexp(jnp.where(solvable, largest_entry, 1))[1] - 1
     scale = jnp.ldexp(jnp.ones_like(largest_entry), exponent)
-    unit_b = jax.tree.map(lambda leaf: jnp.where(solvable, leaf / scale, 0), b)
+    unit_b = jax.tree.map(lambda leaf: jnp.where(solvable, leaf / scale, 0).astype(leaf.dtype), b)
     b_norm = jnp.sqrt(trees.dot(unit_b, unit_b))
     eps = jnp.finfo(b_norm.dtype).eps
     rounding = 10 * eps
@@ -101,4 +101,4 @@ def conjugate_gradient(
         num_iterations=count,
         converged=converged,
     )
-    return jax.tree.map(lambda leaf: jnp.where(solvable, scale * leaf, 0), x), info
+    return jax.tree.map(lambda leaf: jnp.where(solvable, scale * leaf, 0).astype(leaf.dtype), x), info

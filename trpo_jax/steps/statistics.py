@@ -7,8 +7,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from trpo_jax.steps import trees
-from trpo_jax.steps.types import Array, Scalar
+from trpo_jax.steps import defaults, trees
+from trpo_jax.steps.types import Array, Scalar, at_least_float32
+
+_ROUNDING = 10  # machine epsilons of the magnitude, below which a spread says nothing
 
 
 @jax.tree_util.register_dataclass
@@ -32,15 +34,28 @@ def init_statistics(shape: tuple[int, ...]) -> RunningStatistics:
     return RunningStatistics(jnp.float32(0), jnp.zeros(shape, jnp.float32), jnp.ones(shape, jnp.float32))
 
 
+def varies(spread: Array, magnitude: Array) -> Array:
+    """Whether a spread (a standard deviation, say) is more than the rounding of numbers of that magnitude.
+
+    The mean of equal numbers is rounded, so their deviation from it is that rounding, not 0. Whoever divides by a
+    spread asks this first.
+    """
+    return spread > _ROUNDING * jnp.finfo(spread.dtype).eps * jnp.abs(magnitude)
+
+
 def update_statistics(statistics: RunningStatistics, batch: Array) -> RunningStatistics:
     """Merge a batch [B..., ...] of observations.
 
     mean = mean₁ + (mean₂ − mean₁) n₂/n,   M2 = M2₁ + M2₂ + (mean₂ − mean₁)² n₁n₂/n,   variance = M2/n.
     A batch that is not finite leaves the statistics as they were.
     """
+    batch = at_least_float32(batch)
     axes = tuple(range(batch.ndim - statistics.mean.ndim))
     batch_count = batch.size // max(1, statistics.mean.size)
-    batch_mean, batch_variance = jnp.mean(batch, axes), jnp.var(batch, axes)
+    # About one of them, so that equal numbers have their mean exactly, and a variance of 0, however many they are.
+    first = batch[(0,) * len(axes)]
+    batch_mean = first + jnp.mean(batch - first, axes)
+    batch_variance = jnp.mean((batch - batch_mean) ** 2, axes)
     count = statistics.count + batch_count
     share = batch_count / count
     shift = batch_mean - statistics.mean
@@ -49,10 +64,9 @@ def update_statistics(statistics: RunningStatistics, batch: Array) -> RunningSta
     return trees.select(trees.all_finite(merged), merged, statistics)
 
 
-def normalize(statistics: RunningStatistics, observation: Array, *, clip: Scalar = 10.0) -> Array:
+def normalize(statistics: RunningStatistics, observation: Array, *, clip: Scalar = defaults.OBSERVATION_CLIP) -> Array:
     """(observation − mean) / σ, clipped to ±clip; a constant entry (σ = 0) maps to 0."""
     std = jnp.sqrt(statistics.variance)
-    # The mean of equal numbers is rounded, so their variance is the square of that rounding, not 0.
-    varies = std > 10 * jnp.finfo(std.dtype).eps * jnp.abs(statistics.mean)
-    scaled = jnp.where(varies, (observation - statistics.mean) / jnp.where(varies, std, 1), 0)
+    varied = varies(std, statistics.mean)
+    scaled = jnp.where(varied, (observation - statistics.mean) / jnp.where(varied, std, 1), 0)
     return jnp.clip(scaled, -clip, clip)

@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from trpo_jax.steps.types import Array, PyTree
+from trpo_jax.steps.types import Array, PyTree, at_least_float32
+
+
+def check_parameters(params: PyTree, name: str = "params") -> None:
+    """Raise `ValueError`, in one sentence, unless every leaf is an array of floats that is there to be trained."""
+    found = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_running_average)
+    for path, leaf in found:
+        where, mend = name + jax.tree_util.keystr(path), "keep it out of the parameters and close over it in apply"
+        if _is_running_average(leaf) or any(getattr(key, "key", None) == "batch_stats" for key in path):
+            raise ValueError(f"{where} is a running average, which a gradient must not train; {mend}.")
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+            raise ValueError(f"{where} is a {type(leaf).__name__}, not an array of floats; {mend}.")
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"{where} is an array of {leaf.dtype}, which has no gradient; {mend}.")
+    if not found:
+        raise ValueError(f"{name} has no array in it, so there is nothing to train.")
+
+
+def _is_running_average(leaf: Any) -> bool:
+    """Whether this is what flax.nnx calls those of a normalising layer."""
+    return type(leaf).__name__ == "BatchStat"
+
+
+def widened(tree: PyTree) -> PyTree:
+    """A pytree, a distribution for instance, with leaves of half precision as float32."""
+    return jax.tree.map(lambda leaf: at_least_float32(leaf) if _is_float(leaf) else leaf, tree)
+
+
+def _is_float(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def dot(a: PyTree, b: PyTree) -> Array:
@@ -35,6 +67,11 @@ def add_scaled(a: PyTree, factor: Array, b: PyTree) -> PyTree:
 def select(condition: Array, a: PyTree, b: PyTree) -> PyTree:
     """a where the scalar condition holds, else b, bit for bit (also if the other one is NaN)."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def finite(x: Array, nan: Any = 0.0) -> Array:
+    """A float for the record: ±the largest number in place of ±∞, `nan` in place of NaN."""
+    return jnp.nan_to_num(x, nan=nan)
 
 
 def all_finite(tree: PyTree) -> Array:

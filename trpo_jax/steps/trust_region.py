@@ -15,13 +15,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from trpo_jax.steps import trees
+from trpo_jax.steps import defaults, trees
 from trpo_jax.steps.blocks import forward_and_gradient
 from trpo_jax.steps.curvature import curvature_sample, fisher_vector_product
 from trpo_jax.steps.line_searches import backtracking_line_search
-from trpo_jax.steps.objectives import effective_sample_fraction, surrogate, surrogate_gain
+from trpo_jax.steps.objectives import effective_sample_fraction, entropy_bonus, surrogate, surrogate_gain
 from trpo_jax.steps.solvers import conjugate_gradient
-from trpo_jax.steps.types import Array, DistributionFn, PolicyApply, PyTree, Scalar
+from trpo_jax.steps.types import Array, DistributionFn, PolicyApply, PyTree, Scalar, at_least_float32
 
 CONSTRAINTS = "mean-kl", "max-kl", "reverse-kl"
 
@@ -48,6 +48,9 @@ class NaturalGradientInfo:
 @dataclasses.dataclass(frozen=True)
 class UpdateInfo:
     """What one TRPO update did. A rejected update has gain, KL and step fraction 0 and a sample fraction of 1.
+
+    Every number is finite: the largest of its dtype stands for a `gradient_norm` that is not, and elsewhere ± that
+    number for ±∞, and 0 for NaN.
 
     Attributes:
       accepted: whether a candidate passed the line search, bool.
@@ -82,9 +85,9 @@ def natural_gradient(
     gradient: PyTree,
     *,
     max_kl: Scalar,
-    cg_damping: Scalar = 0.1,
-    cg_iterations: int = 10,
-    cg_tolerance: Scalar = 0.0,
+    cg_damping: Scalar = defaults.CG_DAMPING,
+    cg_iterations: int = defaults.CG_ITERATIONS,
+    cg_tolerance: Scalar = defaults.CG_TOLERANCE,
     weight: Array | None = None,
 ) -> tuple[PyTree, NaturalGradientInfo]:
     """The step s = β x with x ≈ (F + λ_d I)⁻¹ g and β = √(2δ / xᵀF x), so that ½ sᵀF s = δ.
@@ -112,7 +115,8 @@ def natural_gradient(
     # The step does not depend on the length of g; at length one its square can neither under- nor overflow.
     gradient_norm = trees.norm(gradient)
     usable = (gradient_norm > 0) & jnp.isfinite(gradient_norm)
-    unit = jax.tree.map(lambda leaf: jnp.where(usable, leaf / jnp.where(usable, gradient_norm, 1), 0), gradient)
+    length = jnp.where(usable, gradient_norm, 1)
+    unit = jax.tree.map(lambda leaf: jnp.where(usable, leaf / length, 0).astype(leaf.dtype), gradient)
     x, cg = conjugate_gradient(matvec, unit, num_iterations=cg_iterations, tolerance=cg_tolerance)
 
     applied = jax.tree.map(jnp.subtract, unit, cg.residual)  # (F + λ_d I) x
@@ -142,27 +146,35 @@ def surrogate_gradient(
     action: Array,
     advantage: Array,
     entropy_coefficient: Scalar = 0.0,
+    behaviour_log_prob: Array | None = None,
 ) -> tuple[PyTree, Any]:
     """The gradient of the surrogate at θ_old and the distributions there, from one forward pass for both.
 
     Arguments as in `trpo_update`.
     """
 
-    def cotangent(old_distribution: Any, advantage: Array, action: Array) -> Any:
-        log_prob = old_distribution.log_prob(action)
+    def cotangent(old_distribution: Any, advantage: Array, action: Array, *behaviour: Array) -> Any:
+        log_prob = trees.widened(old_distribution).log_prob(action)
         chex.assert_equal_shape([log_prob, advantage], custom_message="log_prob(action) and advantage differ in shape")
+        if behaviour:
+            advantage = _reweighted(advantage, log_prob, *behaviour)
 
         def objective(distribution: Any) -> Array:
-            bonus = entropy_coefficient * jnp.mean(distribution.entropy())
+            distribution = trees.widened(distribution)
+            bonus = entropy_coefficient * jnp.mean(entropy_bonus(distribution))
             return surrogate(distribution, log_prob, action, advantage) + bonus
 
         return jax.grad(objective)(old_distribution)
 
+    others = (advantage, action) if behaviour_log_prob is None else (advantage, action, behaviour_log_prob)
     with jax.default_matmul_precision("highest"):
-        old_distribution, gradient = forward_and_gradient(
-            policy_apply, params, observation, cotangent, advantage, action
-        )
+        old_distribution, gradient = forward_and_gradient(policy_apply, params, observation, cotangent, *others)
     return gradient, old_distribution
+
+
+def _reweighted(advantage: Array, log_prob: Array, behaviour_log_prob: Array) -> Array:
+    """π_old/π_b · A, since π_θ/π_b · A = π_θ/π_old · (π_old/π_b · A): the update on other advantages."""
+    return jnp.exp(log_prob - behaviour_log_prob) * advantage
 
 
 def candidate_judge(
@@ -181,14 +193,15 @@ def candidate_judge(
     Its answers: (surrogate gain, divergence, mean KL, largest KL, effective sample fraction). Arguments as in
     `trpo_update`; `old_distribution` is what `surrogate_gradient` returned.
     """
+    old_distribution = trees.widened(old_distribution)
     old_log_prob = old_distribution.log_prob(action)
-    old_entropy = jnp.mean(old_distribution.entropy())
+    old_bonus = jnp.mean(entropy_bonus(old_distribution))
     behaviour = old_log_prob if behaviour_log_prob is None else behaviour_log_prob
 
     def evaluate(candidate: PyTree) -> tuple[Array, ...]:
         # The KL is as small as the rounding of TF32 and bfloat16 products.
         with jax.default_matmul_precision("highest"):
-            distribution = policy_apply(candidate, observation)
+            distribution = trees.widened(policy_apply(candidate, observation))
         kl = old_distribution.kl(distribution)
         mean_kl, maximum_kl = jnp.mean(kl), jnp.max(kl)
         match constraint:
@@ -199,7 +212,7 @@ def candidate_judge(
             case "reverse-kl":
                 divergence = jnp.mean(distribution.kl(old_distribution))
         gain = surrogate_gain(distribution, old_log_prob, action, advantage)
-        gain += entropy_coefficient * (jnp.mean(distribution.entropy()) - old_entropy)
+        gain += entropy_coefficient * (jnp.mean(entropy_bonus(distribution)) - old_bonus)
         return gain, divergence, mean_kl, maximum_kl, effective_sample_fraction(distribution, behaviour, action)
 
     return evaluate
@@ -212,13 +225,13 @@ def trpo_update(
     action: Array,
     advantage: Array,
     *,
-    max_kl: Scalar = 0.01,
-    cg_damping: Scalar = 0.1,
-    cg_iterations: int = 10,
-    cg_tolerance: Scalar = 0.0,
-    line_search_shrink: Scalar = 0.8,
-    line_search_steps: int = 10,
-    fisher_fraction: Scalar = 1.0,
+    max_kl: Scalar = defaults.MAX_KL,
+    cg_damping: Scalar = defaults.CG_DAMPING,
+    cg_iterations: int = defaults.CG_ITERATIONS,
+    cg_tolerance: Scalar = defaults.CG_TOLERANCE,
+    line_search_shrink: Scalar = defaults.LINE_SEARCH_SHRINK,
+    line_search_steps: int = defaults.LINE_SEARCH_STEPS,
+    fisher_fraction: Scalar = defaults.FISHER_FRACTION,
     line_search: Callable[..., Any] = backtracking_line_search,
     constraint: str = "mean-kl",
     entropy_coefficient: Scalar = 0.0,
@@ -259,19 +272,29 @@ def trpo_update(
       The new parameters and an `UpdateInfo` of scalars.
 
     Raises:
-      ValueError: if `fisher_fraction` is a number outside (0, 1], or `constraint` is unknown.
+      ValueError: if `fisher_fraction` is a number outside (0, 1], `constraint` is unknown, `line_search` is no
+        function, or a leaf of `params` is not an array of floats.
       AssertionError: if the log-probabilities of the actions do not have the shape of the advantages.
 
     Source: Schulman et al. 2015, section 6 and Appendix C.
     """
     if constraint not in CONSTRAINTS:
         raise ValueError(f"constraint must be one of {', '.join(CONSTRAINTS)}, got {constraint!r}")
-    if behaviour_log_prob is not None:
-        # π_θ/π_b · A = π_θ/π_old · (π_old/π_b · A): the update on other advantages.
-        advantage = jnp.exp(policy_apply(params, observation).log_prob(action) - behaviour_log_prob) * advantage
+    if not callable(line_search):
+        raise ValueError(
+            "line_search must be a function, backtracking_line_search, parallel_line_search or full_step, "
+            f"got {line_search!r}"
+        )
+    trees.check_parameters(params)
+    advantage = at_least_float32(advantage)
     gradient, old_distribution = surrogate_gradient(
-        policy_apply, params, observation, action, advantage, entropy_coefficient
+        policy_apply, params, observation, action, advantage, entropy_coefficient, behaviour_log_prob
     )
+    untouched: Any = 1.0
+    if behaviour_log_prob is not None:
+        old = trees.widened(old_distribution)
+        advantage = _reweighted(advantage, old.log_prob(action), behaviour_log_prob)
+        untouched = effective_sample_fraction(old, behaviour_log_prob, action)
     evaluate = candidate_judge(
         policy_apply,
         old_distribution,
@@ -305,7 +328,6 @@ def trpo_update(
         evaluate, params, step, max_kl=max_kl, shrink=line_search_shrink, max_steps=line_search_steps
     )
     mean_kl, maximum_kl, sample_fraction = search.extra
-    untouched = 1.0 if behaviour_log_prob is None else evaluate(params)[4]
     info = UpdateInfo(
         accepted=search.accepted,
         surrogate_gain=search.surrogate_gain,
@@ -319,4 +341,11 @@ def trpo_update(
         gradient_norm=solve.gradient_norm,
         cg_residual=solve.cg_residual,
     )
-    return new_params, info
+    return new_params, finite_info(info)
+
+
+def finite_info(info: UpdateInfo) -> UpdateInfo:
+    """What an update did, in finite numbers, see `UpdateInfo`."""
+    norm = info.gradient_norm
+    info = jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else trees.finite(leaf), info)
+    return dataclasses.replace(info, gradient_norm=trees.finite(norm, nan=jnp.finfo(norm.dtype).max))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 PyTree = Any
@@ -20,3 +21,9 @@ DistributionFn = Callable[[PyTree], Any]
 
 PolicyApply = Callable[[PyTree, Any], Any]
 """`policy_apply(params, observation)` -> a batched distribution."""
+
+
+def at_least_float32(x: Any) -> Array:
+    """An array as floating-point numbers of 32 bits or more: integers, booleans and half precision as float32."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else float)

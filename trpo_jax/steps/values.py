@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 import chex
 import jax.numpy as jnp
 
+from trpo_jax.steps import defaults
 from trpo_jax.steps.blocks import forward_and_gradient
 from trpo_jax.steps.curvature import curvature_sample, fisher_vector_product
 from trpo_jax.steps.distributions import DiagonalGaussian
 from trpo_jax.steps.line_searches import backtracking_line_search
 from trpo_jax.steps.minibatches import minibatch_descent
 from trpo_jax.steps.solvers import conjugate_gradient
-from trpo_jax.steps.types import Array, PyTree, Scalar
+from trpo_jax.steps.statistics import varies
+from trpo_jax.steps.trees import check_parameters
+from trpo_jax.steps.types import Array, PyTree, Scalar, at_least_float32
 
 if TYPE_CHECKING:
     import optax
@@ -28,10 +31,10 @@ def gauss_newton_fit(
     observation: PyTree,
     target: Array,
     *,
-    damping: Scalar = 1.0,
-    cg_iterations: int = 5,
-    cg_tolerance: Scalar = 0.0,
-    fisher_fraction: Scalar = 1.0,
+    damping: Scalar = defaults.VALUE_DAMPING,
+    cg_iterations: int = defaults.VALUE_CG_ITERATIONS,
+    cg_tolerance: Scalar = defaults.CG_TOLERANCE,
+    fisher_fraction: Scalar = defaults.FISHER_FRACTION,
     sample_ndim: int | None = None,
 ) -> tuple[PyTree, Array]:
     """One damped Gauss–Newton step on ½ mean_n[(V(s_n) − target_n)²], by the machinery of the policy's step.
@@ -59,9 +62,12 @@ def gauss_newton_fit(
     Source: Schulman et al. 2016, section 5 (there with a trust region in place of the damping).
     """
 
+    check_parameters(params)
+    target = at_least_float32(target)
+
     def cotangent(values: Array, target: Array) -> Array:
         chex.assert_equal_shape([values, target])
-        return (target - values) / values.size
+        return ((target - values) / values.size).astype(values.dtype)
 
     values, ascent = forward_and_gradient(value_apply, params, observation, cotangent, target)
     error = target - values
@@ -124,6 +130,9 @@ def fit_value_function(
       finite, parameters and state come back as they were.
     """
 
+    check_parameters(params)
+    target = at_least_float32(target)
+
     def loss_fn(params: PyTree, observation: PyTree, target: Array, old_values: Array) -> Array:
         values = value_apply(params, observation)
         chex.assert_equal_shape([values, target, old_values])
@@ -135,7 +144,7 @@ def fit_value_function(
         loss_fn,
         params,
         optimizer_state,
-        (observation, target, target if old_values is None else old_values),
+        (observation, target, target if old_values is None else at_least_float32(old_values)),
         target.shape[:sample_ndim],
         optimizer=optimizer,
         epochs=epochs,
@@ -146,7 +155,7 @@ def fit_value_function(
 
 def explained_variance(values: Array, targets: Array) -> Array:
     """1 − Var[targets − values] / Var[targets]; 1 is perfect, 0 no better than a constant; 0 for constant targets."""
+    values, targets = at_least_float32(values), at_least_float32(targets)
     variance = jnp.var(targets)
-    # The mean of equal numbers is rounded, so their variance is the square of that rounding, not 0.
-    varies = jnp.sqrt(variance) > 10 * jnp.finfo(variance.dtype).eps * jnp.max(jnp.abs(targets))
-    return jnp.where(varies, 1 - jnp.var(targets - values) / jnp.where(varies, variance, 1), 0)
+    varied = varies(jnp.max(targets) - jnp.min(targets), jnp.max(jnp.abs(targets)))
+    return jnp.where(varied, 1 - jnp.var(targets - values) / jnp.where(varied, variance, 1), 0)

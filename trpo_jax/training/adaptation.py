@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config import Config
+from trpo_jax.steps.objectives import entropy_bonus
 from trpo_jax.steps.radii import adapt_radius_by_divergence, adapt_radius_by_ratio
 from trpo_jax.steps.statistics import RunningStatistics
 from trpo_jax.steps.trust_region import UpdateInfo
@@ -19,8 +20,8 @@ _INVERSE_PENALTIES = 1e-4, 1e4  # bounds of 1/β
 
 
 def annealed(value: Any, share: Any, config: Config, iteration: Array) -> Array:
-    """A setting of which a share is gone at the end of the run: value (1 − share k/n) in iteration k of n."""
-    return value * (1 - share * iteration / config.num_iterations)
+    """A setting of which a share is gone at the end of the run: value (1 − share min(k, n)/n) in iteration k of n."""
+    return value * (1 - share * jnp.minimum(iteration, config.num_iterations) / config.num_iterations)
 
 
 def init_control(config: Config, policy_params: PyTree, statistics: RunningStatistics) -> Control:
@@ -30,7 +31,8 @@ def init_control(config: Config, policy_params: PyTree, statistics: RunningStati
     radius = jnp.clip(jnp.float32(config.max_kl), config.smallest_max_kl, config.largest_max_kl)
     if config.radius_rule == "divergence":
         return Control(radius)
-    return Control(radius, last=LastUpdate(policy_params, statistics, jnp.float32(0), jnp.bool_(False)))
+    zero = jnp.float32(0)
+    return Control(radius, last=LastUpdate(policy_params, statistics, zero, zero, jnp.bool_(False)))
 
 
 def radius_of(config: Config, control: Control, iteration: Array) -> Array:
@@ -58,14 +60,16 @@ def measure_last_update(
     where η is quadratic, so r = ½ (p + b)/p with p as the last batch promised. Its noise does not grow as the step
     shrinks, as that of a difference of returns would; b is from samples that did not choose the step; and pure noise
     gives r = ½, on which the radius holds. A standard error is left to either side before the radius moves.
+    An entropy bonus counts in p as in b, by what it weighed then: there w (H(π) − H(π_last)) on this batch's states.
     """
     control, last = old.control, old.control.last
     if last is None:
         return control, jnp.float32(jnp.nan)
-    log_prob = policy_apply(old.policy_params, observation).log_prob(action)
+    policy = policy_apply(old.policy_params, observation)
     before = batch_apply(on_normalized(config, last.statistics, agent.policy))
     last_policy = before(last.policy_params, observation)
-    backward = -jnp.expm1(last_policy.log_prob(action) - log_prob) * advantage
+    backward = -jnp.expm1(last_policy.log_prob(action) - policy.log_prob(action)) * advantage
+    backward += last.entropy_weight * (entropy_bonus(policy) - entropy_bonus(last_policy))
     measured = last.gain > 0
     gain = jnp.where(measured, last.gain, 1)
     ratio = 0.5 * (1 + jnp.mean(backward) / gain)
@@ -77,19 +81,34 @@ def measure_last_update(
     return control._replace(radius=radius), jnp.where(measured, ratio, jnp.nan)
 
 
-def adapt(config: Config, control: Control, old: Learned, update: UpdateInfo, *, radius: Array, gain: Array) -> Control:
-    """What follows from an update for the next one. A refused step counts as one that went too far."""
-    refused = ~update.accepted & (update.gradient_norm > 0)
+def adapt(
+    config: Config, control: Control, old: Learned, update: UpdateInfo, *, radius: Array, scale: Array
+) -> Control:
+    """What follows from an update for the next one. A refused step counts as one that went too far.
+
+    Args:
+      config: the settings.
+      control: what adapts, as it was for this update.
+      old: the agent before it.
+      update: what it did.
+      radius: δ that it had, after annealing and the share that is left to it under reuse.
+      scale: what a unit of its weights is in units of the raw advantage.
+    """
+    finite = update.gradient_norm < jnp.finfo(jnp.float32).max
+    refused = ~update.accepted & (update.gradient_norm > 0) & finite
     bounds = config.smallest_max_kl, config.largest_max_kl
     if config.radius_rule == "ratio":
         at_boundary = update.divergence > radius / 2
         shrunk = adapt_radius_by_ratio(control.radius, 0.0, at_boundary, *bounds)
-        last = LastUpdate(old.policy_params, old.statistics, gain, at_boundary)
+        gain, entropy_weight = scale * update.surrogate_gain, scale * config.entropy_coefficient
+        last = LastUpdate(old.policy_params, old.statistics, gain, entropy_weight, at_boundary)
         return control._replace(radius=jnp.where(refused, shrunk, control.radius), last=last)
-    divergence = jnp.where(refused, jnp.inf, jnp.where(update.accepted, update.divergence, config.target_kl))
+    target = config.target_kl
+    if config.radius_rule == "divergence":  # what annealing and reuse take from the radius, they take from its target
+        target *= radius / control.radius
+    divergence = jnp.where(refused, jnp.inf, jnp.where(update.accepted, update.divergence, target))
     if config.radius_rule == "divergence":
-        adapted = adapt_radius_by_divergence(control.radius, divergence, config.target_kl, *bounds)
-        return control._replace(radius=adapted)
+        return control._replace(radius=adapt_radius_by_divergence(control.radius, divergence, target, *bounds))
     if config.update == "kl-penalty":
         # A penalty is the inverse of a radius.
         adapted = adapt_radius_by_divergence(1 / control.penalty, divergence, config.target_kl, *_INVERSE_PENALTIES)

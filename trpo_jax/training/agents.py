@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from trpo_jax.config import Config, UsageError, validate
-from trpo_jax.environments.base import Environment
+from trpo_jax.environments.base import Box, Discrete, Environment, key_shape
 from trpo_jax.environments.make import make_environment
-from trpo_jax.networks import make_policy, make_value, make_value_head
+from trpo_jax.networks import make_policy, make_value, make_value_head, on_inputs
+from trpo_jax.steps.distributions import Categorical, MultiCategorical
 from trpo_jax.steps.statistics import RunningStatistics, normalize
+from trpo_jax.steps.trees import check_parameters
 from trpo_jax.steps.types import Array, PyTree
-from trpo_jax.training.recurrence import Sequence, unroll
+from trpo_jax.training.recurrence import Sequence, advance, initial_carries, unroll
 from trpo_jax.types import Network
 
 
@@ -29,6 +32,12 @@ def make_agent(config: Config) -> Agent:
     """Build the environment and the networks that a configuration names; raise `UsageError` for what cannot be."""
     validate(config)
     environment = make_environment(config.env)
+    for name in ("policy", "value"):
+        if not isinstance(getattr(config, name), (Network, type(None))):
+            raise UsageError(
+                f"{name} must be a Network, such as Network(module.init, module.apply), got a "
+                f"{type(getattr(config, name)).__name__}."
+            )
     policy = config.policy or make_policy(
         environment,
         network=config.network,
@@ -67,6 +76,101 @@ def _check_sequences(config: Config) -> None:
             )
 
 
+def init_parameters(network: Network, key: Array, observation: Array, name: str) -> PyTree:
+    """The parameters that a network starts from, all of them arrays of floats."""
+    params = network.init(key, observation)
+    try:
+        check_parameters(params, name)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return params
+
+
+def check_networks(config: Config, agent: Agent, policy_params: PyTree, value: Network, value_params: PyTree) -> None:
+    """Raise `UsageError` unless the networks give what the environment and the trainer ask for, by tracing alone.
+
+    Args:
+      config: the settings.
+      agent: the environment and the policy.
+      policy_params: parameters of the policy.
+      value: the value function, of observations.
+      value_params: its parameters.
+    """
+    name, space, shape = agent.environment.name, agent.environment.action_space, agent.environment.observation_shape
+    sizes: list[Any] = []
+    batch: tuple[int, ...] = (3,)
+    observation = jax.ShapeDtypeStruct((*batch, *shape), jnp.float32)
+
+    def act(params: PyTree, observation: Array, key: Array) -> tuple[Array, Array, Array]:
+        distribution = _checked_step("policy", agent.policy, params, observation)
+        for method in ("sample", "log_prob", "entropy", "kl", "mode", "fisher_product"):
+            if not callable(getattr(distribution, method, None)):
+                raise UsageError(
+                    f"policy must give a distribution such as Categorical(logits), but gives {_kind(distribution)}, "
+                    f"which has no {method}()."
+                )
+        sizes.append(_sizes(distribution))
+        action = distribution.sample(key)
+        return action, distribution.log_prob(action), distribution.entropy()
+
+    action, *per_sample = jax.eval_shape(act, policy_params, observation, key_shape())
+    fits = "an action of {} is {} of shape {} for each observation".format(
+        space, "a float array" if isinstance(space, Box) else "an integer array", space.shape
+    )
+    kind = jnp.floating if isinstance(space, Box) else jnp.integer
+    if action.shape != (*batch, *space.shape) or not jnp.issubdtype(action.dtype, kind):
+        raise UsageError(
+            f"policy gives actions {action.dtype}{list(action.shape)} for {batch[0]} observations, which do not fit "
+            f"{name}: {fits}."
+        )
+    wanted = None if isinstance(space, Box) else (space.n,) if isinstance(space, Discrete) else space.n
+    if sizes[0] not in (None, wanted):
+        raise UsageError(f"policy chooses among {_join(sizes[0])} actions, but {name} has {_join(wanted)}: {space}.")
+    for leaf in per_sample:
+        _check_shape("policy", "log-probabilities and entropies", leaf, batch)
+    if value.initial_carry is None:  # it is asked about whole rollouts, too
+        batch = (2, 3)
+        observation = jax.ShapeDtypeStruct((*batch, *shape), jnp.float32)
+    values = jax.eval_shape(lambda p, o: _checked_step("value", value, p, o), value_params, observation)
+    _check_shape("value", "values", values, batch)
+
+
+def _checked_step(name: str, network: Network, params: PyTree, observation: Array) -> Any:
+    """The output for a batch [B, ...] at an episode's start; a memory must come back as it was given."""
+    carry = initial_carries(network, observation.shape[0])
+    after, output = advance(network, params, carry, observation)
+    before, after = (jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), c) for c in (carry, after))
+    if before != after:
+        raise UsageError(f"{name} must give back a carry like its initial_carry, {before}, but gives {after}.")
+    return output
+
+
+def _check_shape(name: str, what: str, leaf: Any, batch: tuple[int, ...]) -> None:
+    if getattr(leaf, "shape", None) != batch or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        found = f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else _kind(leaf)
+        raise UsageError(
+            f"{name} must give {what} as floats of the batch shape of its observations, {list(batch)} for "
+            f"[{', '.join(map(str, batch))}, ...], but gives {found}."
+        )
+
+
+def _kind(output: Any) -> str:
+    return "an array" if isinstance(output, jax.Array) else f"a {type(output).__name__}"
+
+
+def _sizes(distribution: Any) -> tuple[int, ...] | None:
+    """Among how many actions each choice is; None for what is not a choice, or of the user's own kind."""
+    if isinstance(distribution, Categorical):
+        return (distribution.logits.shape[-1],)
+    if isinstance(distribution, MultiCategorical):
+        return tuple(logits.shape[-1] for logits in distribution.logits)
+    return None
+
+
+def _join(sizes: Any) -> str:
+    return " x ".join(map(str, sizes))
+
+
 def is_recurrent(agent: Agent) -> bool:
     """Whether one of the networks has a memory."""
     return agent.policy.initial_carry is not None or agent.value.initial_carry is not None
@@ -77,20 +181,16 @@ def on_normalized(config: Config, statistics: RunningStatistics, network: Networ
     if not config.normalize_observations:
         return network
 
-    def wrap(function: Any) -> Any:
-        def apply(params: PyTree, *carry_and_observation: Any) -> Any:
-            *carry, observation = carry_and_observation
-            return function(params, *carry, normalize(statistics, observation, clip=config.observation_clip))
+    def normalized(observation: Array) -> Array:
+        return normalize(statistics, observation, clip=config.observation_clip)
 
-        return function and apply
-
-    return network._replace(apply=wrap(network.apply), features=wrap(network.features))
+    return on_inputs(network, normalized)
 
 
 def trunk_of(policy: Network) -> Network:
     """The policy without its last layer: its output is features."""
     assert policy.features is not None
-    return policy._replace(apply=policy.features)
+    return policy._replace(apply=policy.features, on_inputs=None)
 
 
 def on_trunk(policy: Network, policy_params: PyTree, head: Network) -> Network:

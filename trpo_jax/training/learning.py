@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from trpo_jax.config import Config
 from trpo_jax.steps.advantages import gae, parallel_gae
-from trpo_jax.steps.statistics import RunningStatistics, update_statistics
+from trpo_jax.steps.statistics import RunningStatistics, update_statistics, varies
 from trpo_jax.steps.trust_region import UpdateInfo
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.steps.values import explained_variance
@@ -85,7 +85,7 @@ def learn(
     control, gain_ratio = measure_last_update(config, agent, policy_apply, old, *newest)
     radius = radius_of(config, control, iteration)
     behaviour = None if ratios is None else flatten_batch(memory.log_prob)
-    scale, weight = normalize_weights(config, weight)
+    scale, weight = normalize_weights(config, weight, of=targets)
     key_policy, key_value = jax.random.split(key)
     policy_params, policy_optimizer, update = update_policy(
         config,
@@ -100,7 +100,7 @@ def learn(
         behaviour_log_prob=behaviour,
         sample_ndim=1 if recurrent else None,
     )
-    control = adapt(config, control, old, update, radius=radius, gain=scale * update.surrogate_gain)
+    control = adapt(config, control, old, update, radius=radius, scale=scale)
 
     if config.shared_trunk:  # what the head is fitted to is the trunk that it will be used on
         value_apply, value_carry = agent.value.apply, ()
@@ -154,14 +154,15 @@ def recall(
     In the first K − 1 iterations, copies of the first batch take the places of those that never were.
     """
 
-    def log_prob(batch: Transition) -> Array:
-        return policy_apply(old.policy_params, batch.observation).log_prob(batch.action)
+    def beside(new: Array, kept: Array) -> Array:
+        copies = jnp.tile(new, (1, config.reuse - 1, *[1] * (new.ndim - 2)))
+        return jnp.concatenate([new, jnp.where(iteration == 0, copies, kept)], axis=1)
 
-    new = Memory(batch, log_prob(batch))
-    copies = jax.tree.map(lambda leaf: jnp.tile(leaf, (1, config.reuse - 1, *[1] * (leaf.ndim - 2))), new)
-    earlier = jax.tree.map(lambda copy, kept: jnp.where(iteration == 0, copy, kept), copies, old.memory)
-    memory = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), new, earlier)
-    return memory.batch, memory, jnp.exp(log_prob(memory.batch) - memory.log_prob)
+    together = jax.tree.map(beside, batch, old.memory.batch)
+    # One pass over all of them, which has the newest in it too.
+    today = policy_apply(old.policy_params, together.observation).log_prob(together.action)
+    memory = Memory(together, beside(today[:, : batch.reward.shape[1]], old.memory.log_prob))
+    return together, memory, jnp.exp(today - memory.log_prob)
 
 
 def evaluate_values(
@@ -208,8 +209,9 @@ def observe_returns(config: Config, old: Learned, batch: Transition) -> tuple[Ru
 def scale_rewards(config: Config, statistics: RunningStatistics, reward: Array) -> Array:
     """Rewards as the settings have them normalised and clipped; normalised ones are divided by σ, not centred."""
     if config.normalize_rewards:
-        varies = statistics.variance > 0
-        reward = reward / jnp.where(varies, jnp.sqrt(jnp.where(varies, statistics.variance, 1)), 1)
+        positive = statistics.variance > 0
+        std = jnp.sqrt(jnp.where(positive, statistics.variance, 1))
+        reward = reward / jnp.where(positive & varies(std, statistics.mean), std, 1)
     clip = config.reward_clip
     return jnp.where(clip > 0, jnp.clip(reward, -clip, clip), reward)
 

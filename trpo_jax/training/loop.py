@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from trpo_jax.config import Config, UsageError
-from trpo_jax.steps.statistics import init_statistics
+from trpo_jax.steps.statistics import RunningStatistics, init_statistics, update_statistics
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.adaptation import init_control
-from trpo_jax.training.agents import Agent, make_agent, on_normalized, on_trunk
+from trpo_jax.training.agents import Agent, check_networks, init_parameters, make_agent, on_normalized, on_trunk
 from trpo_jax.training.learning import Lesson, learn
 from trpo_jax.training.recurrence import initial_carries
 from trpo_jax.training.rollouts import EpisodeTotals, reset_environments, rollout
@@ -23,6 +23,7 @@ from trpo_jax.types import Learned, Memory, Metrics, TrainState
 _ENVS_TO_FILL_A_CORE = 32
 _BEFORE_FIRST = 2**32 - 1  # folded into the key for initialisation; no iteration bears this number
 _AFTER_ROLLOUT = 2**32 - 2  # folded into an iteration's key for what is shuffled; the rollout splits that key itself
+_TO_LOOK_AROUND = 2**32 - 2  # folded into the run's key for the first statistics of observations
 
 
 def init(config: Config, key: Array) -> TrainState:
@@ -39,12 +40,14 @@ def init(config: Config, key: Array) -> TrainState:
     check_key(key)
     key_policy, key_value, key_reset = jax.random.split(jax.random.fold_in(key, _BEFORE_FIRST), 3)
     observation, env_state = reset_environments(agent.environment, key_reset, config.num_envs)
-    policy_params = agent.policy.init(key_policy, observation[0])
+    policy_params = init_parameters(agent.policy, key_policy, observation[0], "policy")
     statistics = init_statistics(agent.environment.observation_shape)
     value = agent.value
     if config.shared_trunk:
         value = on_trunk(on_normalized(config, statistics, agent.policy), policy_params, agent.value)
-    value_params = value.init(key_value, observation[0])
+    value_params = init_parameters(value, key_value, observation[0], "value")
+    if config.policy is not None or config.value is not None:
+        check_networks(config, agent, policy_params, value, value_params)
     state = TrainState(
         iteration=jnp.int32(0),
         key=key,
@@ -63,8 +66,26 @@ def init(config: Config, key: Array) -> TrainState:
         value_carry=initial_carries(agent.value, config.num_envs),
         episode_return=jnp.zeros(config.num_envs, jnp.float32),
         episode_length=jnp.zeros(config.num_envs, jnp.int32),
+        last_return=jnp.float32(jnp.nan),
+        last_length=jnp.float32(jnp.nan),
     )
+    if config.normalize_observations:
+        statistics = _look_around(config, agent, state)
+        state = dataclasses.replace(
+            state, statistics=statistics, control=init_control(config, policy_params, statistics)
+        )
     return dataclasses.replace(state, memory=_blank_memory(config, agent, state)) if config.reuse > 1 else state
+
+
+def _look_around(config: Config, agent: Agent, state: TrainState) -> RunningStatistics:
+    """Statistics of what the first policy observes in one rollout, which is then forgotten.
+
+    Without them the first update would end with a jump from (0, 1) to those of its batch, which moves the policy that
+    acts next away from the one whose divergence was bounded.
+    """
+    key = jax.random.fold_in(state.key, _TO_LOOK_AROUND)
+    _, batch, _ = rollout(agent.environment, agent.policy, state, key, config.num_steps)
+    return update_statistics(state.statistics, batch.observation)
 
 
 def _blank_memory(config: Config, agent: Agent, state: TrainState) -> Memory:
@@ -128,7 +149,8 @@ def train_chunk(config: Config, state: TrainState, num_iterations: Array, capaci
 def train_step(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     """One iteration: collect T·N steps, update the policy inside the trust region, refit the value function.
 
-    Observation statistics are frozen from the rollout to the end of the update and merged after it. The value
+    Observation statistics are frozen from the rollout to the end of the update and merged after it, so that the policy
+    that acts next differs by one merge from the one whose divergence was bounded. The value
     function is fitted after the advantages were computed with the old one.
     """
     # On CPU, many agents under `vmap` are quicker one after the other, each within the cache and with branches and
@@ -147,11 +169,18 @@ def _iterate(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     learn_batch = _one_by_one(learn) if jax.default_backend() == "cpu" else learn
     key_learn = jax.random.fold_in(key, _AFTER_ROLLOUT)
     learned, lesson = learn_batch(config, learned, batch, state.iteration, policy_carry, key_learn)
-    state = dataclasses.replace(state, iteration=state.iteration + 1, **learned._asdict())
+    ended, count = episodes.count > 0, jnp.maximum(episodes.count, 1)
+    state = dataclasses.replace(
+        state,
+        iteration=state.iteration + 1,
+        last_return=jnp.where(ended, episodes.total_return / count, state.last_return),
+        last_length=jnp.where(ended, episodes.total_length / count, state.last_length),
+        **learned._asdict(),
+    )
     finite = _all_finite(
         (batch.reward, batch.observation, batch.next_observation, state.policy_params, state.value_params)
     )
-    return state, _metrics(episodes, lesson, finite)
+    return state, _metrics(state, episodes, lesson, finite)
 
 
 def _all_finite(tree: PyTree) -> Array:
@@ -173,12 +202,11 @@ def _one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _metrics(episodes: EpisodeTotals, lesson: Lesson, finite: Array) -> Metrics:
+def _metrics(state: TrainState, episodes: EpisodeTotals, lesson: Lesson, finite: Array) -> Metrics:
     update = lesson.update
-    count = jnp.where(episodes.count > 0, episodes.count, jnp.float32(jnp.nan))
     return Metrics(
-        episode_return=episodes.total_return / count,
-        episode_length=episodes.total_length / count,
+        episode_return=state.last_return,
+        episode_length=state.last_length,
         num_episodes=episodes.count,
         accepted=update.accepted.astype(jnp.float32),
         step_fraction=update.step_fraction,

@@ -12,19 +12,36 @@ from jax.flatten_util import ravel_pytree
 from trpo_jax.config import Config
 from trpo_jax.steps.first_order import clipped_objective, first_order_update, penalized_objective, surrogate_objective
 from trpo_jax.steps.line_searches import backtracking_line_search, full_step, parallel_line_search
+from trpo_jax.steps.statistics import varies
 from trpo_jax.steps.trust_region import UpdateInfo, trpo_update
-from trpo_jax.steps.types import Array, PyTree, Scalar
+from trpo_jax.steps.types import Array, PyTree, Scalar, at_least_float32
 from trpo_jax.steps.values import fit_value_function, gauss_newton_fit
 from trpo_jax.types import Learned
 
 
-def normalize_weights(config: Config, weight: Array) -> tuple[Array, Array]:
-    """The number that the weights of the actions are divided by, and what the update is given."""
+def normalize_weights(config: Config, weight: Array, of: Array | None = None) -> tuple[Array, Array]:
+    """The number that the weights of the actions are divided by, and what the update is given.
+
+    Advantages are centred and divided by their standard deviation; equal ones, but for the rounding of what they are
+    differences `of`, say nothing and become 0. Without a baseline the weights are returns, which are divided by the
+    root of their mean square: to subtract their mean would be a baseline after all.
+    """
     if not config.normalize_advantages:
-        return jnp.ones_like(weight[0]), weight
-    std = jnp.std(weight)
-    scale = jnp.where(std > 0, std, 1)
-    return scale, (weight - jnp.mean(weight)) / scale
+        return jnp.ones_like(weight.ravel()[0]), weight
+    weight = at_least_float32(weight)
+    if not config.baseline:
+        size = jnp.sqrt(jnp.mean(weight**2))
+        scale = jnp.where(size > 0, size, 1)
+        return scale, weight / scale
+    smallest, largest = jnp.min(weight), jnp.max(weight)
+    magnitude = jnp.maximum(jnp.abs(smallest), jnp.abs(largest))
+    if of is not None:
+        magnitude = jnp.maximum(magnitude, jnp.max(jnp.abs(of)))
+    spread = largest - smallest
+    varied = varies(spread, magnitude)
+    scale = jnp.where(varied, jnp.std(weight), 1)
+    # What is not finite stays so, for the update to refuse.
+    return scale, jnp.where(varied | ~jnp.isfinite(spread), (weight - jnp.mean(weight)) / scale, 0)
 
 
 def update_policy(

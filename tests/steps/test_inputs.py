@@ -1,0 +1,191 @@
+"""What the steps make of inputs that are not float32, not finite, or no parameters at all."""
+
+import dataclasses
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from trpo_jax import (
+    Categorical,
+    Config,
+    DiagonalGaussian,
+    first_order_update,
+    fit_value_function,
+    gauss_newton_fit,
+    judge_candidate,
+    natural_gradient,
+    trpo_update,
+)
+
+
+def categorical(params, observation):
+    return Categorical(observation @ params["w"] + params["b"])
+
+
+def problem(dtype=jnp.float32, batch=64):
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(3, 4)), dtype), "b": jnp.zeros(4, dtype)}
+    observation, action = jnp.asarray(rng.normal(size=(batch, 3)), dtype), jnp.asarray(rng.integers(0, 4, batch))
+    return params, observation, action, jnp.asarray(rng.normal(size=batch), jnp.float32)
+
+
+@functools.cache
+def update(**options):
+    return jax.jit(functools.partial(trpo_update, categorical, fisher_fraction=1.0, **options))
+
+
+def spoiled(leaf):
+    params, *batch = problem()
+    return {**params, "b": leaf}, *batch
+
+
+EVERY_STEP = {
+    "trpo": lambda params, observation, action, advantage: trpo_update(
+        categorical, params, observation, action, advantage
+    ),
+    "first order": lambda params, observation, action, advantage: first_order_update(
+        categorical, params, None, observation, action, advantage, optimizer=optax.sgd(0.1)
+    ),
+    "gauss-newton": lambda params, observation, action, advantage: gauss_newton_fit(
+        lambda p, o: o @ p["w"][:, 0], params, observation, advantage
+    ),
+    "adam": lambda params, observation, action, advantage: fit_value_function(
+        lambda p, o: o @ p["w"][:, 0], params, None, observation, advantage, optimizer=None, epochs=1, minibatches=1
+    ),
+}
+
+
+@pytest.mark.parametrize("step", EVERY_STEP.values(), ids=EVERY_STEP.keys())
+@pytest.mark.parametrize(
+    "leaf, message",
+    [
+        (jnp.zeros(4, int), r"^params\['b'\] is an array of int32, which has no gradient; keep it out of the param"),
+        (jnp.zeros(4, bool), r"^params\['b'\] is an array of bool, which has no gradient"),
+        (jnp.tanh, r"^params\['b'\] is a \w+, not an array of floats; keep it out of the parameters and close over it"),
+        (0.5, r"^params\['b'\] is a float, not an array of floats"),
+        ({"batch_stats": jnp.zeros(4)}, r"^params\['b'\]\['batch_stats'\] is a running average, which a gradient must"),
+    ],
+    ids=["integers", "booleans", "a function", "a number", "running averages"],
+)
+def test_parameters_that_no_gradient_may_train_are_refused(step, leaf, message):
+    with pytest.raises(ValueError, match=message):
+        step(*spoiled(leaf))
+
+
+def test_no_parameters_at_all_are_refused():
+    with pytest.raises(ValueError, match=r"^params has no array in it, so there is nothing to train\.$"):
+        trpo_update(categorical, {}, *problem()[1:])
+
+
+def test_an_equinox_module_and_nnx_running_averages_are_refused_in_one_sentence():
+    import equinox as eqx
+    from flax import nnx
+
+    network = eqx.nn.MLP(3, 4, 5, 1, activation=jnp.tanh, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"^params\S* is a \w+, not an array of floats"):
+        trpo_update(lambda p, o: Categorical(jax.vmap(p)(o)), network, *problem()[1:])
+    _, state = nnx.split(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"^params\S* is a running average"):
+        trpo_update(categorical, state, *problem()[1:])
+
+
+def test_a_line_search_by_name_is_refused():
+    with pytest.raises(ValueError, match=r"^line_search must be a function, backtracking_line_search, parallel_line"):
+        trpo_update(categorical, *problem(), line_search="parallel")
+
+
+@pytest.mark.parametrize("dtype", [int, bool, jnp.float16], ids=str)
+def test_advantages_and_targets_may_be_of_any_dtype(dtype):
+    params, observation, action, advantage = problem()
+    counts = (10 * jnp.abs(advantage)).astype(dtype)
+    update_of = update()
+    new, info = update_of(params, observation, action, counts)
+    same, _ = update_of(params, observation, action, counts.astype(jnp.float32))
+    jax.tree.map(np.testing.assert_array_equal, new, same)
+    assert info.accepted and info.surrogate_gain.dtype == jnp.float32
+    judged = judge_candidate(categorical, params, new, observation, action, counts, jax.random.key(0), resamples=8)
+    assert judged.surrogate_gain > 0
+
+    def value(p, o):
+        return o @ p
+
+    fitted, loss = gauss_newton_fit(value, jnp.zeros(3), observation, counts)
+    expected, _ = gauss_newton_fit(value, jnp.zeros(3), observation, counts.astype(jnp.float32))
+    np.testing.assert_array_equal(fitted, expected)
+    assert loss.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("max_kl", [0.01, 0.003, 0.0301])
+def test_in_half_precision_an_accepted_step_is_within_the_radius_that_was_given(max_kl):
+    """float16 rounds 0.01 to 0.010002."""
+    accepted = []
+    for seed in range(8):
+        params, observation, action, _ = problem(jnp.float16)
+        advantage = jax.random.normal(jax.random.key(seed), (64,))
+        new, info = update()(params, observation, action, advantage, max_kl=max_kl)
+        assert float(info.divergence) <= max_kl and info.divergence.dtype == jnp.float32
+        assert all(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(new))
+        accepted.append(bool(info.accepted))
+    assert any(accepted)
+
+
+@pytest.mark.parametrize("bad", [3e38, -3e38, np.inf, np.nan])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_what_an_update_says_of_itself_is_finite(bad, share):
+    params, observation, action, advantage = problem()
+    for sign in (1, advantage):
+        spoiled = jnp.where(jnp.arange(64) < share * 64, bad * jnp.sign(sign), advantage)
+        new, info = update()(params, observation, action, spoiled)
+        for field in dataclasses.fields(info):
+            assert np.isfinite(getattr(info, field.name)), field.name
+        if not info.accepted:
+            jax.tree.map(np.testing.assert_array_equal, new, params)
+        if not np.isfinite(bad):
+            assert not info.accepted and info.gradient_norm == jnp.finfo(jnp.float32).max
+
+
+def test_a_mean_and_a_deviation_of_different_precision_are_one_distribution():
+    with jax.enable_x64(True):
+        params = {"mean": jnp.zeros((3, 1), jnp.float32), "log_std": jnp.zeros(1, jnp.float64)}
+        observation = jnp.asarray(np.random.default_rng(0).normal(size=(32, 3)), jnp.float32)
+
+        def gaussian(params, observation):
+            return DiagonalGaussian(observation @ params["mean"], params["log_std"])
+
+        action = gaussian(params, observation).sample(jax.random.key(0))
+        new, info = trpo_update(gaussian, params, observation, action, action[:, 0], fisher_fraction=1.0)
+        assert info.accepted and info.mean_kl <= 0.01
+        assert jax.tree.map(lambda leaf: leaf.dtype, new) == jax.tree.map(lambda leaf: leaf.dtype, params)
+
+
+def test_the_steps_have_the_defaults_of_config():
+    """By name; what only one of them has is left out."""
+    renamed = {"value_damping": "damping", "value_cg_iterations": "cg_iterations"}
+    config = {field.name: field.default for field in dataclasses.fields(Config)}
+    for step, names in {
+        trpo_update: (
+            "max_kl cg_damping cg_iterations cg_tolerance line_search_shrink line_search_steps fisher_fraction "
+            "constraint entropy_coefficient"
+        ),
+        natural_gradient: "cg_damping cg_iterations cg_tolerance",
+        gauss_newton_fit: "value_damping value_cg_iterations cg_tolerance fisher_fraction",
+    }.items():
+        parameters = inspect.signature(step).parameters
+        for name in names.split():
+            assert parameters[renamed.get(name, name)].default == config[name], (step, name)
+
+
+def test_a_bonus_counts_only_so_much_of_a_deviation():
+    wide = DiagonalGaussian(jnp.zeros((2, 2)), jnp.array([1.0, 5.0]), (2.0, 2.0))
+    free = DiagonalGaussian(jnp.zeros((2, 2)), jnp.array([1.0, 5.0]))
+    np.testing.assert_array_equal(wide.entropy(), free.entropy())
+    np.testing.assert_allclose(free.bonus(), free.entropy())
+    np.testing.assert_allclose(wide.bonus(), free.entropy() - 3)
+    gradient = jax.grad(lambda d: jnp.sum(d.bonus()))(wide)
+    np.testing.assert_array_equal(gradient.log_std, [[1, 0], [1, 0]])
+    assert jax.tree.structure(wide.fisher_product(wide)) == jax.tree.structure(wide) != jax.tree.structure(free)

@@ -1,0 +1,12 @@
+"""Defaults that `Config` and the steps share, each said once. Imports no JAX."""
+
+MAX_KL = 0.01
+CG_DAMPING = 0.1
+CG_ITERATIONS = 10
+CG_TOLERANCE = 0.01
+FISHER_FRACTION = 0.1
+LINE_SEARCH_SHRINK = 0.8
+LINE_SEARCH_STEPS = 10
+VALUE_DAMPING = 1.0
+VALUE_CG_ITERATIONS = 5
+OBSERVATION_CLIP = 10.0
