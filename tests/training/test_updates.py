@@ -450,8 +450,8 @@ def test_value_targets_under_reuse_weigh_the_first_action_by_its_ratio():
     targets = jnp.minimum(ratios, 1) * advantage + values
     _, metrics = step(config, state)
     expected = explained_variance(values, targets)
-    np.testing.assert_allclose(metrics.explained_variance, expected, atol=1e-4)
-    assert abs(expected - explained_variance(values, advantage + values)) > 0.01
+    np.testing.assert_allclose(metrics.explained_variance, expected, atol=1e-5)
+    assert abs(expected - explained_variance(values, advantage + values)) > 1e-3
 
 
 def test_a_batch_that_is_reused_is_looked_at_no_more_than_it_must(monkeypatch):
