@@ -4,7 +4,9 @@ import contextlib
 import functools
 import json
 import os
+import random
 import re
+import shutil
 import sqlite3
 import sys
 import tomllib
@@ -15,6 +17,7 @@ import numpy as np
 import optuna
 import pytest
 from sqlalchemy.pool import StaticPool
+from test_damage import DAMAGES
 
 from trpo_jax import UsageError
 from trpo_jax.cli import main
@@ -345,6 +348,65 @@ def test_what_a_search_can_do_without_is_made_again(whole, tmp_path, untrained):
     tune(folder, make(ALL), batch=4)
     assert outcome(folder) == whole and json.loads((folder / "search.json").read_text())["num_seeds"] == 2
     assert {file.name for file in folder.iterdir()} == {"best.toml", "search.json", "study.db", "notes.txt"}
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A search that was ended after eight of its trials."""
+    folder = tmp_path_factory.mktemp("half") / "half"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "_train_groups", train_nothing)
+        tune(folder, make(8), batch=4)
+    return folder
+
+
+QUICK = {("study.db", "cut in its end"), ("study.db", "noise"), ("search.json", "cut")}
+DAMAGED = [
+    pytest.param(name, damage, marks=[] if (name, damage) in QUICK else [pytest.mark.slow])
+    for name in ("best.toml", "search.json", "study.db")
+    for damage in DAMAGES
+    if damage != "another version"
+]
+
+
+@pytest.mark.parametrize("name, damage", DAMAGED)
+def test_damaged_search_goes_on_to_the_same_end_or_not_at_all(whole, half, name, damage, tmp_path, untrained):
+    folder = tmp_path / "s"
+    shutil.copytree(half, folder)
+    DAMAGES[damage](folder / name)
+    check_damaged(folder, whole, may_stop=damage == "a folder" or name == "study.db")
+
+
+def check_damaged(folder, whole, may_stop):
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    try:
+        tune(folder, make(ALL), batch=4)
+    except UsageError as error:
+        assert may_stop and "\n" not in str(error) and str(folder) in str(error)
+        assert all((folder / name).read_bytes() == data for name, data in before.items() if name == "best.toml")
+    else:
+        assert outcome(folder) == whole
+
+
+@pytest.mark.parametrize("number", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in range(4, 80))])
+def test_flipped_bit_of_a_study_is_found_or_does_not_matter(whole, half, number, tmp_path, untrained):
+    folder, rng = tmp_path / "s", random.Random(number)
+    shutil.copytree(half, folder)
+    data = bytearray((folder / "study.db").read_bytes())
+    data[rng.choice([at for at, byte in enumerate(data) if byte])] ^= 1 << rng.randrange(8)
+    (folder / "study.db").write_bytes(data)
+    check_damaged(folder, whole, may_stop=True)
+
+
+def test_changed_score_of_a_trial_is_found(half, tmp_path, untrained):
+    shutil.copytree(half, tmp_path / "s")
+    with contextlib.closing(sqlite3.connect(tmp_path / "s" / "study.db")) as database:
+        database.execute("UPDATE trial_values SET value = value + 1e-9")
+        database.commit()
+    with pytest.raises(
+        UsageError, match=r"study.db is damaged \(trial \d was changed since it was told\); restore it, or"
+    ):
+        tune(tmp_path / "s", make(ALL), batch=4)
 
 
 @pytest.mark.parametrize(

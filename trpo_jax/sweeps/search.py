@@ -197,7 +197,7 @@ def _run_batch(study: Study, spec: Spec, trials: list[Trial], programs: dict[Any
         for trial in trials:
             if trial.why:
                 trial.asked.set_user_attr("why", trial.why)
-        study.tell({t.asked.number: t.score if t.asked.number in done else None for t in trials})
+        study.tell([(t.asked, t.score if t.asked.number in done else None) for t in trials])
     return len(trials) - len(alive)
 
 

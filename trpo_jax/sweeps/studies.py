@@ -17,8 +17,9 @@ import json
 import os
 import socket
 import sqlite3
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ _SECONDS = 60  # that a connection waits for one that writes
 class Study:
     """The trials of a search.
 
-    A trial's attributes: `index`, which decides its proposal; `owner`, whose process trains it; `why` it has no score.
+    A trial's attributes: `index`, which decides its proposal; `owner`, whose process trains it; `why` it has no score;
+    and `checksum`, of what it was told.
     """
 
     def __init__(self, study: Any, where: str | Path, owner: str, seed: int):
@@ -64,12 +66,15 @@ class Study:
             trials[-1].set_user_attr("owner", self._owner)
         return trials
 
-    def tell(self, scores: Mapping[int, float | None]) -> None:
-        """End a batch: trials by number, with their scores, or None for those that stopped early or have none.
+    def tell(self, ended: Sequence[tuple[Any, float | None]]) -> None:
+        """End a batch: Optuna's trials with their scores, or None for those that stopped early or have none.
 
         What is told is written in one piece first, so that a kill in between leaves no batch half told.
         """
-        self._study.set_user_attr(f"told by {self._owner}", {str(number): score for number, score in scores.items()})
+        known = {trial.number: trial for trial in self._study.get_trials(deepcopy=False)}
+        for asked, score in ended:
+            asked.set_user_attr("checksum", _checksum(known[asked.number], score))
+        self._study.set_user_attr(f"told by {self._owner}", {str(asked.number): score for asked, score in ended})
         self.settle()
 
     def settle(self) -> None:
@@ -83,6 +88,16 @@ class Study:
             score = told.get(str(trial.number))
             state = TrialState.PRUNED if str(trial.number) in told else TrialState.FAIL
             self._study.tell(trial.number, score, TrialState.COMPLETE if score is not None else state)
+
+    def check(self) -> None:
+        """Raise `UsageError` if a trial is not as it was told: a database has no checksums of its own."""
+        for trial in self._finished():
+            score = trial.value if trial.state.name == "COMPLETE" else None
+            if trial.user_attrs.get("checksum", _checksum(trial, score)) != _checksum(trial, score):
+                raise UsageError(
+                    f"{self._where} is damaged (trial {trial.number} was changed since it was told); restore it, or "
+                    "choose another --output."
+                )
 
     def num_told(self) -> int:
         """Trials that came to an end."""
@@ -162,6 +177,7 @@ def open_study(path: str | os.PathLike[str], spec: Spec, storage: str | None, ma
         opened = Study(study, where, owner, spec.random.get("seed", 0))
         with opened.at_work():
             opened.settle()
+            opened.check()
         yield opened
 
 
@@ -236,6 +252,12 @@ def _make_database(file: Path, name: str, description: Mapping[str, Any]) -> Non
         data = memory.serialize()
         storage.engine.dispose()
     write_atomically(file, data)
+
+
+def _checksum(trial: Any, score: float | None) -> int:
+    """Of all that the sampler and the best settings take from a trial."""
+    content = [trial.number, trial.user_attrs.get("index"), trial.params, trial.intermediate_values, score]
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _cause(error: BaseException) -> str:
