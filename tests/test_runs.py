@@ -1,6 +1,8 @@
 """A run's folder: what it holds, and that a kill at any moment leaves no mark on the result."""
 
 import dataclasses
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +11,20 @@ import time
 import numpy as np
 import pytest
 
-from trpo_jax import Config, Metrics, train
-from trpo_jax.runs import continue_run, create_run, newest_state, open_run, plot_learning_curve, read_metrics
+from trpo_jax import Config, Metrics, UsageError, train
+from trpo_jax.cli import main
+from trpo_jax.files import locked, write_table
+from trpo_jax.runs import (
+    continue_run,
+    create_run,
+    failures,
+    newest_state,
+    open_run,
+    plot_learning_curve,
+    read_metrics,
+)
 
+SMALL = Config(num_envs=2, num_steps=8, cg_iterations=2)
 LONG = ["--num-envs", "2", "--num-steps", "8", "--cg-iterations", "2", "--num-iterations", "1000", "--num-seeds", "2"]
 
 
@@ -71,6 +84,112 @@ def test_plot_is_drawn(run):
     picture = imread(file)
     assert picture.shape[0] > 300 and picture.shape[1] > 500
     assert picture[..., :3].std() > 0.02  # not a blank sheet
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A run whose metrics.csv is written by hand, from columns [iterations, seeds]."""
+    run = create_run(tmp_path / "table", Config(num_envs=2, num_steps=8), seed=3, num_seeds=2)
+
+    def write(**columns):
+        names = ["iteration", "env_steps", "seed", *(field.name for field in dataclasses.fields(Metrics))]
+        rows = [",".join(names)]
+        for i, agent in np.ndindex(np.shape(columns["episode_return"])):
+            values = {"iteration": i + 1, "env_steps": 16 * (i + 1), "seed": 3 + agent}
+            values |= {name: values[i][agent] for name, values in columns.items()}
+            rows.append(",".join(str(values.get(name, 1)) for name in names))
+        (run.path / "metrics.csv").write_text("\n".join(rows) + "\n")
+        return run
+
+    return write
+
+
+def test_seeds_that_met_what_is_not_finite_are_named_with_the_first_iteration(table):
+    returns = np.ones((4, 2))
+    assert failures(table(episode_return=returns, finite=np.ones((4, 2)))) == {}
+    assert failures(table(episode_return=returns, finite=[[1, 1], [1, 0], [1, 1], [1, 0]])) == {4: 2}
+    assert failures(table(episode_return=returns, finite=[[1, 1], [1, 0], [0, 0], [0, 1]])) == {3: 3, 4: 2}
+
+
+@pytest.mark.parametrize(
+    "returns, words",
+    [
+        (np.full((3, 2), np.nan), ["no episode has ended"]),
+        ([[np.nan, np.nan], [np.nan, 5.0], [np.nan, 7.0]], []),
+        ([[np.inf, 1.0], [2.0, -np.inf], [np.nan, np.nan]], []),
+    ],
+)
+def test_a_learning_curve_of_what_is_not_finite(table, monkeypatch, returns, words):
+    from matplotlib.axes import Axes
+
+    texts, lines = [], []
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, text, **_: texts.append(text))
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **_: lines.append(np.asarray(y)))
+    assert plot_learning_curve(table(episode_return=returns)).stat().st_size > 1000
+    assert texts == words and all(np.isfinite(line).all() and len(line) for line in lines)
+    assert bool(lines) != bool(words)
+
+
+def test_rows_reach_the_disk_before_the_state_that_comes_after_them(tmp_path, monkeypatch):
+    run, synced, fsync = create_run(tmp_path / "run", SMALL, seed=0, num_seeds=1), [], os.fsync
+
+    def watch(descriptor):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")).split(".")[-3:][0])
+        fsync(descriptor)
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", watch)
+    with pytest.raises(KeyboardInterrupt):
+        continue_run(run, stop)
+    assert [name for name in synced if name in ("metrics", "npz")] == ["csv", "metrics", "npz"][1:]
+    assert os.listdir(run.path / "checkpoints") == ["00000001.npz"] and not list(run.path.glob(".*"))
+
+
+def test_two_at_once_are_refused_and_onlookers_are_not(run, capsys):
+    before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
+    with locked(run.path):
+        assert main(["resume", str(run.path)]) == 2
+        error = capsys.readouterr().err
+        assert f"another process is at work on {run.path}; wait for it" in error and error.count("\n") == 1
+        assert main(["evaluate", str(run.path), "--num-episodes", "1"]) == 0
+    assert {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()} == before
+
+
+def test_a_state_of_other_seeds_is_passed_over(run, tmp_path, capsys):
+    shutil.copytree(run.path, tmp_path / "other")
+    write_table(tmp_path / "other" / "config.json", {**run.description, "seed": 4})
+    with pytest.raises(UsageError, match=r"npz is of other seeds than config\.json names; restore it"):
+        newest_state(open_run(tmp_path / "other"))
+
+
+NAN = """
+import gymnasium, numpy, sys
+from trpo_jax.cli import main
+
+class World(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-1, 1, (1,), numpy.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = 0
+        return numpy.zeros(1, numpy.float32), {}
+    def step(self, action):
+        self.time += 1
+        return numpy.zeros(1, numpy.float32), float("nan") if self.time == 6 else 1.0, False, False, {}
+
+gymnasium.register("World-v0", World, max_episode_steps=99, disable_env_checker=True)
+sys.exit(main(["train", "gymnasium/World-v0", "--num-envs", "1", "--num-steps", "4", "--num-iterations", "2"]))
+"""
+
+
+def test_numbers_that_are_not_finite_and_episodes_that_never_end_are_said(tmp_path, python):
+    pytest.importorskip("gymnasium", reason="a world of one's own by name is Gymnasium's")
+    result = python("-c", NAN, cwd=tmp_path)
+    assert result.returncode == 1, result.stderr
+    assert "numbers that were not finite: seed 0 at iteration 2; " in result.stderr
+    assert "No episode has ended, so the learning curve is empty" in result.stdout
 
 
 def start(*arguments):

@@ -354,8 +354,9 @@ def read_metrics(run: Run) -> dict[str, np.ndarray]:
 def failures(run: Run) -> dict[int, int]:
     """{seed: iteration at which it first met a number that was not finite}, of the seeds that did."""
     metrics = read_metrics(run)
-    bad = np.flatnonzero(metrics["finite"] == 0)[::-1]  # the first one is written last
-    return dict(sorted((int(metrics["seed"][i]), int(metrics["iteration"][i])) for i in bad))
+    bad = np.flatnonzero(metrics["finite"] == 0)[::-1]  # so that of each seed the first one counts
+    found = {int(metrics["seed"][i]): int(metrics["iteration"][i]) for i in bad}
+    return dict(sorted(found.items()))
 
 
 def plot_learning_curve(run: Run) -> Path:

@@ -159,7 +159,17 @@ def test_foreign_folder_is_left_alone(finished, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("precious")
     assert sweep(finished.parent / "sweep.toml", "--output", tmp_path) == 2
     assert "is not the folder of a sweep" in capsys.readouterr().err
-    assert files(tmp_path, "*.tex") == {"thesis.tex": b"precious"}
+    assert os.listdir(tmp_path) == ["thesis.tex"] and files(tmp_path, "*.tex") == {"thesis.tex": b"precious"}
+
+
+@pytest.mark.parametrize("left", [".sweep.json.12.tmp", "..sweep.json.12.12.tmp", ".lock0", "locks/0"])
+def test_a_sweep_that_was_killed_at_its_first_file_begins_anew(tmp_path, left):
+    (tmp_path / left).parent.mkdir(exist_ok=True)
+    (tmp_path / left).write_text("{")
+    folder = Folder(tmp_path)
+    with folder.locked(0):
+        folder.describe({"num_seeds": 2}, {})
+    assert folder.description() == {"num_seeds": 2, "made_by": {}}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])

@@ -102,8 +102,18 @@ def test_a_missing_file(tmp_path, config):
     assert refusal(tmp_path / "none.npz", config).startswith("there is no checkpoint")
 
 
-def test_a_folder(tmp_path, config):
-    refusal(tmp_path, config)
+def test_a_folder(tmp_path, path, config):
+    assert refusal(tmp_path, config) == f"{tmp_path} is a folder; name a checkpoint, such as {path}."
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
+        folder.mkdir()
+        assert refusal(folder, config) == f"{folder} is a folder; name a checkpoint in it."
+    newest = path.rename(tmp_path / "run" / "checkpoints" / "00000002.npz")
+    assert refusal(tmp_path / "run", config).endswith(f"such as {newest}.")
+
+
+def test_no_advice_destroys(path, config):
+    path.write_bytes(path.read_bytes()[:100])
+    assert "remove" not in refusal(path, config)
 
 
 def test_a_truncated_file(path, config):
