@@ -213,7 +213,7 @@ class Config:
     value_epochs: int = _static(5, "adam: passes over the batch", used=_ADAM)
     value_minibatches: int = _static(
         8,
-        "adam: minibatches per pass, shuffled anew in each; must divide num_envs x num_steps",
+        "adam: minibatches per pass; must divide num_envs x num_steps",
         used=_ADAM,
         high=10_000_000,
     )

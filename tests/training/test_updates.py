@@ -280,8 +280,8 @@ def test_minibatches_are_shuffled_by_the_key_and_nothing_else_is():
     for network in range(2):
         assert same_bits(parts(0)[network], parts(0)[network])
         assert not same_bits(parts(0)[network], parts(1)[network])
-    for whole in (one_iteration(policy_minibatches=1, value_minibatches=1, **epochs), one_iteration()):
-        assert same_bits(whole(0), whole(1))
+    for other in ({"policy_minibatches": 1, "value_minibatches": 1, **epochs}, {"value_fit": "adam"}, {}):
+        assert same_bits(one_iteration(**other)(0), one_iteration(**other)(1))
 
 
 def test_what_shuffles_follows_from_the_key_of_the_run_and_the_number_of_the_iteration():

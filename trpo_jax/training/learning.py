@@ -49,7 +49,7 @@ def learn(
 ) -> tuple[Learned, Lesson]:
     """Advantages, policy update and value fit from one batch [T, N], before which the policy remembered its carry.
 
-    The key shuffles minibatches, and nothing else: the default settings have none.
+    The key shuffles the minibatches of PPO and of the penalised surrogate, and nothing else.
     """
     agent = make_agent(config)
     policy = on_normalized(config, old.statistics, agent.policy)
