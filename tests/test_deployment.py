@@ -1,21 +1,40 @@
 """A trained policy elsewhere: in Gymnasium's own environments, as StableHLO, and its metrics in other places."""
 
+import dataclasses
+import functools
 import os
+import re
+import runpy
 import struct
 import sys
 from ctypes.util import find_library
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gymnasium import spaces
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from trpo_jax import Config, UsageError, evaluate, init, train
+from trpo_jax import (
+    Categorical,
+    Config,
+    DiagonalGaussian,
+    MultiCategorical,
+    Network,
+    UsageError,
+    evaluate,
+    init,
+    make_environment,
+    train,
+)
 from trpo_jax.cli import main
 from trpo_jax.deployment import acting_policy, export_policy, play
+from trpo_jax.environments.base import Box, Discrete
 from trpo_jax.runs import open_run, read_metrics
 
 SMALL = {"num_envs": 2, "num_steps": 8, "num_iterations": 2, "cg_iterations": 2, "value_cg_iterations": 2}
@@ -128,17 +147,168 @@ def test_an_exported_policy_acts_as_the_agent_does(env, tmp_path):
         np.testing.assert_allclose(exported.call(observation), act((), observation)[1], rtol=1e-5, atol=1e-6)
 
 
-def test_an_exported_memory_comes_with_the_policy(tmp_path):
-    config = Config(network="gru", **SMALL)
+class Memory(NamedTuple):
+    """A carry of a class of the user's."""
+
+    short: Any
+    long: Any
+
+
+def two_leaves(make):
+    """A policy on CartPole with a memory of two arrays that does not start at zero: it acts by both."""
+
+    def apply(params, carry, observation):
+        short, long = jax.tree.leaves(carry)
+        after = make(short + observation[..., 0:2], long * 0.5)
+        logits = (
+            params["w"] * (after[0] if isinstance(after, tuple) else after["a"]) + jax.tree.leaves(after)[1][..., :2]
+        )
+        return after, Categorical(logits)
+
+    start = make(jnp.array([0.0, 2.0]), jnp.array([3.0, -1.0, 7.0]))
+    return Network(lambda key, observation: {"w": jnp.ones(2)}, apply, lambda: start)
+
+
+def forbidding(environment):
+    """The same environment, in which only the last action is allowed."""
+    number = environment.action_space.n
+    mask = lambda observation: jnp.broadcast_to(jnp.arange(number) == number - 1, (*observation.shape[:-1], number))  # noqa: E731
+    return dataclasses.replace(environment, action_mask=mask)
+
+
+EXPORTED = {
+    "no memory": {},
+    "normalised": {"normalize_observations": True},
+    "gated unit": {"network": "gru"},
+    "two arrays": {"policy": two_leaves(lambda a, b: (a, b))},
+    "a dictionary": {"policy": two_leaves(lambda a, b: {"a": a, "b": b})},
+    "a class": {"policy": two_leaves(Memory)},
+    "masked": {"env": forbidding(make_environment("CartPole-v1"))},
+}
+
+
+@pytest.mark.parametrize("settings", EXPORTED.values(), ids=EXPORTED.keys())
+def test_the_script_beside_an_export_acts_as_the_agent_does(settings, tmp_path, capsys):
+    config = Config(**{**SMALL, **settings})
     state = init(config, jax.random.key(0))
-    exported = jax.export.deserialize(bytearray(export_policy(config, state, tmp_path).read_bytes()))
+    file = export_policy(config, state, tmp_path)
     act, carry = acting_policy(config, state)
-    observation = jax.random.normal(jax.random.key(1), (1, 4))
-    for _ in range(3):
-        expected = jax.jit(act)(carry, observation)
-        carry, action = exported.call(carry, observation)
-        np.testing.assert_allclose(carry, expected[0], atol=1e-6)
-        np.testing.assert_array_equal(action, expected[1])
+    carry = jax.tree.map(lambda leaf: jnp.repeat(leaf, 3, axis=0), carry)
+    observation = jnp.zeros((3, 4))
+    after, expected = act(carry, observation)
+    runpy.run_path(str(tmp_path / "load_policy.py"))  # needs nothing of trpo_jax
+    assert capsys.readouterr().out.split() == str(np.asarray(expected)).split()
+    assert "trpo_jax" not in re.findall(r"^(?:from|import) (\w+)", (tmp_path / "load_policy.py").read_text(), re.M)
+    exported = jax.export.deserialize(bytearray(file.read_bytes()))
+    for _ in range(3 if jax.tree.leaves(carry) else 0):  # of the second step, too
+        (inputs, _), _ = jax.tree.unflatten(exported.in_tree, [*jax.tree.leaves(carry), observation])
+        carry, expected = act(carry, observation)
+        after, action = exported.call(inputs, observation)
+        np.testing.assert_array_equal(action, expected)
+        for mine, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(carry), strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-6)
+        observation = observation + 1
+
+
+def test_a_disk_that_takes_no_files_is_one_sentence(trained, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UsageError, match=r"^cannot write .*policy\.stablehlo: .*; choose another --output\.$"):
+        export_policy(*trained, tmp_path / "file" / "policy")
+    with pytest.raises(UsageError, match=r"^cannot write .*x\.gif: .*; choose another --gif\.$"):
+        play(*trained, "CartPole-v1", num_episodes=1, gif=tmp_path / "file" / "x.gif")
+    if Path("/dev/full").exists():
+        (tmp_path / "x.gif").mkdir()
+        with pytest.raises(UsageError, match=r"^cannot write .*x\.gif: .*; choose another --gif\.$"):
+            play(*trained, "CartPole-v1", num_episodes=1, gif=tmp_path / "x.gif")
+        assert [entry.name for entry in tmp_path.iterdir() if entry.name.endswith(".tmp")] == []
+
+
+class Puzzle(gymnasium.Env):
+    """Pays 1 for the action that the observation stands for, which is one of two, in turn. Four steps."""
+
+    def __init__(self, action_space, actions, observation_space, observations, render_mode=None):
+        self.action_space, self.observation_space = action_space, observation_space
+        self.actions, self.observations = actions, observations
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = 0
+        return self.observations[0], {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        right = bool(np.all(np.asarray(action) == np.asarray(self.actions[self.time % 2])))
+        self.time += 1
+        return self.observations[self.time % 2], [float(right)], False, False, {}
+
+
+LINE = spaces.Box(-1, 1, (2,)), [np.array([1, -1], np.float32), np.array([-1, 1], np.float32)]
+BYTES = spaces.Box(0, 255, (3, 3, 1), np.uint8), [np.zeros((3, 3, 1), np.uint8), np.full((3, 3, 1), 255, np.uint8)]
+NESTED = (
+    spaces.Dict(a=spaces.Tuple((spaces.Discrete(2, start=5), spaces.MultiBinary(2))), b=spaces.Box(-1, 1, (1, 2))),
+    [{"a": (np.int64(5 + i), np.array([i, 1], np.int8)), "b": np.full((1, 2), i, np.float32)} for i in range(2)],
+)
+CHOICE = spaces.Discrete(3, start=10), [np.int64(12), np.int64(10)]
+WORLDS = {  # actions and observations
+    "actions from 10": (*CHOICE, *LINE),
+    "observations within others": (*CHOICE, *NESTED),
+    "pictures": (*CHOICE, *BYTES),
+    "an index": (*CHOICE, spaces.Discrete(2, start=-1), [np.int64(-1), np.int64(0)]),
+    "several choices": (
+        spaces.MultiDiscrete([2, 3], start=[4, -1]),
+        [np.array([5, 1]), np.array([4, -1])],
+        spaces.Box(-1, 1, (2,), np.float64),
+        [np.array([1.0, -1]), np.array([-1.0, 1])],
+    ),
+    "a table of choices": (spaces.MultiDiscrete([[2], [2]]), [np.array([[1], [0]]), np.array([[0], [1]])], *LINE),
+    "switches": (spaces.MultiBinary(2), [np.array([1, 0], np.int8), np.array([0, 1], np.int8)], *LINE),
+    "reals in a table": (spaces.Box(-2, 2, (2, 1)), [np.array([[2], [-2]]), np.array([[-2], [2]])], *LINE),
+    "whole numbers": (spaces.Box(0, 2, (1,), np.int16), [np.array([2]), np.array([0])], *LINE),
+}
+
+
+def oracle(environment, right):
+    """A policy that takes, of the two observations, the right action of each; `right` in our space."""
+    space = environment.action_space
+
+    def apply(params, observation):
+        flat = observation.reshape(*observation.shape[: observation.ndim - len(environment.observation_shape)], -1)
+        first = jnp.all(jnp.abs(flat - params["first"]) < 1e-3, axis=-1)
+        action = jnp.where(first.reshape(first.shape + (1,) * len(space.shape)), *map(jnp.asarray, right))
+        if isinstance(space, Box):
+            return DiagonalGaussian(10.0 * action, jnp.zeros_like(action, jnp.float32))
+        if isinstance(space, Discrete):
+            return Categorical(9.0 * jax.nn.one_hot(action, space.n))
+        return MultiCategorical(tuple(9.0 * jax.nn.one_hot(action[..., k], n) for k, n in enumerate(space.n)))
+
+    return Network(lambda key, observation: {"first": jnp.ravel(observation)}, apply)
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS.keys())
+def test_play_sees_and_does_what_training_does(world):
+    action_space, actions, *observed = world
+    entry_point = functools.partial(Puzzle, action_space, actions, *observed)
+    gymnasium.register("Puzzle-v0", entry_point, max_episode_steps=4)
+    try:
+        environment = make_environment("gymnasium/Puzzle-v0", max_steps=4)
+        start = getattr(action_space, "start", 0)
+        right = [np.ravel(np.asarray(action) - start) for action in actions]
+        if isinstance(environment.action_space, Discrete):
+            right = [action[0] for action in right]
+        for policy, best in ((oracle(environment, right), 4), (oracle(environment, right[::-1]), 0)):
+            config = Config(env=environment, policy=policy, **SMALL)
+            state = init(config, jax.random.key(0))
+            judged = evaluate(config, state, jax.random.key(1), num_episodes=1)
+            assert judged.episode_return == best and judged.episode_length == 4
+            assert play(config, state, "Puzzle-v0", num_episodes=1) == best
+    finally:
+        del gymnasium.registry["Puzzle-v0"]
+
+
+def test_play_stops_where_training_does(trained):
+    config, state = trained
+    short = config.replace(env=make_environment("CartPole-v1", max_steps=7))
+    np.testing.assert_array_equal(play(short, state, "CartPole-v1", num_episodes=2), 7)
 
 
 def test_commands_play_and_export(run, capsys, python, tmp_path):

@@ -72,7 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         say(f"{_TOO_LARGE}.")
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
+        _, ours, sentence = str(error).partition("UsageError: ")
+        if ours:  # of what fails in Python in the middle of a program, JAX keeps the text
+            say(sentence.splitlines()[0])
+            return 2
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         say(f"{_TOO_LARGE} ({first_line(error)}).")

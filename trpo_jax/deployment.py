@@ -14,6 +14,8 @@ import numpy as np
 
 from trpo_jax.config import UsageError
 from trpo_jax.environments.base import Box, Environment
+from trpo_jax.environments.checks import one_sentence
+from trpo_jax.environments.gymnasium import action_space, observation_space
 from trpo_jax.files import write_atomically
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.agents import make_agent, on_normalized
@@ -21,19 +23,35 @@ from trpo_jax.training.recurrence import advance, initial_carries
 from trpo_jax.types import Config, TrainState
 
 _PLATFORMS = "cpu", "cuda", "tpu"
+_MOST_STEPS = 100_000  # of an episode without a time limit
 _GIF_WIDTH = 300  # pixels
 _GIF_FRAMES = 500
-_LOAD = '''"""Acts with the exported policy. Needs jax and numpy, not trpo_jax."""
+_ELSEWHERE = "choose another --output"
+_LOAD = '''"""Acts with the exported policy. Needs jax and numpy, not trpo_jax.
+
+`policy.call` takes observations of {env} as trpo_jax has them, float32 [batch, {dimensions}]{meaning}, and gives the
+most likely actions, {actions}.{memory}
+"""
 
 from pathlib import Path
 
 import numpy as np
-from jax import export
+from jax import {imports}
 
-policy = export.deserialize(bytearray((Path(__file__).parent / "policy.stablehlo").read_bytes()))
+folder = Path(__file__).parent
+policy = export.deserialize(bytearray((folder / "policy.stablehlo").read_bytes()))
 observation = np.zeros({shape}, np.float32)  # a batch of 3; any number will do
 {body}
 '''
+_MEMORY = """
+
+It has a memory: `policy.call(carry, observation)` gives (carry, action). The arrays of the carry at an episode's
+start lie in start.npz, for one environment."""
+_START = """start = np.load(folder / "start.npz")
+leaves = [np.repeat(start[f"leaf_{i}"], 3, axis=0) for i in range(len(start.files))]
+(carry, _), _ = tree.unflatten(policy.in_tree, [*leaves, observation])  # at the start of an episode
+carry, action = policy.call(carry, observation)
+print(np.asarray(action))"""
 
 
 def acting_policy(config: Config, state: TrainState) -> tuple[Callable[[PyTree, Array], tuple[PyTree, Array]], PyTree]:
@@ -99,24 +117,29 @@ def play(
             "--env, or install what it needs: pip install '.[play]'."
         ) from error
     environment = make_agent(config).environment
-    _check_spaces(environment, world, env)
+    observe, to_world = _interface(environment, world, env)
     act, carry_at_start = acting_policy(config, state)
     act = jax.jit(act)
+    limit = environment.max_steps or _MOST_STEPS
     returns: list[float] = []
     frames: list[np.ndarray] = []
     for episode in range(num_episodes):
-        observation, _ = world.reset(seed=seed + episode)
-        carry, total, ended = carry_at_start, 0.0, False
-        while not ended:
+        with one_sentence(f"reset of {env}"):
+            observation, _ = world.reset(seed=seed + episode)
+        carry, total = carry_at_start, 0.0
+        for _ in range(limit):
             if gif and episode == 0 and len(frames) < _GIF_FRAMES:
                 frames.append(_render(world, env))
-            carry, action = act(carry, np.asarray(observation, np.float32).reshape(1, *environment.observation_shape))
-            observation, reward, terminated, truncated, _ = world.step(_to_world(np.asarray(action)[0], world))
-            total, ended = total + float(reward), terminated or truncated
+            carry, action = act(carry, observe(observation).reshape(1, *environment.observation_shape))
+            with one_sentence(f"step of {env}"):
+                observation, reward, terminated, truncated, _ = world.step(to_world(np.asarray(action)[0]))
+            total += float(reward)
+            if terminated or truncated:
+                break
         returns.append(total)
+    world.close()
     if gif:
         _write_gif(gif, frames, world.metadata.get("render_fps") or 30)
-    world.close()
     return np.array(returns)
 
 
@@ -124,57 +147,84 @@ def export_policy(config: Config, state: TrainState, folder: Path) -> Path:
     """Write a policy as portable StableHLO for CPU, CUDA and TPU, with a script that loads it.
 
     The exported function is that of `acting_policy` for any batch size, its parameters inside: `observation -> action`,
-    or `(carry, observation) -> (carry, action)` with a memory.
+    or `(carry, observation) -> (carry, action)` with a memory (the list of its arrays, where they lie in a class of
+    the user's). Observations are as the environment gives them here: float32, indices as unit vectors, and bytes
+    divided by 255.
 
     Args:
       config: the settings the state was trained with.
       state: one agent.
-      folder: gets policy.stablehlo and load_policy.py.
+      folder: gets policy.stablehlo, load_policy.py, and with a memory start.npz, that of an episode's start.
 
     Returns:
       The file.
+
+    Raises:
+      UsageError: if a file cannot be written.
     """
     act, carry = acting_policy(config, state)
-    shape = make_agent(config).environment.observation_shape
+    environment = make_agent(config).environment
     (batch,) = jax.export.symbolic_shape("batch")
-    observation = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
+    observation = jax.ShapeDtypeStruct((batch, *environment.observation_shape), jnp.float32)
     if jax.tree.leaves(carry):
-        carries = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype), carry)
-        exported = jax.export.export(jax.jit(act), platforms=_PLATFORMS)(carries, observation)
-        shapes = [leaf.shape[1:] for leaf in jax.tree.leaves(carry)]
-        body = f"carry = np.zeros({(3, *shapes[0])}, np.float32)  # at the start of an episode\n"
-        body += "carry, action = policy.call(carry, observation)\nprint(action)"
+        content = _serialize(act, carry, observation)
+        start = {f"leaf_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(carry))}
+        write_atomically(folder / "start.npz", lambda sink: np.savez(sink, **start), _ELSEWHERE)  # type: ignore[arg-type]
     else:
-        without_memory = jax.jit(lambda observation: act((), observation)[1])
-        exported = jax.export.export(without_memory, platforms=_PLATFORMS)(observation)
-        body = "print(policy.call(observation))"
+        without_memory = jax.jit(lambda observation: act(carry, observation)[1])
+        content = jax.export.export(without_memory, platforms=_PLATFORMS)(observation).serialize()
     file = folder / "policy.stablehlo"
-    write_atomically(file, bytes(exported.serialize()))
-    write_atomically(folder / "load_policy.py", _LOAD.format(shape=(3, *shape), body=body))
+    write_atomically(file, bytes(content), _ELSEWHERE)
+    write_atomically(
+        folder / "load_policy.py", _script(environment, has_memory=bool(jax.tree.leaves(carry))), _ELSEWHERE
+    )
     return file
 
 
-def _check_spaces(environment: Environment, world: Any, env: str) -> None:
-    shape = world.observation_space.shape
-    if shape is None or int(np.prod(shape)) != int(np.prod(environment.observation_shape)):
+def _serialize(act: Callable, carry: PyTree, observation: jax.ShapeDtypeStruct) -> bytearray:
+    """`act` for any batch, as bytes: on carries as they are, or, of a kind that no file can hold, on their leaves."""
+    (batch, *_), (leaves, structure) = observation.shape, jax.tree.flatten(carry)
+    leaves = [jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+
+    def on_leaves(leaves: list[Array], observation: Array) -> tuple[list[Array], Array]:
+        after, action = act(jax.tree.unflatten(structure, leaves), observation)
+        return jax.tree.leaves(after), action
+
+    try:
+        carries = jax.tree.unflatten(structure, leaves)
+        return jax.export.export(jax.jit(act), platforms=_PLATFORMS)(carries, observation).serialize()
+    except ValueError:  # a named tuple, or a class of the user's
+        return jax.export.export(jax.jit(on_leaves), platforms=_PLATFORMS)(leaves, observation).serialize()
+
+
+def _script(environment: Environment, *, has_memory: bool) -> str:
+    """The program that loads an exported policy and acts once."""
+    shape = environment.observation_shape
+    return _LOAD.format(
+        env=environment.name,
+        dimensions=", ".join(map(str, shape)),
+        imports="export, tree" if has_memory else "export",
+        meaning=" (bytes of pictures divided by 255)" if len(shape) == 3 else "",
+        actions=environment.action_space,
+        memory=_MEMORY if has_memory else "",
+        shape=(3, *shape),
+        body=_START if has_memory else "print(np.asarray(policy.call(observation)))",
+    )
+
+
+def _interface(environment: Environment, world: Any, env: str) -> tuple[Callable, Callable]:
+    """Gymnasium's observations for the policy, and the policy's actions for Gymnasium, as in training there."""
+    shape, observe = observation_space(world.observation_space, env)
+    if np.prod(shape) != np.prod(environment.observation_shape):
         raise UsageError(
             f"{env} observes {world.observation_space}, but the policy was trained on observations of shape "
             f"{environment.observation_shape}; choose another --env."
         )
-    ours, theirs = environment.action_space, world.action_space
-    same = (
-        int(np.prod(theirs.shape)) == ours.low.size
-        if isinstance(ours, Box)
-        else str(getattr(theirs, "n", getattr(theirs, "nvec", None))).strip("[]").split()
-        == str(np.atleast_1d(ours.n)).strip("[]").split()
-    )
+    ours, (theirs, to_world) = environment.action_space, action_space(world.action_space, env)
+    same = theirs.shape == ours.shape if isinstance(ours, Box) and isinstance(theirs, Box) else theirs == ours
     if not same:
-        raise UsageError(f"{env} takes actions of {theirs}, but the policy was trained to give {ours}.")
-
-
-def _to_world(action: np.ndarray, world: Any) -> Any:
-    """An action in the shape and type that Gymnasium wants."""
-    return int(action) if action.ndim == 0 else action.reshape(world.action_space.shape)
+        raise UsageError(f"{env} takes actions of {world.action_space}, but the policy was trained to give {ours}.")
+    return observe, to_world
 
 
 def _render(world: Any, env: str) -> np.ndarray:
@@ -197,4 +247,4 @@ def _write_gif(file: Path, frames: list[np.ndarray], frames_per_second: float) -
 
     first, *rest = map(small, frames)
     options = {"save_all": True, "append_images": rest, "duration": 1000 / frames_per_second, "loop": 0}
-    write_atomically(file, lambda sink: first.save(sink, format="GIF", **options))
+    write_atomically(file, lambda sink: first.save(sink, "GIF", **options), "choose another --gif")

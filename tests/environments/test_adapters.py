@@ -264,7 +264,7 @@ def grids(monkeypatch):
     package("xminigrid", monkeypatch, registered_environments=lambda: ("G",), make=lambda name: (XLand(), LIMIT))
     package("xminigrid.core", monkeypatch)
     package("xminigrid.core.constants", monkeypatch, NUM_TILES=3, NUM_COLORS=3)
-    observations = SimpleNamespace(symbolic="picture", symbolic_first_person="picture")
+    observations = SimpleNamespace(symbolic="ids", symbolic_first_person="ids", rgb="bytes", rgb_first_person="bytes")
     package(
         "navix", monkeypatch, registry=lambda: {"G": None}, make=lambda name: NavixRoom(), observations=observations
     )

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from types import SimpleNamespace
 
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -227,6 +228,58 @@ class StrangeActions(probes.OneStep):
     actions = "up or down"
 
 
+class NoActions(probes.OneStep):
+    actions = probes.discrete(0)
+
+
+class Changeable(probes.OneStep):
+    def move(self, key, state, action):
+        return jnp.zeros(3), 1.0, True, False
+
+    def step(self, key, state, action):
+        state, *rest = self.move(key, state, action)
+        return jnp.zeros(1), state, *rest, {"final_observation": jnp.zeros(1)}
+
+
+class Growing(probes.OneStep):
+    def step(self, key, state, action):
+        return jnp.zeros(2), state, 1.0, True, False, {"final_observation": jnp.zeros(2)}
+
+
+class TwoRewards(probes.OneStep):
+    def move(self, key, state, action):
+        return state, jnp.ones(2), True, False
+
+
+class Broken(probes.OneStep):
+    def move(self, key, state, action):
+        return state["position"], 1.0, True, False
+
+
+class Imaginary(probes.OneStep):
+    def observe(self, state):
+        return jnp.zeros(2, jnp.complex64)
+
+
+def own(**changes):
+    """An `Environment` made by hand, in one way or another not as it says."""
+    right = make_environment(probes.TwoSteps())
+    return dataclasses.replace(right, name="own", **changes)
+
+
+class Hopper:
+    """What Brax has."""
+
+    action_size = observation_size = 3
+
+    def reset(self, rng): ...
+
+    def step(self, state, action): ...
+
+
+Hopper.__module__ = "brax.envs.hopper"
+
+
 REFUSED = {
     "five values": (FiveValues(), r"^FiveValues\.step must return gymnax 1\.x's six values .* returned 5"),
     "no final observation": (NoFinalObservation(), r"^NoFinalObservation\.step must .*info\['final_observation'\]"),
@@ -238,6 +291,33 @@ REFUSED = {
     ),
     "no reset": (SimpleNamespace(step=lambda key: key), r"has no method reset\(\)"),
     "no action_space": (SimpleNamespace(reset=len, step=len), r"has no method action_space\(\)"),
+    "no actions": (NoActions(), r"^actions of NoActions lie in Discrete\(0\), in which there is no action"),
+    "another state": (
+        Changeable(),
+        r"^Changeable gives another state after a step than after a reset: \(3,\) after \(\)",
+    ),
+    "another observation": (Growing(), r"^Growing gives another observation after .*: \(2,\) after \(1,\)"),
+    "two rewards": (TwoRewards(), r"^TwoRewards must give one reward a step, got an array of shape \(2,\)"),
+    "an error": (Broken(), r"^step of Broken fails \(\w+: .*, test_base\.py:\d+ in move\)"),
+    "complex": (Imaginary(), r"^observations of Imaginary are complex"),
+    "a class": (probes.OneStep, r"^env must be an environment, and OneStep is a class; hand over one of its instances"),
+    "brax": (
+        Hopper(),
+        r"^Hopper is an environment object of brax; give its name in place of it, such as env=.brax/NAME",
+    ),
+    "gymnasium": (
+        gymnasium.make("CartPole-v1"),
+        r"^TimeLimit|OrderEnforcing is an environment object of gymnasium; .* such as env=.gymnasium/CartPole-v1.",
+    ),
+    "own shape": (
+        own(observation_shape=(7,)),
+        r"^own\.reset must give an observation of float32\[7\], got float32\[1\]",
+    ),
+    "own actions": (
+        own(action_space=3),
+        r"^own\.action_space must be a Discrete, MultiDiscrete or Box of trpo_jax, got 3",
+    ),
+    "own step": (own(step=lambda *_: 3), r"^step of own fails \(TypeError"),
     "None": (None, r"^env must be a name, an Environment or an environment object, got None"),
     "a number": (3, r"^env must be a name.*got 3"),
     "a list": (["CartPole-v1"], r"^env must be a name"),
@@ -250,3 +330,29 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(env, message):
         make_environment(env)
     text = str(caught.value)
     assert text.endswith(".") and "\n" not in text and len(text) < 300
+
+
+BYTES = SimpleNamespace(low=0, high=255, shape=(2, 2, 1), dtype=jnp.uint8)
+SEEN = {  # what is declared, what is given, what the agent sees of 51
+    "bytes": (BYTES, jnp.uint8, 0.2),
+    "undeclared bytes": (None, jnp.uint8, 0.2),
+    "a picture of floats": (SimpleNamespace(low=0, high=255, shape=(2, 2, 1), dtype=jnp.float32), jnp.float32, 0.2),
+    "floats": (None, jnp.float32, 51),
+    "wide bounds": (SimpleNamespace(low=-255, high=255, shape=(2, 2, 1), dtype=jnp.float32), jnp.int32, 51),
+}
+
+
+@pytest.mark.parametrize("declared, dtype, expected", SEEN.values(), ids=SEEN.keys())
+def test_bytes_are_seen_between_0_and_1(declared, dtype, expected):
+    env = probes.OneStep()
+    env.observe = lambda state: jnp.full((2, 2, 1), 51, dtype)
+    if declared is not None:
+        env.observation_space = lambda: declared
+    observation, _ = make_environment(env).reset(jax.random.key(0))
+    np.testing.assert_allclose(observation, np.full((2, 2, 1), expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0, -3, 1.5, True, "ten"])
+def test_a_limit_that_is_no_number_of_steps_is_refused(value):
+    with pytest.raises(UsageError, match=r"^max_steps must be a whole number of at least 1, got"):
+        make_environment("CartPole-v1", max_steps=value)

@@ -1,5 +1,9 @@
 """Gymnasium through the host: its own trajectories, and the purity of a step whose state is but a history."""
 
+import gc
+import re
+import signal
+
 import gymnasium
 import jax
 import jax.numpy as jnp
@@ -8,9 +12,12 @@ import probes
 import pytest
 from gymnasium import spaces
 
-from trpo_jax import Config, UsageError, evaluate, init, load, make_environment, save
+from trpo_jax import Config, UsageError, evaluate, init, load, make_environment, save, train
+from trpo_jax.cli import main
 from trpo_jax.environments import gymnasium as adapter
+from trpo_jax.environments import make
 from trpo_jax.environments.base import MultiDiscrete
+from trpo_jax.runs import continue_run, create_run
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -42,13 +49,26 @@ class Recorder(gymnasium.Env):
 
 
 @pytest.fixture
-def recorder():
+def register():
+    """A function that registers an environment for a test and returns its name here."""
+    names = []
+
+    def add(name, entry_point, **options):
+        make._by_name.cache_clear()
+        gymnasium.register(name, entry_point, **{"max_episode_steps": 5, **options})
+        names.append(name)
+        return f"gymnasium/{name}"
+
+    yield add
+    for name in names:
+        del gymnasium.registry[name]
+    make._by_name.cache_clear()
+
+
+@pytest.fixture
+def recorder(register):
     """The name of a registered `Recorder`."""
-    name = "Recorder-v0"
-    gymnasium.register(name, Recorder, max_episode_steps=5)
-    adapter_name = f"gymnasium/{name}"
-    yield adapter_name
-    del gymnasium.registry[name]
+    return register("Recorder-v0", Recorder)
 
 
 def play(environment, num_envs, actions):
@@ -180,15 +200,132 @@ class Unsteady(Recorder):
         return super().reset(seed=(seed + Unsteady.count) % 2**31)
 
 
-def test_an_environment_that_does_not_repeat_itself_says_so():
-    host = adapter.Host(Unsteady, lambda o: np.append(o["history"], o["draw"]).astype(np.float32), int, (5,))
-    nowhere, seed = np.zeros(2, np.uint32), np.int32(7)
-    first = host(np.int32(adapter._RESET), nowhere, seed, np.int32(0))
-    assert host(np.int32(adapter._STEP), first.token, seed, np.int32(1)).found
-    assert not host(np.int32(adapter._STEP), first.token, seed, np.int32(1)).found  # its instance has gone on
-    host(np.int32(adapter._RESET), nowhere, seed, np.int32(0))  # what a rebuilding would do
-    with pytest.raises(RuntimeError, match="does not repeat itself from equal seeds and actions"):
-        host(np.int32(adapter._MUST_STEP), first.token, seed, np.int32(1))
+def test_an_episode_that_cannot_be_rebuilt_is_cut_off_where_it_stood_and_begins_anew(register):
+    name = register("Unsteady-v0", Unsteady)
+    environment = make_environment(name)
+    step = jax.jit(jax.vmap(environment.step))
+    first, state = jax.vmap(environment.reset)(jax.random.split(jax.random.key(0), 2))
+    after = step(jax.random.split(jax.random.key(1), 2), state, jnp.ones(2, jnp.int32))
+    assert not (after.truncated | after.terminated).any()
+    with pytest.warns(UserWarning, match=r"^gymnasium/Unsteady-v0 does not repeat itself from equal seeds") as told:
+        for _ in range(2):  # its instances have gone on
+            again = step(jax.random.split(jax.random.key(2), 2), state, jnp.ones(2, jnp.int32))
+            assert again.truncated.all() and not again.terminated.any() and (again.reward == 0).all()
+            np.testing.assert_array_equal(again.next_observation, first)  # V is asked about where it stood
+            assert (again.state.time == 0).all() and (again.observation != first).any()
+    assert len(told) == 1
+    onward = step(jax.random.split(jax.random.key(3), 2), again.state, jnp.ones(2, jnp.int32))
+    assert not onward.truncated.any() and (onward.state.time == 1).all()
+
+
+def test_a_run_in_an_environment_that_does_not_repeat_itself_can_be_resumed(register, tmp_path):
+    config = small(register("Unsteady-v0", Unsteady)).replace(num_iterations=4)
+    run = create_run(tmp_path / "run", config, seed=0, num_seeds=1)
+    stopped = []
+
+    def stop(progress):
+        if not stopped:
+            stopped.append(progress.iteration)
+            signal.raise_signal(signal.SIGINT)
+
+    assert not continue_run(run, stop)
+    make._by_name.cache_clear()  # as in another process: no instance is left
+    jax.clear_caches()
+    with pytest.warns(UserWarning, match="does not repeat itself"):
+        assert continue_run(run, lambda progress: None)
+
+
+class Counted(Recorder):
+    """Counts instances that were made and not closed."""
+
+    made, alive = 0, 0
+
+    def __init__(self):
+        super().__init__()
+        Counted.made, Counted.alive = Counted.made + 1, Counted.alive + 1
+
+    def close(self):
+        Counted.alive -= 1
+
+
+def small(env):
+    """Settings of a program that compiles quickly, for a `Recorder`."""
+    networks = {"policy": probes.linear_policy(9, 3), "value": probes.linear_value(9)}
+    return probes.small_config(env, **networks, num_iterations=1, cg_iterations=1, line_search_steps=1)
+
+
+@pytest.mark.parametrize("rounds", [6, pytest.param(250, marks=pytest.mark.slow)])
+def test_instances_of_training_and_evaluation_level_off(register, rounds):
+    config = small(register("Counted-v0", Counted))
+    run = jax.jit(train)
+    judge = jax.jit(lambda state, key: evaluate(config, state, key, num_episodes=4))
+    alive, Counted.made, Counted.alive = [], 0, 0
+    for i in range(rounds):  # 8 more environments each
+        judge(run(config, jax.random.key(i))[0], jax.random.key(i))
+        alive.append(Counted.alive)
+    assert max(alive) == alive[1] == alive[-1] == 16  # four batches of 4
+    assert Counted.made == 17  # one showed its spaces
+
+
+def test_instances_of_environments_no_longer_at_work_are_closed(register, monkeypatch):
+    monkeypatch.setattr(adapter, "MOST_IDLE", 3)
+    name = register("Counted-v0", Counted)
+    environments = [make_environment(name, max_steps=5) for _ in range(3)]
+    jax.clear_caches()
+    gc.collect()
+    Counted.alive = 0
+    for environment in environments:
+        jax.vmap(environment.reset)(jax.random.split(jax.random.key(0), 4))
+    assert Counted.alive == 4 + 3
+    states = [jax.vmap(e.reset)(jax.random.split(jax.random.key(0), 4)) for e in environments]
+    del environments, environment, states
+    jax.clear_caches()
+    gc.collect()
+    assert Counted.alive <= 0
+
+
+class Failing(Recorder):
+    """Its third step fails in some way."""
+
+    failure = None
+
+    def step(self, action):
+        result = super().step(action)
+        if len(self.history) < 3:
+            return result
+        if Failing.failure == "raises":
+            return {}["a missing key"]
+        return (np.zeros(2), *result[1:]) if Failing.failure == "another shape" else (*result[:1], "much", *result[2:])
+
+
+FAILURES = {
+    "raises": r"^step of gymnasium/Failing-v0 fails \(KeyError: a missing key, test_gymnasium\.py:\d+ in step\)\.$",
+    "another shape": r"^step of gymnasium/Failing-v0 gives an observation of shape \(2,\), where its space has \(4,\)",
+    "no number": r"^step of gymnasium/Failing-v0 fails \(ValueError: could not convert string to float: 'much'",
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failure_of_the_environments_own_code_is_one_sentence(failure, register, monkeypatch, caplog):
+    monkeypatch.setattr(Failing, "failure", failure)
+    environment = make_environment(
+        register("Failing-v0", Failing, kwargs={"observation_space": spaces.Box(-1, 1, (4,))})
+    )
+    step, state = jax.jit(environment.step), environment.reset(jax.random.key(0))[1]
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        for _ in range(3):
+            state = jax.block_until_ready(step(jax.random.key(0), state, jnp.int32(1))).state
+    sentence = str(caught.value).partition("UsageError: ")[2].splitlines()[0]
+    assert re.match(FAILURES[failure], sentence) and not caplog.records
+
+
+def test_so_it_is_on_the_command_line(register, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(Failing, "failure", "raises")
+    name = register("Failing-v0", Failing, kwargs={"observation_space": spaces.Box(-1, 1, (4,))})
+    settings = ["--num-envs=2", "--num-steps=8", "--num-iterations=1", "--line-search=none", "--cg-iterations=1"]
+    assert main(["train", name, *settings, f"--output={tmp_path / 'run'}"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert re.match(FAILURES["raises"], error.removeprefix("trpo-jax: ")), error
 
 
 def test_evaluation_ends_whole_episodes(recorder):
@@ -207,7 +344,7 @@ def test_evaluation_ends_whole_episodes(recorder):
     ],
 )
 def test_actions_arrive_in_their_own_space(space, ours):
-    ours_found, act = adapter._action_space(spaces, space, "x")
+    ours_found, act = adapter.action_space(space, "x")
     if ours is not None:
         assert ours_found == ours
         corners = (np.zeros(len(ours.n), np.int32), np.array(ours.n, np.int32) - 1)
@@ -241,3 +378,56 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(options, registered, 
         del gymnasium.registry["Odd-v0"]
     with pytest.raises(UsageError, match=r"there is no environment gymnasium/CartPol-v1; did you mean CartPole-v1"):
         make_environment("gymnasium/CartPol-v1")
+
+
+BYTES = spaces.Box(0, 255, (2, 2, 1), np.uint8)
+OBSERVED = {  # space, an observation, what the agent sees
+    "bytes": (BYTES, np.full((2, 2, 1), 51, np.uint8), np.full((2, 2, 1), 0.2)),
+    "bytes in a row": (spaces.Box(0, 255, (2,), np.uint8), np.array([0, 255], np.uint8), [0, 1]),
+    "few of them": (spaces.Box(0, 1, (2,), np.uint8), np.array([0, 1], np.uint8), [0, 1]),
+    "a picture of floats": (spaces.Box(0, 255, (1, 1, 2)), np.array([[[0, 255]]], np.float32), [[[0, 1]]]),
+    "numbers up to 255": (spaces.Box(0, 255, (2,)), np.array([0, 255], np.float32), [0, 255]),
+    "within others": (
+        spaces.Dict(a=BYTES, b=spaces.Tuple((spaces.Discrete(2), spaces.Box(-9, 9, (1,), np.float64)))),
+        {"a": np.full((2, 2, 1), 255, np.uint8), "b": (1, np.array([7.0]))},
+        [1, 1, 1, 1, 0, 1, 7],
+    ),
+    "truth values": (spaces.MultiBinary(2), np.array([0, 1], np.int8), [0, 1]),
+}
+
+
+@pytest.mark.parametrize("space, observation, expected", OBSERVED.values(), ids=OBSERVED.keys())
+def test_bytes_are_seen_between_0_and_1(space, observation, expected):
+    shape, observe = adapter.observation_space(space, "x")
+    seen = observe(observation)
+    assert seen.dtype == np.float32 and seen.shape == shape == np.shape(expected)
+    np.testing.assert_allclose(seen, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "space, action, expected",
+    [
+        (spaces.Box(0, 2, (1,), np.int64), [1.6], [2]),  # the nearest, not the next below
+        (spaces.Box(0, 0.1, (1,), np.float64), [np.float32(0.1)], [0.1]),  # float32 rounds 0.1 up
+        (spaces.Box(0, 255, (2, 1), np.uint8), [300, -4], [[255], [0]]),
+        (spaces.MultiDiscrete([[2, 3], [2, 2]]), [1, 2, 0, 1], [[1, 2], [0, 1]]),
+        (spaces.MultiBinary((2, 2)), [1, 0, 0, 1], [[1, 0], [0, 1]]),
+        (spaces.Discrete(3, start=10), 2, 12),
+        (spaces.MultiDiscrete([2, 3], start=[5, -1]), [1, 0], [6, -1]),
+    ],
+)
+def test_actions_arrive_as_declared(space, action, expected):
+    ours, act = adapter.action_space(space, "x")
+    assert ours.shape == np.shape(np.ravel(action) if np.ndim(expected) else action)
+    given = act(np.asarray(action))
+    assert space.contains(given)
+    np.testing.assert_array_equal(given, expected)
+
+
+@pytest.mark.parametrize("low, high", [(np.nan, 1), (0, np.nan)])
+def test_bounds_that_are_none_are_refused(low, high, register):
+    space = spaces.Box(-1, 1, (2,))
+    space.low, space.high = np.full(2, low, np.float32), np.full(2, high, np.float32)
+    name = register("Odd-v0", Recorder, kwargs={"action_space": space})
+    with pytest.raises(UsageError, match=r"^actions of gymnasium/Odd-v0 lie in Box.*in which there is no action"):
+        make_environment(name)

@@ -22,6 +22,7 @@ from trpo_jax import (
     available_environments,
     init,
     make_environment,
+    train,
     train_step,
 )
 from trpo_jax.environments import make
@@ -280,6 +281,24 @@ def test_an_environment_made_inside_a_trace_leaves_no_tracer_behind():
     assert np.isfinite(result.observation).all()
 
 
+def test_what_is_imported_inside_a_trace_keeps_no_tracer(python):
+    # In a process of its own, where gymnax's modules, and their arrays, are not there yet.
+    code = """
+import sys, jax
+from trpo_jax import make_environment
+for name in ("FrozenLake-misc", "MetaMaze-misc"):
+    reset = lambda key: make_environment(name).reset(key)[0]
+    first = jax.jit(reset)(jax.random.key(0))
+    assert (jax.jit(jax.vmap(reset))(jax.random.key(0)[None])[0] == first).all()
+    environment = make_environment(name)
+    environment.step(jax.random.key(1), environment.reset(jax.random.key(0))[1], 1)
+kept = [(n, k) for n, m in list(sys.modules.items()) for k, v in vars(m).items() if isinstance(v, jax.core.Tracer)]
+assert not kept, kept
+"""
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
 def test_names_are_made_once_and_environments_are_copyable():
     environment = make_environment("CartPole-v1")
     assert make_environment("CartPole-v1") is environment
@@ -424,3 +443,50 @@ import matplotlib.pyplot
 print(matplotlib.pyplot.Figure is pong.plt.Figure)
 """
     assert python("-c", code).stdout.splitlines() == ["[]", "Figure ListedColormap", "True"]
+
+
+def test_parameters_are_given_by_name():
+    environment = make_environment("CartPole-v1", params={"gravity": 20.0, "max_steps_in_episode": 30})
+    assert environment.max_steps == 30
+    defaults = gymnax.make("CartPole-v1")[1]
+    whole = make_environment("CartPole-v1", params=defaults.replace(gravity=20.0))
+    usual = make_environment("CartPole-v1")
+    key, action = jax.random.key(0), jnp.int32(1)
+    state = usual.reset(key)[1]
+    one, other, third = (e.step(key, state, action).observation for e in (environment, whole, usual))
+    np.testing.assert_array_equal(one, other)
+    assert (one != third).any()
+
+
+WRONG_PARAMETERS = {
+    "unknown": ({"gravty": 20.0}, r"^CartPole-v1 has no parameter 'gravty'; did you mean gravity\?$"),
+    "no number": ({"gravity": "high"}, r"^parameter gravity of CartPole-v1 must be like 9\.8, got 'high'\.$"),
+    "many": ({"gravity": np.ones(3)}, r"^parameter gravity of CartPole-v1 must be like 9\.8, got array"),
+    "of no kind": (
+        9.8,
+        r"^params of CartPole-v1 must be a dict of those that differ, or all in one object, got 9\.8\.$",
+    ),
+}
+
+
+@pytest.mark.parametrize("params, message", WRONG_PARAMETERS.values(), ids=WRONG_PARAMETERS.keys())
+def test_parameters_that_are_none_are_refused(params, message):
+    with pytest.raises(UsageError, match=message):
+        make_environment("CartPole-v1", params=params)
+
+
+def test_training_maps_over_parameters_of_the_environment():
+    def run(num_envs):
+        def agent(limit, gravity, key):
+            env = make_environment("CartPole-v1", params={"gravity": gravity, "max_steps_in_episode": limit})
+            networks = {"policy": probes.linear_policy(4), "value": probes.linear_value(4)}
+            config = probes.small_config(env, **networks, num_envs=num_envs, num_iterations=1, num_steps=5)
+            return train(config, key)[1]
+
+        values = jnp.array([2, 3]), jnp.array([9.8, 20.0]), jax.random.split(jax.random.key(0), 2)
+        return jax.jit(jax.vmap(agent))(*values)
+
+    for num_envs in (4, 32):  # on a CPU, environments enough for agents to take turns
+        metrics = run(num_envs)
+        np.testing.assert_array_equal(metrics.episode_length[:, 0], [2, 3])
+        np.testing.assert_array_equal(metrics.num_episodes[:, 0], [2 * num_envs, num_envs])

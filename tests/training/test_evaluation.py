@@ -9,7 +9,7 @@ import probes
 import pytest
 from probes import lane, small_config
 
-from trpo_jax import evaluate, init
+from trpo_jax import evaluate, init, make_environment
 from trpo_jax.steps.statistics import RunningStatistics
 from trpo_jax.training.agents import make_agent
 from trpo_jax.training.rollouts import reset_environments
@@ -112,3 +112,30 @@ def test_it_vmaps_over_agents():
     for i in range(3):
         alone = one(lane(states, i), keys[i])
         assert probes.same_bits(lane(together, i), alone)
+
+
+def test_no_first_state_is_drawn_but_those_of_the_start(monkeypatch):
+    # Episodes are those of stepping with resets, which are drawn and thrown away; without them equal keys still give
+    # equal episodes.
+    environment = make_environment("CartPole-v1")
+    networks = {"policy": probes.linear_policy(4), "value": probes.linear_value(4)}
+    resetting = dataclasses.replace(environment, advance=None)
+    drawn = []
+
+    def reset(key):
+        drawn.append(key)
+        return environment.reset(key)
+
+    watched = dataclasses.replace(environment, reset=reset, step=None)
+    monkeypatch.setattr("trpo_jax.training.agents.make_environment", lambda env: env)
+    results = []
+    for env in (resetting, watched):
+        config = small_config(env, **networks)
+        state = jax.jit(lambda key, config=config: init(config.replace(env=environment), key))(jax.random.key(0))
+        run = jax.jit(
+            lambda state, key, config=config: evaluate(config, state, key, num_episodes=9, deterministic=False)
+        )
+        results.append(run(state, jax.random.key(3)))
+    assert len(drawn) == 1  # traced once, for all environments together
+    assert probes.same_bits(*results)
+    assert len(set(np.asarray(results[0].episode_length))) > 3

@@ -201,32 +201,6 @@ def time_limit(reset: RawReset, step: RawStep, max_steps: int) -> tuple[RawReset
     return reset_clock, step_clock
 
 
-def fixed_dtypes(reset: RawReset, step: Callable[..., tuple], action: Any) -> tuple[RawReset, Callable[..., tuple]]:
-    """Cast states to one strong dtype a leaf, so that no second trace and no scan-carry mismatch can arise.
-
-    A leaf that `reset` makes an integer and `step` a float is a float from the start.
-    """
-    key = key_shape()
-    _, from_reset = jax.eval_shape(reset, key)
-    from_step = jax.eval_shape(lambda k: step(k, reset(k)[1], action)[1], key)
-    dtypes = jax.tree.map(
-        lambda a, b: a.dtype if a.dtype == b.dtype else jnp.promote_types(a, b), from_reset, from_step
-    )
-
-    def cast(state: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf, dtype: jax.lax.convert_element_type(leaf, dtype), state, dtypes)
-
-    def cast_reset(key: Array) -> tuple[Array, PyTree]:
-        observation, state = reset(key)
-        return observation, cast(state)
-
-    def cast_step(key: Array, state: PyTree, action: Array) -> tuple:
-        observation, state, *rest = step(key, state, action)
-        return observation, cast(state), *rest
-
-    return cast_reset, cast_step
-
-
 def make_box(low: Any, high: Any, shape: tuple[int, ...]) -> Box:
     """A Box from scalar or array bounds of an environment's own shape."""
     size = math.prod(shape)
@@ -241,3 +215,24 @@ def key_shape() -> Any:
 def zero_action(space: Space) -> np.ndarray:
     """An action of the right shape and dtype, for tracing."""
     return np.zeros(space.shape, np.float32 if isinstance(space, Box) else np.int32)
+
+
+def picture_scale(dtype: Any, shape: tuple[int, ...], low: Any = None, high: Any = None) -> float:
+    """What a declared observation is divided by, so that bytes arrive in [0, 1]; 1 for all that are not bytes.
+
+    Bytes are what is of dtype uint8, and what has three axes and bounds of 0 and 255.
+
+    Args:
+      dtype: of the observation.
+      shape: of the observation.
+      low: its least values, if they are known.
+      high: its greatest.
+    """
+    try:
+        bounds = np.asarray(low, np.float64), np.asarray(high, np.float64)
+    except (TypeError, ValueError):  # traced, say
+        bounds = np.full((), np.nan), np.full((), np.nan)
+    greatest = np.max(bounds[1], initial=0.0)
+    if np.dtype(dtype) == np.uint8:
+        return max(float(greatest), 1.0) if np.isfinite(greatest) else 255.0
+    return 255.0 if len(shape) == 3 and (bounds[0] == 0).all() and (bounds[1] == 255).all() else 1.0

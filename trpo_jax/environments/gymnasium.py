@@ -5,13 +5,23 @@ A step names what happened so far by a token, a hash of seed, actions and outcom
 just that happened. Where there is none (after a resume in another process, or where an old state is stepped once more)
 one is rebuilt: reset with the seed, and the actions replayed. `step` is thus a pure function, like that of any other
 environment: it can be repeated, mapped over agents, saved and resumed with equal bits.
+
+An environment that does not repeat itself from its seed cannot be rebuilt. The step that would need it is then cut off
+like at a time limit, with no reward, where it stood: the value function is asked about the last observation that the
+agent saw, which is as much as anybody knows. The next episode starts anew.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
+import inspect
+import logging
 import threading
+import warnings
+import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +31,13 @@ import numpy as np
 from trpo_jax.config import UsageError, nearest
 from trpo_jax.environments import base
 from trpo_jax.environments.base import Array, Discrete, Environment, MultiDiscrete, Space, Step
-from trpo_jax.environments.suites import call_constructor, first_line, quiet_mujoco, require
+from trpo_jax.environments.checks import describe_error, first_line
+from trpo_jax.environments.suites import call_constructor, quiet_mujoco, require
 
-# Instances that are kept alive (about 1 MB each with MuJoCo), or four times the largest batch. With more environments
-# than that at work, the oldest go, and are rebuilt when their turn comes.
+# Instances that one environment may keep alive at most (about 1 MB each with MuJoCo), or four times its largest batch;
+# and those that all others together may keep while it is at work.
 MOST_INSTANCES = 1024
+MOST_IDLE = 64
 _NOTHING, _RESET, _STEP, _MUST_STEP = range(4)
 
 
@@ -37,16 +49,18 @@ class HostState(NamedTuple):
       seed: of its reset, int32 [].
       time: steps since, int32 [].
       actions: what was done, [limit, ...]; beyond `time`, anything.
+      observation: what it led to, float32.
     """
 
     token: Array
     seed: Array
     time: Array
     actions: Array
+    observation: Array
 
 
 class _Outcome(NamedTuple):
-    """What the host answers; `found` is false where it has no instance with such a history."""
+    """What the host answers; `found` is false where it has no instance with such a history, and can make none."""
 
     found: Any
     token: Any
@@ -57,15 +71,28 @@ class _Outcome(NamedTuple):
     next_observation: Any
 
 
-class Host:
-    """The live instances of one environment, found by what happened in them. NumPy in and out, no JAX."""
+# JAX logs a callback's failure with its traceback; one sentence says it, at the end of the error that follows.
+logging.getLogger("jax._src.callback").addFilter(
+    lambda record: not (record.exc_info and isinstance(record.exc_info[1], UsageError))
+)
+_hosts: weakref.WeakKeyDictionary[Host, None] = weakref.WeakKeyDictionary()  # the latest at work comes last
 
-    def __init__(self, make: Any, observe: Any, act: Any, observation_shape: tuple[int, ...]):
-        self.make, self.observe, self.act = make, observe, act
+
+class Host:
+    """The live instances of one environment, found by what happened in them. NumPy in and out, no JAX.
+
+    As many are kept as four of its largest batches have; where that makes it throw away and rebuild those that it needs
+    again, as with many agents that take turns, twice as many from then on. Those thrown away are closed.
+    """
+
+    def __init__(self, make: Any, observe: Any, act: Any, observation_shape: tuple[int, ...], name: str = "it"):
+        self.make, self.observe, self.act, self.name = make, observe, act, name
         self.observation_shape = observation_shape
         self.live: collections.OrderedDict[bytes, list[Any]] = collections.OrderedDict()  # oldest first
-        self.count, self.most = 0, MOST_INSTANCES
-        self.lock = threading.Lock()  # several devices may call at once
+        self.dropped: set[bytes] = set()  # what happened in instances that had to go
+        self.count, self.most, self.warned = 0, 0, False
+        self.lock = threading.RLock()  # several devices may call at once
+        weakref.finalize(self, _close_all, self.live)
 
     def __call__(self, command: Any, token: Any, seed: Any, action: Any) -> _Outcome:
         """Carry out a command for each of a batch of any shape.
@@ -92,6 +119,8 @@ class Host:
         actions = action.reshape(command.size, *action.shape[len(batch) :])
         with self.lock:
             self.most = max(self.most, 4 * command.size)
+            _hosts.pop(self, None)
+            _hosts[self] = None
             for i, what in enumerate(commands):
                 if what == _RESET:
                     self._reset(out, i, self._fresh(), seeds[i])
@@ -100,16 +129,15 @@ class Host:
         return _Outcome(*(x.reshape((*batch, *x.shape[1:])) for x in out))
 
     def _step(self, out: _Outcome, i: int, token: bytes, seed: int, action: Any, *, must: bool) -> None:
-        instances = self.live.get(token)
-        if not instances:
+        env = self._take(token)
+        if env is None:
+            if token in self.dropped:
+                self.dropped.discard(token)
+                self.most = max(self.most, min(2 * self.most, MOST_INSTANCES))
             if must:
-                raise RuntimeError("the environment does not repeat itself from equal seeds and actions")
+                self._give_up(out, i, seed)
             return
-        env = instances.pop()
-        if not instances:
-            del self.live[token]
-        observation, reward, terminated, truncated, _ = env.step(self.act(action))
-        observation = self.observe(observation)
+        observation, reward, terminated, truncated = self._run(env, "step", self.act(action))
         out.next_observation[i], out.reward[i] = observation, reward
         out.terminated[i], out.truncated[i] = terminated, truncated
         if terminated or truncated:
@@ -117,9 +145,42 @@ class Host:
         else:
             self._keep(out, i, env, observation, token, action.tobytes(), out.reward[i].tobytes())
 
+    def _give_up(self, out: _Outcome, i: int, seed: int) -> None:
+        """Cut off an episode that cannot be rebuilt, and begin another; what it led to, only the state has."""
+        if not self.warned:
+            warnings.warn(
+                f"{self.name} does not repeat itself from equal seeds and actions; episodes that would have to be "
+                "rebuilt, as after a resume, are cut off and begin anew.",
+                stacklevel=2,
+            )
+        self.warned = True
+        self._reset(out, i, self._fresh(), seed)
+        out.truncated[i], out.found[i] = True, False
+
     def _reset(self, out: _Outcome, i: int, env: Any, seed: int) -> None:
-        observation, _ = env.reset(seed=seed)
-        self._keep(out, i, env, self.observe(observation), seed.to_bytes(4, "little"))
+        self._keep(out, i, env, self._run(env, "reset", seed)[0], seed.to_bytes(4, "little"))
+
+    def _run(self, env: Any, method: str, argument: Any) -> tuple:
+        """Call an instance; (observation, reward, terminated, truncated) as they arrive in arrays."""
+        try:
+            if method == "reset":
+                observation, _ = env.reset(seed=argument)
+                rest: tuple = ()
+            else:
+                observation, reward, terminated, truncated, _ = env.step(argument)
+                rest = np.asarray(reward, np.float32).item(), bool(terminated), bool(truncated)
+            observation = self.observe(observation)
+        except Exception as error:  # Python of the user's
+            self._close(env)
+            self.warned = True  # the program may run on a little, for an instance that has gone
+            file = inspect.getsourcefile(type(getattr(env, "unwrapped", env)))
+            raise UsageError(f"{method} of {self.name} fails ({describe_error(error, file)}).") from None
+        if observation.shape != self.observation_shape:
+            raise UsageError(
+                f"{method} of {self.name} gives an observation of shape {observation.shape}, where its space has "
+                f"{self.observation_shape}."
+            )
+        return observation, *rest
 
     def _keep(self, out: _Outcome, i: int, env: Any, observation: Any, *history: bytes) -> None:
         out.found[i], out.observation[i] = True, observation
@@ -127,15 +188,54 @@ class Host:
         out.token[i] = np.frombuffer(token, np.uint32)
         self.live.setdefault(token, []).append(env)
 
-    def _fresh(self) -> Any:
-        if self.count < self.most:
-            self.count += 1
-            return self.make()
-        token, instances = next(iter(self.live.items()))
+    def _take(self, token: bytes) -> Any:
+        """The latest instance in which this happened, or None."""
+        instances = self.live.get(token)
+        if not instances:
+            return None
         env = instances.pop()
         if not instances:
             del self.live[token]
         return env
+
+    def _fresh(self) -> Any:
+        """A new instance, or the oldest where there are as many as may be."""
+        if self.count >= self.most:
+            return self._drop()
+        others = [host for host in _hosts if host is not self]
+        while sum(host.count for host in others) > MOST_IDLE:
+            oldest = next(host for host in others if host.live)
+            if not oldest.lock.acquire(blocking=False):
+                break  # at work at this moment
+            try:
+                oldest._close(oldest._drop())
+            finally:
+                oldest.lock.release()
+        self.count += 1
+        return self.make()
+
+    def _close(self, env: Any) -> None:
+        self.count -= 1
+        _close(env)
+
+    def _drop(self) -> Any:
+        """The oldest instance, taken from its episode."""
+        token = next(iter(self.live))
+        if len(self.dropped) >= 8 * MOST_INSTANCES:  # they may never be asked for again
+            self.dropped.clear()
+        self.dropped.add(token)
+        return self._take(token)
+
+
+def _close(env: Any) -> None:
+    with contextlib.suppress(Exception):  # a window that has gone already, say
+        env.close()
+
+
+def _close_all(live: dict[bytes, list[Any]]) -> None:
+    while live:
+        for env in live.popitem()[1]:
+            _close(env)
 
 
 def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environment:
@@ -164,10 +264,10 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
     if not limits:
         raise UsageError(f"{full_name} has no time limit; set one: make_environment({full_name!r}, max_steps=1000).")
     limit = min(limits)
-    space, act = _action_space(gymnasium.spaces, first.action_space, full_name)
-    shape, observe = _observation_space(gymnasium.spaces, first.observation_space, full_name)
+    space, act = action_space(first.action_space, full_name)
+    shape, observe = observation_space(first.observation_space, full_name)
     first.close()
-    host = Host(lambda: instance(max_episode_steps=limit), observe, act, shape)
+    host = Host(lambda: instance(max_episode_steps=limit), observe, act, shape, full_name)
     reset, step = pure_functions(host, space, limit)
     return Environment(full_name, shape, space, limit, reset, step)
 
@@ -190,7 +290,7 @@ def pure_functions(host: Host, space: Space, limit: int) -> tuple[Any, Any]:
         none = blank(base.zero_action(space))
         first = ask(_RESET, jnp.zeros(2, jnp.uint32), seed, none)
         actions = jnp.zeros((limit, *none.shape), none.dtype)
-        return first.observation, HostState(first.token, seed, jnp.int32(0), actions)
+        return first.observation, HostState(first.token, seed, jnp.int32(0), actions, first.observation)
 
     def step(key: Array, state: HostState, action: Array) -> Step:
         if isinstance(space, base.Box):
@@ -218,43 +318,67 @@ def pure_functions(host: Host, space: Space, limit: int) -> tuple[Any, Any]:
         _, outcome = jax.lax.while_loop(
             lambda carry: lost & (carry[0] <= state.time + 1), rebuild, (jnp.int32(0), outcome)
         )
+        next_observation = jnp.where(outcome.found, outcome.next_observation, state.observation)
         done = outcome.terminated | outcome.truncated
         after = HostState(
             outcome.token,
             jnp.where(done, next_seed, state.seed),
             jnp.where(done, 0, state.time + 1),
             state.actions.at[state.time].set(action),
+            outcome.observation,
         )
-        return Step(
-            outcome.observation, after, outcome.reward, outcome.terminated, outcome.truncated, outcome.next_observation
-        )
+        return Step(outcome.observation, after, outcome.reward, outcome.terminated, outcome.truncated, next_observation)
 
     return reset, step
 
 
-def _action_space(spaces: Any, space: Any, name: str) -> tuple[Space, Any]:
+def action_space(space: Any, name: str) -> tuple[Space, Callable[[Any], Any]]:
     """Our space, and the function from an action in it to one of theirs."""
+    spaces = require("gymnasium", "gymnasium").spaces
+    start = getattr(space, "start", 0)
     if isinstance(space, spaces.Discrete):
-        return Discrete(int(space.n)), lambda action: space.dtype.type(action + space.start)
-    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
-        start = getattr(space, "start", 0)
-        return MultiDiscrete(tuple(int(n) for n in space.nvec)), lambda action: (action + start).astype(space.dtype)
-    if isinstance(space, spaces.MultiBinary) and len(space.shape) == 1:
-        return MultiDiscrete((2,) * space.shape[0]), lambda action: action.astype(space.dtype)
+        return Discrete(int(space.n)), lambda action: space.dtype.type(int(action) + start)
+    if isinstance(space, (spaces.MultiDiscrete, spaces.MultiBinary)):
+        sizes = np.broadcast_to(getattr(space, "nvec", 2), space.shape).ravel()
+
+        def choose(action: Any) -> Any:
+            return (np.asarray(action).reshape(space.shape) + start).astype(space.dtype)
+
+        return MultiDiscrete(tuple(int(n) for n in sizes)), choose
     if isinstance(space, spaces.Box):
-        box = base.make_box(space.low, space.high, space.shape)
-        return box, lambda action: action.reshape(space.shape).astype(space.dtype)
+        whole = not np.issubdtype(space.dtype, np.floating)
+
+        def place(action: Any) -> Any:
+            # Within bounds in its own dtype: float32 rounds 0.1 up. Of whole numbers the nearest.
+            action = np.asarray(action, np.float64).reshape(space.shape)
+            return np.clip(np.rint(action) if whole else action, space.low, space.high).astype(space.dtype)
+
+        return base.make_box(space.low, space.high, space.shape), place
     raise UsageError(f"actions of {name} lie in {space}; Discrete, MultiDiscrete, MultiBinary and Box can be trained.")
 
 
-def _observation_space(spaces: Any, space: Any, name: str) -> tuple[tuple[int, ...], Any]:
+def observation_space(space: Any, name: str) -> tuple[tuple[int, ...], Callable[[Any], np.ndarray]]:
     """Shape of an observation as float32, and the function that makes it one; all but a Box is one flat vector."""
+    spaces = require("gymnasium", "gymnasium").spaces
     if isinstance(space, spaces.Box):
-        return tuple(space.shape), lambda observation: np.asarray(observation, np.float32)
+        scale = np.float32(base.picture_scale(space.dtype, space.shape, space.low, space.high))
+        return tuple(space.shape), lambda observation: np.asarray(observation, np.float32) / scale
     if not space.is_np_flattenable:
         raise UsageError(f"observations of {name} lie in {space}, which has no fixed size.")
+    scales = np.concatenate([*_scales(space)]).astype(np.float32)
     shape = (int(spaces.flatdim(space)),)
-    return shape, lambda observation: np.asarray(spaces.flatten(space, observation), np.float32)
+    return shape, lambda observation: np.asarray(spaces.flatten(space, observation), np.float32) / scales
+
+
+def _scales(space: Any) -> list[np.ndarray]:
+    """What each entry of a flattened observation is divided by."""
+    spaces = require("gymnasium", "gymnasium").spaces
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        parts = space.spaces.values() if isinstance(space, spaces.Dict) else space.spaces
+        return [scale for part in parts for scale in _scales(part)]
+    is_box = isinstance(space, spaces.Box)
+    scale = base.picture_scale(space.dtype, space.shape, space.low, space.high) if is_box else 1.0
+    return [np.full(spaces.flatdim(space), scale)]
 
 
 def names() -> list[str]:

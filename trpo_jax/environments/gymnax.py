@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import importlib
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -15,7 +18,8 @@ import numpy as np
 
 from trpo_jax.config import UsageError, nearest
 from trpo_jax.environments import base
-from trpo_jax.environments.base import Array, Discrete, Environment, MultiDiscrete, PyTree, Space, Step
+from trpo_jax.environments.base import Array, Discrete, Environment, MultiDiscrete, PyTree, Space, Step, picture_scale
+from trpo_jax.environments.checks import first_line, fixed_dtypes, one_sentence, outcome
 
 
 class _Later(types.ModuleType):
@@ -54,10 +58,6 @@ def _gymnax() -> types.ModuleType:
             del sys.modules[name]
 
 
-# Evaluated at once even inside a trace: an environment keeps its arrays, and a tracer must not outlive its trace.
-_at_once = jax.ensure_compile_time_eval
-
-
 def registered_names() -> list[str]:
     """Names that gymnax knows, those registered by the user included."""
     return list(_gymnax().registered_envs)
@@ -70,11 +70,10 @@ def make_by_name(name: str) -> tuple[Any, Any]:
         hint = nearest(name, gymnax.registered_envs)
         raise UsageError(f"there is no environment {name!r}{hint} `trpo-jax envs` lists what can be trained.")
     try:
-        with _at_once():
-            return gymnax.make(name)
+        return gymnax.make(name)
     except Exception as error:  # a constructor may fail in any way, such as a data set that cannot be downloaded
         data = " without its data set, which could not be downloaded" if "MNIST" in name else ""
-        raise UsageError(f"{name} cannot be made{data} ({type(error).__name__}: {_first_line(error)}).") from error
+        raise UsageError(f"{name} cannot be made{data} ({type(error).__name__}: {first_line(error)}).") from error
 
 
 def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Environment:
@@ -89,23 +88,26 @@ def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Envi
             raise UsageError(
                 f"environment {name} has no method {method}(); an environment needs reset, step and action_space."
             )
-    if params is None:
-        params = getattr(env, "default_params", None)
+    params = _complete(params, getattr(env, "default_params", None), name)
     extra = () if params is None else (params,)
-    with _at_once():
+    with one_sentence(f"action_space of {name}"):
         space, to_env = _action_space(env.action_space(*extra), name)
-        observe = functools.partial(_float_observation, one_hot=_categories(env, extra), name=name)
-    own_limit = getattr(params, "max_steps_in_episode", None)
-    limits = [int(limit) for limit in (own_limit, max_steps) if limit is not None]
+    with one_sentence(f"observation_space of {name}"):
+        observe = _observer(_declared_observations(env, extra), name)
+    given: tuple[Any, ...] = getattr(params, "max_steps_in_episode", None), max_steps
+    limits = [int(limit) for limit in given if _is_known(limit)]
 
+    none = base.zero_action(space)
     if _inherits_gymnax_step(env):
-        reset, raw_step = base.fixed_dtypes(*_raw_functions(env, extra, observe, to_env), base.zero_action(space))
+        reset, raw_step = fixed_dtypes(
+            *_raw_functions(env, extra, observe, to_env, name), base.zero_action(space), name
+        )
         if max_steps is not None:
             reset, raw_step = base.time_limit(reset, raw_step, max_steps)
         step, advance = base.auto_reset(reset, raw_step), raw_step
     elif max_steps is None:
         reset, public_step = _public_functions(env, extra, observe, to_env, name)
-        reset, public_step = base.fixed_dtypes(reset, public_step, base.zero_action(space))
+        reset, public_step = fixed_dtypes(reset, public_step, none, name)
 
         def step(key: Array, state: PyTree, action: Array) -> Step:
             return Step(*public_step(key, state, action))
@@ -118,7 +120,7 @@ def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Envi
     return Environment(name, observation_shape, space, min(limits, default=None), reset, step, advance)
 
 
-def _raw_functions(env: Any, extra: tuple, observe: Any, to_env: Any) -> tuple[base.RawReset, base.RawStep]:
+def _raw_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: str) -> tuple[base.RawReset, base.RawStep]:
     """Reset and step of a gymnax environment without its own reset at the end of an episode."""
 
     def reset(key: Array) -> tuple[Array, PyTree]:
@@ -128,7 +130,7 @@ def _raw_functions(env: Any, extra: tuple, observe: Any, to_env: Any) -> tuple[b
     def step(key: Array, state: PyTree, action: Array) -> tuple:
         observation, state, reward, terminated, _ = env.step_env(key, state, to_env(action), *extra)
         truncated = env.is_truncated(state, *extra)
-        return observe(observation), state, _scalar(reward), _flag(terminated), _flag(truncated)
+        return observe(observation), state, *outcome(reward, terminated, truncated, name)
 
     return reset, step
 
@@ -150,7 +152,7 @@ def _public_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: s
             )
         observation, state, reward, terminated, truncated, info = result
         final = observe(info["final_observation"])
-        return observe(observation), state, _scalar(reward), _flag(terminated), _flag(truncated), final
+        return observe(observation), state, *outcome(reward, terminated, truncated, name), final
 
     return reset, step
 
@@ -167,13 +169,27 @@ def _inherits_gymnax_step(env: Any) -> bool:
     )
 
 
-def _float_observation(observation: Any, *, one_hot: int | None, name: str) -> Array:
-    """An observation as float32; an index into `one_hot` categories as a unit vector."""
-    if not isinstance(observation, (jax.Array, np.ndarray, np.generic, int, float)):
-        raise UsageError(f"observations of {name} must be single arrays, got a {type(observation).__name__}.")
-    if one_hot is not None:
-        return jax.nn.one_hot(observation, one_hot, dtype=jnp.float32)
-    return jnp.asarray(observation, jnp.float32)
+def _observer(declared: Any, name: str) -> Callable[[Any], Array]:
+    """The function from an observation to float32: an index among categories is a unit vector, bytes lie in [0, 1]."""
+    shape = tuple(getattr(declared, "shape", None) or ())
+    categories = int(declared.n) if hasattr(declared, "n") and shape == () else None
+
+    def observe(observation: Any) -> Array:
+        if not isinstance(observation, (jax.Array, np.ndarray, np.generic, int, float)):
+            raise UsageError(f"observations of {name} must be single arrays, got a {type(observation).__name__}.")
+        if categories is not None:
+            return jax.nn.one_hot(observation, categories, dtype=jnp.float32)
+        observation = jnp.asarray(observation)
+        if not (jnp.issubdtype(observation.dtype, jnp.number) or observation.dtype == bool) or observation.size == 0:
+            raise UsageError(f"observations of {name} must be numbers, got {observation.dtype}{observation.shape}.")
+        if jnp.iscomplexobj(observation):
+            raise UsageError(f"observations of {name} are complex; give their real and imaginary parts apart.")
+        bounds = getattr(declared, "low", None), getattr(declared, "high", None)
+        dtypes = getattr(declared, "dtype", None), observation.dtype
+        scale = picture_scale(jnp.uint8 if jnp.uint8 in dtypes else jnp.float32, observation.shape, *bounds)
+        return jnp.asarray(observation, jnp.float32) / scale if scale != 1 else jnp.asarray(observation, jnp.float32)
+
+    return observe
 
 
 def _action_space(space: Any, name: str) -> tuple[Space, Callable[[Array], Any]]:
@@ -195,24 +211,50 @@ def _action_space(space: Any, name: str) -> tuple[Space, Callable[[Array], Any]]
     )
 
 
-def _categories(env: Any, extra: tuple) -> int | None:
-    """Number of categories of a scalar Discrete observation, else None."""
+def _declared_observations(env: Any, extra: tuple) -> Any:
+    """The space that an environment declares for its observations, or None."""
     if not callable(getattr(env, "observation_space", None)):
         return None
     try:
-        space = env.observation_space(*extra)
+        return env.observation_space(*extra)
     except NotImplementedError:  # gymnax's base class, where a subclass declares no observations
         return None
-    return int(space.n) if hasattr(space, "n") and tuple(getattr(space, "shape", ())) == () else None
 
 
-def _scalar(reward: Any) -> Array:
-    return jnp.asarray(reward, jnp.float32).reshape(())
+def _is_known(limit: Any) -> bool:
+    """Whether a time limit is a number by now; one may be traced, to be mapped over."""
+    return limit is not None and not isinstance(limit, jax.core.Tracer) and math.isfinite(limit)
 
 
-def _flag(value: Any) -> Array:
-    return jnp.asarray(value, bool).reshape(())
+def _complete(params: Any, defaults: Any, name: str) -> Any:
+    """All parameters of an environment: its own, those given, or its own with those in a dict in their place."""
+    if params is None or defaults is None or not isinstance(params, dict):
+        return defaults if params is None else params
+    known = _fields(defaults)
+    for field, value in params.items():
+        if field not in known:
+            raise UsageError(f"{name} has no parameter {field!r}{nearest(str(field), known)}")
+        given, own = ("a number" if _is_number(v) else type(v).__name__ for v in (value, known[field]))
+        if own == "a number" and (given != own or np.shape(value) != np.shape(known[field])):
+            raise UsageError(f"parameter {field} of {name} must be like {known[field]!r}, got {value!r}.")
+    if isinstance(defaults, dict):
+        return {**defaults, **params}
+    if dataclasses.is_dataclass(defaults):
+        return dataclasses.replace(defaults, **params)  # type: ignore[type-var]
+    if hasattr(defaults, "_replace"):
+        return defaults._replace(**params)
+    changed = copy.copy(defaults)
+    vars(changed).update(params)
+    return changed
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or ["no message"])[0].rstrip(".")
+def _fields(params: Any) -> dict[str, Any]:
+    if isinstance(params, dict):
+        return params
+    if dataclasses.is_dataclass(params):
+        return {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
+    return params._asdict() if hasattr(params, "_asdict") else dict(vars(params))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, np.ndarray, np.generic, jax.Array))

@@ -38,8 +38,7 @@ def from_timesteps(env: Any, name: str, max_steps: int | None) -> Environment:
         raise UsageError(f"{name} has several agents, each with its own reward; only one reward can be trained on.")
     space: Any = _action_space(env.action_spec, name)
     shape = tuple(env.action_spec.shape)
-    with jax.ensure_compile_time_eval():
-        mask = getattr(jax.eval_shape(env.reset, jax.random.PRNGKey(0))[1].observation, "action_mask", None)
+    mask = getattr(jax.eval_shape(env.reset, jax.random.PRNGKey(0))[1].observation, "action_mask", None)
     sizes = (space.n,) if isinstance(space, Discrete) else space.n
     of_each_action = mask is not None and mask.shape in ((sizes[0],), (len(sizes), sizes[0]))
     has_mask = of_each_action and len(set(sizes)) == 1

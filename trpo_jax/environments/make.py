@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
+
+import jax
 
 from trpo_jax.config import UsageError, nearest
 from trpo_jax.environments import gymnax, suites
 from trpo_jax.environments.base import Environment
+from trpo_jax.environments.checks import check_environment, check_space
+
+_sound: weakref.WeakSet[Environment] = weakref.WeakSet()  # checked, or built here
 
 
 def make_environment(env: Any, *, params: Any = None, max_steps: int | None = None) -> Environment:
@@ -17,21 +23,25 @@ def make_environment(env: Any, *, params: Any = None, max_steps: int | None = No
       env: a gymnax name such as "CartPole-v1"; the name of another suite's with its prefix, such as "brax/hopper";
         an `Environment`, returned as it is; or an object with gymnax's `reset(key, params)`, six-value
         `step(key, state, action, params)` and `action_space(params)`.
-      params: the environment's own parameters; by default its `default_params`. An object without any is called
-        without that argument. For a suite other than gymnax, a dict of keyword arguments of its constructor.
+      params: the environment's own parameters, or a dict of those that differ from its `default_params`. An object
+        without any is called without that argument. For a suite other than gymnax, a dict of keyword arguments of its
+        constructor.
       max_steps: a time limit of the library's own, beside the environment's.
 
     Raises:
       UsageError: if the name is unknown or the environment cannot be trained, in one sentence.
     """
+    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1):
+        raise UsageError(f"max_steps must be a whole number of at least 1, got {max_steps!r}.")
     if isinstance(env, Environment):
+        if params is not None or max_steps is not None:
+            raise UsageError(f"{env.name} is an Environment already; give params and max_steps where it is made.")
+        if env not in _sound:
+            check_environment(env)
+            _sound.add(env)
         return env
-    if isinstance(env, str):
-        if params is None and max_steps is None:
-            return _by_name(env)
-        return _build(env, params, max_steps)
-    if env is None or isinstance(env, (int, float, bytes, list, tuple, dict)):
-        raise UsageError(f"env must be a name, an Environment or an environment object, got {env!r}.")
+    if isinstance(env, str) and params is None and max_steps is None:
+        return _by_name(env)
     return _build(env, params, max_steps)
 
 
@@ -42,20 +52,53 @@ def _by_name(name: str) -> Environment:
 
 
 def _build(env: Any, params: Any, max_steps: int | None) -> Environment:
-    if isinstance(env, str):
-        name = env
-        suite, slash, own_name = name.partition("/")
-        if slash and suite in suites.SUITES:
-            if not isinstance(params, (dict, type(None))):
-                raise UsageError(f"params of {name} must be a dict of keyword arguments, got {params!r}.")
-            return suites.adapter(suite).make(own_name, params or {}, max_steps)
-        if slash:
-            raise UsageError(f"there is no suite {suite!r}{nearest(suite, suites.SUITES)} `trpo-jax envs` lists them.")
-        env, defaults = gymnax.make_by_name(name)
-        params = defaults if params is None else params
-    else:
-        name = env.name if isinstance(getattr(env, "name", None), str) else type(env).__name__
+    # Evaluated at once even inside a trace, imports included: modules and environments keep the arrays that they make,
+    # and a tracer must not outlive its trace.
+    with jax.ensure_compile_time_eval():
+        environment = _of_name(env, params, max_steps) if isinstance(env, str) else _of_object(env, params, max_steps)
+    check_space(environment.action_space, environment.name)
+    _sound.add(environment)
+    return environment
+
+
+def _of_name(name: str, params: Any, max_steps: int | None) -> Environment:
+    suite, slash, own_name = name.partition("/")
+    if slash and suite in suites.SUITES:
+        if not isinstance(params, (dict, type(None))):
+            raise UsageError(f"params of {name} must be a dict of keyword arguments, got {params!r}.")
+        return suites.adapter(suite).make(own_name, params or {}, max_steps)
+    if slash:
+        raise UsageError(f"there is no suite {suite!r}{nearest(suite, suites.SUITES)} `trpo-jax envs` lists them.")
+    env, defaults = gymnax.make_by_name(name)
+    if not isinstance(params, (dict, type(None), type(defaults))):
+        raise UsageError(f"params of {name} must be a dict of those that differ, or all in one object, got {params!r}.")
     return gymnax.from_object(env, params, name, max_steps)
+
+
+def _of_object(env: Any, params: Any, max_steps: int | None) -> Environment:
+    if env is None or isinstance(env, (int, float, complex, bytes, list, tuple, dict, set)):
+        raise UsageError(f"env must be a name, an Environment or an environment object, got {env!r}.")
+    if isinstance(env, type):
+        raise UsageError(f"env must be an environment, and {env.__name__} is a class; hand over one of its instances.")
+    name = env.name if isinstance(getattr(env, "name", None), str) else type(env).__name__
+    suite = _suite_of(env)
+    if suite is not None:
+        own_name = getattr(getattr(env, "spec", None), "id", None) or "NAME"
+        raise UsageError(
+            f"{name} is an environment object of {suite}; give its name in place of it, such as "
+            f'env="{suite}/{own_name}".'
+        )
+    return gymnax.from_object(env, params, name, max_steps)
+
+
+def _suite_of(env: Any) -> str | None:
+    """The suite whose interface an object has, where it is not gymnax's."""
+    modules = {cls.__module__.partition(".")[0] for cls in type(env).__mro__}
+    packages = {suites.PACKAGES.get(suite, suite): suite for suite in suites.SUITES} | {"gym": "gymnasium"}
+    of_package = [suite for package, suite in packages.items() if package in modules]
+    if of_package and of_package != ["craftax"]:  # which has gymnax's interface, so far as it goes
+        return of_package[0]
+    return None
 
 
 def available_environments() -> dict[str, Environment | str]:

@@ -26,8 +26,12 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
     env = call_constructor(full_name, lambda: navix.make(name, **options))
     symbolic = env.observation_fn in (navix.observations.symbolic, navix.observations.symbolic_first_person)
 
+    picture = env.observation_fn in (navix.observations.rgb, navix.observations.rgb_first_person)
+
     def observe(timestep: PyTree) -> Array:
-        return one_hot_layers(timestep.observation, _KINDS) if symbolic else timestep.observation
+        if symbolic:
+            return one_hot_layers(timestep.observation, _KINDS)
+        return timestep.observation / 255 if picture else timestep.observation
 
     def reset(key: Array) -> tuple[Array, PyTree]:
         timestep = env.reset(jax.random.key_data(key))

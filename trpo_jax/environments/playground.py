@@ -7,7 +7,8 @@ from typing import Any
 from trpo_jax.config import UsageError
 from trpo_jax.environments.base import Environment
 from trpo_jax.environments.brax import from_brax
-from trpo_jax.environments.suites import call_constructor, check_name, first_line, quiet_mujoco, require
+from trpo_jax.environments.checks import first_line
+from trpo_jax.environments.suites import call_constructor, check_name, quiet_mujoco, require
 
 
 def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environment:

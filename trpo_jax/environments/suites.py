@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from trpo_jax.config import UsageError, nearest
 from trpo_jax.environments import base
 from trpo_jax.environments.base import Array, Environment, PyTree, Space
+from trpo_jax.environments.checks import first_line, fixed_dtypes, outcome
 
 # An adapter is the module of this package that bears the suite's name; so is the extra that installs the suite. It has
 # `make(name, options, max_steps) -> Environment`, its name without the prefix, and `names() -> list[str]`.
+PACKAGES = {"playground": "mujoco_playground"}  # of a suite, where it has another name
 SUITES = ("gymnasium", "brax", "playground", "jumanji", "craftax", "xminigrid", "navix")
 
 
@@ -53,9 +55,9 @@ def check_name(name: str, suite: str, names: Iterable[str]) -> None:
 
 
 def call_constructor(name: str, make: Callable[[], Any]) -> Any:
-    """`make()`, evaluated at once even inside a trace; a failure of any kind is one sentence."""
+    """`make()`; a failure of any kind is one sentence."""
     try:
-        with jax.ensure_compile_time_eval(), _quiet():
+        with _quiet():
             return make()
     except UsageError:
         raise
@@ -123,10 +125,9 @@ def assemble(
         if isinstance(space, base.Box):
             action = jnp.clip(action, space.low, space.high)
         observation, state, reward, terminated, truncated = step(key, state, action)
-        flags = [jnp.asarray(flag, bool).reshape(()) for flag in (terminated, truncated)]
-        return jnp.asarray(observation, jnp.float32), state, jnp.asarray(reward, jnp.float32).reshape(()), *flags
+        return jnp.asarray(observation, jnp.float32), state, *outcome(reward, terminated, truncated, name)
 
-    raw = base.fixed_dtypes(cast_reset, cast_step, base.zero_action(space))
+    raw = fixed_dtypes(cast_reset, cast_step, base.zero_action(space), name)
     if max_steps is not None:
         raw = base.time_limit(*raw, max_steps)
     shape = jax.eval_shape(raw[0], base.key_shape())[0].shape
@@ -146,9 +147,3 @@ def one_hot_layers(grid: Array, sizes: tuple[int, ...]) -> Array:
     Ids are names: a network that took them for numbers would think a door between a wall and a key.
     """
     return jnp.concatenate([jax.nn.one_hot(grid[..., k], size) for k, size in enumerate(sizes)], axis=-1)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without a full stop."""
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # its str() is quoted
-    return (text.strip().splitlines() or ["no message"])[0].rstrip(".")

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from trpo_jax.config import check_limits
-from trpo_jax.steps.types import Array
+from trpo_jax.environments.base import Environment
+from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.agents import make_agent, on_normalized
 from trpo_jax.training.loop import check_key
-from trpo_jax.training.recurrence import advance, initial_carries, restart
+from trpo_jax.training.recurrence import advance, initial_carries
 from trpo_jax.training.rollouts import reset_environments
 from trpo_jax.types import Config, TrainState
 
@@ -72,15 +73,17 @@ def evaluate(
         key_action, key_step = jax.random.split(jax.random.fold_in(key_run, time))
         memory, distribution = advance(policy, state.policy_params, memory, observation)
         action = distribution.mode() if deterministic else distribution.sample(key_action)
-        result = jax.vmap(agent.environment.step)(jax.random.split(key_step, num_episodes), env_state, action)
         running = ~evaluation.finished
-        evaluation = Evaluation(
-            episode_return=evaluation.episode_return + jnp.where(running, result.reward, 0),
-            episode_length=evaluation.episode_length + running,
-            finished=evaluation.finished | result.terminated | result.truncated,
+        keys = jax.random.split(key_step, num_episodes)
+        observation, env_state, reward, done = _step_running(
+            agent.environment, keys, running, observation, env_state, action
         )
-        memory = restart(policy, result.terminated | result.truncated, memory)
-        return time + 1, result.observation, memory, result.state, evaluation
+        evaluation = Evaluation(
+            episode_return=evaluation.episode_return + jnp.where(running, reward, 0),
+            episode_length=evaluation.episode_length + running,
+            finished=evaluation.finished | done,
+        )
+        return time + 1, observation, memory, env_state, evaluation
 
     blank = Evaluation(
         jnp.zeros(num_episodes, jnp.float32), jnp.zeros(num_episodes, jnp.int32), jnp.zeros(num_episodes, bool)
@@ -88,3 +91,27 @@ def evaluate(
     start = jnp.int32(0), observation, initial_carries(policy, num_episodes), env_state, blank
     *_, evaluation = jax.lax.while_loop(unfinished, step, start)
     return evaluation
+
+
+def _step_running(
+    environment: Environment, keys: Array, running: Array, observation: Array, state: PyTree, action: Array
+) -> tuple[Array, PyTree, Array, Array]:
+    """Step E environments with the keys of `step` [E], without drawing first states, which evaluation has no use for.
+
+    Those that have ended stand still, where the suite can be stepped so; else they begin another episode.
+
+    Returns:
+      Observations and states, and of this step the rewards and whether it ended the episode, [E] each.
+    """
+    advance_raw = environment.advance
+    if advance_raw is None:
+        result = jax.vmap(environment.step)(keys, state, action)
+        return result.observation, result.state, result.reward, result.terminated | result.truncated
+
+    def step(key: Array, running: Array, observation: Array, state: PyTree, action: Array) -> tuple:
+        key_step, _ = jax.random.split(key)  # the other is that of a reset
+        *after, reward, terminated, truncated = advance_raw(key_step, state, action)
+        after = jax.tree.map(lambda new, old: jnp.where(running, new, old), tuple(after), (observation, state))
+        return *after, reward, terminated | truncated
+
+    return jax.vmap(step)(keys, running, observation, state, action)

@@ -191,13 +191,17 @@ def _one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, which `vmap` runs for one lane after the other."""
 
     def call(*arguments: Any) -> Any:
-        # Flat, because a Config's own structure depends on what its leaves are.
+        # Flat, because a Config's own structure depends on what its leaves are. Traced here and once, so that what it
+        # closes over, such as parameters of an environment that are mapped too, is among the arguments.
         leaves, structure = jax.tree.flatten(arguments)
-        flat = jax.custom_batching.sequential_vmap(lambda *flat: function(*jax.tree.unflatten(structure, flat)))
-        # `vmap` traces `function` again, with the mesh of the moment named where else none is. Named the first time
-        # too, a jitted function is found and not traced anew.
-        with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
-            return flat(*leaves)
+        trace = jax.make_jaxpr(lambda *flat: function(*jax.tree.unflatten(structure, flat)), return_shape=True)
+        program, shapes = trace(*leaves)
+
+        @jax.custom_batching.sequential_vmap
+        def flat(consts: Any, *leaves: Any) -> Any:
+            return jax.core.eval_jaxpr(program.jaxpr, consts, *leaves)
+
+        return jax.tree.unflatten(jax.tree.structure(shapes), flat(program.consts, *leaves))
 
     return call
 

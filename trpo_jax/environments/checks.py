@@ -1,0 +1,162 @@
+"""Environments as they come: each is traced once without running it, and what cannot be trained is one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trpo_jax.config import UsageError
+from trpo_jax.environments import base
+from trpo_jax.environments.base import Array, Box, Discrete, Environment, MultiDiscrete, PyTree, RawReset, Step
+
+
+def fixed_dtypes(
+    reset: RawReset, step: Callable[..., tuple], action: Any, name: str
+) -> tuple[RawReset, Callable[..., tuple]]:
+    """Cast states to one strong dtype a leaf, so that no second trace and no scan-carry mismatch can arise.
+
+    A leaf that `reset` makes an integer and `step` a float is a float from the start.
+
+    Raises:
+      UsageError: if one of them fails, or a step leads to another kind of state or observation than a reset.
+    """
+    key = base.key_shape()
+    with one_sentence(f"reset of {name}"):
+        observation, from_reset = jax.eval_shape(reset, key)
+    with one_sentence(f"step of {name}"):
+        stepped = jax.eval_shape(lambda k: step(k, reset(k)[1], action), key)
+    from_step = stepped[1]
+    for what, first, after in (("observation", observation, stepped[0]), ("state", from_reset, from_step)):
+        if _shapes(first) != _shapes(after):
+            raise UsageError(
+                f"{name} gives another {what} after a step than after a reset: {_difference(first, after)}; it must "
+                "keep its structure and shapes."
+            )
+    dtypes = jax.tree.map(
+        lambda a, b: a.dtype if a.dtype == b.dtype else jnp.promote_types(a, b), from_reset, from_step
+    )
+
+    def cast(state: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf, dtype: jax.lax.convert_element_type(leaf, dtype), state, dtypes)
+
+    def cast_reset(key: Array) -> tuple[Array, PyTree]:
+        observation, state = reset(key)
+        return observation, cast(state)
+
+    def cast_step(key: Array, state: PyTree, action: Array) -> tuple:
+        observation, state, *rest = step(key, state, action)
+        return observation, cast(state), *rest
+
+    return cast_reset, cast_step
+
+
+def _shapes(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
+    return jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)]
+
+
+def _difference(first: PyTree, after: PyTree) -> str:
+    """Of two trees of shapes that are not the same: the first place where they differ."""
+    named = [jax.tree_util.tree_leaves_with_path(tree) for tree in (first, after)]
+    found = [[f"{jax.tree_util.keystr(path)} {leaf.shape}".strip() for path, leaf in leaves] for leaves in named]
+    pairs = ((a, b) for a, b in zip(*found, strict=False) if a != b)
+    a, b = next(pairs, (f"{len(found[0])} arrays", f"{len(found[1])} in another structure"))
+    return f"{b} after {a}"
+
+
+@contextlib.contextmanager
+def one_sentence(what: str) -> Iterator[None]:
+    """Turn an error of an environment's own code into one sentence: what failed, how, and on which line."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{what} fails ({describe_error(error)}).") from error
+
+
+def describe_error(error: BaseException, file: str | None = None) -> str:
+    """An error in a few words: its type, the first line of its message, and the last line of `file` on its way.
+
+    Without such a file, or where it was not in it, the last line outside of JAX, NumPy and this package.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = {"jax", "jaxlib", "numpy", "trpo_jax"}
+    inside = [frame for frame in frames if file and frame.filename == file]
+    outside = [frame for frame in frames if not ours & set(Path(frame.filename).parts)]
+    at = "".join(f", {Path(f.filename).name}:{f.lineno} in {f.name}" for f in (inside or outside)[-1:])
+    return f"{type(error).__name__}: {first_line(error)}{at}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without a full stop."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # its str() is quoted
+    return (text.strip().splitlines() or ["no message"])[0].rstrip(".")
+
+
+def outcome(reward: Any, terminated: Any, truncated: Any, name: str) -> tuple[Array, Array, Array]:
+    """A step's reward and flags as float32 [] and bool []; each must be one number, in whatever shape."""
+    values = []
+    for what, value, dtype in (
+        ("reward", reward, jnp.float32),
+        ("terminated", terminated, bool),
+        ("truncated", truncated, bool),
+    ):
+        if np.size(value) != 1:
+            raise UsageError(f"{name} must give one {what} a step, got an array of shape {np.shape(value)}.")
+        values.append(jnp.asarray(value, dtype).reshape(()))
+    return values[0], values[1], values[2]
+
+
+def check_space(space: Any, name: str) -> None:
+    """Raise `UsageError` unless actions in `space` can be sampled: something to choose from, bounds in order."""
+    if isinstance(space, (Discrete, MultiDiscrete)):
+        sizes = np.atleast_1d(space.n)
+        good = sizes.size > 0 and bool((sizes >= 1).all())
+    elif isinstance(space, Box):
+        good = space.low.size > 0 and bool((space.low <= space.high).all())  # a NaN is neither
+    else:
+        raise UsageError(f"{name}.action_space must be a Discrete, MultiDiscrete or Box of trpo_jax, got {space!r}.")
+    if not good:
+        raise UsageError(f"actions of {name} lie in {space}, in which there is no action; give it bounds in order.")
+
+
+def check_environment(environment: Environment) -> None:
+    """Check an `Environment` that was not built here against its own declaration, without running it.
+
+    Raises:
+      UsageError: if it is not what `Environment` says, in one sentence.
+    """
+    name = environment.name
+    check_space(environment.action_space, name)
+    key = base.key_shape()
+    observation = jax.ShapeDtypeStruct(tuple(environment.observation_shape), jnp.float32)
+    with one_sentence(f"reset of {name}"):
+        first = jax.eval_shape(environment.reset, key)
+        start, state = first
+    with one_sentence(f"step of {name}"):
+        result = jax.eval_shape(environment.step, key, state, base.zero_action(environment.action_space))
+        result = Step(*result)
+    scalar, flag = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.bool_)
+    for what, found, expected in (
+        ("reset must give an observation", start, observation),
+        ("step must give an observation", result.observation, observation),
+        ("step must give a next_observation", result.next_observation, observation),
+        ("step must give a reward", result.reward, scalar),
+        ("step must give terminated", result.terminated, flag),
+        ("step must give truncated", result.truncated, flag),
+        ("step must keep the state that reset gives,", result.state, state),
+    ):
+        if _signature(found) != _signature(expected):
+            raise UsageError(f"{name}.{what} of {_signature(expected)}, got {_signature(found)}.")
+
+
+def _signature(tree: Any) -> str:
+    leaves = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(tree)]
+    return leaves[0] if leaves and tree is jax.tree.leaves(tree)[0] else f"{jax.tree.structure(tree)} {leaves}"
