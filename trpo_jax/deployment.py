@@ -47,8 +47,8 @@ _MEMORY = """
 
 It has a memory: `policy.call(carry, observation)` gives (carry, action). The arrays of the carry at an episode's
 start lie in start.npz, for one environment."""
-_START = """start = np.load(folder / "start.npz")
-leaves = [np.repeat(start[f"leaf_{i}"], 3, axis=0) for i in range(len(start.files))]
+_START = """with np.load(folder / "start.npz") as start:
+    leaves = [np.repeat(start[f"leaf_{i}"], 3, axis=0) for i in range(len(start.files))]
 (carry, _), _ = tree.unflatten(policy.in_tree, [*leaves, observation])  # at the start of an episode
 carry, action = policy.call(carry, observation)
 print(np.asarray(action))"""
@@ -110,7 +110,7 @@ def play(
         if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
             os.environ.setdefault("MUJOCO_GL", "egl")  # Gymnasium would take GLFW, which opens windows only
     try:
-        world = gymnasium.make(env, render_mode="rgb_array" if gif else None)
+        world = gymnasium.make(env, render_mode="rgb_array" if gif else None, disable_env_checker=True)
     except (gymnasium.error.Error, ImportError) as error:
         raise UsageError(
             f"Gymnasium cannot make {env} ({str(error).splitlines()[0].rstrip('.')}); name one of its environments by "
@@ -133,7 +133,7 @@ def play(
             carry, action = act(carry, observe(observation).reshape(1, *environment.observation_shape))
             with one_sentence(f"step of {env}"):
                 observation, reward, terminated, truncated, _ = world.step(to_world(np.asarray(action)[0]))
-            total += float(reward)
+            total += np.asarray(reward).item()
             if terminated or truncated:
                 break
         returns.append(total)
