@@ -43,6 +43,8 @@ ALL_TESTS = [
     *("steps", "training", "environments/test_base.py", "environments/test_step_environments.py"),
     *("test_networks.py", "sweeps/test_bits.py", "sweeps/test_reports.py"),
 ]
+# Traces every branch of an iteration in seconds, and compiles none: finds what cannot run at all.
+TRACED = "tests/training/test_loop.py::test_every_static_setting_changes_the_program"
 HANGS = 180  # seconds of CPU time after which a test is caught in a loop
 SLOW_TESTS = ("test_update_properties.py", "test_checkpoints.py")  # last among equals
 
@@ -229,7 +231,7 @@ def found_again(records: list[dict[str, Any]]) -> list[Mutant]:
 
 
 def tests_for(path: str) -> list[list[str]]:
-    """Test files in up to three parts, nearest first: of the same name, those that import the module, the rest."""
+    """Tests in parts, nearest first: of the same name, a cheap one, those that import the module, and the rest."""
     module, tests = Path(path).with_suffix(""), ROOT / "tests"
 
     def distance(test: Path) -> int:
@@ -242,6 +244,7 @@ def tests_for(path: str) -> list[list[str]]:
     everything += [test for test in sorted(tests.rglob("test_*.py")) if test not in everything and distance(test) < 2]
     everything.sort(key=lambda test: (test.parent.name != module.parent.name, test.name in SLOW_TESTS))
     parts = [[str(test.relative_to(ROOT)) for test in everything if distance(test) == far] for far in range(3)]
+    parts.insert(0 if module.parent.name == "training" else 1, [TRACED])
     return [part for part in parts if part]
 
 
