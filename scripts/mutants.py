@@ -45,6 +45,7 @@ ALL_TESTS = [
 ]
 # Traces every branch of an iteration in seconds, and compiles none: finds what cannot run at all.
 TRACED = "tests/training/test_loop.py::test_every_static_setting_changes_the_program"
+_DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 HANGS = 180  # seconds of CPU time after which a test is caught in a loop
 SLOW_TESTS = ("test_update_properties.py", "test_checkpoints.py")  # last among equals
 
@@ -234,11 +235,14 @@ def tests_for(path: str) -> list[list[str]]:
     """Tests in parts, nearest first: of the same name, a cheap one, those that import the module, and the rest."""
     module, tests = Path(path).with_suffix(""), ROOT / "tests"
 
+    names = {node.name for node in ast.parse((ROOT / path).read_text()).body if isinstance(node, _DEFINITIONS)}
+
     def distance(test: Path) -> int:
         same_folder = test.parent.name in (module.parent.name, "tests")
         if same_folder and test.stem == f"test_{module.name}":
             return 0
-        return 1 if f"{'.'.join(module.parts)} import" in test.read_text() else 2
+        imports = [node for node in ast.parse(test.read_text()).body if isinstance(node, ast.ImportFrom)]
+        return 1 if names & {alias.name for node in imports for alias in node.names} else 2
 
     everything = [file for name in ALL_TESTS for file in sorted((tests / name).rglob("test_*.py")) or [tests / name]]
     everything += [test for test in sorted(tests.rglob("test_*.py")) if test not in everything and distance(test) < 2]
