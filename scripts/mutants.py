@@ -248,7 +248,7 @@ def tests_for(path: str) -> list[list[str]]:
     everything += [test for test in sorted(tests.rglob("test_*.py")) if test not in everything and distance(test) < 2]
     everything.sort(key=lambda test: (test.parent.name != module.parent.name, test.name in SLOW_TESTS))
     parts = [[str(test.relative_to(ROOT)) for test in everything if distance(test) == far] for far in range(3)]
-    parts.insert(0 if module.parent.name == "training" else 1, [TRACED])
+    parts.insert(0 if module.parent.name == "training" else len(parts) - 1, [TRACED])
     return [part for part in parts if part]
 
 
