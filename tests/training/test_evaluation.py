@@ -85,6 +85,14 @@ def test_stochastic_samples(rewarded):
     assert (sure == -1).all()
 
 
+def test_every_step_draws_anew():
+    """Five actions of ±0.1 or hardly less: all of one sign in an episode of 16, were they independent; else in each."""
+    settings = {"policy": probes.linear_gaussian(), "value": probes.linear_value()}
+    run, state = prepare(probes.RecordAction(), num_episodes=200, deterministic=False, settings=settings)
+    returns = np.abs(run(state, jax.random.key(0)).episode_return)
+    assert 0 < np.mean(returns > 0.45) < 0.2
+
+
 def test_equal_keys_give_equal_episodes_and_other_keys_others(rewarded):
     _, sampled, state = rewarded
     state = with_logits(state, [0.0, 0.0])
