@@ -60,7 +60,7 @@ PLAIN |= {"NumberReplacer", "ZeroIterationForLoop"}
 
 NOT_BEHAVIOUR = {"import_name", "import_from", "annassign", "raise_stmt", "assert_stmt", "decorator", "tfpdef"}
 INSTEAD = {"where": (1, 2), "minimum": (0,), "maximum": (0,), "clip": (0,), "abs": (0,), "sqrt": (0,), "exp": (0,)}
-INSTEAD |= {"stop_gradient": (0,), "min": (0, 1), "max": (0, 1), "nan_to_num": (0,), "cond": (1, 2)}
+INSTEAD |= {"stop_gradient": (0,), "min": (0, 1), "max": (0, 1), "nan_to_num": (0,), "cond": (1, 2), "fold_in": (0,)}
 NEIGHBOURS = {"mean": "sum", "sum": "mean", "any": "all", "all": "any", "minimum": "maximum", "maximum": "minimum"}
 NEIGHBOURS |= {"argmax": "argmin", "zeros": "ones", "zeros_like": "ones_like", "min": "max", "max": "min"}
 

@@ -86,7 +86,7 @@ def test_stochastic_samples(rewarded):
 
 
 def test_every_step_draws_anew():
-    """Five actions of ±0.1 or hardly less: all of one sign in an episode of 16, were they independent; else in each."""
+    """Five actions of about ±0.1 an episode: if independent, they have one sign in one episode of 16."""
     settings = {"policy": probes.linear_gaussian(), "value": probes.linear_value()}
     run, state = prepare(probes.RecordAction(), num_episodes=200, deterministic=False, settings=settings)
     returns = np.abs(run(state, jax.random.key(0)).episode_return)
