@@ -33,7 +33,7 @@ OTHERS = [True, False, "x", "", "1", "nan", "ü\n\t", "[/b]", "a" * 300, [], [0.
 OBJECTS = [None, b"x", 1j, object(), np.bool_(True), np.float64(0.5), np.int64(2), np.array([0.5, np.nan]), 10**5000]
 OBJECTS += [np.array([]), np.array("x"), jnp.float32(0.5), jnp.array([0.1, 2.0]), jnp.bfloat16(0.5), lambda: 0]
 PATHS = ["a" * 300, "x\0y", "canary", "canary/below", "/dev/null/x", "", ".", "/proc/nowhere", "[/b]", "ü", "missing"]
-SECONDS = 100  # after which a case counts as hanging
+SECONDS = 280  # after which a case counts as hanging
 
 
 def draw(rng, name, values):
@@ -102,7 +102,7 @@ def run(case, arguments, folder, *, keeps):
     if status == 2:
         assert said and said[-1].startswith("trpo-jax: ") and all(map(is_a_sentence, said)), (case, said)
         assert {file: data for file, data in snapshot(folder).items() if file in keeps} == before, case
-    return status, said[-1] if said else ""
+    return status != 2
 
 
 # Settings
@@ -117,11 +117,13 @@ def check_configuration(rng, at):
             config = Config(**settings)
             make_agent(config)
             if any(getattr(value, "ndim", 0) for value in settings.values()):
-                return  # for `vmap`
+                return True  # for `vmap`
             jax.eval_shape(train, config, jax.random.key(0))
+            return True
     except UsageError as error:
         named = any(name in str(error) for name in settings)
         assert is_a_sentence(str(error)) and named, (settings, str(error))
+        return False
     except BaseException as error:
         raise AssertionError(f"{settings}: {type(error).__name__}: {error}") from error
 
@@ -168,7 +170,7 @@ def check_command_line(rng, at):
         arguments.append(rng.choice(["--", "--gama", "-x", "--num-env=3", "x y"]))
     if rng.random() < 0.5 and command in ("evaluate", "play"):
         arguments.append("--num-episodes=1")
-    run(arguments, arguments, at, keeps={at / "sweep.toml"})
+    return run(arguments, arguments, at, keeps={at / "sweep.toml"})
 
 
 # TOML
@@ -228,7 +230,7 @@ def check_toml(rng, at):
             [text[: len(text) // 2], b"\xff" + text, b"a = " + b"[" * 3000, b"a" * 5000, b"", b"x = " + b"9" * 5000]
         )
     (at / "file.toml").write_bytes(text)
-    run((arguments, text.decode("utf8", "replace")), arguments, at, keeps={at / "file.toml"})
+    return run((arguments, text.decode("utf8", "replace")), arguments, at, keeps={at / "file.toml"})
 
 
 NAMES = ["num_seeds", "seed", "num_episodes", "num_seed", "max_kl", "grid"]
@@ -271,7 +273,7 @@ def check_left_behind(rng, at):
     file.write_text(text)
     arguments = rng.choice(commands)
     kept = {path for path in snapshot(file.parent) if path.suffix != ".png"}
-    run((arguments, text), arguments, at, keeps=kept)
+    return run((arguments, text), arguments, at, keeps=kept)
 
 
 SWEEP = (
@@ -287,25 +289,30 @@ def left_behind(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "sweep.toml").write_text(SWEEP)
     tiny = flags({name: value for name, value in TINY.items() if not name.startswith(("policy", "value_e", "value_m"))})
-    assert run("train", ["train", *tiny, "--output", "run"], folder, keeps=())[0] == 0
-    assert run("sweep", ["sweep", "sweep.toml", "--output", "sweeps"], folder, keeps=())[0] == 0
+    assert run("train", ["train", *tiny, "--output", "run"], folder, keeps=())
+    assert run("sweep", ["sweep", "sweep.toml", "--output", "sweeps"], folder, keeps=())
     return folder
 
 
 def check_many(check, first, number, left_behind, tmp_path):
+    outcomes = []
     for seed in range(first, first + number):
         at = tmp_path / str(seed)
         shutil.copytree(left_behind, at)
         try:
-            check(random.Random(seed), at)
+            outcomes.append(check(random.Random(seed), at))
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
         shutil.rmtree(at)
+        if seed % 100 == 99:
+            jax.clear_caches()  # a process can hold some fifty programs
+    assert True in outcomes and False in outcomes  # both ends are reached
 
 
 KINDS = [check_configuration, check_command_line, check_toml, check_left_behind]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("check", KINDS, ids=lambda check: check.__name__.removeprefix("check_"))
 def test_it_trains_or_one_sentence_says_why_not(check, left_behind, tmp_path):
     check_many(check, 0, 8, left_behind, tmp_path)
@@ -315,4 +322,4 @@ def test_it_trains_or_one_sentence_says_why_not(check, left_behind, tmp_path):
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("check", KINDS, ids=lambda check: check.__name__.removeprefix("check_"))
 def test_it_trains_or_one_sentence_says_why_not_in_2400_cases(check, left_behind, tmp_path):
-    check_many(check, 1000, 600, left_behind, tmp_path)
+    check_many(check, 1000, 300 if check is check_toml else 700, left_behind, tmp_path)
