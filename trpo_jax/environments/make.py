@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from trpo_jax.config import UsageError, nearest
+from trpo_jax.config import UsageError, nearest, shown
 from trpo_jax.environments import gymnax, suites
 from trpo_jax.environments.base import Environment
 from trpo_jax.environments.checks import check_environment, check_space
@@ -77,7 +77,7 @@ def _of_name(name: str, params: Any, max_steps: int | None) -> Environment:
 
 def _of_object(env: Any, params: Any, max_steps: int | None) -> Environment:
     if env is None or isinstance(env, (int, float, complex, bytes, list, tuple, dict, set)):
-        raise UsageError(f"env must be a name, an Environment or an environment object, got {env!r}.")
+        raise UsageError(f"env must be a name, an Environment or an environment object, got {shown(env)}.")
     if isinstance(env, type):
         raise UsageError(f"env must be an environment, and {env.__name__} is a class; hand over one of its instances.")
     name = env.name if isinstance(getattr(env, "name", None), str) else type(env).__name__
