@@ -333,9 +333,10 @@ def _tune(namespace: argparse.Namespace) -> int:
         spec = dataclasses.replace(spec, random={**spec.random, "count": namespace.num_trials})
 
     def show(batch: Batch) -> None:
+        scores = f"its best {batch.batch_best:.1f}, best of all {batch.best:.1f}"
         console.print(
-            f"{batch.told:>5} of {counted(batch.count, 'trial')}, {batch.pruned} of the last batch stopped early; its "
-            f"best {batch.batch_best:.1f}, best of all {batch.best:.1f}",
+            f"{batch.told:>5} of {counted(batch.count, 'trial')}, {batch.pruned} of the last batch stopped early; "
+            f"{scores if batch.settings else 'none has a score yet'}",
             soft_wrap=True,
         )
 

@@ -15,7 +15,7 @@ from scipy import stats
 from trpo_jax import UsageError
 from trpo_jax.cli import main
 from trpo_jax.sweeps.loop import METRICS, training_return
-from trpo_jax.sweeps.reports import _file_name, make_report, table_of, write_report
+from trpo_jax.sweeps.reports import Row, _draw_heat_map, _file_name, make_report, table_of, write_report
 from trpo_jax.sweeps.statistics import interquartile_mean, stratified_bootstrap
 from trpo_jax.sweeps.storage import Block, Folder
 from trpo_jax.types import Config
@@ -234,6 +234,16 @@ def test_scores_that_are_no_numbers_leave_a_report(values, varied, tmp_path):
     report = make_report(folder)
     page = write_report(folder, report).read_text()
     assert len(report.failures) == len(points) * SEEDS and page.endswith("</html>\n")
+
+
+def test_heat_map_of_many_points_has_room():
+    numbers = {"iqm": 1.0, "interval": (0, 1), "mean": 1, "worst": 1, "num_seeds": 1, "num_failed": 0}
+    arrays = {"scores": np.ones(1), "steps": np.ones(1), "curve": np.ones(1)}
+    for size, ticks in ((3, 3), (900, 40)):
+        settings = [{"gamma": gamma, "max_kl": kl} for gamma in (0, 1) for kl in range(size)]
+        rows = [Row(env="E", settings=setting, **numbers, **arrays) for setting in settings]
+        figure = _draw_heat_map("E", rows, ["gamma", "max_kl"])
+        assert 0 < len(figure.axes[0].get_xticks()) <= ticks and figure.get_size_inches().max() <= 40
 
 
 def test_a_sweep_in_which_no_episode_ended_is_said_to_be_one(tmp_path, monkeypatch):

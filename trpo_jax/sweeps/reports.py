@@ -379,8 +379,9 @@ def _draw_heat_map(env: str, rows: Sequence[Row], names: Sequence[str]) -> Any:
             color=color,
             fontsize=8,
         )
-    axes.set_xticks(range(grid.shape[1]), [_plain(_text(value)) for value in ordered[1]])
-    axes.set_yticks(range(grid.shape[0]), [_plain(_text(value)) for value in ordered[0]])
+    for set_ticks, values in ((axes.set_yticks, ordered[0]), (axes.set_xticks, ordered[1])):
+        shown = range(0, len(values), -(-len(values) // _LARGEST))
+        set_ticks(shown, [_plain(_text(values[i])) for i in shown])
     axes.set(title=_plain(env), xlabel=names[1], ylabel=names[0])
     return figure
 

@@ -205,8 +205,8 @@ def _check_database(file: Path) -> None:
             named = "SELECT count(*) FROM study_user_attributes WHERE key = ?"
             if fault == "ok" and not database.execute(named, (_ASKED_FOR,)).fetchone()[0]:
                 fault = "it holds no search"
-    except (sqlite3.Error, OSError) as error:
-        fault = str(error)
+    except (sqlite3.Error, OSError, ValueError) as error:  # a name within may be garbled
+        fault = first_line(error)
     if fault != "ok":
         raise UsageError(
             f"{file} is damaged, or no study of `trpo-jax tune` ({fault.splitlines()[0]}); restore it, or choose "
