@@ -17,9 +17,11 @@ from trpo_jax import (
     Network,
     TrainState,
     UsageError,
+    evaluate,
     init,
     load,
     make_environment,
+    make_policy,
     make_value,
     save,
     train,
@@ -563,12 +565,56 @@ def test_probe_pair_of_choices():
     assert float(metrics.episode_return[-1]) > 1.8 > float(metrics.episode_return[0])
 
 
+class ReachUnit(probes.Probe):
+    """One step; the reward is minus the distance to a target, in units of its own size."""
+
+    def __init__(self, low, high, target):
+        self.actions, self.target = probes.box(low, high), target
+
+    def start(self, key):
+        return jnp.int32(1)
+
+    def move(self, key, state, action):
+        return state, -jnp.sum(jnp.abs(action - self.target)) / abs(self.target), True, False
+
+
+def small_networks(env):
+    environment = make_environment(env)
+    policy, value = make_policy(environment, hidden=(8,)), make_value(environment, hidden=(8,))
+    return Config(
+        env=environment, policy=policy, value=value, num_envs=8, num_steps=16, fisher_fraction=1.0, max_kl=0.05
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("low, high, target", [(5, np.inf, 8.0), (0.0, 5e6, 4.5e6), (-np.inf, -3.0, -4.0)])
+def test_bounds_on_one_side_or_far_apart_can_be_learned(low, high, target):
+    config = small_networks(ReachUnit(low, high, target)).replace(num_iterations=60)
+    state, _ = jax.jit(train)(config, jax.random.key(0))
+    assert evaluate(config, state, jax.random.key(1), num_episodes=2).episode_return.min() > -0.1
+
+
+@pytest.mark.slow
+def test_a_deviation_does_not_run_away_under_an_entropy_bonus():
+    config = small_networks(ReachUnit(-1.0, 1.0, 0.3)).replace(num_iterations=100, entropy_coefficient=10.0)
+    state, metrics = jax.jit(train)(config, jax.random.key(0))
+    log_std = float(state.policy_params["log_std"][0])
+    assert 1.5 < log_std < 2.5 and metrics.accepted[-20:].mean() > 0.5
+    # Without the bonus it comes back.
+    step = jax.jit(train_step)
+    for _ in range(40):
+        state, _ = step(config.replace(entropy_coefficient=0.0), state)
+    assert float(state.policy_params["log_std"][0]) < log_std - 1
+
+
 # --- Shortcuts that change nothing -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("truncations", ["none", "once", "twice", "last", "every"])
 @pytest.mark.parametrize("num_steps", [1, 6])
-def test_values_of_next_observations_without_evaluating_each(truncations, num_steps):
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_values_of_next_observations_without_evaluating_each(truncations, num_steps, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     rng = np.random.default_rng(0)
     shape = num_steps, 4
     observation = rng.normal(size=(num_steps + 1, 4, 2)).astype(np.float32)
@@ -589,10 +635,18 @@ def test_values_of_next_observations_without_evaluating_each(truncations, num_st
     batch = Transition(observation[:-1], flat, flat, *map(jnp.asarray, (terminated, truncated)), jnp.asarray(after))
 
     def value_fn(observation):
+        sizes.append(observation.size // 2)
         return observation @ jnp.array([1.0, -2.0])
 
-    found = jax.jit(lambda batch: _next_values(batch, value_fn(batch.observation), value_fn))(batch)
-    np.testing.assert_allclose(found[~terminated], value_fn(after)[~terminated], rtol=1e-5, atol=1e-6)
+    sizes = []
+    values = value_fn(batch.observation)
+    for limit in (num_steps, None):
+        find = jax.jit(jax.vmap(lambda batch, limit=limit: _next_values(batch, values, value_fn, max_steps=limit)))
+        del sizes[:]
+        found = find(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], batch))[0]
+        np.testing.assert_allclose(found[~terminated], value_fn(after)[~terminated], rtol=1e-5, atol=1e-6)
+        if backend == "gpu" and num_steps > 1:  # one step of each environment at a time
+            assert max(sizes[:-1]) == (4 if limit else 4 * num_steps)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="accelerators run many agents in lockstep")

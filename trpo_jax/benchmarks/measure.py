@@ -123,7 +123,9 @@ def measure_parts(config: Config, state: TrainState, repetitions: int) -> dict[s
     @jax.jit
     def advantages(params: Any, batch: Any, observation: Any) -> tuple[Any, Any]:
         values = value_apply(params, observation)
-        return values, estimate_advantages(config, batch, values, lambda o: value_apply(params, o))
+        return values, estimate_advantages(
+            config, batch, values, lambda o: value_apply(params, o), max_steps=agent.environment.max_steps
+        )
 
     values, advantage = advantages(state.value_params, batch, observation)
     target = values + advantage

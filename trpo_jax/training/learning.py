@@ -75,7 +75,9 @@ def learn(
     value_apply, value_input = over_batch(value, observation, start, value_start)
     values, value_of_next, value_carry = evaluate_values(value, old, value_apply, value_input, batch)
     batch = dataclasses.replace(batch, reward=scale_rewards(config, return_statistics, batch.reward))
-    advantage = estimate_advantages(config, batch, values, value_of_next, ratios, flatten=flatten)
+    advantage = estimate_advantages(
+        config, batch, values, value_of_next, ratios, flatten=flatten, max_steps=agent.environment.max_steps
+    )
     # Of a value target, unlike of an advantage, the first action may be off-policy too.
     on_policy = 1 if ratios is None else jnp.minimum(flatten_batch(ratios), 1)
     targets = on_policy * advantage + values
@@ -223,6 +225,7 @@ def estimate_advantages(
     value_fn: Any,
     ratios: Array | None = None,
     flatten: Callable[[Array], Array] | None = None,
+    max_steps: int | None = None,
 ) -> Array:
     """GAE over the rollout, as a flat batch like `values` [N·T]: sequential on CPU, associative on accelerators."""
     estimate = gae if jax.default_backend() == "cpu" else parallel_gae
@@ -230,7 +233,7 @@ def estimate_advantages(
     advantage = estimate(
         batch.reward,
         values,
-        _next_values(batch, values, value_fn, sparse=flatten is not by_environment),
+        _next_values(batch, values, value_fn, sparse=flatten is not by_environment, max_steps=max_steps),
         batch.terminated,
         batch.truncated,
         gamma=config.gamma,
@@ -240,16 +243,27 @@ def estimate_advantages(
     return (flatten or flatten_batch)(advantage)
 
 
-def _next_values(batch: Transition, values: Array, value_fn: Callable[[Array], Array], sparse: bool = True) -> Array:
+def _next_values(
+    batch: Transition,
+    values: Array,
+    value_fn: Callable[[Array], Array],
+    sparse: bool = True,
+    max_steps: int | None = None,
+) -> Array:
     """V of the observation that each step led to, [T, N]; anything after a terminal state, where nothing asks for it.
 
-    It is V of the next row, but for truncated steps and the last row. Where no environment was truncated twice (and on
-    CPU, where a branch is cheap), V is evaluated for those alone, if it can be (`sparse`).
+    It is V of the next row, but for truncated steps and the last row. V is evaluated for those alone, if it can be
+    (`sparse`). On CPU, where a branch is cheap, if no environment was truncated twice. On an accelerator, where under
+    `vmap` both sides of a branch would be taken, for one truncated step of every environment after the other; if the
+    time limit `max_steps` promises that so many are few.
     """
-    next_observation = batch.next_observation
-    if jax.default_backend() != "cpu" or not sparse:
+    next_observation, num_steps = batch.next_observation, batch.reward.shape[0]
+    on_cpu = jax.default_backend() == "cpu"
+    if not sparse or not (on_cpu or (max_steps is not None and 2 * max_steps >= num_steps)):
         return value_fn(next_observation)
     truncated = batch.truncated & ~batch.terminated
+    if not on_cpu:
+        return _one_truncation_at_a_time(truncated, values, value_fn, next_observation)
     here = jnp.argmax(truncated, axis=0), jnp.arange(truncated.shape[1])  # the one truncated step of each environment
 
     def once_each() -> Array:
@@ -259,3 +273,23 @@ def _next_values(batch: Transition, values: Array, value_fn: Callable[[Array], A
 
     twice = jnp.any(jnp.sum(truncated[:-1], axis=0) > 1)
     return jax.lax.cond(twice, lambda: value_fn(next_observation), once_each)
+
+
+def _one_truncation_at_a_time(
+    truncated: Array, values: Array, value_fn: Callable[[Array], Array], next_observation: Array
+) -> Array:
+    """V of next observations [T, N], by a pass over N of them for every truncation that an environment had.
+
+    Each environment looks along its own steps, so that environments that are spread over devices stay where they are.
+    """
+    environments = jnp.arange(truncated.shape[1])
+
+    def one_each(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        left, next_values = carry
+        here = jnp.argmax(left, axis=0), environments
+        found = jnp.where(left[here], value_fn(next_observation[here]), next_values[here])
+        return left.at[here].set(False), next_values.at[here].set(found)
+
+    next_values = jnp.concatenate([values[1:], value_fn(next_observation[-1])[None]])
+    left = truncated.at[-1].set(False)
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[0]), one_each, (left, next_values))[1]
