@@ -112,8 +112,8 @@ class Config:
     reuse: int = _static(1, "batches an update learns from: the newest and reuse − 1 before it", used=_TRPO, high=1_000)
     entropy_coefficient: float = _traced(
         0.0,
-        "weight of the policy's mean entropy in the objective; of a default Gaussian's log σ it counts what is below "
-        "2, in units of half the action range",
+        "weight of the policy's mean entropy in the objective; of a default Gaussian it asks for log σ up to 2 at "
+        "most, in units of half the action range",
         interval="[0, 1e6]",
     )
     cg_damping: float = _traced(

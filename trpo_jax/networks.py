@@ -30,7 +30,7 @@ _GROUPS = range(128, 513)  # samples that such a group may have
 _GRID = 10  # filters along each side of a grid, at most
 _FORBIDDEN = -1e9  # a logit whose probability is exactly 0 and whose products are all finite
 _UNBOUNDED = 1e12  # bounds beyond this (±3.4e38 is common) are none; much beyond, 1/σ² is no number in float32
-_LARGEST_LOG_STD = 2.0  # of which an entropy bonus counts log σ, in units of half the action range
+_LARGEST_LOG_STD = 2.0  # beyond which an entropy bonus asks for no more, in units of half the action range
 
 
 @functools.cache

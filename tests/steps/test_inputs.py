@@ -181,11 +181,13 @@ def test_the_steps_have_the_defaults_of_config():
 
 
 def test_a_bonus_counts_only_so_much_of_a_deviation():
-    wide = DiagonalGaussian(jnp.zeros((2, 2)), jnp.array([1.0, 5.0]), (2.0, 2.0))
-    free = DiagonalGaussian(jnp.zeros((2, 2)), jnp.array([1.0, 5.0]))
+    log_std = jnp.array([-0.5, 1.0, 5.0])
+    wide = DiagonalGaussian(jnp.zeros((2, 3)), log_std, (2.0, 2.0, 2.0))
+    free = DiagonalGaussian(jnp.zeros((2, 3)), log_std)
     np.testing.assert_array_equal(wide.entropy(), free.entropy())
     np.testing.assert_allclose(free.bonus(), free.entropy())
-    np.testing.assert_allclose(wide.bonus(), free.entropy() - 3)
+    # In full below 0; beyond it ∫ (1 − s/2) ds: up to 1 it is ¾ of the 1, and up to 2 it is 1 of the 5.
+    np.testing.assert_allclose(wide.bonus(), free.entropy() - 1 / 4 - 4, rtol=1e-6)
     gradient = jax.grad(lambda d: jnp.sum(d.bonus()))(wide)
-    np.testing.assert_array_equal(gradient.log_std, [[1, 0], [1, 0]])
+    np.testing.assert_allclose(gradient.log_std, [[1, 0.5, 0]] * 2)
     assert jax.tree.structure(wide.fisher_product(wide)) == jax.tree.structure(wide) != jax.tree.structure(free)

@@ -100,8 +100,8 @@ class DiagonalGaussian:
       mean: [..., D].
       log_std: natural logarithm of the standard deviation; broadcast to the shape of `mean`, so one [D] vector
         serves a policy whose σ does not depend on the state.
-      largest_log_std: how much of log σ of each dimension an entropy bonus counts, D numbers; None: all of it. Nothing
-        else limits σ where a bonus outweighs the advantages, until its square is no number any more.
+      largest_log_std: beyond which an entropy bonus does not ask for more of each dimension, D numbers; None: it always
+        does. Nothing else limits σ where a bonus outweighs the advantages, until its square is no number any more.
     """
 
     mean: Array
@@ -129,11 +129,15 @@ class DiagonalGaussian:
         return jnp.sum(self.log_std + 0.5 * (1 + jnp.log(2 * jnp.pi)), axis=-1)
 
     def bonus(self) -> Array:
-        """What an entropy bonus counts: the entropy, with no more of log σ than `largest_log_std`, [...]."""
+        """What an entropy bonus counts: the entropy, but less and less of log σ in the last 2 before its largest.
+
+        Its slope falls from 1 to 0 over them. With a kink in their place no step would gain once σ stood there.
+        """
         if self.largest_log_std is None:
             return self.entropy()
-        limit = jnp.asarray(self.largest_log_std, self.log_std.dtype)
-        return self._with(self.mean, jnp.minimum(self.log_std, limit)).entropy()
+        least = jnp.asarray(self.largest_log_std, self.log_std.dtype) - 2
+        beyond = jnp.clip(self.log_std - least, 0, 2)
+        return self._with(self.mean, jnp.minimum(self.log_std, least) + beyond - beyond**2 / 4).entropy()
 
     def kl(self, other: DiagonalGaussian) -> Array:
         """Σ_d log(σ'/σ) + (σ² + (μ − μ')²)/(2σ'²) − ½, [...]."""
