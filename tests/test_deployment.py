@@ -35,6 +35,7 @@ from trpo_jax.cli import main
 from trpo_jax.deployment import acting_policy, export_policy, play
 from trpo_jax.environments.base import Box, Discrete
 from trpo_jax.runs import open_run, read_metrics
+from trpo_jax.sinks import open_sink
 
 SMALL = {"num_envs": 2, "num_steps": 8, "num_iterations": 2, "cg_iterations": 2, "value_cg_iterations": 2}
 
@@ -341,6 +342,27 @@ def test_tensorboard_gets_what_the_table_has(run):
         mine = table["seed"] == seed
         expected = zip(table["env_steps"][mine], table["mean_kl"][mine], strict=True)
         assert [(step, pytest.approx(value)) for _, step, value in found] == list(expected)
+
+
+def test_a_sink_writes_nothing_before_its_first_row_and_no_traceback_where_it_cannot(tmp_path):
+    write, close = open_sink("tensorboard", tmp_path, {})
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "tensorboard").write_text("in the way")
+    with pytest.raises(UsageError, match=r"cannot write into .*tensorboard: .*; what is done is safe, and"):
+        write(0, 16, {"mean_kl": 0.01})
+    close()
+
+
+@pytest.mark.parametrize("command", [["export", "--output"], ["play", "--num-episodes", "1", "--gif"]])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half(run, tmp_path, monkeypatch, capsys, command):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert main([command[0], str(run), *command[1:], str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "cannot write" in error and "No space left on device; choose" in error and error.count("\n") == 1
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

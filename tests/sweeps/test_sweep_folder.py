@@ -1,5 +1,6 @@
 """A sweep's folder: what it holds, and that kills, full disks and damage cost nothing that was finished."""
 
+import dataclasses
 import json
 import os
 import random
@@ -16,7 +17,10 @@ import pyarrow.parquet as parquet
 import pytest
 from probes import SMALL_SWEEP
 
+from trpo_jax import UsageError
 from trpo_jax.cli import main
+from trpo_jax.sweeps import loop
+from trpo_jax.sweeps.grids import read_spec
 from trpo_jax.sweeps.storage import Folder
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -211,6 +215,16 @@ def test_read_only_folder_is_one_sentence(finished, tmp_path, capsys, monkeypatc
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)
     assert sweep(finished.parent / "sweep.toml", "--output", tmp_path / "out") == 2
     assert "Permission denied; choose a folder that can be written to." in capsys.readouterr().err
+
+
+def test_what_rounds_otherwise_is_not_mixed_in_one_folder(finished, tmp_path, monkeypatch, capsys):
+    spec, begun = read_spec(finished.parent / "sweep.toml"), {**loop.versions(), "jaxlib": "0.4.1"}
+    Folder(tmp_path / "out").describe(dataclasses.asdict(spec), {**begun, "threads": 77})
+    with pytest.raises(UsageError, match=r"started with 77 threads in XLA's pool, and here .*; set NPROC=77"):
+        loop.run_sweep(tmp_path / "out", spec)
+    Folder(tmp_path / "other").describe(dataclasses.asdict(spec), begun)
+    loop._check_rounding(Folder(tmp_path / "other"))
+    assert "was started with jaxlib 0.4.1; the agents that are left may round" in capsys.readouterr().err
 
 
 def test_two_at_once_are_refused(finished, capsys):

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from trpo_jax import __version__
-from trpo_jax.config import UsageError, check_limits, shown
-from trpo_jax.files import SETTINGS
+from trpo_jax.config import UsageError, check_limits, counted, shown
+from trpo_jax.files import SETTINGS, say
 from trpo_jax.runs import interrupts
 from trpo_jax.sweeps.grids import Group, Point, Spec, make_groups, make_points, plan, stack_configs
 from trpo_jax.sweeps.placement import (
@@ -240,12 +240,13 @@ def run_sweep(
     folder, devices = Folder(path), jax.local_devices()
     with folder.locked(process[0]), interrupts() as interrupted:
         folder.describe(dataclasses.asdict(spec), versions())
-        clock = Clock(groups, process)
+        clock, checked = Clock(groups, process), False
         for number, group in enumerate(groups):
             settled = folder.program(number)
             if settled and not unfinished(folder, group, number, settled, process):
                 clock.skip(number)
                 continue
+            checked = checked or _check_rounding(folder)
             agents = settled["agents_per_block"] if settled else agents_per_block(group.num_agents, len(devices))
             if most_agents:
                 agents = min(agents, most_agents)
@@ -374,6 +375,21 @@ def versions() -> dict[str, Any]:
     device = jax.local_devices()[0]
     threads = {"threads": num_threads()} if device.platform == "cpu" else {}
     return {"python": platform.python_version(), **packages, "device": device.device_kind, **threads}
+
+
+def _check_rounding(folder: Folder) -> Literal[True]:
+    """Hold what decides the last bits against what the sweep was started with: refuse other threads, tell the rest."""
+    begun, here = folder.description().get("made_by", {}), versions()
+    threads = begun.get("threads"), here.get("threads")
+    if None not in threads and threads[0] != threads[1]:
+        raise UsageError(
+            f"{folder.path} was started with {counted(threads[0], 'thread')} in XLA's pool, and here there are "
+            f"{threads[1]}, which round otherwise; set NPROC={threads[0]}, and --num-devices to no more."
+        )
+    others = [f"{name} {begun[name]}" for name in here if name in begun and begun[name] != here[name]]
+    if others:
+        say(f"{folder.path} was started with {', '.join(others)}; the agents that are left may round otherwise.")
+    return True
 
 
 def _blank(programs: Programs, num_iterations: int) -> Checkpoint:
