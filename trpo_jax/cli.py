@@ -188,11 +188,12 @@ def _continue(run: Run, sinks: Sequence[str]) -> int:
 
     opened = [open_sink(name, run.path, run.description) for name in sinks]
     console, config = make_console(expendable=True), run.config
+    steps = counted(config.num_iterations * config.steps_per_iteration, "step")
     radius = "" if without_effect(config, "max_kl") else f", δ = {config.max_kl:g}"
     console.print(
         f"{config.env}: {counted(run.num_seeds, 'agent')}, {counted(config.num_iterations, 'iteration')} of "
-        f"{config.num_envs} x {config.num_steps} steps ({config.num_iterations * config.steps_per_iteration:,} steps "
-        f"per agent), {config.update}{radius}. Compiling …",
+        f"{config.num_envs} x {config.num_steps} steps ({steps} per agent), "
+        f"{config.update}{radius}. Compiling …",
         soft_wrap=True,
     )
     last: Progress | None = None

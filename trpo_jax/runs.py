@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.config import UsageError, check_limits, shown, validate
+from trpo_jax.config import UsageError, check_limits, counted, shown, validate
 from trpo_jax.files import (
     append,
     check_seal,
@@ -324,7 +324,7 @@ def _rows_done(run: Run, rows: bytes, done: int, note: Any) -> int:
         whole = all(line.endswith(b"\n") and line.count(b",") == len(_COLUMNS) - 1 for line in lines)
         sound = whole and len(lines) == 1 + done * run.num_seeds and lines[-1].startswith(b"%d," % done)
     if not sound:
-        raise UsageError(f"{run.path / 'metrics.csv'} lacks rows of the {done} iterations that were done.")
+        raise UsageError(f"{run.path / 'metrics.csv'} lacks rows of the {counted(done, 'iteration')} done.")
     return length
 
 

@@ -16,6 +16,7 @@ from trpo_jax.benchmarks.measure import (
     threshold_summary,
 )
 from trpo_jax.benchmarks.peers import compare
+from trpo_jax.config import counted
 from trpo_jax.files import settings_of
 from trpo_jax.types import Config
 
@@ -56,7 +57,7 @@ def run_benchmark(
     result["one_agent"] = measure_one(config, repetitions)
     report("a policy update of 65,536 samples")
     result["policy_update"] = measure_policy_update(config, 65_536, repetitions)
-    report(f"{num_agents} agents")
+    report(counted(num_agents, "agent"))
     result["many_agents"] = measure_many(config, num_agents, repetitions)
     if threshold is not None:
         report(f"time to a return of {threshold:g}")

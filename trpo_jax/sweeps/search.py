@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from trpo_jax.config import UsageError
+from trpo_jax.config import UsageError, counted
 from trpo_jax.files import is_whole, settings_of, write_atomically
 from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, make_point, stack_configs, static_part
 from trpo_jax.sweeps.loop import METRICS, failed_iteration, training_return, versions
@@ -127,7 +127,7 @@ def tune(
 def _write_best(file: Path, spec: Spec, best: Any, told: int) -> None:
     config = make_point(spec.base, best.params).config
     lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in settings_of(config).items()]
-    score = f"# score {best.value:.6g} on {spec.num_seeds} tuning seeds, best of {told} trials\n"
+    score = f"# score {best.value:.6g} on {counted(spec.num_seeds, 'tuning seed')}, best of {counted(told, 'trial')}\n"
     write_atomically(
         file,
         score + "\n".join(lines) + "\n",
