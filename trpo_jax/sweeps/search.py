@@ -218,6 +218,7 @@ def _train_groups(spec: Spec, alive: list[Trial], rung: float, num_rungs: int, p
         if shape not in programs:
             while len(programs) >= _KEPT_PROGRAMS:
                 del programs[next(iter(programs))]
+                jax.clear_caches()  # what was traced for it: some 4 MB each
                 gc.collect()  # the program and what traced it refer to each other
             try:
                 programs[shape] = _compile(spec, groups[shape], num_rungs)
