@@ -210,7 +210,7 @@ CHOICES = {
 
 @functools.cache
 def program(**changes):
-    config = small_config(probes.ReachTarget(), **changes)
+    config = small_config(probes.ReachTarget(), **{"policy": probes.linear_gaussian(), **changes})
     return str(jax.make_jaxpr(lambda key: train(config, key))(jax.random.key(0)))
 
 
