@@ -170,6 +170,33 @@ def test_it_trains(name):
     assert jax.tree.leaves(before) == jax.tree.leaves(then)
 
 
+# Of each suite one; in a process of its own, where its modules, and the arrays in them, are not there yet. What is
+# imported and made inside the first trace must serve in those that follow. (Quick:
+# traced alone, for some compile for minutes.)
+FIRST = {name.split("/")[0]: name for name, _ in reversed(CASES)} | {"playground": "playground/CartpoleBalance"}
+IN_A_TRACE = """
+import sys, jax
+from trpo_jax import Config, evaluate, init, train
+config = Config(env=sys.argv[1], num_envs=2, num_steps=2, num_iterations=1, cg_iterations=1, value_cg_iterations=1)
+trace = jax.eval_shape if sys.argv[2] == "traced" else lambda function, *arguments: jax.jit(function)(*arguments)
+key = jax.random.key(0)
+state, _ = trace(lambda key: train(config, key), key)
+trace(lambda state, key: evaluate(config, state, key, num_episodes=2, max_steps=3), state, key)
+trace(lambda key: train(config.replace(num_steps=3), key), key)
+modules = [(n, vars(m)) for n, m in list(sys.modules.items()) if n.split(".")[0] not in ("jax", "jaxlib")]
+kept = [(n, k) for n, contents in modules for k, v in list(contents.items()) if type(v).__name__.endswith("Tracer")]
+assert not kept, kept
+"""
+
+
+@pytest.mark.parametrize("how", ["traced", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("suite", SUITES)
+def test_train_evaluate_and_train_again_where_the_suite_is_imported_inside_a_trace(suite, how, python):
+    need(FIRST[suite])
+    result = python("-c", IN_A_TRACE, FIRST[suite], how, timeout=550)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 @pytest.mark.parametrize("suite", SUITES)
 def test_a_missing_package_is_one_sentence_that_names_the_extra(suite, monkeypatch):
     package = PACKAGES.get(suite, suite)
