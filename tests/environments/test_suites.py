@@ -183,7 +183,7 @@ key = jax.random.key(0)
 state, _ = trace(lambda key: train(config, key), key)
 trace(lambda state, key: evaluate(config, state, key, num_episodes=2, max_steps=3), state, key)
 trace(lambda key: train(config.replace(num_steps=3), key), key)
-modules = [(n, vars(m)) for n, m in list(sys.modules.items()) if n.split(".")[0] not in ("jax", "jaxlib")]
+modules = [(n, getattr(m, "__dict__", {})) for n, m in list(sys.modules.items()) if not n.startswith("jax")]
 kept = [(n, k) for n, contents in modules for k, v in list(contents.items()) if type(v).__name__.endswith("Tracer")]
 assert not kept, kept
 """
