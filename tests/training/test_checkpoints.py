@@ -12,7 +12,7 @@ import probes
 import pytest
 from probes import same_bits, small_config
 
-from trpo_jax import UsageError, init, load, save
+from trpo_jax import Categorical, UsageError, init, load, save
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,9 @@ def test_foreign_files(tmp_path, config):
 
 def test_other_settings(path, config):
     assert ".env_state in" in refusal(path, config.replace(num_envs=8))
-    wide = config.replace(policy=probes.linear_policy(actions=3))
+    three = probes.linear_policy(actions=3)  # and two of them used
+    two = three._replace(apply=lambda *inputs: Categorical(three.apply(*inputs).logits[..., :2]))
+    wide = config.replace(policy=two)
     text = refusal(path, wide)
     assert ".policy_params" in text and "settings it was saved with" in text
     assert "is float32[2] where the settings ask for float32[3]" in text
