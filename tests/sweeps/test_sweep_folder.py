@@ -219,9 +219,10 @@ def test_read_only_folder_is_one_sentence(finished, tmp_path, capsys, monkeypatc
 
 def test_what_rounds_otherwise_is_not_mixed_in_one_folder(finished, tmp_path, monkeypatch, capsys):
     spec, begun = read_spec(finished.parent / "sweep.toml"), {**loop.versions(), "jaxlib": "0.4.1"}
-    Folder(tmp_path / "out").describe(dataclasses.asdict(spec), {**begun, "threads": 77})
-    with pytest.raises(UsageError, match=r"started with 77 threads in XLA's pool, and here .*; set NPROC=77"):
-        loop.run_sweep(tmp_path / "out", spec)
+    for name, mend in (("threads", "set NPROC=77, and"), ("devices", "give --num-devices 77.")):
+        Folder(tmp_path / name).describe(dataclasses.asdict(spec), {**begun, name: 77})
+        with pytest.raises(UsageError, match=rf"with 77 {name}, and here there would be \d+, which .*; {mend}"):
+            loop.run_sweep(tmp_path / name, spec)
     Folder(tmp_path / "other").describe(dataclasses.asdict(spec), begun)
     loop._check_rounding(Folder(tmp_path / "other"))
     assert "was started with jaxlib 0.4.1; the agents that are left may round" in capsys.readouterr().err

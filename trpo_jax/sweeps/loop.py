@@ -373,19 +373,20 @@ def versions() -> dict[str, Any]:
     """What the results were made by."""
     packages = {name: version(name) for name in ("jax", "jaxlib", "gymnax", "flax")} | {"trpo_jax": __version__}
     device = jax.local_devices()[0]
-    threads = {"threads": num_threads()} if device.platform == "cpu" else {}
+    # Both decide last bits: XLA cuts sums into as many parts as it has threads, and compiles for a number of devices.
+    threads = {"threads": num_threads(), "devices": jax.local_device_count()} if device.platform == "cpu" else {}
     return {"python": platform.python_version(), **packages, "device": device.device_kind, **threads}
 
 
 def _check_rounding(folder: Folder) -> Literal[True]:
-    """Hold what decides the last bits against what the sweep was started with: refuse other threads, tell the rest."""
+    """Hold what decides the last bits against what the sweep was started with: refuse another pool, tell the rest."""
     begun, here = folder.description().get("made_by", {}), versions()
-    threads = begun.get("threads"), here.get("threads")
-    if None not in threads and threads[0] != threads[1]:
-        raise UsageError(
-            f"{folder.path} was started with {counted(threads[0], 'thread')} in XLA's pool, and here there are "
-            f"{threads[1]}, which round otherwise; set NPROC={threads[0]}, and --num-devices to no more."
-        )
+    for name, mend in (("threads", "set NPROC={}, and --num-devices to no more"), ("devices", "give --num-devices {}")):
+        if name in begun and name in here and begun[name] != here[name]:
+            raise UsageError(
+                f"{folder.path} was started with {counted(begun[name], name[:-1])}, and here there would be "
+                f"{here[name]}, which rounds otherwise; {mend.format(begun[name])}."
+            )
     others = [f"{name} {begun[name]}" for name in here if name in begun and begun[name] != here[name]]
     if others:
         say(f"{folder.path} was started with {', '.join(others)}; the agents that are left may round otherwise.")
