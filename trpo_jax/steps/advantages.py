@@ -101,9 +101,9 @@ def _deltas(
     # Selected, not multiplied: the value after a terminal state may be anything, even NaN.
     bootstrap = jnp.where(terminated, 0, next_values)
     deltas = rewards + gamma * bootstrap - values
-    decay = jnp.where(terminated | truncated, 0, gamma * gae_lambda)
+    decay = jnp.asarray(jnp.where(terminated | truncated, 0, gamma * gae_lambda), dtype)
     if ratios is not None:
         ratios = at_least_float32(ratios)
         chex.assert_equal_shape([rewards, ratios])
         decay = decay.at[:-1].multiply(jnp.minimum(ratios[1:], 1))  # nothing follows the last step
-    return jnp.asarray(deltas, dtype), jnp.asarray(decay, dtype)
+    return jnp.asarray(deltas, dtype), decay
