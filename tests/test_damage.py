@@ -10,10 +10,12 @@ import pytest
 
 from trpo_jax import runs
 from trpo_jax.cli import main
+from trpo_jax.files import write_table
 from trpo_jax.runs import continue_run, open_run
 from trpo_jax.sweeps import loop
 from trpo_jax.sweeps.grids import read_spec
 from trpo_jax.sweeps.loop import run_sweep
+from trpo_jax.sweeps.storage import Block, Checkpoint, Folder
 
 SIZE = {"num_envs": 2, "num_steps": 8, "cg_iterations": 2}
 FLAGS = [text for name, value in SIZE.items() for text in (f"--{name.replace('_', '-')}", str(value))]
@@ -249,3 +251,47 @@ def test_any_flipped_byte_of_a_finished_block_is_found(sweep, tmp_path, capsys):
         (out / BLOCK).write_bytes(bytes(data))
         assert main(["report", str(out)]) == 2
         assert f"{out / BLOCK} is damaged" in capsys.readouterr().err
+
+
+def test_the_state_of_another_run_is_not_taken_for_this_ones(run, tmp_path, capsys):
+    """Equal shapes, equal seeds, other settings."""
+    out = spoiled(run, tmp_path, [], "missing")
+    described = json.loads((out / "config.json").read_text())
+    write_table(out / "config.json", {**described, "max_kl": 0.02})
+    before = contents(out)
+    for command in (["evaluate", str(out), "--num-episodes", "1"], ["resume", str(out)], ["export", str(out)]):
+        assert main(command) == 2
+        errors = capsys.readouterr().err
+        check_sentence(errors, out / ONLY_RUN[1])
+        assert "of another run" in errors and contents(out) == before
+
+
+def test_rows_of_another_sweep_or_block_are_not_taken_for_this_ones(sweep, tmp_path, capsys):
+    out = spoiled(sweep, tmp_path, [], "missing")
+    other = out / "results" / "00-0001.parquet"
+    shutil.copy(out / BLOCK, other)
+    before = contents(out)
+    assert main(["report", str(out)]) == 0
+    check_sentence(capsys.readouterr().err, other)
+    command = ["sweep", str(sweep / "sweep.toml"), "--agents-per-device", "1", "--output", str(out)]
+    assert main(command) == 2
+    check_sentence(capsys.readouterr().err, other)
+    assert {name: data for name, data in contents(out).items() if name in before} == before
+    described = json.loads((out / "sweep.json").read_text())
+    write_table(out / "sweep.json", {**described, "grid": {"max_kl": [0.003, 0.02]}})
+    assert main(["report", str(out)]) == 2
+    errors = capsys.readouterr().err
+    assert f"{out / BLOCK} holds other agents than it should" in errors and "Traceback" not in errors
+
+
+def test_the_state_of_another_block_is_not_taken_for_this_ones(tmp_path, capsys):
+    write_table(tmp_path / "sweep.json", {"seed": 0})
+    checkpoint = Checkpoint(np.ones(2), {}, 3)
+    first, second = (Block(0, number, number, number + 1) for number in range(2))
+    folder = Folder(tmp_path)
+    folder.save(first, checkpoint)
+    assert np.array_equal(folder.restore(first, checkpoint).state, checkpoint.state)
+    (file,) = (tmp_path / "checkpoints").iterdir()
+    swapped = file.rename(file.with_name(file.name.replace("00-0000", "00-0001")))
+    assert folder.restore(second, checkpoint) is None
+    check_sentence(capsys.readouterr().err, swapped)

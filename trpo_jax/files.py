@@ -65,6 +65,15 @@ def read_json(path: str | os.PathLike[str], mend: str) -> dict[str, Any]:
         raise UsageError(f"{path} is damaged ({first_line(error)}); {mend}.") from error
 
 
+def origin(file: Path) -> str:
+    """A checksum of what a file of `write_table` asks for, whoever wrote it: what was made for it bears it.
+
+    Equal descriptions have equal ones, so that a folder may be copied, moved and renamed.
+    """
+    asked = {name: value for name, value in json.loads(_read(file)).items() if name not in ("made_by", "checksum")}
+    return f"{zlib.crc32(json.dumps(asked, sort_keys=True).encode()):08x}"
+
+
 def _read(path: str | os.PathLike[str]) -> bytes:
     with open(path, "rb") as file:
         content = file.read(_MOST_BYTES + 1)

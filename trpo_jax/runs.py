@@ -33,6 +33,7 @@ from trpo_jax.files import (
     checked_settings,
     is_fresh,
     locked,
+    origin,
     read_json,
     remove_temporaries,
     say,
@@ -161,12 +162,14 @@ def _newest(run: Run, rows: bytes | None = None) -> tuple[TrainState | None, int
 
     What is passed over on the way to an older one is said.
     """
-    reasons = []
+    reasons, ours = [], origin(run.path / "config.json")
     for file in _checkpoints(run):
         try:
             state, note = read(file, run.config)
             if not np.array_equal(jax.random.key_data(state.key), jax.random.key_data(run.keys)):
                 raise UsageError(f"{file} is of other seeds than config.json names.")
+            if isinstance(note, dict) and note.get("of", ours) != ours:
+                raise UsageError(f"{file} is of another run, whose settings differ.")
             length = 0 if rows is None else _rows_done(run, rows, int(state.iteration[0]), note)
         except UsageError as error:
             if not os.path.lexists(file):  # a process at work has newer ones by now
@@ -272,6 +275,7 @@ class _Rows:
         self.run, self.file = run, run.path / "metrics.csv"
         self.length, self.checksum = 0, 0  # of what the newest checkpoint is sure of
         self.kept: list[Path] = []
+        self.origin = origin(run.path / "config.json")
 
     def restore(self) -> TrainState | None:
         """The state to go on from; what rows there are beyond it, a kill wrote them, are dropped."""
@@ -305,7 +309,7 @@ class _Rows:
     def save(self, state: TrainState, done: int) -> None:
         """Save a state after `done` iterations, and drop what is older than the one before it."""
         file = self.run.path / "checkpoints" / f"{done:08d}.npz"
-        save(file, state, note={"rows": [self.length, self.checksum]}, mend=_CONTINUES)
+        save(file, state, note={"rows": [self.length, self.checksum], "of": self.origin}, mend=_CONTINUES)
         self.kept = [*self.kept, file][-_KEPT_CHECKPOINTS:]
         for old in _checkpoints(self.run):
             if old.name < file.name and old not in self.kept:

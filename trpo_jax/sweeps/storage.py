@@ -30,6 +30,7 @@ from trpo_jax.files import (
     is_fresh,
     is_intact,
     locked,
+    origin,
     read_json,
     remove_temporaries,
     say,
@@ -69,6 +70,7 @@ class Folder:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path).absolute()
         self._finished: set[Block] = set()  # whose files were seen to be sound
+        self._origin = ""
 
     def describe(self, description: dict[str, Any], made_by: dict[str, Any]) -> None:
         """Write sweep.json, or compare with the one that is there.
@@ -107,6 +109,16 @@ class Folder:
                 f"{file} is damaged (made_by or num_episodes); restore it or sweep anew into another folder."
             )
         return found
+
+    def _mark(self, block: Block | str) -> str:
+        """What the files of a block bear: of which sweep they are, and of which block."""
+        self._origin = self._origin or origin(self.path / "sweep.json")
+        return f"{self._origin} {block}"
+
+    def _is_ours(self, rows: Any, block: Block | str) -> bool:
+        """Whether rows are of this sweep and block, as far as they say; an earlier version's say nothing."""
+        ours = self._mark(block).encode()
+        return (rows.schema.metadata or {}).get(b"of", ours) == ours
 
     def program(self, group: int) -> dict[str, Any] | None:
         """What was settled about a group's program, if it was."""
@@ -161,11 +173,11 @@ class Folder:
         if not file.exists():
             return False
         try:
-            num_rows = _read_rows(file, ["point"]).num_rows
+            rows = _read_rows(file, ["point"])
         except UsageError as error:
             say(f"{error} Its agents are trained anew.")
             return False
-        if num_rows != block.last - block.first:
+        if rows.num_rows != block.last - block.first or not self._is_ours(rows, block):
             raise UsageError(f"{file} holds other agents than it should; restore it, or choose another --output.")
         self._finished.add(block)
         return True
@@ -176,8 +188,9 @@ class Folder:
         import pyarrow.parquet as parquet
 
         table = pa.table({name: _column(values) for name, values in columns.items()})
+        about = {"of": self._mark(block), "checksum": BLANK_SEAL}
         data = io.BytesIO()
-        parquet.write_table(table.replace_schema_metadata({"checksum": BLANK_SEAL}), data, compression="zstd")
+        parquet.write_table(table.replace_schema_metadata(about), data, compression="zstd")
         write_atomically(self.result_file(block), sealed(data.getvalue()), _CONTINUES)
         self._finished.add(block)
         self._drop_checkpoints(block)
@@ -193,9 +206,14 @@ class Folder:
         tables = []
         for file in sorted((self.path / "results").glob("[0-9]*.parquet")):
             try:
-                tables.append(_read_rows(file, columns))
+                rows = _read_rows(file, columns)
             except UsageError as error:
                 say(f"{error} It is left out; `trpo-jax sweep` trains its agents anew.")
+                continue
+            if self._is_ours(rows, file.stem):
+                tables.append(rows)
+            else:
+                say(f"{file} holds other agents than it should; it is left out.")
         if not tables:
             return None
         try:
@@ -221,7 +239,7 @@ class Folder:
     def save(self, block: Block, checkpoint: Checkpoint) -> None:
         """Save a block at work; the checkpoint before it goes when the new one is whole."""
         file = self.path / "checkpoints" / f"{block}-{checkpoint.done:08d}.npz"
-        save(file, checkpoint._replace(done=np.int32(checkpoint.done)), mend=_CONTINUES)
+        save(file, checkpoint._replace(done=np.int32(checkpoint.done)), note=self._mark(block), mend=_CONTINUES)
         self._drop_checkpoints(block, but=file)
 
     def restore(self, block: Block, like: Checkpoint) -> Checkpoint | None:
@@ -234,7 +252,9 @@ class Folder:
             reason = f"{self.path / 'checkpoints' / str(block)} was saved by an earlier version"
         for file in self._checkpoints(block):
             try:
-                found: Checkpoint = read(file, like._replace(done=np.int32(0)))[0]
+                found, mark = read(file, like._replace(done=np.int32(0)))
+                if mark not in (None, self._mark(block)):
+                    raise UsageError(f"{file} is of another sweep or another block.")
             except UsageError as error:
                 reason = reason or str(error).rstrip(".").split("; ")[0]
                 continue
