@@ -18,6 +18,7 @@ import difflib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -161,7 +162,7 @@ def operators() -> dict[str, Operator]:
 
 
 def says_nothing(node: Any) -> bool:
-    """Whether a node is an import, an annotation, an error or a check of shapes: no place for a slip in behaviour."""
+    """Whether a node is an import, an annotation, an error, a check of shapes, or a choice of speed for a machine."""
     if node.parent.type in ("parameters", "param"):  # the bare * of a signature
         return node.type == "operator"
     while node.parent is not None:
@@ -170,7 +171,9 @@ def says_nothing(node: Any) -> bool:
         if returns and node is parent.annotation:
             return True
         shape_check = parent.type in ("atom_expr", "power") and parent.get_code().strip().startswith("chex.assert")
-        if parent.type in NOT_BEHAVIOUR or shape_check:
+        text = parent.get_code().strip() if parent.type in ("comparison", "expr_stmt") else ""
+        speed = "default_backend" in text or re.match(r"_[A-Z_, ]+ =", text)
+        if parent.type in NOT_BEHAVIOUR or shape_check or speed:
             return True
         node = parent
     return False
