@@ -80,6 +80,12 @@ def test_time_limit_leaves_terminations_alone():
     assert not any(bool(row.truncated) for row in rows)  # the clock starts again with each episode
 
 
+def test_a_time_limit_leaves_an_earlier_one_of_the_environment_alone():
+    reset, step = time_limit(*time_limit(*count_up(100), 2), 5)
+    rows = follow(reset, step, 2)
+    assert [bool(row[4]) for row in rows] == [False, True]
+
+
 def test_max_steps_cuts_a_gymnax_environment():
     environment = make_environment("MountainCar-v0", max_steps=4)
     assert environment.max_steps == 4

@@ -189,7 +189,7 @@ CHOICES = {
     "radius_rule": ("ratio", {}),
     "reuse": (2, {}),
     "cg_iterations": (4, {}),
-    "fisher_fraction": (0.5, {}),
+    "fisher_fraction": (0.5, {"update": "policy-gradient"}),  # that of the value fit
     "line_search": ("parallel", {}),
     "line_search_steps": (3, {}),
     "policy_optimizer": ("sgd", {"update": "policy-gradient"}),
