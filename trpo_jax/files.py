@@ -36,9 +36,11 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     import tomllib  # deferred: `trpo-jax --help` can do without
 
     try:
-        return tomllib.loads(_read(path).decode())
+        return tomllib.loads(_read(path).decode("utf-8-sig"))  # some editors begin a file with a mark
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not text in UTF-8; save it in that encoding.") from None
     except (ValueError, RecursionError) as error:  # ValueError: of the form, the encoding, or a number's digits
         raise UsageError(f"{path} is not TOML: {first_line(error)}.") from None
 

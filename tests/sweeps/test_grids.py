@@ -74,6 +74,7 @@ HALVES = ("gamma", "gae_lambda", "max_kl", "cg_damping")
         ("max_kl = 0.1", "unknown entry 'max_kl'; put settings into [base]"),
         ("num_seed = 3", "unknown entry 'num_seed'; did you mean num_seeds"),
         ("num_seeds = 0", "num_seeds in {file} must be a whole number from 1 to 1,000,000, got 0."),
+        *((f"num_episodes = {value}", "num_episodes in {file} must be a whole number") for value in ("false", "0.0", "-1")),
         ("num_seeds = 2.5", "num_seeds in {file} must be a whole number from 1 to 1,000,000, got 2.5."),
         ("[base]\nmax_kll = 1", "[base] of {file} has no setting 'max_kll'; did you mean max_kl"),
         ("[base]\nmax_kl = -1", "max_kl in [base] of {file} must lie in (0, 1e6], got -1"),
@@ -174,6 +175,15 @@ def test_bad_arguments_are_one_sentence(arguments, sentence, tmp_path, python):
     assert [entry.name for entry in tmp_path.iterdir()] == ["s.toml"]
 
 
+def test_a_file_may_begin_with_the_mark_of_its_encoding(tmp_path):
+    file = tmp_path / "sweep.toml"
+    file.write_text("[base]\r\nmax_kl = 0.02\r\n", encoding="utf-8-sig")
+    assert read_spec(file).base == {"max_kl": 0.02}
+    file.write_text("[base]", encoding="utf-16")
+    with pytest.raises(UsageError, match="is not text in UTF-8; save it in that encoding"):
+        read_spec(file)
+
+
 @pytest.mark.parametrize(
     "grid, options, sentence",
     [
@@ -183,7 +193,8 @@ def test_bad_arguments_are_one_sentence(arguments, sentence, tmp_path, python):
         ({"max_kl": [True]}, {}, "max_kl must be a number in (0, 1e6], got True."),
         ({"max_kll": [1]}, {}, "Config has no setting 'max_kll'; did you mean max_kl"),
         ({}, {"num_seeds": 0}, "num_seeds must be a whole number from 1 to 1,000,000, got 0."),
-        ({}, {"num_episodes": 1.5}, "num_episodes must be a whole number from 1 to 1,000,000, got 1.5."),
+        ({}, {"num_episodes": 1.5}, "num_episodes must be a whole number from 0 to 1,000,000, got 1.5."),
+        ({}, {"num_episodes": False}, "num_episodes must be a whole number from 0 to 1,000,000, got False."),
     ],
 )
 def test_a_sweep_from_python_is_checked_before_it_compiles(grid, options, sentence):

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from trpo_jax.config import UsageError, check_limits, counted, nearest, shown, validate
+from trpo_jax.config import UsageError, check_limits, check_number, counted, nearest, shown, validate
 from trpo_jax.files import (
     SETTINGS,
     TOTAL_STEPS,
@@ -107,7 +107,7 @@ def make_spec(table: Mapping[str, Any], source: str = "the sweep") -> Spec:
         if not isinstance(section, Mapping):
             raise UsageError(f"{name} in {source} must be a table of settings, got {shown(section)}.")
     numbers = {name: table[name] for name in ("num_seeds", "seed", "num_episodes") if name in table}
-    check_limits({name: value for name, value in numbers.items() if (name, value) != ("num_episodes", 0)}, source)
+    check_numbers(numbers, source)
     _check_none_twice(sections, source)
     spec = Spec(
         base=checked_settings(sections["base"], f"[base] of {source}"),
@@ -118,6 +118,14 @@ def make_spec(table: Mapping[str, Any], source: str = "the sweep") -> Spec:
     )
     _check_size(spec, source)
     return spec
+
+
+def check_numbers(numbers: Mapping[str, Any], source: str = "") -> None:
+    """Check the numbers of a sweep that are no settings; unlike elsewhere its agents may be judged by no episodes."""
+    check_limits({name: value for name, value in numbers.items() if name != "num_episodes"}, source)
+    if "num_episodes" in numbers:
+        label = f"num_episodes in {source}" if source else "num_episodes"
+        check_number(label, numbers["num_episodes"], whole=True, interval="[0, 1000000]")
 
 
 def _check_none_twice(sections: Mapping[str, Mapping[str, Any]], source: str) -> None:

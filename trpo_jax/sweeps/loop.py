@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from trpo_jax import __version__
-from trpo_jax.config import UsageError, check_limits, counted, shown
+from trpo_jax.config import UsageError, counted, shown
 from trpo_jax.files import SETTINGS, say
 from trpo_jax.runs import interrupts
-from trpo_jax.sweeps.grids import Group, Point, Spec, make_groups, make_points, plan, stack_configs
+from trpo_jax.sweeps.grids import Group, Point, Spec, check_numbers, make_groups, make_points, plan, stack_configs
 from trpo_jax.sweeps.placement import (
     CAPACITY,
     Programs,
@@ -67,7 +67,7 @@ def sweep(
       UsageError: if a setting or value cannot be used.
     """
     check_key(key)
-    check_limits({"num_seeds": num_seeds, "num_episodes": num_episodes or None})
+    check_numbers({"num_seeds": num_seeds, "num_episodes": num_episodes})
     for name, values in grid.items():
         if isinstance(values, str) or not hasattr(values, "__len__") or not len(values):
             raise UsageError(f"{name} in the grid must be a list of values, got {shown(values)}.")
