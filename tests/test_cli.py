@@ -461,3 +461,17 @@ for home in ("/dev/null/x", "/proc/x", None):
 def test_without_a_place_for_compiled_programs_it_goes_on_without(python):
     result = python("-c", NOWHERE, env=OWN_CACHE)
     assert result.stdout.split() == ["None"] * 3, result.stderr
+
+
+def test_where_jax_cannot_start_one_sentence_names_what_it_was_told(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("Unable to initialize backend 'nonsense'\nand more")
+
+    monkeypatch.setenv("JAX_PLATFORMS", "nonsense")
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setattr(jax, "local_devices", fail)
+    assert main(["train", "--output", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("trpo-jax: JAX cannot start (Unable to initialize backend 'nonsense'); change or unset ")
+    assert "JAX_PLATFORMS='nonsense'" in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())

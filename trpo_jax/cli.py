@@ -72,20 +72,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         say(f"{_TOO_LARGE}.")
         return 2
-    except (RuntimeError, ValueError) as error:
-        _, ours, sentence = str(error).partition("UsageError: ")
-        if ours:  # of what fails in Python in the middle of a program, JAX keeps the text
-            say(sentence.splitlines()[0])
-            return 2
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        say(f"{_TOO_LARGE} ({first_line(error)}).")
-        return 2
     except OSError as error:  # a path that no file can have, a full disk, no permission: whatever the command touched
         drop_output()
         where = f"cannot use {shown(error.filename)}" if error.filename else "cannot read or write"
         say(f"{where}: {error.strerror or error}; choose another path, or make room.")
         return 2
+    except Exception as error:
+        if not (sentence := _sentence_about(error)):
+            raise
+        say(sentence)
+        return 2
+
+
+def _sentence_about(error: Exception) -> str:
+    """What JAX and the machine have to do with an exception, in one sentence; empty if nothing is known."""
+    _, ours, sentence = str(error).partition("UsageError: ")
+    if ours:  # of what fails in Python in the middle of a program, JAX keeps the text
+        return sentence.splitlines()[0]
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return f"{_TOO_LARGE} ({first_line(error)})."
+    try:
+        import jax
+
+        jax.devices()
+    except Exception as why:
+        odd = ", ".join(f"{name}={shown(value)}" for name, value in os.environ.items() if name.startswith("JAX_"))
+        return f"JAX cannot start ({first_line(why)}); change or unset {odd or 'JAX_PLATFORMS'}."
+    return ""
 
 
 def _settle_streams() -> None:

@@ -74,7 +74,10 @@ HALVES = ("gamma", "gae_lambda", "max_kl", "cg_damping")
         ("max_kl = 0.1", "unknown entry 'max_kl'; put settings into [base]"),
         ("num_seed = 3", "unknown entry 'num_seed'; did you mean num_seeds"),
         ("num_seeds = 0", "num_seeds in {file} must be a whole number from 1 to 1,000,000, got 0."),
-        *((f"num_episodes = {value}", "num_episodes in {file} must be a whole number") for value in ("false", "0.0", "-1")),
+        *(
+            (f"num_episodes = {value}", "num_episodes in {file} must be a whole number")
+            for value in ("false", "0.0", "-1")
+        ),
         ("num_seeds = 2.5", "num_seeds in {file} must be a whole number from 1 to 1,000,000, got 2.5."),
         ("[base]\nmax_kll = 1", "[base] of {file} has no setting 'max_kll'; did you mean max_kl"),
         ("[base]\nmax_kl = -1", "max_kl in [base] of {file} must lie in (0, 1e6], got -1"),
