@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trpo_jax import backtracking_line_search, parallel_line_search
+from trpo_jax import backtracking_line_search, full_step, parallel_line_search
 
 SEARCHES = [backtracking_line_search, parallel_line_search]
 PARAMS = {"a": jnp.array([1.0, -0.0]), "b": jnp.array([[3.0]])}
@@ -60,6 +60,13 @@ def test_accepts_the_first_that_passes(search, case):
 def test_non_finite_candidate_is_refused_whatever_evaluate_says(search, bad):
     step = {**STEP, "b": jnp.array([[bad]])}
     new, info = search(lambda _: (jnp.float32(1.0), jnp.float32(0.0)), PARAMS, step, max_kl=1.0)
+    assert not info.accepted
+    jax.tree.map(np.testing.assert_array_equal, new, PARAMS)
+
+
+@pytest.mark.parametrize("evaluation", [(jnp.nan, 0.0), (1.0, jnp.nan), (1.0, jnp.inf)])
+def test_a_full_step_is_refused_where_gain_or_divergence_is_not_finite(evaluation):
+    new, info = full_step(lambda _: tuple(map(jnp.float32, evaluation)), PARAMS, STEP, max_kl=1.0)
     assert not info.accepted
     jax.tree.map(np.testing.assert_array_equal, new, PARAMS)
 
