@@ -295,3 +295,34 @@ def test_the_state_of_another_block_is_not_taken_for_this_ones(tmp_path, capsys)
     swapped = file.rename(file.with_name(file.name.replace("00-0000", "00-0001")))
     assert folder.restore(second, checkpoint) is None
     check_sentence(capsys.readouterr().err, swapped)
+
+
+def test_a_state_under_the_name_of_another_iteration_is_passed_over(run, tmp_path, capsys):
+    out = spoiled(run, tmp_path, [], "missing")
+    late = out / "checkpoints" / "99999999.npz"
+    shutil.copy(out / ONLY_RUN[0], late)
+    assert main(["evaluate", str(out), "--num-episodes", "1"]) == 0
+    captured = capsys.readouterr()
+    check_sentence(captured.err, late)
+    assert "after 48 steps" in captured.out and late.exists()
+
+
+def test_an_environment_that_is_not_the_runs_is_refused(run, capsys):
+    for command in (["evaluate"], ["resume"], ["export"]):
+        assert main([*command, str(run / "killed"), "--env", "Acrobot-v1"]) == 2
+        assert "trained on, CartPole-v1; leave --env out." in capsys.readouterr().err
+    for name in (":", "", "..os:X", "δ", "CartPole-v1?"):
+        assert main(["play", str(run / "killed"), "--env", name, "--num-episodes", "1"]) == (0 if name == "" else 2)
+        errors = capsys.readouterr().err
+        assert "Traceback" not in errors and errors.count("\n") == (name != "")
+
+
+@pytest.mark.parametrize("about", [{"threads": "many"}, {"threads": True}, 3])
+def test_a_sweep_of_unknown_making_is_damaged(sweep, tmp_path, capsys, about):
+    out = spoiled(sweep, tmp_path, [], "missing")
+    described = json.loads((out / "sweep.json").read_text())
+    write_table(out / "sweep.json", {**described, "made_by": about})
+    before = contents(out)
+    assert main(["sweep", str(sweep / "sweep.toml"), "--agents-per-device", "1", "--output", str(out)]) == 2
+    check_sentence(capsys.readouterr().err, out / "sweep.json")
+    assert contents(out) == before

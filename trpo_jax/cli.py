@@ -161,9 +161,19 @@ def _train(namespace: argparse.Namespace) -> int:
 
 def _resume(namespace: argparse.Namespace) -> int:
     _start_quickly()
+    return _continue(_run_of(namespace), namespace.log)
+
+
+def _run_of(namespace: argparse.Namespace) -> Run:
+    """The run in the folder that a command was given, whose environment --env names once more, if it does."""
     from trpo_jax.runs import open_run
 
-    return _continue(open_run(namespace.path, namespace.env), namespace.log)
+    run = open_run(namespace.path, namespace.env)
+    if namespace.env not in (None, run.config.env) and namespace.command != "play":
+        raise UsageError(
+            f"env={shown(namespace.env)} is not what {namespace.path} was trained on, {run.config.env}; leave --env out."
+        )
+    return run
 
 
 def _start_quickly() -> None:
@@ -373,11 +383,11 @@ def _evaluate(namespace: argparse.Namespace) -> int:
     from rich.table import Table
 
     from trpo_jax.displays import make_console
-    from trpo_jax.runs import newest_state, open_run
+    from trpo_jax.runs import newest_state
     from trpo_jax.training.evaluation import evaluate
     from trpo_jax.training.memory import check_episodes, free_memory
 
-    run = open_run(namespace.path, namespace.env)
+    run = _run_of(namespace)
     state = newest_state(run)
     if state is None:
         raise UsageError(f"{namespace.path} has no checkpoint yet; `trpo-jax resume {namespace.path}` trains it first.")
@@ -417,9 +427,9 @@ def _agent_of(namespace: argparse.Namespace) -> tuple[Run, TrainState]:
     _start_quickly()
     import jax
 
-    from trpo_jax.runs import newest_state, open_run
+    from trpo_jax.runs import newest_state
 
-    run = open_run(namespace.path, namespace.env)
+    run = _run_of(namespace)
     if not 0 <= namespace.agent < run.num_seeds:
         raise UsageError(f"agent must lie in 0 … {run.num_seeds - 1} for this run, got {namespace.agent}.")
     state = newest_state(run)

@@ -16,7 +16,7 @@ from trpo_jax.config import UsageError
 from trpo_jax.environments.base import Box, Environment
 from trpo_jax.environments.checks import one_sentence
 from trpo_jax.environments.gymnasium import action_space, observation_space
-from trpo_jax.files import write_atomically
+from trpo_jax.files import first_line, write_atomically
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.agents import make_agent, on_normalized
 from trpo_jax.training.recurrence import advance, initial_carries
@@ -111,9 +111,9 @@ def play(
             os.environ.setdefault("MUJOCO_GL", "egl")  # Gymnasium would take GLFW, which opens windows only
     try:
         world = gymnasium.make(env, render_mode="rgb_array" if gif else None, disable_env_checker=True)
-    except (gymnasium.error.Error, ImportError) as error:
+    except Exception as error:  # of a name's form, of its module, or of the environment's own code
         raise UsageError(
-            f"Gymnasium cannot make {env} ({str(error).splitlines()[0].rstrip('.')}); name one of its environments by "
+            f"Gymnasium cannot make {env} ({first_line(error)}); name one of its environments by "
             "--env, or install what it needs: pip install '.[play]'."
         ) from error
     environment = make_agent(config).environment

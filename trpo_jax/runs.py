@@ -170,6 +170,8 @@ def _newest(run: Run, rows: bytes | None = None) -> tuple[TrainState | None, int
                 raise UsageError(f"{file} is of other seeds than config.json names.")
             if isinstance(note, dict) and note.get("of", ours) != ours:
                 raise UsageError(f"{file} is of another run, whose settings differ.")
+            if int(state.iteration[0]) != int(file.stem):
+                raise UsageError(f"{file} is of iteration {int(state.iteration[0])}, which its name denies.")
             length = 0 if rows is None else _rows_done(run, rows, int(state.iteration[0]), note)
         except UsageError as error:
             if not os.path.lexists(file):  # a process at work has newer ones by now

@@ -104,7 +104,9 @@ class Folder:
         """What sweep.json says; raises `UsageError` if it is missing or damaged."""
         file = self.path / "sweep.json"
         found = self._read_json(file)
-        if not isinstance(found.get("made_by", {}), dict) or type(found.get("num_episodes", 0)) is not int:
+        made_by = found.get("made_by", {})
+        sound = isinstance(made_by, dict) and type(made_by.get("threads", 1)) is int
+        if not sound or type(found.get("num_episodes", 0)) is not int:
             raise UsageError(
                 f"{file} is damaged (made_by or num_episodes); restore it or sweep anew into another folder."
             )
