@@ -17,6 +17,7 @@ from probes import linear_policy, linear_value, raw, small_config
 from rich.console import Console
 
 import trpo_jax
+import trpo_jax.__main__
 from trpo_jax import Config
 from trpo_jax.arguments import config_of, make_parser
 from trpo_jax.cli import main
@@ -475,3 +476,19 @@ def test_where_jax_cannot_start_one_sentence_names_what_it_was_told(tmp_path, mo
     assert said.startswith("trpo-jax: JAX cannot start (Unable to initialize backend 'nonsense'); change or unset ")
     assert "JAX_PLATFORMS='nonsense'" in said and said.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_64_bit_programs_are_refused_before_anything_is_written(tmp_path, capsys):
+    with jax.enable_x64(True):
+        assert main(["train", "--output", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith("trpo-jax: JAX_ENABLE_X64 is set")
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_need_no_backend_of_the_users(monkeypatch, capsys):
+    monkeypatch.setenv("MPLBACKEND", "nonsense")
+    monkeypatch.setattr(sys, "argv", ["trpo-jax", "--version"])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit):
+        trpo_jax.__main__.run()
+    assert os.environ["MPLBACKEND"] == "agg"

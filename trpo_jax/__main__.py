@@ -14,6 +14,9 @@ def run() -> None:
     it would be a traceback of some import, or be lost in one that catches everything.
     """
     signal.signal(signal.SIGINT, _leave)
+    os.environ["MPLBACKEND"] = (
+        "agg"  # pictures go to files; Matplotlib refuses to be imported with one it does not know
+    )
     from trpo_jax.cli import main
 
     sys.exit(main())
