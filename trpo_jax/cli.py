@@ -183,7 +183,7 @@ def _start_quickly() -> None:
 
     import jax
 
-    if jax.config.jax_enable_x64:
+    if jax.dtypes.canonicalize_dtype("float64") == "float64":
         raise UsageError("JAX_ENABLE_X64 is set, and every program here is of float32; unset it.")
     gc.set_threshold(100_000)  # tracing allocates much and leaves little garbage: a tenth of the start is saved
     settings = jax.config.values
