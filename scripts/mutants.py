@@ -1,8 +1,11 @@
 """Mutation drill: one change at a time to the code that decides what is learned; a change no test notices is a hole.
 
 pip install cosmic-ray
-python scripts/mutants.py mutants.jsonl --count 300      # adds to the file; run again, it goes on where it stopped
-python scripts/mutants.py mutants.jsonl --summary        # the share that is caught, and what was not
+python scripts/mutants.py scripts/mutants.jsonl --count 300   # adds to what was found; run again, it goes on
+python scripts/mutants.py scripts/mutants.jsonl --again       # tries again what was missed
+python scripts/mutants.py scripts/mutants.jsonl --summary     # the share that is caught, and what was not
+
+A change that is missed because it changes nothing that can be seen gets the reason by hand, as "equivalent".
 
 The changes are Cosmic Ray's (another operator, comparison, number, truth value, condition) and four of our own, which
 look more like slips: an operand, an argument or a condition left out, and a reduction taken for its neighbour. Each is
