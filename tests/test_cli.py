@@ -478,10 +478,14 @@ def test_where_jax_cannot_start_one_sentence_names_what_it_was_told(tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_64_bit_programs_are_refused_before_anything_is_written(tmp_path, capsys):
-    with jax.enable_x64(True):
+@pytest.mark.parametrize("name", ["jax_enable_x64", "jax_disable_jit"])
+def test_ways_of_jax_that_no_program_goes_are_refused_before_anything_is_written(name, tmp_path, capsys):
+    jax.config.update(name, True)
+    try:
         assert main(["train", "--output", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err.startswith("trpo-jax: JAX_ENABLE_X64 is set")
+    finally:
+        jax.config.update(name, False)
+    assert capsys.readouterr().err.startswith(f"trpo-jax: {name.upper()} is set")
     assert not list(tmp_path.iterdir())
 
 

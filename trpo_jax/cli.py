@@ -183,10 +183,11 @@ def _start_quickly() -> None:
 
     import jax
 
-    if jax.dtypes.canonicalize_dtype("float64") == "float64":
-        raise UsageError("JAX_ENABLE_X64 is set, and every program here is of float32; unset it.")
     gc.set_threshold(100_000)  # tracing allocates much and leaves little garbage: a tenth of the start is saved
     settings = jax.config.values
+    for name, why in (("jax_enable_x64", "is of float32"), ("jax_disable_jit", "is compiled")):
+        if settings[name]:
+            raise UsageError(f"{name.upper()} is set, and every program here {why}; unset it.")
     if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
         return
     # A program for one processor may hold instructions that another one lacks; homes are shared between machines.

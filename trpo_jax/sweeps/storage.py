@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trpo_jax.config import UsageError
+from trpo_jax.config import UsageError, counted
 from trpo_jax.files import (
     BLANK_SEAL,
     check_seal,
@@ -205,7 +205,7 @@ class Folder:
         """
         import pyarrow as pa
 
-        tables = []
+        tables, others = [], []
         for file in sorted((self.path / "results").glob("[0-9]*.parquet")):
             try:
                 rows = _read_rows(file, columns)
@@ -215,7 +215,13 @@ class Folder:
             if self._is_ours(rows, file.stem):
                 tables.append(rows)
             else:
-                say(f"{file} holds other agents than it should; it is left out.")
+                others.append(file)
+        if others and not tables:
+            raise UsageError(
+                f"{others[0]} holds other agents than {self.path / 'sweep.json'} asks for; restore one of the two."
+            )
+        if others:
+            say(f"{counted(len(others), 'file')} of results, first {others[0]}, of other agents: left out.")
         if not tables:
             return None
         try:
