@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
+from gymnasium import spaces as gym
 from gymnax.environments import spaces
 from gymnax.environments.environment import Environment as GymnaxEnvironment
 from gymnax.environments.environment import EnvParams, EnvState
@@ -369,6 +370,57 @@ def test_gymnax_tuples_and_dictionaries():
     assert make_environment(Pairs()).action_space == MultiDiscrete((2, 3))
     with pytest.raises(UsageError, match=r"observations of Dictionaries must be single arrays"):
         make_environment(Dictionaries())
+
+
+class Elsewhere(Halfway):
+    """Spaces of Gymnasium's; its state is told what the environment was given."""
+
+    def __init__(self, actions, observations=None, observation=()):
+        super().__init__()
+        self.actions, self.observations, self.observation = actions, observations, observation
+        self.given = None
+
+    def action_space(self, params):
+        return self.actions
+
+    def observation_space(self, params):
+        return self.observations
+
+    def reset_env(self, key, params):
+        return jnp.asarray(self.observation), EnvState(time=0)
+
+    def step_env(self, key, state, action, params):
+        self.given = action
+        return jnp.asarray(self.observation), EnvState(time=state.time + 1), 0.0, jnp.bool_(False), {}
+
+
+@pytest.mark.parametrize(
+    "space, ours, action, given",
+    [
+        (gym.Discrete(3, start=10), Discrete(3), 2, 12),
+        (gym.MultiBinary(3), MultiDiscrete((2, 2, 2)), [1, 0, 1], [1, 0, 1]),
+        (gym.MultiBinary((1, 2)), MultiDiscrete((2, 2)), [1, 0], [[1, 0]]),
+        (gym.MultiDiscrete([2, 3], start=[1, 5]), MultiDiscrete((2, 3)), [1, 0], [2, 5]),
+        (gym.MultiDiscrete([[2], [3]]), MultiDiscrete((2, 3)), [1, 0], [[1], [0]]),
+        (gym.Tuple((gym.Discrete(2, start=4), gym.Discrete(3))), MultiDiscrete((2, 3)), [1, 2], [5, 2]),
+        (gym.Box(0, 5, (2,), np.int32), None, [1.7, 9.0], [2, 5]),
+    ],
+    ids=str,
+)
+def test_actions_in_spaces_of_gymnasium_arrive_as_the_spaces_say(space, ours, action, given):
+    env = Elsewhere(space, observation=0.0)
+    environment = make_environment(env)
+    assert ours is None or environment.action_space == ours
+    with jax.disable_jit():
+        environment.step(jax.random.key(0), environment.reset(jax.random.key(0))[1], jnp.asarray(action))
+    found = np.asarray(env.given)
+    np.testing.assert_array_equal(found, given)
+    assert np.issubdtype(found.dtype, np.integer)
+
+
+def test_an_index_among_categories_counts_from_their_start():
+    environment = make_environment(Elsewhere(gym.Discrete(2), gym.Discrete(4, start=10), 11))
+    np.testing.assert_array_equal(environment.reset(jax.random.key(0))[0], [0, 1, 0, 0])
 
 
 # Each train step is a program of its own, two seconds and more to compile. The quick suite keeps Breakout for grids and

@@ -166,3 +166,18 @@ def test_shapes_that_differ_are_refused(method):
     rewards, values, next_values, terminated, truncated = random_rollout(8, (6, 2))
     with pytest.raises(AssertionError):
         method(rewards, values, next_values[:, 0], terminated, truncated, gamma=0.9, gae_lambda=0.9)
+
+
+@METHODS
+def test_ratios_count_where_gamma_and_lambda_are_whole_numbers(method):
+    ones, flags = jnp.ones(3), jnp.zeros(3, bool)
+    advantages = method(ones, 0 * ones, 0 * ones, flags, flags, gamma=1, gae_lambda=1, ratios=jnp.full(3, 0.5))
+    np.testing.assert_array_equal(advantages, [1.75, 1.5, 1])
+
+
+@METHODS
+def test_lists_are_arrays_and_no_time_axis_is_refused(method):
+    no = [False, False]
+    np.testing.assert_array_equal(method([1, 2], [0, 0], [0, 0], no, no, gamma=0.5, gae_lambda=1.0), [2, 2])
+    with pytest.raises(AssertionError, match="must have a time axis"):
+        method(1.0, 0.0, 0.0, False, False, gamma=0.5, gae_lambda=1.0)

@@ -14,13 +14,18 @@ from trpo_jax import (
     Categorical,
     Config,
     DiagonalGaussian,
+    backtracking_line_search,
+    conjugate_gradient,
     first_order_update,
     fit_value_function,
     gauss_newton_fit,
     judge_candidate,
     natural_gradient,
+    parallel_line_search,
     trpo_update,
 )
+from trpo_jax.steps import trees
+from trpo_jax.steps.line_searches import full_step
 
 
 def categorical(params, observation):
@@ -191,3 +196,45 @@ def test_a_bonus_counts_only_so_much_of_a_deviation():
     gradient = jax.grad(lambda d: jnp.sum(d.bonus()))(wide)
     np.testing.assert_allclose(gradient.log_std, [[1, 0.5, 0]] * 2)
     assert jax.tree.structure(wide.fisher_product(wide)) == jax.tree.structure(wide) != jax.tree.structure(free)
+
+
+@pytest.mark.parametrize("size", [1e38, 2e38, 1e-37, 1.0])
+def test_a_direction_of_any_size_is_followed(size):
+    """The reciprocal of 1e38 is so small that it counts as 0."""
+    gradient = {"w": jnp.zeros((3, 4)), "b": size * jnp.array([1.0, -1.0, 0, 0])}
+    for norm_of in (trees.norm, jax.jit(trees.norm)):
+        np.testing.assert_allclose(norm_of(gradient), np.sqrt(2) * size, rtol=1e-6)
+    params, observation, *_ = problem()
+    step, _ = natural_gradient(lambda p: categorical(p, observation), params, gradient, max_kl=0.01)
+    unit = {"w": jnp.zeros((3, 4)), "b": jnp.array([1.0, -1.0, 0, 0])}
+    expected, _ = natural_gradient(lambda p: categorical(p, observation), params, unit, max_kl=0.01)
+    assert trees.max_abs(step) > 0
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), step, expected)
+    x, _ = conjugate_gradient(lambda v: v, jnp.array([size, 0.0]))
+    np.testing.assert_allclose(x, [size, 0], rtol=1e-6)
+
+
+def test_a_parameter_without_entries_changes_nothing():
+    params, *batch = problem()
+    new, info = update()({**params, "empty": jnp.zeros((0, 3))}, *batch)
+    assert info.accepted and new["empty"].shape == (0, 3)
+
+
+def test_a_step_of_zero_is_not_accepted_for_the_rounding_of_its_gain():
+    for search in (backtracking_line_search, parallel_line_search, full_step):
+        _, info = search(lambda p: (1e-3, 0.0), jnp.ones(2), jnp.zeros(2), max_kl=0.01)
+        assert not info.accepted and info.surrogate_gain == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"line_search_steps": 0}, "^max_steps of a line search must be a whole number of at least 1, got 0$"),
+        ({"line_search_steps": 1.5}, "^max_steps of a line search must be a whole number"),
+        ({"fisher_fraction": "x"}, r"^fisher_fraction must lie in \(0, 1\], got 'x'$"),
+        ({"fisher_fraction": None}, r"^fisher_fraction must lie in \(0, 1\], got None$"),
+    ],
+)
+def test_options_of_the_update_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        trpo_update(categorical, *problem(), **options)

@@ -438,6 +438,25 @@ def test_anything_but_one_typed_key_is_refused(key):
             function(BASE, key)
 
 
+@pytest.mark.parametrize("name", ["gamma", "max_kl", "fisher_fraction"])
+def test_several_values_of_a_setting_for_one_agent_are_refused(name):
+    with pytest.raises(UsageError, match=rf"^{name} must be one number for one agent, got an array of shape \(2,\)"):
+        jax.eval_shape(lambda key: train(small_config(**{name: jnp.array([0.5, 0.9])}), key), jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"radius_rule": "ratio", "reuse": 2, "normalize_observations": True, "normalize_rewards": True}],
+    ids=["defaults", "all that adapts"],
+)
+def test_where_jax_computes_in_64_bits_it_trains(settings):
+    with jax.enable_x64(True):
+        config = small_config(**settings)
+        first = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+        last, _ = jax.eval_shape(lambda key: train(config, key), jax.random.key(0))
+    assert [leaf.dtype for leaf in jax.tree.leaves(last)] == [leaf.dtype for leaf in jax.tree.leaves(first)]
+
+
 def test_bad_settings_are_refused_before_anything_runs():
     with pytest.raises(UsageError, match=r"value_minibatches=5 does not divide"):
         train(BASE.replace(value_fit="adam", value_minibatches=5), jax.random.key(0))

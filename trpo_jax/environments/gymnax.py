@@ -145,10 +145,11 @@ def _public_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: s
     def step(key: Array, state: PyTree, action: Array) -> tuple:
         result = env.step(key, state, to_env(action), *extra)
         values = len(result) if isinstance(result, (tuple, list)) else 1
-        if values != 6 or "final_observation" not in result[5]:
+        if values != 6 or "final_observation" not in (result[5] or {}):
+            found = f"it returned {values}" if values != 6 else "its info has no such entry"
             raise UsageError(
                 f"{name}.step must return gymnax 1.x's six values (observation, state, reward, terminated, truncated, "
-                f"info) with info['final_observation'], the observation before the reset; it returned {values}."
+                f"info) with info['final_observation'], the observation before the reset; {found}."
             )
         observation, state, reward, terminated, truncated, info = result
         final = observe(info["final_observation"])
@@ -171,14 +172,14 @@ def _inherits_gymnax_step(env: Any) -> bool:
 
 def _observer(declared: Any, name: str) -> Callable[[Any], Array]:
     """The function from an observation to float32: an index among categories is a unit vector, bytes lie in [0, 1]."""
-    shape = tuple(getattr(declared, "shape", None) or ())
-    categories = int(declared.n) if hasattr(declared, "n") and shape == () else None
+    categories = int(declared.n) if _is_choice(declared) else None
 
     def observe(observation: Any) -> Array:
         if not isinstance(observation, (jax.Array, np.ndarray, np.generic, int, float)):
             raise UsageError(f"observations of {name} must be single arrays, got a {type(observation).__name__}.")
         if categories is not None:
-            return jax.nn.one_hot(observation, categories, dtype=jnp.float32)
+            index = jnp.asarray(observation, jnp.int32) - getattr(declared, "start", 0)
+            return jax.nn.one_hot(index, categories, dtype=jnp.float32)
         observation = jnp.asarray(observation)
         if not (jnp.issubdtype(observation.dtype, jnp.number) or observation.dtype == bool) or observation.size == 0:
             raise UsageError(f"observations of {name} must be numbers, got {observation.dtype}{observation.shape}.")
@@ -194,21 +195,34 @@ def _observer(declared: Any, name: str) -> Callable[[Any], Array]:
 
 def _action_space(space: Any, name: str) -> tuple[Space, Callable[[Array], Any]]:
     """Our space, and the function that turns the policy's action into the one that the environment takes."""
-    children = getattr(space, "spaces", None)
-    if hasattr(space, "n"):
-        return Discrete(int(space.n)), lambda action: action
-    if hasattr(space, "nvec"):
-        return MultiDiscrete(tuple(int(n) for n in space.nvec)), lambda action: action
+    shape, dtype = tuple(getattr(space, "shape", None) or ()), getattr(space, "dtype", None) or np.float32
+    start, children = getattr(space, "start", 0), getattr(space, "spaces", None)
+    if _is_choice(space):
+        return Discrete(int(space.n)), lambda action: action + start
+    if hasattr(space, "nvec") or hasattr(space, "n"):  # a MultiDiscrete, or a MultiBinary of 0 and 1
+        sizes = np.asarray(getattr(space, "nvec", np.full(shape, 2)))
+        return MultiDiscrete(tuple(map(int, sizes.ravel()))), lambda action: action.reshape(sizes.shape) + start
     if hasattr(space, "low") and hasattr(space, "high"):
-        shape = tuple(space.shape)
-        box = base.make_box(space.low, space.high, shape)
-        return box, lambda action: jnp.clip(action, box.low, box.high).reshape(shape)
-    if isinstance(children, (tuple, list)) and all(hasattr(child, "n") for child in children):
-        sizes = tuple(int(child.n) for child in children)
-        return MultiDiscrete(sizes), lambda action: tuple(action[k] for k in range(len(sizes)))
+        box, whole = base.make_box(space.low, space.high, shape), jnp.issubdtype(dtype, jnp.integer)
+
+        def place(action: Array) -> Array:  # of whole numbers the nearest
+            action = jnp.clip(action, box.low, box.high).reshape(shape)
+            return jnp.rint(action).astype(dtype) if whole else action
+
+        return box, place
+    if isinstance(children, (tuple, list)) and all(map(_is_choice, children)):
+        choices = [_action_space(child, name) for child in children]
+        return MultiDiscrete(tuple(choice.n for choice, _ in choices)), lambda action: tuple(
+            to_env(action[k]) for k, (_, to_env) in enumerate(choices)
+        )
     raise UsageError(
         f"actions of {name} lie in {space!r}; Discrete, MultiDiscrete, a Tuple of Discrete, and Box can be trained."
     )
+
+
+def _is_choice(space: Any) -> bool:
+    """Whether a space is one choice among n, of whichever library; a MultiBinary has an n, too."""
+    return hasattr(space, "n") and not getattr(space, "shape", None)
 
 
 def _declared_observations(env: Any, extra: tuple) -> Any:

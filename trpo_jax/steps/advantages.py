@@ -56,7 +56,7 @@ def gae(
         advantage = delta + factor * advantage
         return advantage, advantage
 
-    _, advantages = jax.lax.scan(step, jnp.zeros_like(deltas[0]), (deltas, decay), reverse=True)
+    _, advantages = jax.lax.scan(step, jnp.zeros(deltas.shape[1:], deltas.dtype), (deltas, decay), reverse=True)
     return advantages
 
 
@@ -94,13 +94,15 @@ def _deltas(
     ratios: Array | None,
 ) -> tuple[Array, Array]:
     """Temporal differences δ_t and the factor γλ(1 − done_t) that carries A_{t+1} back, each [T, ...]."""
-    chex.assert_equal_shape([rewards, values, next_values, terminated, truncated])
     terminated, truncated = jnp.asarray(terminated, bool), jnp.asarray(truncated, bool)
     rewards, values, next_values = map(at_least_float32, (rewards, values, next_values))
+    chex.assert_equal_shape([rewards, values, next_values, terminated, truncated])
+    assert rewards.ndim, "rewards must have a time axis, [T, ...], got a scalar"
     dtype = jnp.result_type(rewards, values, next_values)
     # Selected, not multiplied: the value after a terminal state may be anything, even NaN.
     bootstrap = jnp.where(terminated, 0, next_values)
     deltas = rewards + gamma * bootstrap - values
+    # In the dtype of the result before a ratio meets it: γ and λ may both be the integer 1.
     decay = jnp.asarray(jnp.where(terminated | truncated, 0, gamma * gae_lambda), dtype)
     if ratios is not None:
         ratios = at_least_float32(ratios)

@@ -77,8 +77,8 @@ def curvature_sample(
     """
     batch_size = math.prod(batch_shape)
     is_number = isinstance(fraction, (int, float, np.number))
-    if is_number and not 0 < fraction <= 1:
-        raise ValueError(f"fisher_fraction must lie in (0, 1], got {fraction}")
+    if not (0 < fraction <= 1 if is_number else isinstance(fraction, (jax.Array, np.ndarray))):
+        raise ValueError(f"fisher_fraction must lie in (0, 1], got {fraction!r}")
     if is_number and fraction == 1:
         return observation, None
     # Ranked by the golden-ratio sequence, the first n samples are spread evenly for every n, and a larger fraction

@@ -8,6 +8,7 @@ where a loop runs until its slowest member is done.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -126,13 +127,14 @@ def full_step(
     del max_kl, shrink, max_steps
     candidate = trees.add_scaled(params, jnp.ones(()), step)
     evaluation = evaluate(candidate)
-    moves = trees.max_abs(step) > 0
-    accepted = moves & trees.all_finite((candidate, evaluation[:2]))
+    accepted = trees.all_finite((candidate, evaluation[:2]))
     return _conclude(params, step, jnp.ones(1), jnp.int32(0), accepted, evaluation)
 
 
 def _fractions(step: PyTree, shrink: Scalar, max_steps: int) -> Array:
     """(1, α, α², …), [max_steps]. One formula for both searches, so that they try the same candidates."""
+    if not isinstance(max_steps, numbers.Integral) or max_steps < 1:
+        raise ValueError(f"max_steps of a line search must be a whole number of at least 1, got {max_steps!r}")
     dtype = jnp.result_type(*jax.tree.leaves(step))
     return jnp.asarray(shrink, dtype) ** jnp.arange(max_steps, dtype=dtype)
 
@@ -146,6 +148,7 @@ def _passes(candidate: PyTree, evaluation: tuple[Any, ...], max_kl: Scalar) -> A
 def _conclude(
     params: PyTree, step: PyTree, fractions: Array, index: Array, accepted: Array, evaluation: tuple[Any, ...]
 ) -> tuple[PyTree, LineSearchInfo]:
+    accepted &= trees.max_abs(step) > 0  # what a step of 0 seems to gain is rounding
     # Selected, not scaled by 0: 0 · NaN is NaN.
     candidate = trees.add_scaled(params, fractions[index], step)
     new_params = trees.select(accepted, candidate, params)

@@ -55,7 +55,7 @@ def conjugate_gradient(
     largest_entry = trees.max_abs(b)
     solvable = (largest_entry > 0) & jnp.isfinite(largest_entry)
     # A power of two scales without rounding: x(2ⁿ b) = 2ⁿ x(b) to the bit.
-    exponent = jnp.frexp(jnp.where(solvable, largest_entry, 1))[1] - 1
+    exponent = jnp.frexp(jnp.where(solvable, trees.divisor(largest_entry), 1))[1] - 1
     scale = jnp.ldexp(jnp.ones_like(largest_entry), exponent)
     unit_b = jax.tree.map(lambda leaf: jnp.where(solvable, leaf / scale, 0).astype(leaf.dtype), b)
     b_norm = jnp.sqrt(trees.dot(unit_b, unit_b))

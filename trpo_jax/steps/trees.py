@@ -49,14 +49,19 @@ def dot(a: PyTree, b: PyTree) -> Array:
 def norm(tree: PyTree) -> Array:
     """‖tree‖₂, scaled by the largest entry first so that squares neither under- nor overflow."""
     largest = max_abs(tree)
-    safe = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    safe = jnp.where((largest > 0) & jnp.isfinite(largest), divisor(largest), 1)
     unit = jax.tree.map(lambda leaf: leaf / safe, tree)
     return jnp.where(largest > 0, safe * jnp.sqrt(dot(unit, unit)), largest)
 
 
+def divisor(x: Array) -> Array:
+    """A number x > 0, or one near it whose reciprocal, by which XLA multiplies, is not so small that it counts as 0."""
+    return jnp.minimum(x, jnp.asarray(2.0 ** (jnp.finfo(x.dtype).maxexp - 2), x.dtype))
+
+
 def max_abs(tree: PyTree) -> Array:
     """The largest absolute entry of all leaves; NaN if there is one."""
-    return jax.tree.reduce(jnp.maximum, jax.tree.map(lambda leaf: jnp.max(jnp.abs(leaf)), tree))
+    return jax.tree.reduce(jnp.maximum, jax.tree.map(lambda leaf: jnp.max(jnp.abs(leaf), initial=0), tree))
 
 
 def add_scaled(a: PyTree, factor: Array, b: PyTree) -> PyTree:

@@ -29,7 +29,7 @@ CONSTRAINTS = "mean-kl", "max-kl", "reverse-kl"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NaturalGradientInfo:
-    """What the solve for a step says of itself.
+    """What the solve for a step says of itself; not finite for a gradient that is not.
 
     Attributes:
       predicted_gain: gᵀs, the surrogate gain of the linear model at the full step s.
@@ -115,7 +115,7 @@ def natural_gradient(
     # The step does not depend on the length of g; at length one its square can neither under- nor overflow.
     gradient_norm = trees.norm(gradient)
     usable = (gradient_norm > 0) & jnp.isfinite(gradient_norm)
-    length = jnp.where(usable, gradient_norm, 1)
+    length = jnp.where(usable, trees.divisor(gradient_norm), 1)
     unit = jax.tree.map(lambda leaf: jnp.where(usable, leaf / length, 0).astype(leaf.dtype), gradient)
     x, cg = conjugate_gradient(matvec, unit, num_iterations=cg_iterations, tolerance=cg_tolerance)
 
@@ -195,7 +195,7 @@ def candidate_judge(
     """
     old_distribution = trees.widened(old_distribution)
     old_log_prob = old_distribution.log_prob(action)
-    old_bonus = jnp.mean(entropy_bonus(old_distribution))
+    old_bonus = entropy_bonus(old_distribution)
     behaviour = old_log_prob if behaviour_log_prob is None else behaviour_log_prob
 
     def evaluate(candidate: PyTree) -> tuple[Array, ...]:
@@ -212,7 +212,7 @@ def candidate_judge(
             case "reverse-kl":
                 divergence = jnp.mean(distribution.kl(old_distribution))
         gain = surrogate_gain(distribution, old_log_prob, action, advantage)
-        gain += entropy_coefficient * (jnp.mean(entropy_bonus(distribution)) - old_bonus)
+        gain += entropy_coefficient * jnp.mean(entropy_bonus(distribution) - old_bonus)
         return gain, divergence, mean_kl, maximum_kl, effective_sample_fraction(distribution, behaviour, action)
 
     return evaluate

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from trpo_jax.config import Config, UsageError, validate
 from trpo_jax.environments.base import Box, Discrete, Environment, key_shape
@@ -31,6 +33,7 @@ class Agent(NamedTuple):
 def make_agent(config: Config) -> Agent:
     """Build the environment and the networks that a configuration names; raise `UsageError` for what cannot be."""
     validate(config)
+    _check_scalars(config)
     environment = make_environment(config.env)
     for name in ("policy", "value"):
         if not isinstance(getattr(config, name), (Network, type(None))):
@@ -53,6 +56,17 @@ def make_agent(config: Config) -> Agent:
     if is_recurrent(agent):
         _check_sequences(config)
     return agent
+
+
+def _check_scalars(config: Config) -> None:
+    """Raise `UsageError` if a setting has several values where one agent trains; within `vmap` it has but one."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, (jax.Array, np.ndarray)) and value.shape != ():
+            raise UsageError(
+                f"{field.name} must be one number for one agent, got an array of shape {value.shape}; map over its "
+                "values by jax.vmap."
+            )
 
 
 def _check_trunk(agent: Agent) -> None:

@@ -170,13 +170,15 @@ def _iterate(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     key_learn = jax.random.fold_in(key, _AFTER_ROLLOUT)
     learned, lesson = learn_batch(config, learned, batch, state.iteration, policy_carry, key_learn)
     ended, count = episodes.count > 0, jnp.maximum(episodes.count, 1)
-    state = dataclasses.replace(
+    after = dataclasses.replace(
         state,
         iteration=state.iteration + 1,
         last_return=jnp.where(ended, episodes.total_return / count, state.last_return),
         last_length=jnp.where(ended, episodes.total_length / count, state.last_length),
         **learned._asdict(),
     )
+    # Where JAX computes in 64 bits, a sum of what has 32 may have them; a state keeps the dtypes that it began with.
+    state = jax.tree.map(lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype), after, state)
     finite = _all_finite(
         (batch.reward, batch.observation, batch.next_observation, state.policy_params, state.value_params)
     )
