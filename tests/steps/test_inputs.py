@@ -214,6 +214,17 @@ def test_a_direction_of_any_size_is_followed(size):
     np.testing.assert_allclose(x, [size, 0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=str)
+def test_parameters_of_half_precision_train_beside_settings_of_single(dtype):
+    params, observation, action, advantage = problem(dtype)
+    settings = {name: jnp.float32(value) for name, value in {"max_kl": 0.01, "cg_damping": 0.1}.items()}
+    new, info = update()(params, observation, action, advantage, **settings)
+    assert info.accepted and new["w"].dtype == dtype
+    fit = jax.jit(functools.partial(gauss_newton_fit, lambda p, o: o @ p))
+    fitted, _ = fit(jnp.zeros(3, dtype), observation, advantage, damping=jnp.float32(0.1))
+    assert fitted.dtype == dtype and fitted.any()
+
+
 def test_a_parameter_without_entries_changes_nothing():
     params, *batch = problem()
     new, info = update()({**params, "empty": jnp.zeros((0, 3))}, *batch)

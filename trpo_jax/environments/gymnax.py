@@ -211,9 +211,9 @@ def _action_space(space: Any, name: str) -> tuple[Space, Callable[[Array], Any]]
 
         return box, place
     if isinstance(children, (tuple, list)) and all(map(_is_choice, children)):
-        choices = [_action_space(child, name) for child in children]
-        return MultiDiscrete(tuple(choice.n for choice, _ in choices)), lambda action: tuple(
-            to_env(action[k]) for k, (_, to_env) in enumerate(choices)
+        starts = [getattr(child, "start", 0) for child in children]
+        return MultiDiscrete(tuple(int(child.n) for child in children)), lambda action: tuple(
+            action[k] + first for k, first in enumerate(starts)
         )
     raise UsageError(
         f"actions of {name} lie in {space!r}; Discrete, MultiDiscrete, a Tuple of Discrete, and Box can be trained."

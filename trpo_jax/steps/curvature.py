@@ -53,7 +53,7 @@ def fisher_vector_product(
     def matvec(vector: PyTree) -> PyTree:
         cotangent = distribution.fisher_product(push_forward(vector))
         (product,) = pull_back(jax.tree.map(weighted, cotangent))
-        return jax.tree.map(lambda f, v: f + damping * v, product, vector)
+        return jax.tree.map(lambda f, v: (f + damping * v).astype(v.dtype), product, vector)  # λ_d may be wider
 
     return matvec
 
