@@ -528,3 +528,16 @@ def test_study_of_ones_own_in_a_storage_is_left_alone(tmp_path):
     with pytest.raises(UsageError, match=r"the study 's' in .* is no search of ours; choose another --output."):
         tune(tmp_path / "s", make(), storage=storage)
     assert len(study.trials) == 1 and not study.user_attrs
+
+
+def test_a_study_whose_description_is_none_is_damaged(tmp_path):
+    studies._make_database(tmp_path / "study.db", tmp_path.name, 3)
+    before = (tmp_path / "study.db").read_bytes()
+    spec = make_spec({"random": {"count": 1, "max_kl": {"uniform": [0.01, 0.02]}}})
+    with (
+        pytest.raises(UsageError, match=r"is damaged \(its description is 3\); restore it"),
+        studies.open_study(tmp_path, spec, None, {}),
+    ):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["study.db"]
+    assert (tmp_path / "study.db").read_bytes() == before

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from trpo_jax.config import UsageError
+from trpo_jax.config import UsageError, shown
 from trpo_jax.files import first_line, is_fresh, locked, read_json, remove_temporaries, write_atomically, write_table
 from trpo_jax.sweeps.grids import Spec
 
@@ -166,6 +166,11 @@ def open_study(path: str | os.PathLike[str], spec: Spec, storage: str | None, ma
                 f"the study in {where} cannot be opened ({_cause(error)}); restore it, or choose another --output."
             ) from error
         found = study.user_attrs[_ASKED_FOR]
+        if not isinstance(found, dict):
+            raise UsageError(
+                f"the study in {where} is damaged (its description is {shown(found)}); restore it, or choose another "
+                "--output."
+            )
         changed = [name for name in {**found, **description} if found.get(name) != description.get(name)]
         if changed:
             raise UsageError(f"{folder} holds a search with another {', '.join(changed)}; choose another --output.")
