@@ -1,5 +1,7 @@
 """Networks that do not fit the environment or the trainer, refused in one sentence before anything runs."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -107,9 +109,9 @@ WRONG = {
     "a module": (
         None,
         {"policy": nn.Dense(2)},
-        r"^policy must be a Network, such as Network\(module\.init, module\.apply",
+        r"^policy must be None or a trpo_jax\.Network\(init, apply\)",
     ),
-    "a function": (None, {"value": jnp.sum}, r"^value must be a Network, "),
+    "a function": (None, {"value": jnp.sum}, r"^value must be None or a trpo_jax\.Network\(init, apply\)"),
     "integer parameters": (
         None,
         {"policy": linear_policy()._replace(init=lambda *_: {"w": jnp.zeros((1, 2)), "b": jnp.zeros(2, int)})},
@@ -126,9 +128,9 @@ WRONG = {
 @pytest.mark.parametrize("env, changes, message", WRONG.values(), ids=WRONG.keys())
 def test_networks_that_do_not_fit_are_refused_in_one_sentence(env, changes, message):
     settings = {"policy": linear_gaussian()} if env is BOX else {}
-    config = small_config(env, **{**settings, **changes})
     with pytest.raises(UsageError, match=message) as error:
-        jax.eval_shape(lambda key: train(config, key), jax.random.key(0))
+        config = small_config(env, **{**settings, **changes})
+        jax.eval_shape(functools.partial(train, config), jax.random.key(0))
     assert "\n" not in str(error.value)
 
 
