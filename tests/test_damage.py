@@ -313,7 +313,7 @@ def test_a_state_under_the_name_of_another_iteration_is_passed_over(run, tmp_pat
 def test_an_environment_that_is_not_the_runs_is_refused(run, capsys):
     for command in (["evaluate"], ["resume"], ["export"]):
         assert main([*command, str(run / "killed"), "--env", "Acrobot-v1"]) == 2
-        assert "trained on, CartPole-v1; leave --env out." in capsys.readouterr().err
+        assert "trained on, CartPole-v1; leave out --env." in capsys.readouterr().err
     for name in (":", "", "..os:X", "δ", "CartPole-v1?"):
         assert main(["play", str(run / "killed"), "--env", name, "--num-episodes", "1"]) == (0 if name == "" else 2)
         errors = capsys.readouterr().err

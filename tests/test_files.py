@@ -14,6 +14,7 @@ from trpo_jax import UsageError
 from trpo_jax.files import (
     BLANK_SEAL,
     append,
+    command,
     is_fresh,
     is_intact,
     locked,
@@ -177,3 +178,16 @@ def test_nothing_in_the_package_writes_past_it():
             if name in ("write_text", "write_bytes") or writes:
                 found.append(f"{file.name}:{node.lineno} {name}")
     assert not found
+
+
+@pytest.mark.parametrize(
+    "path, env, line",
+    [
+        ("runs/CartPole-v1", "CartPole-v1", "`trpo-jax resume runs/CartPole-v1`"),
+        ("my runs/a", None, "`trpo-jax resume 'my runs/a'`"),
+        ("-x", None, "`trpo-jax resume ./-x`"),
+        ("r", "gymnasium/module:Name-v0", "`trpo-jax resume r --env gymnasium/module:Name-v0`"),
+    ],
+)
+def test_a_command_that_is_advised_can_be_run_as_it_stands(path, env, line):
+    assert command("resume", path, env=env) == line

@@ -23,6 +23,7 @@ from trpo_jax.config import Config, UsageError, check_limits, counted, nearest, 
 from trpo_jax.files import (
     SETTINGS,
     checked_settings,
+    command,
     drop_output,
     first_line,
     read_json,
@@ -171,7 +172,7 @@ def _run_of(namespace: argparse.Namespace) -> Run:
     run = open_run(namespace.path, namespace.env)
     if namespace.env not in (None, run.config.env) and namespace.command != "play":
         raise UsageError(
-            f"env={shown(namespace.env)} is not what {namespace.path} was trained on, {run.config.env}; leave --env out."
+            f"env={shown(namespace.env)} is not what {run.path} was trained on, {run.config.env}; leave out --env."
         )
     return run
 
@@ -251,9 +252,9 @@ def _continue(run: Run, sinks: Sequence[str]) -> int:
         more = f", and {len(failed) - 8} more" if len(failed) > 8 else ""
         say(f"numbers that were not finite: {met}{more}; such an update is rejected, and the policy stays as it was.")
     if not complete:
-        console.print(f"Stopped; `trpo-jax resume {run.path}` continues.", soft_wrap=True)
+        console.print(f"Stopped; {command('resume', run.path, env=config.env)} continues.", soft_wrap=True)
         return 130
-    console.print(f"Next: `trpo-jax evaluate {run.path}`", soft_wrap=True)
+    console.print(f"Next: {command('evaluate', run.path, env=config.env)}", soft_wrap=True)
     return 1 if failed else 0
 
 
@@ -300,7 +301,7 @@ def _sweep(namespace: argparse.Namespace) -> int:
     if ending == "interrupted":
         console.print("Stopped; the same command continues.")
         return 130
-    console.print(f"This process is done; `trpo-jax report {output}` shows what all have finished.", soft_wrap=True)
+    console.print(f"This process is done; {command('report', output)} shows what all have finished.", soft_wrap=True)
     return 0
 
 
@@ -393,7 +394,9 @@ def _evaluate(namespace: argparse.Namespace) -> int:
     run = _run_of(namespace)
     state = newest_state(run)
     if state is None:
-        raise UsageError(f"{namespace.path} has no checkpoint yet; `trpo-jax resume {namespace.path}` trains it first.")
+        raise UsageError(
+            f"{run.path} has no checkpoint yet; {command('resume', run.path, env=run.config.env)} trains it first."
+        )
     check_episodes(run.config, run.num_seeds, namespace.num_episodes, free_memory(jax.local_devices()[:1]))
     run_episodes = functools.partial(
         evaluate, num_episodes=namespace.num_episodes, deterministic=not namespace.stochastic
@@ -437,7 +440,9 @@ def _agent_of(namespace: argparse.Namespace) -> tuple[Run, TrainState]:
         raise UsageError(f"agent must lie in 0 … {run.num_seeds - 1} for this run, got {namespace.agent}.")
     state = newest_state(run)
     if state is None:
-        raise UsageError(f"{namespace.path} has no checkpoint yet; `trpo-jax resume {namespace.path}` trains it first.")
+        raise UsageError(
+            f"{run.path} has no checkpoint yet; {command('resume', run.path, env=run.config.env)} trains it first."
+        )
     return run, jax.tree.map(lambda leaf: leaf[namespace.agent], state)
 
 

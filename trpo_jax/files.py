@@ -8,6 +8,7 @@ import glob
 import json
 import os
 import re
+import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -175,6 +176,13 @@ def with_length(settings: Mapping[str, Any], base: Config) -> Config:
         raise UsageError("total_steps and num_iterations both set the length of a run; give one of them.")
     config = base.replace(**{name: value for name, value in settings.items() if name != TOTAL_STEPS})
     return config.replace(num_iterations=iterations_within(settings[TOTAL_STEPS], config))
+
+
+def command(name: str, path: str | os.PathLike[str], *, env: Any = None) -> str:
+    """A command on a folder as a shell takes it, for a sentence; `env` is named where it has a module imported."""
+    path = os.fspath(path)
+    words = ["trpo-jax", name, f"./{path}" if path.startswith("-") else path]
+    return f"`{shlex.join([*words, '--env', env] if isinstance(env, str) and ':' in env else words)}`"
 
 
 def say(sentence: str) -> None:

@@ -31,6 +31,7 @@ from trpo_jax.files import (
     append,
     check_seal,
     checked_settings,
+    command,
     is_fresh,
     locked,
     origin,
@@ -106,7 +107,7 @@ def create_run(path: str | os.PathLike[str], config: Config, seed: int, num_seed
     if changed:
         raise UsageError(
             f"{path} holds a run with another {', '.join(changed)}; choose another --output, or continue that run "
-            f"with `trpo-jax resume {path}`."
+            f"with {command('resume', path, env=config.env)}."
         )
     return run
 
