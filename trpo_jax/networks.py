@@ -347,6 +347,7 @@ def _units(space: Box) -> tuple[np.ndarray, np.ndarray]:
     """
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     below, above = np.abs(low) < _UNBOUNDED, np.abs(high) < _UNBOUNDED
+    low, high = np.where(below, low, 0), np.where(above, high, 0)
     width_above, width_below = 2 * np.maximum(1, np.abs(low)), 2 * np.maximum(1, np.abs(high))
     start = np.where(below, low, np.where(above, high - width_below, -1))
     end = np.where(above, high, np.where(below, low + width_above, 1))

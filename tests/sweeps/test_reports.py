@@ -2,7 +2,6 @@
 
 import base64
 import html
-import json
 import re
 import shutil
 import subprocess
@@ -299,16 +298,15 @@ def test_report_on_a_disk_that_cannot_be_written_to(grid, capsys, monkeypatch):
 
 
 def test_description_with_impossible_numbers_leaves_the_results(tmp_path):
-    folder = sweep_folder(tmp_path / "s", [({}, scores(1))])
-    for asked in (
+    impossible = [
         {"num_seeds": "x"},
         {"num_seeds": -1},
         {"grid": {"gamma": 3}},
         {"random": {"count": 1e400}},
         {"zip": 3},
-    ):
-        (folder / "sweep.json").write_text(json.dumps({"num_seeds": SEEDS, "num_episodes": 4, **asked}))
-        assert make_report(folder).extent == "8 agents"
+    ]
+    for i, asked in enumerate(impossible):
+        assert make_report(sweep_folder(tmp_path / str(i), [({}, scores(1))], **asked)).extent == "8 agents"
 
 
 def test_results_of_another_version(tmp_path):

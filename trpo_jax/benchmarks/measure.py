@@ -223,10 +223,16 @@ def measure_policy_update(config: Config, samples: int, repetitions: int) -> dic
 
     action = policy(theta, observation).sample(keys[2])
     batch = observation, action, jax.random.normal(keys[3], (samples,))
-    options = {"max_kl": config.max_kl, "cg_damping": config.cg_damping, "cg_iterations": config.cg_iterations}
+    every_sample = {
+        "max_kl": config.max_kl,
+        "cg_damping": config.cg_damping,
+        "cg_iterations": config.cg_iterations,
+        "fisher_fraction": 1.0,
+        "cg_tolerance": 0.0,
+    }
 
     def update(theta: Any, *batch: Any, **changes: Any) -> Any:
-        return trpo_update(policy, theta, *batch, **{**options, **changes})[0]
+        return trpo_update(policy, theta, *batch, **{**every_sample, **changes})[0]
 
     def plain(theta: Any, observation: Any, action: Any, advantage: Any) -> Any:
         old = jax.lax.stop_gradient(policy(theta, observation))
