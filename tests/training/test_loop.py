@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import itertools
 
 import jax
@@ -332,8 +333,8 @@ def test_iteration_numbers_decide_the_randomness():
 def test_every_field_is_documented(cls):
     documented = [
         line.split(":")[0].strip()
-        for line in cls.__doc__.splitlines()
-        if line.startswith(" " * 6) and line[6] != " " and ":" in line
+        for line in inspect.getdoc(cls).splitlines()  # Python 3.13 takes the indentation away by itself
+        if line.startswith("  ") and line[2] != " " and ":" in line
     ]
     assert documented == [field.name for field in dataclasses.fields(cls)]
 
