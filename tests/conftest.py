@@ -48,17 +48,6 @@ def pytest_unconfigure(config):
         shutil.rmtree(config.made_cache, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items):
-    # A worker takes whole files: those that take long come first, so that all workers end together.
-    long = (
-        *("test_loop", "test_cli", "test_sweep_folder", "test_gymnax", "test_search", "test_updates", "test_readme"),
-        *("test_bits", "test_placement", "test_damage", "test_runs"),
-    )
-    order = {name: place for place, name in enumerate(long)}
-    last = {"steps": len(long) + 1, "theory": len(long) + 2}
-    items.sort(key=lambda item: order.get(item.path.stem, last.get(item.path.parent.name, len(long))))
-
-
 def pytest_runtest_teardown():
     """Let compiled programs go before they fill the memory maps that Linux allows a process; a look takes 10 ms."""
     if next(_finished) % 8 == 0 and sys.platform == "linux":

@@ -146,7 +146,19 @@ SWEPT = [
 ]
 
 
-@pytest.mark.parametrize("choices, values", SWEPT, ids=["trpo", "normalised", "divergence", "ppo", "kl-penalty"])
+LANES = {
+    "trpo": (),
+    "normalised": pytest.mark.slow,
+    "divergence": pytest.mark.slow,
+    "ppo": (),
+    "kl-penalty": pytest.mark.slow,
+}
+
+
+@pytest.mark.parametrize(
+    "choices, values",
+    [pytest.param(*case, id=name, marks=marks) for case, (name, marks) in zip(SWEPT, LANES.items(), strict=True)],
+)
 def test_a_lane_for_each_float_setting_is_a_run_with_it(choices, values):
     """Every float setting is swept in one program: lane i changes the i-th setting."""
     gaussian = small_config(
