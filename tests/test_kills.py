@@ -137,6 +137,7 @@ def work(tmp_path_factory):
     yield run
     server.stdin.close()
     server.wait(60)
+    server.stdout.close()
 
 
 def sweep(out, *more):
