@@ -130,6 +130,7 @@ DAMAGES = {
     "another version": from_another_version,
 }
 EVERY = tuple(DAMAGES)
+OF_FILES = tuple(name for name in EVERY if name != "a folder")  # which stands in the way of what is written anew
 ONLY_RUN = "checkpoints/00000002.npz", "checkpoints/00000003.npz"
 
 # Files, damages, exit status of `resume`, and whether something has to be said. `evaluate` may do without the rows.
@@ -137,7 +138,7 @@ RUN = [
     (["config.json"], EVERY, 2, True),
     (["metrics.csv"], ("cut in its end", "flipped in its end"), 0, True),
     (["metrics.csv"], ("missing", "empty", "cut", "flipped", "noise", "a folder", "another version"), 2, True),
-    ([ONLY_RUN[1]], EVERY[1:], 0, True),
+    ([ONLY_RUN[1]], OF_FILES[1:], 0, True),
     ([ONLY_RUN[1]], ("missing",), 0, False),
     ([ONLY_RUN[0]], EVERY, 0, False),
     (ONLY_RUN, EVERY, 2, True),
@@ -149,7 +150,7 @@ SWEEPS = [
     (["programs/00.json"], ("missing",), 0, 0),
     (["programs/00.json"], EVERY[1:], 2, 0),
     ([BLOCK], ("missing",), 0, 2),
-    ([BLOCK], EVERY[1:-1], 0, 2),
+    ([BLOCK], OF_FILES[1:-1], 0, 2),
     ([BLOCK], ("another version",), 0, 0),
     ([STATE], EVERY, 0, 0),
 ]
@@ -175,6 +176,14 @@ def spoiled(folder, tmp_path, files, damage):
 def check_sentence(errors, *names):
     assert "Traceback" not in errors and errors.endswith(".\n")
     assert any(str(name) in errors for name in names), errors
+
+
+@pytest.mark.slow
+def test_a_folder_in_the_way_of_a_file_is_left_there(run, tmp_path, capsys):
+    out = spoiled(run, tmp_path, [ONLY_RUN[1]], "a folder")
+    assert main(["resume", str(out)]) == 2
+    check_sentence(capsys.readouterr().err, out / ONLY_RUN[1])
+    assert (out / ONLY_RUN[1]).is_dir()
 
 
 @pytest.mark.parametrize("files, damage, status, said", [*cases(RUN)])
