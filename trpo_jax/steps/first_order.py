@@ -95,7 +95,7 @@ def first_order_update(
       New parameters, new optimizer state, and an `UpdateInfo` of the surrogate and KL as for `trpo_update`:
       `step_fraction` is 1, `cg_residual` 0, `predicted_gain` gᵀ(θ_new − θ_old), and `surrogate_gain` may be negative.
       If any of the new numbers is not finite, of the parameters or of what is told of them, all come back as they were
-      and `accepted` is False; a `gradient_norm` that is not finite is told as 0.
+      and `accepted` is False.
 
     Source: Williams 1992 (REINFORCE); Schulman et al. 2017 (PPO).
     """
@@ -142,7 +142,7 @@ def first_order_update(
         entropy=jnp.mean(old_distribution.entropy()),
         step_fraction=moved.astype(gain.dtype),
         effective_sample_fraction=jnp.where(moved, evaluation[4], 1),
-        gradient_norm=jnp.where(jnp.isfinite(norm), norm, 0),
+        gradient_norm=norm,
         cg_residual=jnp.zeros_like(gain),
     )
     params, optimizer_state = trees.select(moved, (new_params, new_state), (params, optimizer_state))
