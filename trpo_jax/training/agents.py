@@ -35,12 +35,6 @@ def make_agent(config: Config) -> Agent:
     validate(config)
     _check_scalars(config)
     environment = make_environment(config.env)
-    for name in ("policy", "value"):
-        if not isinstance(getattr(config, name), (Network, type(None))):
-            raise UsageError(
-                f"{name} must be a Network, such as Network(module.init, module.apply), got a "
-                f"{type(getattr(config, name)).__name__}."
-            )
     policy = config.policy or make_policy(
         environment,
         network=config.network,
