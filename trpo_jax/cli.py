@@ -19,13 +19,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trpo_jax.arguments import check_arguments, config_of, flags_of, make_parser
-from trpo_jax.config import Config, UsageError, check_limits, counted, nearest, shown, validate, without_effect
+from trpo_jax.config import (
+    Config,
+    UsageError,
+    check_limits,
+    counted,
+    first_line,
+    nearest,
+    shown,
+    validate,
+    without_effect,
+)
 from trpo_jax.files import (
     SETTINGS,
     checked_settings,
     command,
     drop_output,
-    first_line,
     read_json,
     read_toml,
     say,

@@ -316,6 +316,15 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line, short, and without a full stop."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    said = error.args[0] if isinstance(error, KeyError) and error.args else error  # the str() of a KeyError is quoted
+    text = str(said).strip().splitlines()
+    return text[0].rstrip(".")[:200] if text else type(error).__name__
+
+
 def shown(value: Any) -> str:
     """A value within a sentence: on one line, and short."""
     try:

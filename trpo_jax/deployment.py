@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.config import UsageError
+from trpo_jax.config import UsageError, first_line
 from trpo_jax.environments.base import Box, Environment
 from trpo_jax.environments.checks import one_sentence
 from trpo_jax.environments.gymnasium import action_space, observation_space
-from trpo_jax.files import first_line, write_atomically
+from trpo_jax.files import write_atomically
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.agents import make_agent, on_normalized
 from trpo_jax.training.recurrence import advance, initial_carries

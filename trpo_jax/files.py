@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from trpo_jax.config import Config, UsageError, check_limits, check_setting, nearest, shown
+from trpo_jax.config import Config, UsageError, check_limits, check_setting, first_line, nearest, shown
 
 _KINDS = {field.name: str(field.type) for field in dataclasses.fields(Config) if field.metadata["flag"]}
 SETTINGS = ("env", *_KINDS)  # what a file can name; networks and environments of one's own it cannot
@@ -83,14 +83,6 @@ def _read(path: str | os.PathLike[str]) -> bytes:
     if len(content) > _MOST_BYTES:
         raise ValueError(f"it is larger than {_MOST_BYTES // 2**20} MiB")
     return content
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, on one line and without a full stop."""
-    if isinstance(error, RecursionError):
-        return "it is nested too deep"
-    text = str(error).strip().splitlines()
-    return text[0].rstrip(".")[:200] if text else type(error).__name__
 
 
 def is_whole(name: str) -> bool:

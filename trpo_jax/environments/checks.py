@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.config import UsageError
+from trpo_jax.config import UsageError, first_line
 from trpo_jax.environments import base
 from trpo_jax.environments.base import Array, Box, Discrete, Environment, MultiDiscrete, PyTree, RawReset, Step
 
@@ -92,12 +92,6 @@ def describe_error(error: BaseException, file: str | None = None) -> str:
     outside = [frame for frame in frames if not ours & set(Path(frame.filename).parts)]
     at = "".join(f", {Path(f.filename).name}:{f.lineno} in {f.name}" for f in (inside or outside)[-1:])
     return f"{type(error).__name__}: {first_line(error)}{at}"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without a full stop."""
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # its str() is quoted
-    return (text.strip().splitlines() or ["no message"])[0].rstrip(".")
 
 
 def outcome(reward: Any, terminated: Any, truncated: Any, name: str) -> tuple[Array, Array, Array]:

@@ -28,10 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.config import UsageError, nearest
+from trpo_jax.config import UsageError, first_line, nearest
 from trpo_jax.environments import base
 from trpo_jax.environments.base import Array, Discrete, Environment, MultiDiscrete, Space, Step
-from trpo_jax.environments.checks import describe_error, first_line
+from trpo_jax.environments.checks import describe_error
 from trpo_jax.environments.suites import call_constructor, quiet_mujoco, require
 
 # Instances that one environment may keep alive at most (about 1 MB each with MuJoCo), or four times its largest batch;

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.config import UsageError, nearest
+from trpo_jax.config import UsageError, first_line, nearest
 from trpo_jax.environments import base
 from trpo_jax.environments.base import Array, Discrete, Environment, MultiDiscrete, PyTree, Space, Step, picture_scale
-from trpo_jax.environments.checks import first_line, fixed_dtypes, one_sentence, outcome
+from trpo_jax.environments.checks import fixed_dtypes, one_sentence, outcome
 
 
 class _Later(types.ModuleType):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from trpo_jax.config import UsageError
+from trpo_jax.config import UsageError, first_line
 from trpo_jax.environments.base import Environment
 from trpo_jax.environments.brax import from_brax
-from trpo_jax.environments.checks import first_line
 from trpo_jax.environments.suites import call_constructor, check_name, quiet_mujoco, require
 
 

@@ -22,11 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trpo_jax.config import UsageError, counted
+from trpo_jax.config import UsageError, counted, first_line
 from trpo_jax.files import (
     BLANK_SEAL,
     check_seal,
-    first_line,
     is_fresh,
     is_intact,
     locked,

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from trpo_jax.config import UsageError, shown
-from trpo_jax.files import first_line, is_fresh, locked, read_json, remove_temporaries, write_atomically, write_table
+from trpo_jax.config import UsageError, first_line, shown
+from trpo_jax.files import is_fresh, locked, read_json, remove_temporaries, write_atomically, write_table
 from trpo_jax.sweeps.grids import Spec
 
 _ASKED_FOR = "sweep"  # attribute of a study: what was asked for, without the number of trials
