@@ -67,6 +67,15 @@ def full_compiles(monkeypatch):
     jax.config.update("jax_disable_most_optimizations", usual)
 
 
+@pytest.fixture
+def accelerator(monkeypatch):
+    """Trace programs in the form that an accelerator gets, and run them here."""
+    jax.clear_caches()  # what was traced before has the other form
+    monkeypatch.setattr("trpo_jax.backend.platform", lambda: "gpu")
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def python():
     """Run Python arguments in a child that is killed after a time limit; a variable that is None in `env` is unset."""

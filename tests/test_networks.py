@@ -198,7 +198,7 @@ def test_products_by_columns_are_the_product(columns):
 
 @pytest.mark.parametrize("samples, longest", [((128, 64), 512), ((9830,), 9830), ((4096,), 4096)], ids=str)
 def test_no_gradient_of_a_large_batch_on_a_gpu_is_one_sum_over_it(samples, longest, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr("trpo_jax.backend.platform", lambda: "gpu")
     keys = jax.random.split(jax.random.key(0), 2)
     x, kernels = jax.random.normal(keys[0], (2, *samples, 3)), jax.random.normal(keys[1], (2, 3, 5))
 
@@ -236,7 +236,7 @@ def test_no_gradient_of_a_large_batch_on_a_gpu_is_one_sum_over_it(samples, longe
     ],
 )
 def test_convolutions_by_patches_are_the_convolution(samples, kernel, strides, backend, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr("trpo_jax.backend.platform", lambda: backend)
     shapes = (2, samples, 6, 5, 3), (2, *kernel, 3, 4)
     grids, kernels = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
     numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": jax.lax.Precision.HIGHEST}
@@ -259,7 +259,7 @@ def test_convolutions_by_patches_are_the_convolution(samples, kernel, strides, b
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("side", [4, 10])
 def test_no_convolution_of_a_small_kernel_is_left_to_xla(side, backend, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr("trpo_jax.backend.platform", lambda: backend)
     network = make_policy(environment(Discrete(3), (side, side, 4)))
 
     def loss(params, observation):

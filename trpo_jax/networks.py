@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trpo_jax import backend
 from trpo_jax.config import UsageError
 from trpo_jax.environments.base import Box, Discrete, Environment
 from trpo_jax.steps.distributions import Categorical, DiagonalGaussian, MultiCategorical
@@ -70,10 +71,10 @@ def _product(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) ->
     sum over all samples.
     """
     columns, samples = kernel.shape[-1], math.prod(x.shape[:-1])
-    if jax.default_backend() == "cpu" and columns <= _FEW_COLUMNS:
+    if backend.columns_one_by_one() and columns <= _FEW_COLUMNS:
         contract = (((0,), (x.ndim - 1,)), ((), ()))
         return jnp.stack([jax.lax.dot_general(kernel[:, i], x, contract, **options) for i in range(columns)], axis=-1)
-    if jax.default_backend() == "gpu" and samples > _LARGE_BATCH:
+    if backend.sums_in_groups() and samples > _LARGE_BATCH:
         together = max((size for size in _GROUPS if samples % size == 0), default=samples)
         groups = x.reshape(samples // together, together, x.shape[-1])
         products = jnp.matmul(groups, jnp.broadcast_to(kernel, (samples // together, *kernel.shape)), **options)
@@ -91,7 +92,7 @@ def _convolution_by_patches(x: Array, kernel: Array, strides: Sequence[int], pad
     entries as one processor of a GPU works on, is else a single sum over all pixels of all samples.
     """
     height, width, _, filters = kernel.shape
-    cpu = jax.default_backend() == "cpu"
+    cpu = backend.all_convolutions_by_patches()
     if height * width > (_LARGEST_KERNEL if cpu else _SMALL_KERNEL) or padding != "SAME":
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
     samples, *sizes, _ = x.shape

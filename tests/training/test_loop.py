@@ -648,7 +648,7 @@ def test_a_deviation_does_not_run_away_under_an_entropy_bonus():
 @pytest.mark.parametrize("num_steps", [1, 6])
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_values_of_next_observations_without_evaluating_each(truncations, num_steps, backend, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr("trpo_jax.backend.platform", lambda: backend)
     rng = np.random.default_rng(0)
     shape = num_steps, 4
     observation = rng.normal(size=(num_steps + 1, 4, 2)).astype(np.float32)

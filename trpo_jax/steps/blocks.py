@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from trpo_jax import backend
 from trpo_jax.steps.types import Array, PyTree
 
 _BLOCK = 8192  # samples; two hidden layers of 64 then take 4 MB
@@ -59,6 +60,6 @@ def forward_and_gradient(
 def _number_of_blocks(shape: tuple[int, ...]) -> int:
     """The largest number of equal blocks of at least _BLOCK samples; 1 where blocks do not pay."""
     size = math.prod(shape)
-    if len(shape) != 1 or size < _FROM or jax.default_backend() != "cpu":
+    if len(shape) != 1 or size < _FROM or not backend.blocks_stay_in_cache():
         return 1
     return next(count for count in range(size // _BLOCK, 0, -1) if size % count == 0)

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from trpo_jax import backend
 from trpo_jax.steps import trees
 from trpo_jax.steps.types import Array, Matvec, PyTree, Scalar
 
@@ -87,7 +88,7 @@ def conjugate_gradient(
 
     def step_if_active(i: Array, carry: tuple) -> tuple:
         # A frozen step costs nothing where a branch is cheap. An accelerator would wait for it.
-        if jax.default_backend() != "cpu":
+        if not backend.branches_are_cheap():
             return step(i, carry)
         return jax.lax.cond(carry[5], lambda: step(i, carry), lambda: carry)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from trpo_jax import backend
 from trpo_jax.config import UsageError
 from trpo_jax.training.checkpoints import is_key
 from trpo_jax.training.evaluation import evaluate
@@ -25,8 +26,6 @@ from trpo_jax.training.memory import check_memory, free_memory, program_memory
 from trpo_jax.types import Config, TrainState
 
 CAPACITY = 256  # rows of metrics that a call can hold
-_MOST_AGENTS = {"cpu": 256}  # a block; on a CPU more of them only mean rarer results
-_MOST_AGENTS_ELSEWHERE = 8192
 _SHARE_OF_FREE_MEMORY = 0.8
 _AFTER_LAST = 2**32 - 2  # folded into an agent's key for its evaluation; no iteration bears this number
 _AGENTS = "agents"
@@ -57,8 +56,7 @@ class Programs(NamedTuple):
 
 def agents_per_block(num_agents: int, num_devices: int) -> int:
     """How many agents a device takes at most in one program, so that all devices are busy to the end."""
-    most = _MOST_AGENTS.get(jax.default_backend(), _MOST_AGENTS_ELSEWHERE)
-    rounds = -(-num_agents // (num_devices * most))
+    rounds = -(-num_agents // (num_devices * backend.most_agents()))
     return -(-num_agents // (num_devices * rounds))
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from trpo_jax import backend
 from trpo_jax.config import Config
 from trpo_jax.steps.advantages import gae, parallel_gae
 from trpo_jax.steps.statistics import RunningStatistics, update_statistics, varies
@@ -228,7 +229,7 @@ def estimate_advantages(
     max_steps: int | None = None,
 ) -> Array:
     """GAE over the rollout, as a flat batch like `values` [N·T]: sequential on CPU, associative on accelerators."""
-    estimate = gae if jax.default_backend() == "cpu" else parallel_gae
+    estimate = gae if backend.scans_are_sequential() else parallel_gae
     values = values.reshape(batch.reward.shape[::-1]).T
     advantage = estimate(
         batch.reward,
@@ -258,7 +259,7 @@ def _next_values(
     time limit `max_steps` promises that so many are few.
     """
     next_observation, num_steps = batch.next_observation, batch.reward.shape[0]
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = backend.branches_are_cheap()
     if not sparse or not (on_cpu or (max_steps is not None and 2 * max_steps >= num_steps)):
         return value_fn(next_observation)
     truncated = batch.truncated & ~batch.terminated

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from trpo_jax import backend
 from trpo_jax.config import Config, UsageError
 from trpo_jax.steps.statistics import RunningStatistics, init_statistics, update_statistics
 from trpo_jax.steps.types import Array, PyTree
@@ -155,7 +156,7 @@ def train_step(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     """
     # On CPU, many agents under `vmap` are quicker one after the other, each within the cache and with branches and
     # early exits of its own: the update nearly twice, the rollout where its environments fill the vector units alone.
-    one_by_one = jax.default_backend() == "cpu"
+    one_by_one = backend.agents_take_turns()
     iterate = _one_by_one(_iterate) if one_by_one and config.num_envs >= _ENVS_TO_FILL_A_CORE else _iterate
     return iterate(config, state)
 
@@ -166,7 +167,7 @@ def _iterate(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     policy, policy_carry = on_normalized(config, state.statistics, agent.policy), state.policy_carry
     state, batch, episodes = rollout(agent.environment, policy, state, key, config.num_steps)
     learned = Learned(*(getattr(state, name) for name in Learned._fields))
-    learn_batch = _one_by_one(learn) if jax.default_backend() == "cpu" else learn
+    learn_batch = _one_by_one(learn) if backend.agents_take_turns() else learn
     key_learn = jax.random.fold_in(key, _AFTER_ROLLOUT)
     learned, lesson = learn_batch(config, learned, batch, state.iteration, policy_carry, key_learn)
     ended, count = episodes.count > 0, jnp.maximum(episodes.count, 1)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from trpo_jax import backend
 from trpo_jax.config import UsageError
 from trpo_jax.training.agents import make_agent
 from trpo_jax.training.loop import init, train_step
@@ -96,7 +97,7 @@ def least_memory(config: Config, num_agents: int) -> int:
     batch = jax.eval_shape(
         lambda s: rollout(agent.environment, agent.policy, s, s.key, config.num_steps)[1], state
     )  # by normalised observations it has the same shapes
-    at_a_time = 1 if jax.default_backend() == "cpu" else num_agents
+    at_a_time = 1 if backend.agents_take_turns() else num_agents
     return num_agents * _bytes(state) + at_a_time * _bytes(batch)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from trpo_jax import backend
 from trpo_jax.config import Config
 from trpo_jax.steps.first_order import clipped_objective, first_order_update, penalized_objective, surrogate_objective
 from trpo_jax.steps.line_searches import backtracking_line_search, full_step, parallel_line_search
@@ -115,7 +115,7 @@ def line_search_of(config: Config) -> Callable[..., Any]:
     """The line search that the settings name on this backend."""
     if config.line_search == "none":
         return full_step
-    parallel = jax.default_backend() != "cpu" if config.line_search == "auto" else config.line_search == "parallel"
+    parallel = not backend.candidates_take_turns() if config.line_search == "auto" else config.line_search == "parallel"
     return parallel_line_search if parallel else backtracking_line_search
 
 
