@@ -19,9 +19,9 @@ from rich.console import Console
 import trpo_jax
 import trpo_jax.__main__
 from trpo_jax import Config
-from trpo_jax.arguments import config_of, make_parser
 from trpo_jax.cli import main
-from trpo_jax.displays import LiveLine, run_status
+from trpo_jax.cli.arguments import config_of, make_parser
+from trpo_jax.cli.displays import LiveLine, run_status
 from trpo_jax.files import checked_settings
 from trpo_jax.runs import Progress
 from trpo_jax.training.loop import init
@@ -32,7 +32,7 @@ TINY = ["--num-envs", "2", "--num-steps", "8", "--num-iterations", "3"]
 
 # No cache of compiled programs is named, as where users start.
 OWN_CACHE = {"JAX_COMPILATION_CACHE_DIR": None, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": None}
-TRAIN = ["-m", "trpo_jax.cli", "train", *TINY, "--num-seeds", "2"]
+TRAIN = ["-m", "trpo_jax", "train", *TINY, "--num-seeds", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_envs_lists_what_can_be_trained(capsys, monkeypatch):
 def test_help_is_fast_and_complete(python):
     def timed():
         start = time.perf_counter()
-        result = python("-m", "trpo_jax.cli", "train", "--help")
+        result = python("-m", "trpo_jax", "train", "--help")
         return time.perf_counter() - start, result.stdout
 
     duration, text = min(timed() for _ in range(3))
@@ -342,7 +342,7 @@ def test_a_file_gives_the_length_of_a_run_and_flags_count(text, flags, iteration
 
 def test_a_setting_of_a_file_that_has_no_effect_is_told(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("trpo_jax.cli._continue", lambda *_: 0)
+    monkeypatch.setattr("trpo_jax.cli.commands._continue", lambda *_: 0)
     (tmp_path / "a.toml").write_text("max_kl = 0.02\nclip_ratio = 0.2\ngamma = 0.9")
     assert main(["train", "--config", "a.toml", "--update", "ppo"]) == 0
     note = "trpo-jax: note: max_kl in a.toml needs update=trpo; with update=ppo it has no effect.\n"
@@ -444,7 +444,7 @@ def test_ctrl_c_while_python_imports_is_no_traceback_and_never_status_0(module, 
 
 NOWHERE = """
 import os, pathlib, jax
-from trpo_jax.cli import _start_quickly
+from trpo_jax.cli.startup import start_quickly
 
 def unknown():
     raise RuntimeError("Could not determine home directory.")
@@ -454,7 +454,7 @@ for home in ("/dev/null/x", "/proc/x", None):
     os.environ.pop("XDG_CACHE_HOME", None)
     if home:
         os.environ["XDG_CACHE_HOME"] = home
-    _start_quickly()
+    start_quickly()
     print(jax.config.jax_compilation_cache_dir)
 """
 

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from trpo_jax import Config, UsageError, train
-from trpo_jax.arguments import make_parser
 from trpo_jax.cli import main
+from trpo_jax.cli.arguments import make_parser
 from trpo_jax.config import shown
 from trpo_jax.training.agents import make_agent
 

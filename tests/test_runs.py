@@ -193,7 +193,7 @@ def test_numbers_that_are_not_finite_and_episodes_that_never_end_are_said(tmp_pa
 
 
 def start(*arguments):
-    command = [sys.executable, "-m", "trpo_jax.cli", *arguments]
+    command = [sys.executable, "-m", "trpo_jax", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -48,7 +48,7 @@ def run_benchmark(peer_environments: str | None) -> dict[str, Any]:
     """`trpo-jax benchmark` beside both peers."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "benchmark.json"
-        command = [sys.executable, "-m", "trpo_jax.cli", "benchmark", "--output", str(file)]
+        command = [sys.executable, "-m", "trpo_jax", "benchmark", "--output", str(file)]
         command += ["--compare", "sb3-contrib", "--compare", "rejax"]
         if peer_environments:
             command += ["--peer-environments", peer_environments]
@@ -80,7 +80,7 @@ def first_iteration(folder: Path, i: int) -> tuple[float, float]:
     """Seconds from the command to the first iteration's line, and of them those after "Compiling …"."""
     variables = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     variables["XDG_CACHE_HOME"] = str(folder)
-    command = [sys.executable, "-m", "trpo_jax.cli", "train", "--num-iterations", "1", "--output", str(folder / str(i))]
+    command = [sys.executable, "-m", "trpo_jax", "train", "--num-iterations", "1", "--output", str(folder / str(i))]
     start = time.perf_counter()
     compiling = start
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as process:

@@ -39,7 +39,7 @@ def main() -> None:
         found: dict[str, Any] = {"curves": []}
         for method, (name, setting, _) in METHODS.items():
             folder = arguments.sweeps / name
-            command = [sys.executable, "-m", "trpo_jax.cli", "sweep", str(HERE / f"{name}.toml")]
+            command = [sys.executable, "-m", "trpo_jax", "sweep", str(HERE / f"{name}.toml")]
             subprocess.run([*command, "--output", str(folder)], check=True)
             found["made_by"] = json.loads((folder / "sweep.json").read_text())["made_by"]
             found["curves"] += collect(folder, method, setting)

@@ -12,7 +12,7 @@ def start():
     children = []
 
     def run(*arguments):
-        command = [sys.executable, "-m", "trpo_jax.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "trpo_jax", *map(str, arguments)]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         children.append(child)
         return child

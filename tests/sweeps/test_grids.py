@@ -172,7 +172,7 @@ def test_bad_file_is_one_sentence_and_leaves_nothing(text, sentence, tmp_path, m
 )
 def test_bad_arguments_are_one_sentence(arguments, sentence, tmp_path, python):
     (tmp_path / "s.toml").write_text("[base]\nnum_envs = 2\nnum_steps = 8\n")
-    result = python("-m", "trpo_jax.cli", *arguments, cwd=tmp_path)
+    result = python("-m", "trpo_jax", *arguments, cwd=tmp_path)
     assert result.returncode == 2, result.stderr
     assert sentence in result.stderr and result.stderr.count("\n") == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["s.toml"]

@@ -107,7 +107,7 @@ def test_command_line(tmp_path, python):
     lines = ["num_seeds = 2", "[base]", *(f"{name} = {value}" for name, value in BASE.items())]
     lines += ["[random]", "count = 99", "max_kl = { log_uniform = [0.001, 0.1] }"]
     (tmp_path / "space.toml").write_text("\n".join(lines))
-    arguments = ("-m", "trpo_jax.cli", "tune", "space.toml", "--num-trials", "4", "--batch", "4")
+    arguments = ("-m", "trpo_jax", "tune", "space.toml", "--num-trials", "4", "--batch", "4")
     result = python(*arguments, cwd=tmp_path, timeout=200)
     assert result.returncode == 0, result.stderr
     assert "4 of 4 trials, 3 of the last batch stopped early" in result.stdout

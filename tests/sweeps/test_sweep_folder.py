@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
     command = [
         sys.executable,
         "-m",
-        "trpo_jax.cli",
+        "trpo_jax",
         "sweep",
         folder / "sweep.toml",
         "--output",
@@ -255,7 +255,7 @@ def test_two_processes_meet_and_share_the_work(finished, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = tmp_path / "trpo-jax"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m trpo_jax.cli "$@" {" ".join(COMMON)}\n')
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m trpo_jax "$@" {" ".join(COMMON)}\n')
     command.chmod(0o755)
     out = tmp_path / "out"
     result = subprocess.run(
@@ -293,7 +293,7 @@ def test_processes_of_a_job_array_never_meet(finished, tmp_path, start):
 
 def test_dry_run_shows_programs_and_writes_nothing(tmp_path, python):
     (tmp_path / "sweep.toml").write_text(SMALL_SWEEP.format(iterations=120, episodes=2))
-    result = python("-m", "trpo_jax.cli", "sweep", "sweep.toml", "--dry-run", *COMMON, cwd=tmp_path)
+    result = python("-m", "trpo_jax", "sweep", "sweep.toml", "--dry-run", *COMMON, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Compiling and timing program 1 of 1 …" in result.stdout
     assert "sweep.toml: 1 program" in result.stdout and "MiB" in result.stdout

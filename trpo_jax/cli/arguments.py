@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from trpo_jax import __version__
 from trpo_jax.config import Config, UsageError, check_limits, without_effect
-from trpo_jax.files import TOTAL_STEPS, with_length
+from trpo_jax.files import SETTINGS, TOTAL_STEPS, say, with_length
 
 _BENCHMARK = {"num_envs": 64}  # what `benchmark` has other than `Config`
 
@@ -219,3 +219,13 @@ def config_of(namespace: argparse.Namespace, file: Mapping[str, Any] | None = No
         if name != TOTAL_STEPS and (why := without_effect(config, name)):
             raise UsageError(f"{name} {why}; leave it out.")
     return config
+
+
+def tell_idle(names: Iterable[str], configs: Iterable[Config], source: str) -> None:
+    """Say of each setting in a file that changes nothing in any of the configurations."""
+    configs = list(configs)
+    for name in names:
+        reasons = [without_effect(config, name) for config in configs] if name in SETTINGS else []
+        changed = any(getattr(config, name) != getattr(Config, name) for config in configs) if reasons else False
+        if changed and all(reasons):
+            say(f"note: {name} in {source} {reasons[0]}.")

@@ -1,0 +1,101 @@
+"""The command line: arguments, commands, and what they show. Wrong input ends in one sentence.
+
+JAX is imported when a command needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from trpo_jax.cli import commands, sweep_commands
+from trpo_jax.cli.arguments import check_arguments, flags_of, make_parser
+from trpo_jax.config import UsageError, first_line, nearest, shown
+from trpo_jax.files import drop_output, say
+
+_COMMANDS = {
+    "train": commands.train,
+    "evaluate": commands.evaluate,
+    "resume": commands.resume,
+    "play": commands.play,
+    "export": commands.export,
+    "sweep": sweep_commands.sweep,
+    "report": sweep_commands.report,
+    "tune": sweep_commands.tune,
+    "benchmark": commands.benchmark,
+    "envs": commands.envs,
+}
+_TOO_LARGE = "there is not enough memory; lower num_envs, num_steps or the number of agents"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `trpo-jax`.
+
+    Returns:
+      The exit status: 0; 1 where an agent of a run met a number that was not finite; 2 for bad input; 130 after Ctrl-C.
+    """
+    _settle_streams()
+    try:
+        parser = make_parser()
+        try:
+            namespace, unknown = parser.parse_known_args(arguments)
+        except SystemExit:  # --help, --version
+            sys.stdout.flush()
+            raise
+        if unknown:
+            flags = flags_of(parser, namespace.command)
+            raise UsageError(f"unknown argument {unknown[0][:60]}{nearest(unknown[0], flags)}")
+        check_arguments(namespace)
+        status = _COMMANDS[namespace.command](namespace)
+        sys.stdout.flush()
+        return status
+    except UsageError as error:
+        say(str(error))
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted.")
+        return 130
+    except BrokenPipeError:  # `trpo-jax envs | head`
+        drop_output()
+        return 0
+    except MemoryError:
+        say(f"{_TOO_LARGE}.")
+        return 2
+    except OSError as error:  # a path that no file can have, a full disk, no permission: whatever the command touched
+        drop_output()
+        where = f"cannot use {shown(error.filename)}" if error.filename else "cannot read or write"
+        say(f"{where}: {error.strerror or error}; choose another path, or make room.")
+        return 2
+    except Exception as error:
+        if not (sentence := _sentence_about(error)):
+            raise
+        say(sentence)
+        return 2
+
+
+def _sentence_about(error: Exception) -> str:
+    """What JAX and the machine have to do with an exception, in one sentence; empty if nothing is known."""
+    _, ours, sentence = str(error).partition("UsageError: ")
+    if ours:  # of what fails in Python in the middle of a program, JAX keeps the text
+        return sentence.splitlines()[0]
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return f"{_TOO_LARGE} ({first_line(error)})."
+    try:
+        import jax
+
+        jax.devices()
+    except Exception as why:
+        odd = ", ".join(f"{name}={shown(value)}" for name, value in os.environ.items() if name.startswith("JAX_"))
+        return f"JAX cannot start ({first_line(why)}); change or unset {odd or 'JAX_PLATFORMS'}."
+    return ""
+
+
+def _settle_streams() -> None:
+    """A terminal without Greek letters shows question marks, and a stream that was closed swallows what is said."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")

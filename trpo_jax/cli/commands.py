@@ -1,0 +1,284 @@
+"""The commands that train one run and use what it has learned, and those about environments and speed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trpo_jax.cli.arguments import config_of, tell_idle
+from trpo_jax.cli.startup import start_quickly
+from trpo_jax.config import UsageError, counted, shown, validate, without_effect
+from trpo_jax.files import checked_settings, command, read_toml, say, write_atomically
+
+if TYPE_CHECKING:
+    from trpo_jax.runs import Progress, Run
+    from trpo_jax.types import TrainState
+
+
+def train(namespace: argparse.Namespace) -> int:
+    """Train agents in a new folder, or go on with the same ones in theirs."""
+    file = _settings_from(namespace)
+    config = config_of(namespace, file)
+    validate(config)
+    start_quickly()
+    from trpo_jax.environments.base import Box
+    from trpo_jax.runs import create_run
+    from trpo_jax.training.agents import make_agent
+
+    for name in ("initial_log_std", "state_dependent_std"):
+        if getattr(namespace, name) and not isinstance(make_agent(config).environment.action_space, Box):
+            raise UsageError(
+                f"{name} sets σ of a Gaussian policy, but {config.env} has discrete actions; leave it out."
+            )
+    tell_idle(file, [config], namespace.config)
+    output = namespace.output or f"runs/{config.env}"
+    return _continue(create_run(output, config, namespace.seed, namespace.num_seeds), namespace.log)
+
+
+def _settings_from(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The settings in the TOML file of --config; none without it."""
+    return checked_settings(read_toml(namespace.config), namespace.config) if namespace.config else {}
+
+
+def resume(namespace: argparse.Namespace) -> int:
+    """Continue a run that was stopped."""
+    start_quickly()
+    return _continue(_run_of(namespace), namespace.log)
+
+
+def _run_of(namespace: argparse.Namespace) -> Run:
+    """The run in the folder that a command was given, whose environment --env names once more, if it does."""
+    from trpo_jax.runs import open_run
+
+    run = open_run(namespace.path, namespace.env)
+    if namespace.env not in (None, run.config.env) and namespace.command != "play":
+        raise UsageError(
+            f"env={shown(namespace.env)} is not what {run.path} was trained on, {run.config.env}; leave out --env."
+        )
+    return run
+
+
+def _continue(run: Run, sinks: Sequence[str]) -> int:
+    from trpo_jax.cli.displays import LiveLine, make_console, run_status
+    from trpo_jax.runs import continue_run, failures, plot_learning_curve
+    from trpo_jax.sinks import open_sink
+
+    opened = [open_sink(name, run.path, run.description) for name in sinks]
+    console, config = make_console(expendable=True), run.config
+    steps = counted(config.num_iterations * config.steps_per_iteration, "step")
+    radius = "" if without_effect(config, "max_kl") else f", δ = {config.max_kl:g}"
+    console.print(
+        f"{config.env}: {counted(run.num_seeds, 'agent')}, {counted(config.num_iterations, 'iteration')} of "
+        f"{config.num_envs} x {config.num_steps} steps ({steps} per agent), "
+        f"{config.update}{radius}. Compiling …",
+        soft_wrap=True,
+    )
+    last: Progress | None = None
+    with LiveLine(console, config.num_iterations, seconds=1) as line:
+
+        def show(progress: Progress) -> None:
+            nonlocal last
+            last = progress
+            line.show(progress.iteration, run_status(progress, config))
+
+        try:
+            complete = continue_run(run, show, [sink for sink, _ in opened])
+        finally:
+            for _, close in opened:
+                close()
+    plot = plot_learning_curve(run)
+    failed = failures(run)
+    if last is not None:
+        console.print(
+            f"{last.iteration} of {counted(config.num_iterations, 'iteration')} done; trained for {last.seconds:.1f} s."
+        )
+    elif complete:
+        console.print("Every iteration is done already.")
+    console.print(f"Learning curve: {plot}", soft_wrap=True)
+    if last is not None and math.isnan(last.metrics["episode_return"]):
+        console.print("No episode has ended, so the learning curve is empty; more steps may show one.")
+    if failed:
+        met = ", ".join(f"seed {seed} at iteration {iteration}" for seed, iteration in list(failed.items())[:8])
+        more = f", and {len(failed) - 8} more" if len(failed) > 8 else ""
+        say(f"numbers that were not finite: {met}{more}; such an update is rejected, and the policy stays as it was.")
+    if not complete:
+        console.print(f"Stopped; {command('resume', run.path, env=config.env)} continues.", soft_wrap=True)
+        return 130
+    console.print(f"Next: {command('evaluate', run.path, env=config.env)}", soft_wrap=True)
+    return 1 if failed else 0
+
+
+def evaluate(namespace: argparse.Namespace) -> int:
+    """Run whole episodes with the agents of a run, and print their returns."""
+    start_quickly()
+    import functools
+
+    import jax
+    import numpy as np
+    from rich.table import Table
+
+    from trpo_jax.cli.displays import make_console
+    from trpo_jax.runs import newest_state
+    from trpo_jax.training import evaluation
+    from trpo_jax.training.memory import check_episodes, free_memory
+
+    run = _run_of(namespace)
+    state = newest_state(run)
+    if state is None:
+        raise UsageError(
+            f"{run.path} has no checkpoint yet; {command('resume', run.path, env=run.config.env)} trains it first."
+        )
+    check_episodes(run.config, run.num_seeds, namespace.num_episodes, free_memory(jax.local_devices()[:1]))
+    run_episodes = functools.partial(
+        evaluation.evaluate, num_episodes=namespace.num_episodes, deterministic=not namespace.stochastic
+    )
+    keys = jax.random.split(jax.random.key(namespace.seed), run.num_seeds)
+    result = jax.jit(jax.vmap(run_episodes, in_axes=(None, 0, 0)))(run.config, state, keys)
+    returns, lengths = np.asarray(result.episode_return), np.asarray(result.episode_length)
+    how = "sampled actions" if namespace.stochastic else "deterministic actions"
+    steps = int(state.iteration[0]) * run.config.steps_per_iteration
+    episodes = counted(namespace.num_episodes, "episode")
+    table = Table(title=f"{run.config.env} after {counted(steps, 'step')}, {episodes} per agent, {how}")
+    for column in ("seed", "return", "std", "min", "max", "length"):
+        table.add_column(column, justify="right")
+    for agent in range(run.num_seeds):
+        r = returns[agent]
+        cells = (r.mean(), r.std(), r.min(), r.max(), lengths[agent].mean())
+        table.add_row(str(run.seed + agent), *(f"{cell:.1f}" for cell in cells))
+    if run.num_seeds > 1:
+        table.add_section()
+        cells = (returns.mean(), returns.mean(axis=1).std(), returns.min(), returns.max(), lengths.mean())
+        table.add_row("all", *(f"{cell:.1f}" for cell in cells))
+    make_console().print(table)
+    unfinished = int((~np.asarray(result.finished)).sum())
+    if unfinished:
+        print(
+            f"{counted(unfinished, 'episode')} had no end within the steps that evaluation allows; a return is partial "
+            "there."
+        )
+    return 0
+
+
+def _agent_of(namespace: argparse.Namespace) -> tuple[Run, TrainState]:
+    """A run and one of its trained agents."""
+    start_quickly()
+    import jax
+
+    from trpo_jax.runs import newest_state
+
+    run = _run_of(namespace)
+    if not 0 <= namespace.agent < run.num_seeds:
+        raise UsageError(f"agent must lie in 0 … {run.num_seeds - 1} for this run, got {namespace.agent}.")
+    state = newest_state(run)
+    if state is None:
+        raise UsageError(
+            f"{run.path} has no checkpoint yet; {command('resume', run.path, env=run.config.env)} trains it first."
+        )
+    return run, jax.tree.map(lambda leaf: leaf[namespace.agent], state)
+
+
+def play(namespace: argparse.Namespace) -> int:
+    """Play a trained policy in Gymnasium's own environment."""
+    run, state = _agent_of(namespace)
+    from trpo_jax import deployment
+
+    env = (namespace.env or str(run.config.env)).removeprefix("gymnasium/")
+    gif = Path(namespace.gif) if namespace.gif else None
+    returns = deployment.play(run.config, state, env, num_episodes=namespace.num_episodes, seed=namespace.seed, gif=gif)
+    print(
+        f"{env} of Gymnasium, {counted(len(returns), 'episode')}: return {returns.mean():.1f} on average, "
+        f"{returns.min():.1f} to {returns.max():.1f}."
+    )
+    if gif:
+        print(f"First episode: {gif}")
+    return 0
+
+
+def export(namespace: argparse.Namespace) -> int:
+    """Write a trained policy as portable StableHLO."""
+    run, state = _agent_of(namespace)
+    from trpo_jax.deployment import export_policy
+
+    file = export_policy(run.config, state, Path(namespace.output or run.path / "policy"))
+    print(f"Policy: {file} ({file.stat().st_size:,} bytes)")
+    print(f"`python {file.parent / 'load_policy.py'}` loads it and acts, with jax alone.")
+    return 0
+
+
+def benchmark(namespace: argparse.Namespace) -> int:
+    """Measure throughput, memory and where the time goes."""
+    config = config_of(namespace)
+    output = Path(namespace.output) if namespace.output else None
+    if output and not output.parent.is_dir():
+        raise UsageError(f"there is no folder {output.parent} for {output}; make it, or choose another --output.")
+
+    import json
+
+    from trpo_jax.benchmarks.report import THRESHOLDS, run_benchmark, tables
+    from trpo_jax.cli.displays import make_console, print_table
+    from trpo_jax.training.agents import is_recurrent, make_agent
+
+    if is_recurrent(make_agent(config)) or config.update != "trpo":
+        raise UsageError("benchmark takes an iteration of update=trpo apart, with networks without a memory.")
+    console = make_console()
+    with _cleaning_up():
+        result = run_benchmark(
+            config,
+            num_agents=namespace.num_agents,
+            repetitions=namespace.repetitions,
+            threshold=THRESHOLDS.get(config.env) if namespace.threshold is None else namespace.threshold,
+            num_seeds=namespace.num_seeds,
+            max_steps=namespace.max_steps,
+            peers=namespace.compare,
+            environments=Path(namespace.peer_environments).resolve() if namespace.peer_environments else None,
+            report=lambda what: console.print(f"Measuring {what} …", soft_wrap=True),
+        )
+    if output:
+        write_atomically(output, json.dumps(result, indent=2) + "\n")
+    for title, columns, rows in tables(result):
+        print_table(console, title, columns, rows)
+        console.print()
+    return 0
+
+
+@contextlib.contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """Have Ctrl-C raise an exception, for what must be cleaned up after it."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def envs(_: argparse.Namespace) -> int:
+    """List what can be trained, with spaces and limits."""
+    from rich.table import Table
+
+    from trpo_jax.cli.displays import make_console
+    from trpo_jax.environments.make import available_environments
+
+    table = Table(box=None)
+    for column in ("environment", "observation", "actions", "time limit"):
+        table.add_column(column, no_wrap=True)
+    missing = []
+    for name, environment in available_environments().items():
+        if isinstance(environment, str):
+            missing.append(environment)
+            continue
+        shape = " x ".join(map(str, environment.observation_shape))
+        table.add_row(name, shape, str(environment.action_space), str(environment.max_steps or "none"))
+    console = make_console()
+    console.print(table)
+    for sentence in missing:
+        console.print(sentence, soft_wrap=True)
+    return 0

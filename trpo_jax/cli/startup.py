@@ -1,0 +1,60 @@
+"""What is settled before a command starts JAX: its cache of compiled programs, and its devices on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import warnings
+from pathlib import Path
+
+from trpo_jax.config import UsageError, check_limits
+from trpo_jax.files import read_json
+
+
+def start_quickly() -> None:
+    """Let JAX keep what it compiles in the user's cache folder, unless it was told of another or of none."""
+    import gc
+    import hashlib
+
+    import jax
+
+    gc.set_threshold(100_000)  # tracing allocates much and leaves little garbage: a tenth of the start is saved
+    settings = jax.config.values
+    for name, why in (("jax_enable_x64", "is of float32"), ("jax_disable_jit", "is compiled")):
+        if settings[name]:
+            raise UsageError(f"{name.upper()} is set, and every program here {why}; unset it.")
+    if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
+        return
+    # A program for one processor may hold instructions that another one lacks; homes are shared between machines.
+    processor = Path("/proc/cpuinfo")
+    lines = processor.read_text().splitlines() if processor.exists() else [platform.processor()]
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
+    folder = f"{jax.__version__}-{hashlib.sha256(features.encode()).hexdigest()[:12]}"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trpo_jax" / folder
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / f".{os.getpid()}").touch()
+        (cache / f".{os.getpid()}").unlink()
+    except (OSError, RuntimeError):  # no home, or none that can be written to: every start compiles anew, then
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # compiled anew, then
+
+
+def use_every_core(file: Path, num_devices: int | None) -> None:
+    """On a CPU, make each core a device; what is there already goes on with as many threads as its file says."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = None
+    with contextlib.suppress(OSError, KeyError, TypeError, UsageError):  # new, or damaged and reported in its place
+        threads = read_json(file, "")["made_by"]["threads"]
+        check_limits({"threads": threads})
+    if type(threads) is int:
+        os.environ.setdefault("NPROC", str(threads))
+        cores = min(cores, threads)
+    import jax
+
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # a program that calls `main` may have started JAX already
+            jax.config.update("jax_num_cpu_devices", num_devices or cores)

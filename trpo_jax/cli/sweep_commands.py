@@ -1,0 +1,118 @@
+"""The commands that train many agents as a file says: sweep, report, tune."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from trpo_jax.cli.arguments import tell_idle
+from trpo_jax.cli.startup import start_quickly, use_every_core
+from trpo_jax.config import counted
+from trpo_jax.files import command
+
+
+def sweep(namespace: argparse.Namespace) -> int:
+    """Train agents over settings and seeds, as a file says; continue what is there."""
+    output = Path(namespace.output or f"sweeps/{Path(namespace.file).stem}")
+    use_every_core(output / "sweep.json", namespace.num_devices)
+    start_quickly()
+    from trpo_jax.cli.displays import LiveLine, make_console, print_outline, sweep_status
+    from trpo_jax.sweeps.grids import plan, read_spec
+    from trpo_jax.sweeps.loop import outline, run_sweep
+    from trpo_jax.sweeps.placement import connect_hosts
+
+    console = make_console(expendable=not namespace.dry_run)
+    spec = read_spec(namespace.file)
+    if namespace.dry_run:
+        with LiveLine(console, 1.0, seconds=0) as line:
+
+            def show(number: int, total: int) -> None:
+                line.show(number / total, f"Compiling and timing program {number + 1} of {total} …")
+
+            programs = outline(spec, most_agents=namespace.agents_per_device, report=show)
+        print_outline(console, namespace.file, programs)
+        return 0
+    process = connect_hosts(namespace.coordinator, namespace.num_processes, namespace.process_id)
+    points, groups = plan(spec)
+    tell_idle({**spec.base, **points[0].varied}, [point.config for point in points], namespace.file)
+    where = f", process {process[0]} of {process[1]}" if process[1] > 1 else ""
+    console.print(
+        f"{counted(len(points), 'point')} x {counted(spec.num_seeds, 'seed')} = "
+        f"{counted(len(points) * spec.num_seeds, 'agent')}, {counted(len(groups), 'program')}{where}. Compiling …",
+        soft_wrap=True,
+    )
+    with LiveLine(console, 1.0, seconds=5) as line:
+        ending = run_sweep(
+            output,
+            spec,
+            process=process,
+            checkpoint_seconds=namespace.checkpoint_seconds,
+            most_agents=namespace.agents_per_device,
+            report=lambda progress: line.show(progress.share, sweep_status(progress)),
+        )
+    if ending == "complete":
+        return _show_report(output, expendable=True)
+    if ending == "interrupted":
+        console.print("Stopped; the same command continues.")
+        return 130
+    console.print(f"This process is done; {command('report', output)} shows what all have finished.", soft_wrap=True)
+    return 0
+
+
+def report(namespace: argparse.Namespace) -> int:
+    """Make table, pictures and page of a sweep, finished or not."""
+    return _show_report(Path(namespace.path))
+
+
+def _show_report(path: Path, *, expendable: bool = False) -> int:
+    from trpo_jax.cli.displays import make_console, print_table
+    from trpo_jax.sweeps.reports import make_report, table_of, write_report
+
+    report, console, most = make_report(path), make_console(expendable=expendable), 20
+    for env, rows in report.rows.items():
+        titles, cells = table_of(rows)
+        print_table(console, f"{env}: {report.score}", titles, cells[:most])
+        if len(cells) > most:
+            console.print(f"and {len(cells) - most} more.")
+    if report.num_agents < report.num_asked:
+        console.print(f"{report.extent} are finished.")
+    if report.failures:
+        console.print(
+            f"{counted(len(report.failures), 'agent')} met a number that was not finite; the page names them."
+        )
+    page = write_report(path, report)
+    console.print(f"Page: {page}", soft_wrap=True)
+    return 0
+
+
+def tune(namespace: argparse.Namespace) -> int:
+    """Search settings with Optuna, batches of trials as one program."""
+    output = Path(namespace.output or f"searches/{Path(namespace.file).stem}")
+    use_every_core(output / "search.json", None)
+    start_quickly()
+    from trpo_jax.cli.displays import make_console
+    from trpo_jax.sweeps import search
+    from trpo_jax.sweeps.grids import read_spec
+
+    console = make_console(expendable=True)
+    spec = read_spec(namespace.file)
+    if namespace.num_trials is not None:
+        spec = dataclasses.replace(spec, random={**spec.random, "count": namespace.num_trials})
+
+    def show(batch: search.Batch) -> None:
+        scores = f"its best {batch.batch_best:.1f}, best of all {batch.best:.1f}"
+        console.print(
+            f"{batch.told:>5} of {counted(batch.count, 'trial')}, {batch.pruned} of the last batch stopped early; "
+            f"{scores if batch.settings else 'none has a score yet'}",
+            soft_wrap=True,
+        )
+
+    file, score = search.tune(output, spec, batch=namespace.batch, storage=namespace.storage, report=show)
+    console.print(file.read_text(), highlight=False)
+    console.print(
+        f"Score {score:.1f} on {counted(spec.num_seeds, 'seed')} that only tuning uses. "
+        f"Next: `trpo-jax train --config {file} --num-seeds 8`",
+        soft_wrap=True,
+    )
+    return 0
