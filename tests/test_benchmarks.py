@@ -20,7 +20,7 @@ from trpo_jax.benchmarks.measure import (
     time_in_turn,
 )
 from trpo_jax.cli import main
-from trpo_jax.files import settings_of
+from trpo_jax.settings import settings_of
 from trpo_jax.training import memory
 
 

@@ -22,8 +22,8 @@ from trpo_jax import Config
 from trpo_jax.cli import main
 from trpo_jax.cli.arguments import config_of, make_parser
 from trpo_jax.cli.displays import LiveLine, run_status
-from trpo_jax.files import checked_settings
-from trpo_jax.runs import Progress
+from trpo_jax.runs.folders import Progress
+from trpo_jax.settings import checked_settings
 from trpo_jax.training.loop import init
 from trpo_jax.training.memory import least_memory
 
@@ -220,7 +220,7 @@ def test_compiled_programs_are_kept_for_the_next_start(first_start, tiny_run, py
 @pytest.mark.parametrize("command", [["train", "--num-envs", "1000000"], ["train", *TINY, "--num-seeds", "1000000"]])
 def test_what_needs_more_memory_than_there_is_is_refused_before_it_is_compiled(command, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("trpo_jax.runs.free_memory", lambda devices: 2**30)
+    monkeypatch.setattr("trpo_jax.runs.folders.free_memory", lambda devices: 2**30)
     assert main(command) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(

@@ -9,14 +9,15 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
-from trpo_jax import runs
 from trpo_jax.cli import main
 from trpo_jax.files import write_table
-from trpo_jax.runs import continue_run, open_run
-from trpo_jax.sweeps import loop
+from trpo_jax.runs import folders
+from trpo_jax.runs.folders import continue_run, open_run
+from trpo_jax.sweeps import blocks
+from trpo_jax.sweeps.blocks import Block, Checkpoint
 from trpo_jax.sweeps.grids import read_spec
-from trpo_jax.sweeps.loop import run_sweep
-from trpo_jax.sweeps.storage import Block, Checkpoint, Folder
+from trpo_jax.sweeps.in_folder import run_sweep
+from trpo_jax.sweeps.storage import Folder
 
 SIZE = {"num_envs": 2, "num_steps": 8, "cg_iterations": 2}
 FLAGS = [text for name, value in SIZE.items() for text in (f"--{name.replace('_', '-')}", str(value))]
@@ -38,8 +39,8 @@ def steady():
     """One iteration at a time, however slow the machine: checkpoints bear the same names every time."""
     jax.devices()  # started before `sweep` can make each core a device: one block at a time
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "_CHUNK_SECONDS", 0)
-        patch.setattr(loop, "_CALL_SECONDS", 0)
+        patch.setattr(folders, "_CHUNK_SECONDS", 0)
+        patch.setattr(blocks, "_CALL_SECONDS", 0)
         yield
 
 
@@ -82,11 +83,11 @@ def sweep(tmp_path_factory):
     (folder / "sweep.toml").write_text(SWEEP)
     command = ["sweep", str(folder / "sweep.toml"), "--agents-per-device", "1", "--output"]
     assert main([*command, str(folder / "whole")]) == 0
-    spec, blocks = read_spec(folder / "sweep.toml"), []
+    spec, seen = read_spec(folder / "sweep.toml"), []
 
     def report(progress):
-        blocks.append(progress.blocks[0].number)
-        if blocks[-1] != blocks[0] and progress.iteration >= 3:
+        seen.append(progress.blocks[0].number)
+        if seen[-1] != seen[0] and progress.iteration >= 3:
             raise Killed
 
     with pytest.raises(Killed):

@@ -34,8 +34,9 @@ from trpo_jax import (
 from trpo_jax.cli import main
 from trpo_jax.deployment import acting_policy, export_policy, play
 from trpo_jax.environments.base import Box, Discrete
-from trpo_jax.runs import open_run, read_metrics
-from trpo_jax.sinks import open_sink
+from trpo_jax.runs.folders import open_run
+from trpo_jax.runs.metrics import read_metrics
+from trpo_jax.runs.sinks import open_sink
 
 SMALL = {"num_envs": 2, "num_steps": 8, "num_iterations": 2, "cg_iterations": 2, "value_cg_iterations": 2}
 
@@ -330,7 +331,7 @@ def test_commands_play_and_export(run, capsys, python, tmp_path):
 
 
 def test_tensorboard_gets_what_the_table_has(run):
-    table = read_metrics(open_run(run))
+    table = read_metrics(open_run(run).path)
     for seed in (0, 1):
         (file,) = (run / "tensorboard" / f"seed_{seed}").iterdir()
         data, found = file.read_bytes(), []  # records: length, its checksum, event, its checksum
@@ -374,7 +375,7 @@ def test_a_missing_sink_is_named_with_its_mend(name, monkeypatch, capsys, tmp_pa
 
 def test_wandb_is_fed_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="needs the extra wandb")
-    from trpo_jax.sinks import open_sink
+    from trpo_jax.runs.sinks import open_sink
 
     monkeypatch.setitem(os.environ, "WANDB_MODE", "offline")
     sink, close = open_sink("wandb", tmp_path, {"gamma": 0.9})

@@ -17,7 +17,7 @@ LAYERS = {
     "backend": 0,
     "config": 0,
     "files": 0,
-    "sinks": 1,
+    "settings": 0,
     "deployment": 4,
     "steps": 0,
     "types": 1,
@@ -25,11 +25,11 @@ LAYERS = {
     "theory": 1,
     "networks": 2,
     "training": 3,
-    "benchmarks": 4,
-    "sweeps": 4,
+    "benchmarks": 5,
+    "sweeps": 5,
     "runs": 4,
-    "cli": 5,
-    "__main__": 5,
+    "cli": 6,
+    "__main__": 6,
 }
 ALONE = {"steps"}  # imports nothing of the package but itself and what differs by backend
 

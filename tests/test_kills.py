@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 SERVER = r'''
 import json, os, signal, sys
 import matplotlib.backends.backend_agg, matplotlib.figure, optuna, pyarrow.parquet
-import trpo_jax.cli.displays, trpo_jax.runs, trpo_jax.sinks
-import trpo_jax.sweeps.loop, trpo_jax.sweeps.reports, trpo_jax.sweeps.search, trpo_jax.sweeps.studies
+import trpo_jax.cli.displays, trpo_jax.runs.learning_curve, trpo_jax.runs.sinks
+import trpo_jax.sweeps.in_folder, trpo_jax.sweeps.pages, trpo_jax.sweeps.search, trpo_jax.sweeps.studies
 from trpo_jax import cli, files
 
 def arm(kill):

@@ -14,15 +14,9 @@ import pytest
 from trpo_jax import Config, Metrics, UsageError, train
 from trpo_jax.cli import main
 from trpo_jax.files import locked, write_table
-from trpo_jax.runs import (
-    continue_run,
-    create_run,
-    failures,
-    newest_state,
-    open_run,
-    plot_learning_curve,
-    read_metrics,
-)
+from trpo_jax.runs.folders import continue_run, create_run, newest_state, open_run
+from trpo_jax.runs.learning_curve import plot_learning_curve
+from trpo_jax.runs.metrics import failures, read_metrics
 
 SMALL = Config(num_envs=2, num_steps=8, cg_iterations=2)
 LONG = ["--num-envs", "2", "--num-steps", "8", "--cg-iterations", "2", "--num-iterations", "1000", "--num-seeds", "2"]
@@ -48,7 +42,7 @@ def test_metrics_are_those_of_train(run, rows):
     import jax
 
     _, expected = jax.jit(jax.vmap(train, in_axes=(None, 0)))(run.config, run.keys)
-    columns = read_metrics(run)
+    columns = read_metrics(run.path)
     assert list(columns) == ["iteration", "env_steps", "seed", *(field.name for field in dataclasses.fields(Metrics))]
     np.testing.assert_array_equal(columns["iteration"], np.repeat(np.arange(1, 6), 2))
     np.testing.assert_array_equal(columns["env_steps"], 128 * columns["iteration"])
@@ -71,7 +65,7 @@ def test_folder_round_trip(run):
 def test_agent_depends_on_its_seed_alone(run, tmp_path):
     alone = create_run(tmp_path / "alone", run.config, seed=4, num_seeds=1)
     continue_run(alone, lambda _: None)
-    both, one = read_metrics(run), read_metrics(alone)
+    both, one = read_metrics(run.path), read_metrics(alone.path)
     # Products of several agents round differently from those of one, and iterations magnify the difference.
     np.testing.assert_allclose(both["mean_kl"][1::2], one["mean_kl"], rtol=1e-3)
     np.testing.assert_allclose(both["mean_kl"][1:4:2], one["mean_kl"][:2], rtol=1e-5)
@@ -106,9 +100,9 @@ def table(tmp_path):
 
 def test_seeds_that_met_what_is_not_finite_are_named_with_the_first_iteration(table):
     returns = np.ones((4, 2))
-    assert failures(table(episode_return=returns, finite=np.ones((4, 2)))) == {}
-    assert failures(table(episode_return=returns, finite=[[1, 1], [1, 0], [1, 1], [1, 0]])) == {4: 2}
-    assert failures(table(episode_return=returns, finite=[[1, 1], [1, 0], [0, 0], [0, 1]])) == {3: 3, 4: 2}
+    assert failures(table(episode_return=returns, finite=np.ones((4, 2))).path) == {}
+    assert failures(table(episode_return=returns, finite=[[1, 1], [1, 0], [1, 1], [1, 0]]).path) == {4: 2}
+    assert failures(table(episode_return=returns, finite=[[1, 1], [1, 0], [0, 0], [0, 1]]).path) == {3: 3, 4: 2}
 
 
 @pytest.mark.parametrize(

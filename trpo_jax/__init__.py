@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from trpo_jax.steps.trust_region import trpo_update as trpo_update
     from trpo_jax.steps.values import fit_value_function as fit_value_function
     from trpo_jax.steps.values import gauss_newton_fit as gauss_newton_fit
-    from trpo_jax.sweeps.loop import SweepResult as SweepResult
-    from trpo_jax.sweeps.loop import sweep as sweep
+    from trpo_jax.sweeps.in_memory import SweepResult as SweepResult
+    from trpo_jax.sweeps.in_memory import sweep as sweep
     from trpo_jax.sweeps.placement import shard_environments as shard_environments
     from trpo_jax.training.checkpoints import load as load
     from trpo_jax.training.checkpoints import save as save
@@ -62,7 +62,7 @@ _HOME = {
     "Metrics": "types",
     "MultiCategorical": "steps.distributions",
     "Network": "types",
-    "SweepResult": "sweeps.loop",
+    "SweepResult": "sweeps.in_memory",
     "TrainState": "types",
     "UsageError": "config",
     "available_environments": "environments.make",
@@ -90,7 +90,7 @@ _HOME = {
     "save": "training.checkpoints",
     "shard_environments": "sweeps.placement",
     "surrogate": "steps.objectives",
-    "sweep": "sweeps.loop",
+    "sweep": "sweeps.in_memory",
     "train": "training.loop",
     "train_step": "training.loop",
     "trpo_update": "steps.trust_region",

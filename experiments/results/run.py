@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 
 import trpo_jax
 from trpo_jax.environments.base import Environment
-from trpo_jax.runs import fill_forward
-from trpo_jax.sweeps.statistics import interquartile_mean, stratified_bootstrap
+from trpo_jax.runs.metrics import fill_forward
+from trpo_jax.sweeps.iqm import interquartile_mean, stratified_bootstrap
 
 HERE = Path(__file__).parent
 EPISODES = 32

@@ -17,7 +17,7 @@ from trpo_jax.cli import main
 from trpo_jax.environments import gymnasium as adapter
 from trpo_jax.environments import make
 from trpo_jax.environments.base import MultiDiscrete
-from trpo_jax.runs import continue_run, create_run
+from trpo_jax.runs.folders import continue_run, create_run
 
 pytestmark = pytest.mark.filterwarnings("default")
 

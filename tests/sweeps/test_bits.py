@@ -9,7 +9,7 @@ import itertools, sys
 import jax, numpy as np
 from probes import raw
 from trpo_jax import Config, init, sweep
-from trpo_jax.sweeps import loop
+from trpo_jax.sweeps import in_memory
 from trpo_jax.sweeps.grids import stack_configs
 from trpo_jax.training.loop import train_chunk
 
@@ -26,13 +26,13 @@ def save(name, tree):
         jax.tree_util.keystr(path): raw(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     })
 
-fit, used = loop.fit_programs, []
+fit, used = in_memory.fit_programs, []
 
 def fit_and_watch(*arguments):
     used.append(fit(*arguments))
     return used[-1]
 
-loop.fit_programs = fit_and_watch
+in_memory.fit_programs = fit_and_watch
 metrics = sweep(config, grid, jax.random.key(1), num_seeds=2, num_episodes=0).metrics
 save("sweep", jax.tree.map(lambda leaf: leaf.reshape(12, 4), metrics))
 (programs,) = used

@@ -11,9 +11,9 @@ import pytest
 from probes import Faulty, raw, same_bits, small_config
 
 from trpo_jax import Config, UsageError, init, sweep, train
+from trpo_jax.runs.metrics import METRICS
 from trpo_jax.sweeps import placement
 from trpo_jax.sweeps.grids import stack_configs
-from trpo_jax.sweeps.loop import METRICS
 
 
 def test_384_agents_are_one_program_compiled_once(caplog):

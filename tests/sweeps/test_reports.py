@@ -13,10 +13,13 @@ from scipy import stats
 
 from trpo_jax import UsageError
 from trpo_jax.cli import main
-from trpo_jax.sweeps.loop import METRICS, training_return
-from trpo_jax.sweeps.reports import Row, _draw_heat_map, _file_name, make_report, table_of, write_report
-from trpo_jax.sweeps.statistics import interquartile_mean, stratified_bootstrap
-from trpo_jax.sweeps.storage import Block, Folder
+from trpo_jax.runs.metrics import METRICS
+from trpo_jax.sweeps.blocks import Block, training_return
+from trpo_jax.sweeps.iqm import interquartile_mean, stratified_bootstrap
+from trpo_jax.sweeps.pages import _file_name, write_report
+from trpo_jax.sweeps.pictures import _draw_heat_map
+from trpo_jax.sweeps.reports import Row, make_report, table_of
+from trpo_jax.sweeps.storage import Folder
 from trpo_jax.types import Config
 
 SEEDS, ITERATIONS = 8, 20

@@ -19,7 +19,7 @@ from probes import SMALL_SWEEP
 
 from trpo_jax import UsageError
 from trpo_jax.cli import main
-from trpo_jax.sweeps import loop
+from trpo_jax.sweeps import in_folder
 from trpo_jax.sweeps.grids import read_spec
 from trpo_jax.sweeps.storage import Folder
 
@@ -218,13 +218,13 @@ def test_read_only_folder_is_one_sentence(finished, tmp_path, capsys, monkeypatc
 
 
 def test_what_rounds_otherwise_is_not_mixed_in_one_folder(finished, tmp_path, monkeypatch, capsys):
-    spec, begun = read_spec(finished.parent / "sweep.toml"), {**loop.versions(), "jaxlib": "0.4.1"}
+    spec, begun = read_spec(finished.parent / "sweep.toml"), {**in_folder.versions(), "jaxlib": "0.4.1"}
     for name, mend in (("threads", "set NPROC=77, and"), ("devices", "give --num-devices 77.")):
         Folder(tmp_path / name).describe(dataclasses.asdict(spec), {**begun, name: 77})
         with pytest.raises(UsageError, match=rf"with 77 {name}, and here there would be \d+, which .*; {mend}"):
-            loop.run_sweep(tmp_path / name, spec)
+            in_folder.run_sweep(tmp_path / name, spec)
     Folder(tmp_path / "other").describe(dataclasses.asdict(spec), begun)
-    loop._check_rounding(Folder(tmp_path / "other"))
+    in_folder._check_rounding(Folder(tmp_path / "other"))
     assert "was started with jaxlib 0.4.1; the agents that are left may round" in capsys.readouterr().err
 
 

@@ -25,7 +25,7 @@ from trpo_jax.steps.line_searches import backtracking_line_search
 from trpo_jax.steps.objectives import mean_kl, surrogate
 from trpo_jax.steps.solvers import conjugate_gradient
 from trpo_jax.steps.trust_region import candidate_judge, natural_gradient, surrogate_gradient, trpo_update
-from trpo_jax.sweeps.statistics import interquartile_mean
+from trpo_jax.sweeps.iqm import interquartile_mean
 from trpo_jax.training.agents import flatten_batch, make_agent, on_normalized, on_trunk
 from trpo_jax.training.evaluation import evaluate
 from trpo_jax.training.learning import estimate_advantages

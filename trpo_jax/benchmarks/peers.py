@@ -26,7 +26,7 @@ from trpo_jax.benchmarks.measure import (
     threshold_summary,
 )
 from trpo_jax.config import UsageError
-from trpo_jax.files import settings_of
+from trpo_jax.settings import settings_of
 from trpo_jax.types import Config
 
 

@@ -17,7 +17,7 @@ from trpo_jax.benchmarks.measure import (
 )
 from trpo_jax.benchmarks.peers import compare
 from trpo_jax.config import counted
-from trpo_jax.files import settings_of
+from trpo_jax.settings import settings_of
 from trpo_jax.types import Config
 
 # Returns at which Gymnasium's registry calls these tasks solved.

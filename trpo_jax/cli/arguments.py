@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 
 from trpo_jax import __version__
 from trpo_jax.config import Config, UsageError, check_limits, without_effect
-from trpo_jax.files import SETTINGS, TOTAL_STEPS, say, with_length
+from trpo_jax.files import say
+from trpo_jax.settings import SETTINGS, TOTAL_STEPS, with_length
 
 _BENCHMARK = {"num_envs": 64}  # what `benchmark` has other than `Config`
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from trpo_jax.cli.arguments import config_of, tell_idle
 from trpo_jax.cli.startup import start_quickly
 from trpo_jax.config import UsageError, counted, shown, validate, without_effect
-from trpo_jax.files import checked_settings, command, read_toml, say, write_atomically
+from trpo_jax.files import command, say, write_atomically
+from trpo_jax.settings import checked_settings, read_toml
 
 if TYPE_CHECKING:
-    from trpo_jax.runs import Progress, Run
+    from trpo_jax.runs.folders import Progress, Run
     from trpo_jax.types import TrainState
 
 
@@ -27,7 +28,7 @@ def train(namespace: argparse.Namespace) -> int:
     validate(config)
     start_quickly()
     from trpo_jax.environments.base import Box
-    from trpo_jax.runs import create_run
+    from trpo_jax.runs.folders import create_run
     from trpo_jax.training.agents import make_agent
 
     for name in ("initial_log_std", "state_dependent_std"):
@@ -53,7 +54,7 @@ def resume(namespace: argparse.Namespace) -> int:
 
 def _run_of(namespace: argparse.Namespace) -> Run:
     """The run in the folder that a command was given, whose environment --env names once more, if it does."""
-    from trpo_jax.runs import open_run
+    from trpo_jax.runs.folders import open_run
 
     run = open_run(namespace.path, namespace.env)
     if namespace.env not in (None, run.config.env) and namespace.command != "play":
@@ -65,8 +66,10 @@ def _run_of(namespace: argparse.Namespace) -> Run:
 
 def _continue(run: Run, sinks: Sequence[str]) -> int:
     from trpo_jax.cli.displays import LiveLine, make_console, run_status
-    from trpo_jax.runs import continue_run, failures, plot_learning_curve
-    from trpo_jax.sinks import open_sink
+    from trpo_jax.runs.folders import continue_run
+    from trpo_jax.runs.learning_curve import plot_learning_curve
+    from trpo_jax.runs.metrics import failures
+    from trpo_jax.runs.sinks import open_sink
 
     opened = [open_sink(name, run.path, run.description) for name in sinks]
     console, config = make_console(expendable=True), run.config
@@ -92,7 +95,7 @@ def _continue(run: Run, sinks: Sequence[str]) -> int:
             for _, close in opened:
                 close()
     plot = plot_learning_curve(run)
-    failed = failures(run)
+    failed = failures(run.path)
     if last is not None:
         console.print(
             f"{last.iteration} of {counted(config.num_iterations, 'iteration')} done; trained for {last.seconds:.1f} s."
@@ -123,7 +126,7 @@ def evaluate(namespace: argparse.Namespace) -> int:
     from rich.table import Table
 
     from trpo_jax.cli.displays import make_console
-    from trpo_jax.runs import newest_state
+    from trpo_jax.runs.folders import newest_state
     from trpo_jax.training import evaluation
     from trpo_jax.training.memory import check_episodes, free_memory
 
@@ -169,7 +172,7 @@ def _agent_of(namespace: argparse.Namespace) -> tuple[Run, TrainState]:
     start_quickly()
     import jax
 
-    from trpo_jax.runs import newest_state
+    from trpo_jax.runs.folders import newest_state
 
     run = _run_of(namespace)
     if not 0 <= namespace.agent < run.num_seeds:

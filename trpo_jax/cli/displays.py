@@ -17,8 +17,8 @@ from trpo_jax.config import Config, counted
 from trpo_jax.files import drop_output, say
 
 if TYPE_CHECKING:
-    from trpo_jax.runs import Progress as RunProgress
-    from trpo_jax.sweeps.loop import Outline
+    from trpo_jax.runs.folders import Progress as RunProgress
+    from trpo_jax.sweeps.dry_run import Outline
     from trpo_jax.sweeps.progress import Progress as SweepProgress
 
 

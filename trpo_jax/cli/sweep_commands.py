@@ -18,8 +18,9 @@ def sweep(namespace: argparse.Namespace) -> int:
     use_every_core(output / "sweep.json", namespace.num_devices)
     start_quickly()
     from trpo_jax.cli.displays import LiveLine, make_console, print_outline, sweep_status
+    from trpo_jax.sweeps.dry_run import outline
     from trpo_jax.sweeps.grids import plan, read_spec
-    from trpo_jax.sweeps.loop import outline, run_sweep
+    from trpo_jax.sweeps.in_folder import run_sweep
     from trpo_jax.sweeps.placement import connect_hosts
 
     console = make_console(expendable=not namespace.dry_run)
@@ -67,7 +68,8 @@ def report(namespace: argparse.Namespace) -> int:
 
 def _show_report(path: Path, *, expendable: bool = False) -> int:
     from trpo_jax.cli.displays import make_console, print_table
-    from trpo_jax.sweeps.reports import make_report, table_of, write_report
+    from trpo_jax.sweeps.pages import write_report
+    from trpo_jax.sweeps.reports import make_report, table_of
 
     report, console, most = make_report(path), make_console(expendable=expendable), 20
     for env, rows in report.rows.items():

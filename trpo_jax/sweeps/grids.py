@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from trpo_jax.config import UsageError, check_limits, check_number, counted, nearest, shown, validate
-from trpo_jax.files import (
+from trpo_jax.settings import (
     SETTINGS,
     TOTAL_STEPS,
     cast,

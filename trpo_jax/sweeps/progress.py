@@ -6,8 +6,9 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
+from trpo_jax.sweeps.blocks import Block, Checkpoint
 from trpo_jax.sweeps.grids import Group
-from trpo_jax.sweeps.storage import Block, Checkpoint, Folder
+from trpo_jax.sweeps.storage import Folder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,11 +20,14 @@ import jax
 import numpy as np
 
 from trpo_jax.config import UsageError, counted
-from trpo_jax.files import is_whole, settings_of, write_atomically
+from trpo_jax.files import write_atomically
+from trpo_jax.runs.metrics import METRICS
+from trpo_jax.settings import is_whole, settings_of
+from trpo_jax.sweeps.blocks import failed_iteration, training_return
 from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, make_point, stack_configs, static_part
-from trpo_jax.sweeps.loop import METRICS, failed_iteration, training_return, versions
+from trpo_jax.sweeps.in_folder import versions
+from trpo_jax.sweeps.iqm import interquartile_mean
 from trpo_jax.sweeps.placement import CAPACITY, Programs, agents_per_block, fit_programs, from_host, to_host
-from trpo_jax.sweeps.statistics import interquartile_mean
 from trpo_jax.sweeps.studies import Study, open_study
 from trpo_jax.training.agents import make_agent
 

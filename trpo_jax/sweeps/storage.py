@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -37,30 +37,10 @@ from trpo_jax.files import (
     write_atomically,
     write_table,
 )
+from trpo_jax.sweeps.blocks import Block, Checkpoint
 from trpo_jax.training.checkpoints import read, save
-from trpo_jax.types import TrainState
 
 _CONTINUES = "what is finished is safe, and the same command continues when the folder can be written to"
-
-
-class Block(NamedTuple):
-    """Agents that one device takes in one program: those from `first` up to `last` of a group."""
-
-    group: int
-    number: int
-    first: int
-    last: int
-
-    def __str__(self) -> str:
-        return f"{self.group:02d}-{self.number:04d}"
-
-
-class Checkpoint(NamedTuple):
-    """A block at work: states [U, ...] from `to_host`, metrics {name: [U, num_iterations]}, and iterations done."""
-
-    state: TrainState
-    metrics: dict[str, np.ndarray]
-    done: Any
 
 
 class Folder:

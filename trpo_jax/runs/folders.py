@@ -13,10 +13,9 @@ import functools
 import io
 import os
 import platform
-import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +29,6 @@ from trpo_jax.config import UsageError, check_limits, counted, shown, validate
 from trpo_jax.files import (
     append,
     check_seal,
-    checked_settings,
     command,
     is_fresh,
     locked,
@@ -38,22 +36,23 @@ from trpo_jax.files import (
     read_json,
     remove_temporaries,
     say,
-    settings_of,
     write_atomically,
     write_table,
 )
-from trpo_jax.sinks import Sink
+from trpo_jax.runs.metrics import COLUMNS, last_mean
+from trpo_jax.runs.runner import interrupts
+from trpo_jax.runs.sinks import Sink
+from trpo_jax.settings import checked_settings, settings_of
 from trpo_jax.training.checkpoints import read, save
 from trpo_jax.training.loop import init, train_chunk
 from trpo_jax.training.memory import check_memory, free_memory
 from trpo_jax.types import Config, Metrics, TrainState
 
-_COLUMNS = ("iteration", "env_steps", "seed", *(field.name for field in dataclasses.fields(Metrics)))
 _CAPACITY = 256  # rows of metrics a chunk can hold
 _CHUNK_SECONDS = 0.5  # aimed at: often enough to watch and to lose little, rare enough to cost nothing
 _KEPT_CHECKPOINTS = 2
 _CONTINUES = "what is done is safe, and `trpo-jax resume` continues when the folder can be written to"
-_HEADER = ",".join(_COLUMNS) + "\n"
+_HEADER = ",".join(COLUMNS) + "\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +246,7 @@ def _train(run: Run, report: Callable[[Progress], None], sinks: Sequence[Sink]) 
             report(
                 Progress(
                     iteration=done,
-                    metrics={name: _last_mean(values[:, :length]) for name, values in table.items()},
+                    metrics={name: last_mean(values[:, :length]) for name, values in table.items()},
                     seconds=now - started,
                     steps_per_second=run.num_seeds * config.steps_per_iteration / per_iteration,
                     seconds_left=per_iteration * (config.num_iterations - done),
@@ -328,7 +327,7 @@ def _rows_done(run: Run, rows: bytes, done: int, note: Any) -> int:
     else:  # a checkpoint of an earlier version
         lines = rows.splitlines(keepends=True)[: 1 + done * run.num_seeds]
         length = sum(map(len, lines))
-        whole = all(line.endswith(b"\n") and line.count(b",") == len(_COLUMNS) - 1 for line in lines)
+        whole = all(line.endswith(b"\n") and line.count(b",") == len(COLUMNS) - 1 for line in lines)
         sound = whole and len(lines) == 1 + done * run.num_seeds and lines[-1].startswith(b"%d," % done)
     if not sound:
         raise UsageError(f"{run.path / 'metrics.csv'} lacks rows of the {counted(done, 'iteration')} done.")
@@ -349,85 +348,3 @@ def _feed(sink: Sink, run: Run, done: int, length: int, table: dict[str, np.ndar
         for agent in range(run.num_seeds):
             row = {name: float(rows[agent, i]) for name, rows in table.items()}
             sink(run.seed + agent, (done + i + 1) * run.config.steps_per_iteration, row)
-
-
-def read_metrics(run: Run) -> dict[str, np.ndarray]:
-    """Columns of metrics.csv as arrays [rows]."""
-    with open(run.path / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: np.array([float(row[name]) for row in rows]) for name in _COLUMNS}
-
-
-def failures(run: Run) -> dict[int, int]:
-    """{seed: iteration at which it first met a number that was not finite}, of the seeds that did."""
-    metrics = read_metrics(run)
-    bad = np.flatnonzero(metrics["finite"] == 0)[::-1]  # so that of each seed the first one counts
-    found = {int(metrics["seed"][i]): int(metrics["iteration"][i]) for i in bad}
-    return dict(sorted(found.items()))
-
-
-def plot_learning_curve(run: Run) -> Path:
-    """Draw return against environment steps: every agent thin, their mean thick, one standard deviation shaded."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.use("Agg")
-    metrics = read_metrics(run)
-    steps = np.unique(metrics["env_steps"])
-    returns = metrics["episode_return"].reshape(len(steps), run.num_seeds)
-    returns = fill_forward(np.where(np.isfinite(returns), returns, np.nan))
-    returns = returns[:, ~np.isnan(returns).all(axis=0)]  # seeds of which an episode ended
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    seen = ~np.isnan(returns).any(axis=1)
-    steps, returns = steps[seen], returns[seen]
-    num_seeds = returns.shape[1]
-    if num_seeds == 0:
-        axes.text(0.5, 0.5, "no episode has ended", ha="center", va="center", transform=axes.transAxes)
-    elif num_seeds > 1:
-        mean, spread = returns.mean(axis=1), returns.std(axis=1)
-        axes.plot(steps, returns, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axes.fill_between(steps, mean - spread, mean + spread, color="tab:blue", alpha=0.2, label="± 1 std over seeds")
-        axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {num_seeds} seeds")
-        axes.legend(loc="lower right")
-    else:
-        axes.plot(steps, returns, color="tab:blue", linewidth=2)
-    method = {"trpo": "TRPO", "ppo": "PPO"}.get(run.config.update, run.config.update.replace("-", " "))
-    axes.set(title=f"{method} on {run.config.env}", xlabel="environment steps (each agent)", ylabel="episode return")
-    axes.grid(alpha=0.3)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
-    file = run.path / "learning_curve.png"
-    write_atomically(file, lambda sink: figure.savefig(sink, dpi=150, format="png"))
-    return file
-
-
-@contextlib.contextmanager
-def interrupts() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a flag, so that no chunk is lost half-written."""
-    received: list[int] = []
-
-    def handle(number: int, _: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def _last_mean(rows: np.ndarray) -> float:
-    """Mean over agents [A] of each one's last value in [A, rows] that is not NaN."""
-    filled = fill_forward(rows.T)[-1]
-    return float(np.mean(filled[~np.isnan(filled)])) if not np.isnan(filled).all() else float("nan")
-
-
-def fill_forward(rows: np.ndarray) -> np.ndarray:
-    """Replace NaN by the last number above it in each column of [rows, A]."""
-    index = np.where(np.isnan(rows), 0, np.arange(len(rows))[:, None])
-    np.maximum.accumulate(index, axis=0, out=index)
-    return np.take_along_axis(rows, index, axis=0)

@@ -1,0 +1,47 @@
+"""The picture of a run: return against environment steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from trpo_jax.files import write_atomically
+from trpo_jax.runs.folders import Run
+from trpo_jax.runs.metrics import fill_forward, read_metrics
+
+
+def plot_learning_curve(run: Run) -> Path:
+    """Draw return against environment steps: every agent thin, their mean thick, one standard deviation shaded."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.use("Agg")
+    metrics = read_metrics(run.path)
+    steps = np.unique(metrics["env_steps"])
+    returns = metrics["episode_return"].reshape(len(steps), run.num_seeds)
+    returns = fill_forward(np.where(np.isfinite(returns), returns, np.nan))
+    returns = returns[:, ~np.isnan(returns).all(axis=0)]  # seeds of which an episode ended
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    seen = ~np.isnan(returns).any(axis=1)
+    steps, returns = steps[seen], returns[seen]
+    num_seeds = returns.shape[1]
+    if num_seeds == 0:
+        axes.text(0.5, 0.5, "no episode has ended", ha="center", va="center", transform=axes.transAxes)
+    elif num_seeds > 1:
+        mean, spread = returns.mean(axis=1), returns.std(axis=1)
+        axes.plot(steps, returns, color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.fill_between(steps, mean - spread, mean + spread, color="tab:blue", alpha=0.2, label="± 1 std over seeds")
+        axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {num_seeds} seeds")
+        axes.legend(loc="lower right")
+    else:
+        axes.plot(steps, returns, color="tab:blue", linewidth=2)
+    method = {"trpo": "TRPO", "ppo": "PPO"}.get(run.config.update, run.config.update.replace("-", " "))
+    axes.set(title=f"{method} on {run.config.env}", xlabel="environment steps (each agent)", ylabel="episode return")
+    axes.grid(alpha=0.3)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
+    file = run.path / "learning_curve.png"
+    write_atomically(file, lambda sink: figure.savefig(sink, dpi=150, format="png"))
+    return file

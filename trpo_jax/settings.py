@@ -1,0 +1,120 @@
+"""Settings as they stand in files: their names, their values as text formats have them, and their checks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from trpo_jax.config import Config, UsageError, check_limits, check_setting, first_line, nearest, shown
+from trpo_jax.files import read_limited
+
+_KINDS = {field.name: str(field.type) for field in dataclasses.fields(Config) if field.metadata["flag"]}
+SETTINGS = ("env", *_KINDS)  # what a file can name; networks and environments of one's own it cannot
+TOTAL_STEPS = "total_steps"  # may stand for num_iterations wherever a setting may
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """The settings of a configuration, as files have them."""
+    return {name: getattr(config, name) for name in SETTINGS}
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The table in a TOML file; raise `UsageError` with one sentence if there is none."""
+    import tomllib  # deferred: `trpo-jax --help` can do without
+
+    try:
+        return tomllib.loads(read_limited(path).decode("utf-8-sig"))  # some editors begin a file with a mark
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not text in UTF-8; save it in that encoding.") from None
+    except (ValueError, RecursionError) as error:  # ValueError: of the form, the encoding, or a number's digits
+        raise UsageError(f"{path} is not TOML: {first_line(error)}.") from None
+
+
+def is_whole(name: str) -> bool:
+    """Whether a setting takes whole numbers."""
+    return name == TOTAL_STEPS or _KINDS.get(name) == "int"
+
+
+def cast(name: str, value: Any) -> Any:
+    """The value of a setting as `Config` has it: TOML writes 1 for 1.0, and 1e5 for a whole number."""
+    if type(value) is int and _KINDS.get(name) == "float":
+        with contextlib.suppress(OverflowError):  # too large for any range
+            return float(value)
+    if isinstance(value, float) and is_whole(name) and value.is_integer():
+        return int(value)
+    return value
+
+
+def checked(name: str, value: Any, source: str) -> Any:
+    """The value of a setting in a file, cast and checked: one number, truth value or word.
+
+    Raises:
+      UsageError: with one sentence that names the setting and the file.
+    """
+    value = cast(name, value)
+    if name == TOTAL_STEPS:
+        check_limits({name: value}, source)
+    elif name == "env":
+        check_env_name(value, source)
+    else:
+        check_setting(name, value, source)
+    return value
+
+
+def check_env_name(name: Any, source: str) -> None:
+    """Refuse what is no environment's name, and one that has Gymnasium import a module: a file must not run code."""
+    if not isinstance(name, str):
+        raise UsageError(f"env in {source} must be the name of an environment, got {shown(name)}.")
+    if ":" in name:
+        raise UsageError(
+            f"env in {source} names a module to import, {shown(name)}, which only the command line may; give it there."
+        )
+
+
+def checked_settings(table: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Settings as a file has them, as `Config` has them, each known and checked by itself.
+
+    Args:
+      table: names and values.
+      source: the file, for the sentence.
+
+    Raises:
+      UsageError: with one sentence.
+    """
+    check_names(table, source)
+    return {name: checked(name, value, source) for name, value in table.items()}
+
+
+def check_names(names: Iterable[str], source: str) -> None:
+    """Raise `UsageError` with one sentence if one of the names is no setting."""
+    known = (*SETTINGS, TOTAL_STEPS)
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{source} has no setting {shown(name)}{nearest(name, known)}")
+
+
+def iterations_within(total_steps: int, config: Config) -> int:
+    """How many iterations take at most `total_steps` environment steps; raise `UsageError` if none does."""
+    check_limits({TOTAL_STEPS: total_steps})
+    iterations = total_steps // config.steps_per_iteration
+    if iterations < 1:
+        raise UsageError(
+            f"{TOTAL_STEPS}={total_steps} is less than one iteration of num_envs x num_steps = "
+            f"{config.steps_per_iteration}; raise it, or lower num_envs or num_steps."
+        )
+    return iterations
+
+
+def with_length(settings: Mapping[str, Any], base: Config) -> Config:
+    """`base` with some settings changed, among which `total_steps` may stand for `num_iterations`, if not both do."""
+    if TOTAL_STEPS not in settings:
+        return base.replace(**settings)
+    if "num_iterations" in settings:
+        raise UsageError("total_steps and num_iterations both set the length of a run; give one of them.")
+    config = base.replace(**{name: value for name, value in settings.items() if name != TOTAL_STEPS})
+    return config.replace(num_iterations=iterations_within(settings[TOTAL_STEPS], config))

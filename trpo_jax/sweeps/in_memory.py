@@ -1,0 +1,91 @@
+"""A sweep whose results stay in memory: `sweep`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from trpo_jax.config import UsageError, shown
+from trpo_jax.runs.metrics import METRICS
+from trpo_jax.sweeps.blocks import cut_into_blocks, failed_iteration, run_blocks
+from trpo_jax.sweeps.grids import Spec, check_numbers, make_groups, make_points
+from trpo_jax.sweeps.placement import agents_per_block, fit_programs
+from trpo_jax.training.loop import check_key
+from trpo_jax.types import Config, Metrics
+
+
+def sweep(
+    config: Config,
+    grid: Mapping[str, Sequence[Any]],
+    key: Any,
+    *,
+    num_seeds: int = 1,
+    num_episodes: int = 16,
+    devices: Sequence[Any] | None = None,
+) -> SweepResult:
+    """Train every combination of settings over seeds, and judge each agent.
+
+    All combinations that differ in traced settings alone are one compiled program; agents are spread over `devices`,
+    and taken in blocks where memory asks for it. Not to be called inside `jit`: it compiles and runs by itself.
+
+    Args:
+      config: the settings that all share.
+      grid: {setting: values}; every combination is a point, the last setting varying fastest.
+      key: a typed PRNG key; all points share the `num_seeds` keys split from it.
+      num_seeds: S, agents a point.
+      num_episodes: episodes by the policy's mode that judge each agent at the end; 0: none.
+      devices: where to run; by default all devices of this process.
+
+    Returns:
+      A `SweepResult` of NumPy arrays.
+
+    Raises:
+      UsageError: if a setting or value cannot be used.
+    """
+    check_key(key)
+    check_numbers({"num_seeds": num_seeds, "num_episodes": num_episodes})
+    for name, values in grid.items():
+        if isinstance(values, str) or not hasattr(values, "__len__") or not len(values):
+            raise UsageError(f"{name} in the grid must be a list of values, got {shown(values)}.")
+    names = {field.name for field in dataclasses.fields(Config)}
+    base = {name: getattr(config, name) for name in names if name not in grid}
+    points = make_points(Spec(base=base, grid={name: list(values) for name, values in grid.items()}))
+    groups = make_groups(points, jax.random.split(key, num_seeds))
+    devices = jax.local_devices() if devices is None else devices
+    longest = max(group.num_iterations for group in groups)
+    shape = len(points), num_seeds
+    metrics: dict[str, Any] = {name: np.full((*shape, longest), np.nan, np.float32) for name in METRICS}
+    final_return, failed_at = np.full(shape, np.nan, np.float32), np.zeros(shape, np.int32)
+    for group in groups:
+        most = agents_per_block(group.num_agents, len(devices))
+        programs = fit_programs(group.configs[0], most, num_episodes, devices)
+        blocks = cut_into_blocks(group, 0, programs.agents_per_block)
+        for first in range(0, len(blocks), len(devices)):
+            for block, rows in run_blocks(programs, group, blocks[first : first + len(devices)]):
+                agents = np.arange(block.first, block.last)
+                at = np.array(group.points)[agents // num_seeds], agents % num_seeds
+                for name in METRICS:
+                    metrics[name][(*at, slice(group.num_iterations))] = rows[name]
+                final_return[at], failed_at[at] = rows["final_return"], failed_iteration(rows)
+    return SweepResult([point.varied for point in points], Metrics(**metrics), final_return, failed_at)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepResult:
+    """What a sweep gives back: G points, S seeds, I iterations.
+
+    Attributes:
+      points: the varied settings of each point, [G].
+      metrics: `Metrics` of NumPy arrays, [G, S, I]; NaN after the end of a point that has fewer iterations.
+      final_return: mean return of each trained policy's mode, [G, S]; NaN where none was asked for.
+      failed_at: iteration, counted from 1, at which an agent met a number that is not finite; 0 if it did not. [G, S].
+    """
+
+    points: list[dict[str, Any]]
+    metrics: Metrics
+    final_return: np.ndarray
+    failed_at: np.ndarray
