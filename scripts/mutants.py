@@ -40,11 +40,11 @@ from cosmic_ray.operators.operator import Operator
 from cosmic_ray.plugins import get_operator, operator_names
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("steps/*.py", "training/*.py", "environments/base.py", "sweeps/statistics.py")
+SOURCES = ("steps/*.py", "training/*.py", "environments/base.py", "environments/wrappers.py", "sweeps/statistics.py")
 ASIDE = ("memory.py", "checkpoints.py")  # estimates and files: nothing is learned there
 # After the tests that are nearest to a file: these, which between them run every part of an iteration.
 ALL_TESTS = [
-    *("steps", "training", "environments/test_base.py", "environments/test_step_environments.py"),
+    *("steps", "training", "environments/test_base.py", "environments/test_wrappers.py"),
     *("test_networks.py", "sweeps/test_bits.py", "sweeps/test_reports.py"),
 ]
 # Traces every branch of an iteration in seconds, and compiles none: finds what cannot run at all.

@@ -4,13 +4,15 @@ Each is a plain object with gymnax's public interface (no base class, no paramet
 shows that a user's own object is enough. The answer is derived in each docstring; γ is the discount.
 """
 
+import dataclasses
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax import Categorical, Config, DiagonalGaussian, Network
+from trpo_jax import Categorical, Config, DiagonalGaussian, Discrete, Environment, Network, Step
 
 
 def discrete(n):
@@ -201,6 +203,60 @@ class PairOfChoices(Probe):
     def move(self, key, state, action):
         first, second = action
         return state, (first == 1) * 1.0 + (second == 2) * 1.0, True, False
+
+
+def without_resets(probe):
+    """An `Environment` of a probe with Discrete actions, with no reset in its step."""
+
+    def step(key, state, action):
+        state, reward, terminated, truncated = probe.move(key, state, action)
+        flags = jnp.asarray(terminated, bool), jnp.asarray(truncated, bool)
+        return Step(probe.observe(state), state, jnp.float32(reward), *flags)
+
+    shape = jax.eval_shape(probe.reset, jax.random.key(0))[0].shape
+    return Environment(type(probe).__name__, shape, Discrete(probe.actions.n), None, probe.reset, step)
+
+
+class Played(NamedTuple):
+    """A step, and what the agent acts on next: after the end of an episode the first observation of another."""
+
+    observation: Any
+    state: Any
+    reward: Any
+    terminated: Any
+    truncated: Any
+    next_observation: Any  # before the reset
+
+
+def step_and_reset(environment):
+    """(key, state, action) -> `Played`, by the definition: one environment stepped, and begun anew where it ended."""
+
+    def step(key, state, action):
+        key_step, key_reset = jax.random.split(key) if environment.restart is None else (key, key)
+        result = environment.step(key_step, state, action)
+        if environment.restart is None:
+            first = environment.reset(key_reset)
+        else:
+            first = environment.restart(key_reset, result.state)
+        onward = jax.tree.map(lambda a, b: jnp.where(result.done, a, b), first, (result.observation, result.state))
+        return Played(*onward, result.reward, result.terminated, result.truncated, result.observation)
+
+    return step
+
+
+def resetting_itself(environment):
+    """The same with the resets in its own step, as what resets itself comes out of its adapter."""
+
+    def reset(key):
+        observation, state = environment.reset(key)
+        return observation, (state, observation)
+
+    def step(key, state, action):
+        result = step_and_reset(environment)(key, state[0], action)
+        onward = result.state, result.observation
+        return Step(result.next_observation, onward, result.reward, result.terminated, result.truncated)
+
+    return dataclasses.replace(environment, reset=reset, step=step, restart=lambda key, state: (state[1], state))
 
 
 def linear_policy(observation_size=1, actions=2):

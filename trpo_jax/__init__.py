@@ -11,9 +11,19 @@ TYPE_CHECKING = False  # as `typing` has it, which takes long to import: until t
 if TYPE_CHECKING:
     from trpo_jax.config import UsageError as UsageError
     from trpo_jax.config import validate as validate
+    from trpo_jax.environments.base import Box as Box
+    from trpo_jax.environments.base import Discrete as Discrete
     from trpo_jax.environments.base import Environment as Environment
+    from trpo_jax.environments.base import MultiDiscrete as MultiDiscrete
+    from trpo_jax.environments.base import Step as Step
     from trpo_jax.environments.make import available_environments as available_environments
     from trpo_jax.environments.make import make_environment as make_environment
+    from trpo_jax.environments.wrappers import append_time as append_time
+    from trpo_jax.environments.wrappers import flatten_observations as flatten_observations
+    from trpo_jax.environments.wrappers import hide_entries as hide_entries
+    from trpo_jax.environments.wrappers import limit_steps as limit_steps
+    from trpo_jax.environments.wrappers import repeat_actions as repeat_actions
+    from trpo_jax.environments.wrappers import stack_frames as stack_frames
     from trpo_jax.networks import make_policy as make_policy
     from trpo_jax.networks import make_value as make_value
     from trpo_jax.steps.advantages import gae as gae
@@ -54,17 +64,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Box": "environments.base",
     "Categorical": "steps.distributions",
     "Config": "types",
     "DiagonalGaussian": "steps.distributions",
+    "Discrete": "environments.base",
     "Environment": "environments.base",
     "Judgement": "steps.candidates",
     "Metrics": "types",
     "MultiCategorical": "steps.distributions",
+    "MultiDiscrete": "environments.base",
     "Network": "types",
+    "Step": "environments.base",
     "SweepResult": "sweeps.in_memory",
     "TrainState": "types",
     "UsageError": "config",
+    "append_time": "environments.wrappers",
     "available_environments": "environments.make",
     "backtracking_line_search": "steps.line_searches",
     "clipped_objective": "steps.first_order",
@@ -73,11 +88,14 @@ _HOME = {
     "first_order_update": "steps.first_order",
     "fisher_vector_product": "steps.curvature",
     "fit_value_function": "steps.values",
+    "flatten_observations": "environments.wrappers",
     "full_step": "steps.line_searches",
     "gae": "steps.advantages",
     "gauss_newton_fit": "steps.values",
+    "hide_entries": "environments.wrappers",
     "init": "training.loop",
     "judge_candidate": "steps.candidates",
+    "limit_steps": "environments.wrappers",
     "load": "training.checkpoints",
     "make_environment": "environments.make",
     "make_policy": "networks",
@@ -87,8 +105,10 @@ _HOME = {
     "parallel_gae": "steps.advantages",
     "parallel_line_search": "steps.line_searches",
     "penalized_objective": "steps.first_order",
+    "repeat_actions": "environments.wrappers",
     "save": "training.checkpoints",
     "shard_environments": "sweeps.placement",
+    "stack_frames": "environments.wrappers",
     "surrogate": "steps.objectives",
     "sweep": "sweeps.in_memory",
     "train": "training.loop",

@@ -128,14 +128,19 @@ def compute_neighbours(num_steps: int = 128, num_runs: int = 512, step_size: flo
     environment = make_environment("CartPole-v1")
     policy = make_policy(environment)
 
+    def step_or_reset(key: Any, state: Any, action: Any) -> Any:
+        step_key, reset_key = jax.random.split(key)
+        result = environment.step(step_key, state, action)
+        onward, start = (result.observation, result.state), environment.reset(reset_key)
+        return result.reward, result.done, jax.tree.map(lambda a, b: jnp.where(result.done, a, b), start, onward)
+
     def collect(key: Any, distribution: Any) -> Any:
         def step(carry: Any, key: Any) -> Any:
             observation, state = carry
             action_key, step_key = jax.random.split(key)
             action = distribution(observation).sample(action_key)
-            result = jax.vmap(environment.step)(jax.random.split(step_key, num_runs), state, action)
-            done = result.terminated | result.truncated
-            return (result.observation, result.state), (observation, action, result.reward, done)
+            reward, done, onward = jax.vmap(step_or_reset)(jax.random.split(step_key, num_runs), state, action)
+            return onward, (observation, action, reward, done)
 
         reset_key, run_key = jax.random.split(key)
         start = jax.vmap(environment.reset)(jax.random.split(reset_key, num_runs))

@@ -19,10 +19,10 @@ from trpo_jax.environments.base import Discrete, MultiDiscrete
 
 
 def walk(environment, actions):
-    """`Step`s [T] of one environment under given actions."""
+    """What is `Played` [T] of one environment under given actions."""
 
     def one(state, inputs):
-        result = environment.step(inputs[0], state, inputs[1])
+        result = probes.step_and_reset(environment)(inputs[0], state, inputs[1])
         return result.state, result._replace(state=())
 
     def run(key, actions):

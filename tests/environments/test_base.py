@@ -10,87 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
+from probes import step_and_reset
 
-from trpo_jax import Environment, UsageError, make_environment
-from trpo_jax.environments.base import Box, Discrete, MultiDiscrete, auto_reset, make_box, time_limit
-
-
-def count_up(limit):
-    """A raw environment: counts to `limit`; a reset starts at −10, so that fresh and old states differ."""
-
-    def reset(key):
-        return jnp.float32(-10), jnp.int32(0)
-
-    def step(key, state, action):
-        state = state + 1
-        return state.astype(jnp.float32), state, jnp.float32(1), state >= limit, jnp.bool_(False)
-
-    return reset, step
+from trpo_jax import Environment, Step, UsageError, make_environment
+from trpo_jax.environments.base import Box, Discrete, MultiDiscrete, make_box
 
 
-def follow(reset, step, num_steps, action=0):
-    """Step outputs as lists, one entry a step."""
-    state = reset(jax.random.key(0))[1]
-    rows = []
+def follow(environment, num_steps, action=0):
+    """What is `Played` as a list, one entry per step."""
+    step, state, rows = jax.jit(step_and_reset(environment)), environment.reset(jax.random.key(0))[1], []
     for i in range(num_steps):
-        result = step(jax.random.key(i), state, jnp.int32(action))
-        state = result[1]
-        rows.append(result)
+        rows.append(step(jax.random.key(i), state, jnp.int32(action)))
+        state = rows[-1].state
     return rows
-
-
-def test_auto_reset_starts_anew_only_where_an_episode_ends():
-    reset, step = count_up(3)
-    rows = follow(reset, auto_reset(reset, step), 5)
-    assert [float(row.observation) for row in rows] == [1, 2, -10, 1, 2]
-    assert [float(row.next_observation) for row in rows] == [1, 2, 3, 1, 2]
-    assert [bool(row.terminated) for row in rows] == [False, False, True, False, False]
-    assert [int(row.state) for row in rows] == [1, 2, 0, 1, 2]
-
-
-def test_auto_reset_gives_step_and_reset_keys_of_their_own():
-    seen = []
-
-    def reset(key):
-        seen.append(("reset", jax.random.key_data(key).tolist()))
-        return jnp.float32(0), jnp.float32(0)
-
-    def step(key, state, action):
-        seen.append(("step", jax.random.key_data(key).tolist()))
-        return jnp.float32(0), state, jnp.float32(0), jnp.bool_(True), jnp.bool_(False)
-
-    auto_reset(reset, step)(jax.random.key(5), jnp.float32(0), jnp.int32(0))
-    # The split that gymnax's own step makes, so that trajectories agree key by key.
-    expected = jax.random.key_data(jax.random.split(jax.random.key(5))).tolist()
-    assert seen == [("step", expected[0]), ("reset", expected[1])]
-
-
-def test_time_limit_truncates_after_max_steps_and_restarts_its_clock():
-    reset, step = time_limit(*count_up(100), 3)
-    rows = follow(reset, auto_reset(reset, step), 7)
-    assert [bool(row.truncated) for row in rows] == [False, False, True, False, False, True, False]
-    assert not any(bool(row.terminated) for row in rows)
-    assert float(rows[2].next_observation) == 3 and float(rows[2].observation) == -10
-
-
-def test_time_limit_leaves_terminations_alone():
-    reset, step = time_limit(*count_up(2), 3)
-    rows = follow(reset, auto_reset(reset, step), 4)
-    assert [bool(row.terminated) for row in rows] == [False, True, False, True]
-    assert not any(bool(row.truncated) for row in rows)  # the clock starts again with each episode
-
-
-def test_a_time_limit_leaves_an_earlier_one_of_the_environment_alone():
-    reset, step = time_limit(*time_limit(*count_up(100), 2), 5)
-    rows = follow(reset, step, 2)
-    assert [bool(row[4]) for row in rows] == [False, True]
 
 
 def test_max_steps_cuts_a_gymnax_environment():
     environment = make_environment("MountainCar-v0", max_steps=4)
     assert environment.max_steps == 4
     assert make_environment("MountainCar-v0").max_steps == 200
-    rows = follow(jax.jit(environment.reset), jax.jit(environment.step), 9)
+    rows = follow(environment, 9)
     assert [i for i, row in enumerate(rows) if row.truncated] == [3, 7]
 
 
@@ -137,12 +76,12 @@ def test_loose_dtypes_become_fixed_ones():
     environment = make_environment(Loose())
     observation, state = jax.eval_shape(environment.reset, jax.random.key(0))
     result = jax.eval_shape(environment.step, jax.random.key(0), state, jnp.int32(0))
-    for name, first in state.items():
-        assert first.dtype == result.state[name].dtype and not first.weak_type and not result.state[name].weak_type
-    assert state["position"].dtype == jnp.float32  # an integer at the reset, a float after a step
-    assert observation.dtype == result.observation.dtype == result.next_observation.dtype == jnp.float32
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(result.state), strict=True)
+    assert all(a.dtype == b.dtype and not a.weak_type and not b.weak_type for a, b in pairs)
+    assert state.state["position"].dtype == jnp.float32  # an integer at the reset, a float after a step
+    assert observation.dtype == result.observation.dtype == jnp.float32
     assert result.reward.dtype == jnp.float32 and result.terminated.dtype == result.truncated.dtype == jnp.bool_
-    rows = follow(environment.reset, environment.step, 5, action=1)
+    rows = follow(environment, 5, action=1)
     assert [bool(row.terminated) for row in rows] == [False] * 4 + [True]
 
 
@@ -154,7 +93,7 @@ def test_an_object_without_base_class_or_parameters_is_enough():
     for left in range(int(observation[0]), 0, -1):
         result = environment.step(jax.random.key(left), state, jnp.int32(0))
         state = result.state
-        assert float(result.next_observation[0]) == left - 1
+        assert float(result.observation[0]) == left - 1
         assert bool(result.terminated) == (left == 1)
 
 
@@ -273,6 +212,14 @@ def own(**changes):
     return dataclasses.replace(right, name="own", **changes)
 
 
+def resets_itself(key, state, action):
+    return jnp.zeros(1), state, jnp.float32(0), jnp.bool_(False), jnp.bool_(True), jnp.ones(1)
+
+
+def six_values(key, state, action):
+    return Step(*resets_itself(key, state, action))
+
+
 class Hopper:
     """What Brax has."""
 
@@ -300,10 +247,10 @@ REFUSED = {
     "no actions": (NoActions(), r"^actions of NoActions lie in Discrete\(0\), in which there is no action"),
     "another state": (
         Changeable(),
-        r"^Changeable gives another state after a step than after a reset: \(3,\) after \(\)",
+        r"^Changeable gives another state after a step than after a reset: \.state \(3,\) after \.state \(\)",
     ),
     "another observation": (Growing(), r"^Growing gives another observation after .*: \(2,\) after \(1,\)"),
-    "two rewards": (TwoRewards(), r"^TwoRewards must give one reward a step, got an array of shape \(2,\)"),
+    "two rewards": (TwoRewards(), r"^TwoRewards must give one reward per step, got an array of shape \(2,\)"),
     "an error": (Broken(), r"^step of Broken fails \(\w+: .*, test_base\.py:\d+ in move\)"),
     "complex": (Imaginary(), r"^observations of Imaginary are complex"),
     "a class": (probes.OneStep, r"^env must be an environment, and OneStep is a class; hand over one of its instances"),
@@ -324,6 +271,18 @@ REFUSED = {
         r"^own\.action_space must be a Discrete, MultiDiscrete or Box of trpo_jax, got 3",
     ),
     "own step": (own(step=lambda *_: 3), r"^step of own fails \(TypeError"),
+    "own step that resets": (
+        own(step=resets_itself),
+        r"^own\.step gives six values, but a step no longer resets itself",
+    ),
+    "own Step of six": (
+        own(step=six_values),
+        r"^own\.step gives six values, but a step no longer resets itself: give ",
+    ),
+    "own restart": (
+        own(restart=lambda key, state: (jnp.zeros(2), state)),
+        r"^own\.restart must give an observation of float32\[1\], got float32\[2\]",
+    ),
     "None": (None, r"^env must be a name, an Environment or an environment object, got None"),
     "a number": (3, r"^env must be a name.*got 3"),
     "a list": (["CartPole-v1"], r"^env must be a name"),
@@ -360,5 +319,5 @@ def test_bytes_are_seen_between_0_and_1(declared, dtype, expected):
 
 @pytest.mark.parametrize("value", [0, -3, 1.5, True, "ten"])
 def test_a_limit_that_is_no_number_of_steps_is_refused(value):
-    with pytest.raises(UsageError, match=r"^max_steps must be a whole number of at least 1, got"):
+    with pytest.raises(UsageError, match=r"^max_steps must be a whole number from 1 to 2,147,483,647, got"):
         make_environment("CartPole-v1", max_steps=value)

@@ -11,11 +11,12 @@ import numpy as np
 import probes
 import pytest
 from gymnasium import spaces
+from probes import step_and_reset
 
 from trpo_jax import Config, UsageError, evaluate, init, load, make_environment, save, train
 from trpo_jax.cli import main
 from trpo_jax.environments import gymnasium as adapter
-from trpo_jax.environments import make
+from trpo_jax.environments import host, make
 from trpo_jax.environments.base import MultiDiscrete
 from trpo_jax.runs.folders import continue_run, create_run
 
@@ -72,13 +73,13 @@ def recorder(register):
 
 
 def play(environment, num_envs, actions):
-    """`Step`s [T, N] of given actions [T, N, ...]."""
+    """What is `Played` [T, N] of given actions [T, N, ...]."""
 
     def run(key, actions):
         state = jax.vmap(environment.reset)(jax.random.split(key, num_envs))[1]
 
         def one(state, inputs):
-            result = jax.vmap(environment.step)(jax.random.split(inputs[0], num_envs), state, inputs[1])
+            result = jax.vmap(step_and_reset(environment))(jax.random.split(inputs[0], num_envs), state, inputs[1])
             return result.state, result
 
         return state, jax.lax.scan(one, state, (jax.random.split(key, len(actions)), actions))[1]
@@ -138,9 +139,9 @@ def test_a_step_can_be_repeated_and_an_old_state_stepped_again(recorder):
 def test_more_environments_than_instances_still_agree(recorder, monkeypatch):
     actions = jax.random.randint(jax.random.key(5), (12, 2), 0, 3)
     start, plenty = play(make_environment(recorder), 2, actions)
-    monkeypatch.setattr(adapter, "MOST_INSTANCES", 0)  # then it is four times the batch: 8 for the 10 at work
+    monkeypatch.setattr(host, "MOST_INSTANCES", 0)  # then it is four times the batch: 8 for the 10 at work
     environment = make_environment(recorder, max_steps=5)
-    step = jax.jit(jax.vmap(environment.step))
+    step = jax.jit(jax.vmap(step_and_reset(environment)))
     states = [jax.vmap(environment.reset)(jax.random.split(jax.random.key(0), 2))[1] for _ in range(5)]
     assert all(probes.same_bits(state, start) for state in states)
     for t, key in enumerate(jax.random.split(jax.random.key(0), len(actions))):
@@ -160,7 +161,7 @@ def test_agents_with_equal_seeds_do_not_disturb_each_other(recorder):
         state = jax.vmap(environment.reset)(jax.random.split(jax.random.key(1), 2))[1]
 
         def one(state, inputs):
-            result = jax.vmap(environment.step)(jax.random.split(inputs[0], 2), state, inputs[1])
+            result = jax.vmap(step_and_reset(environment))(jax.random.split(inputs[0], 2), state, inputs[1])
             return result.state, result
 
         return jax.lax.scan(one, state, (jax.random.split(jax.random.key(2), len(actions)), actions))
@@ -203,7 +204,7 @@ class Unsteady(Recorder):
 def test_an_episode_that_cannot_be_rebuilt_is_cut_off_where_it_stood_and_begins_anew(register):
     name = register("Unsteady-v0", Unsteady)
     environment = make_environment(name)
-    step = jax.jit(jax.vmap(environment.step))
+    step = jax.jit(jax.vmap(step_and_reset(environment)))
     first, state = jax.vmap(environment.reset)(jax.random.split(jax.random.key(0), 2))
     after = step(jax.random.split(jax.random.key(1), 2), state, jnp.ones(2, jnp.int32))
     assert not (after.truncated | after.terminated).any()
@@ -268,7 +269,7 @@ def test_instances_of_training_and_evaluation_level_off(register, rounds):
 
 
 def test_instances_of_environments_no_longer_at_work_are_closed(register, monkeypatch):
-    monkeypatch.setattr(adapter, "MOST_IDLE", 3)
+    monkeypatch.setattr(host, "MOST_IDLE", 3)
     name = register("Counted-v0", Counted)
     environments = [make_environment(name, max_steps=5) for _ in range(3)]
     jax.clear_caches()

@@ -13,6 +13,7 @@ from gymnasium import spaces as gym
 from gymnax.environments import spaces
 from gymnax.environments.environment import Environment as GymnaxEnvironment
 from gymnax.environments.environment import EnvParams, EnvState
+from probes import step_and_reset
 
 from trpo_jax import (
     Categorical,
@@ -91,7 +92,7 @@ def walk(reset, step, space, num_envs, num_steps):
 @functools.cache
 def random_walk(name):
     environment = make_environment(name)
-    run = walk(environment.reset, environment.step, environment.action_space, NUM_ENVS, NUM_STEPS)
+    run = walk(environment.reset, step_and_reset(environment), environment.action_space, NUM_ENVS, NUM_STEPS)
     return run, *run(jax.random.key(0))
 
 
@@ -197,7 +198,7 @@ def test_trajectories_are_those_of_gymnax(name, num_steps):
         return observation, state, reward, terminated, truncated, info["final_observation"]
 
     key = jax.random.key(1)
-    first, ours = walk(environment.reset, environment.step, space, 2, num_steps)(key)
+    first, ours = walk(environment.reset, step_and_reset(environment), space, 2, num_steps)(key)
     their_first, other = walk(lambda key: theirs.reset(key, params), step, space, 2, num_steps)(key)
     if name == "FrozenLake-misc":
         one_hot = functools.partial(jax.nn.one_hot, num_classes=16)
@@ -215,7 +216,7 @@ def test_trajectories_are_those_of_gymnax(name, num_steps):
 
 def test_pendulum_is_cut_off_after_200_steps_and_never_terminates():
     environment = make_environment("Pendulum-v1")
-    _, steps = walk(environment.reset, environment.step, environment.action_space, 2, 401)(jax.random.key(2))
+    _, steps = walk(environment.reset, step_and_reset(environment), environment.action_space, 2, 401)(jax.random.key(2))
     assert not steps.terminated.any()
     np.testing.assert_array_equal(np.flatnonzero(steps.truncated[:, 0]), [199, 399])
     np.testing.assert_array_equal(np.flatnonzero(steps.truncated[:, 1]), [199, 399])
@@ -231,7 +232,7 @@ def test_pendulum_is_cut_off_after_200_steps_and_never_terminates():
 
 def test_deep_sea_raises_both_flags_at_once():
     environment = make_environment("DeepSea-bsuite")
-    _, steps = walk(environment.reset, environment.step, environment.action_space, 2, 16)(jax.random.key(0))
+    _, steps = walk(environment.reset, step_and_reset(environment), environment.action_space, 2, 16)(jax.random.key(0))
     np.testing.assert_array_equal(steps.terminated, steps.truncated)
     np.testing.assert_array_equal(np.flatnonzero(steps.terminated[:, 0]), [7, 15])
 
@@ -263,7 +264,7 @@ def test_point_robot_moves_no_further_than_its_bounds():
     environment = make_environment("PointRobot-misc")
     state = environment.reset(jax.random.key(0))[1]
     step = jax.jit(environment.step)
-    far, edge, inside = (step(jax.random.key(1), state, jnp.full(2, x)).next_observation for x in (50.0, 0.1, 0.05))
+    far, edge, inside = (step(jax.random.key(1), state, jnp.full(2, x)).observation for x in (50.0, 0.1, 0.05))
     np.testing.assert_array_equal(far, edge)
     assert not np.array_equal(far, inside)
 
@@ -352,7 +353,7 @@ class Dictionaries(Halfway):
 def test_a_subclass_with_step_env_and_reset_env_is_enough():
     environment = make_environment(Halfway())
     assert environment.max_steps == 3 and environment.action_space == Discrete(4)
-    _, steps = walk(environment.reset, environment.step, environment.action_space, 1, 7)(jax.random.key(0))
+    _, steps = walk(environment.reset, step_and_reset(environment), environment.action_space, 1, 7)(jax.random.key(0))
     np.testing.assert_array_equal(np.flatnonzero(steps.truncated), [2, 5])
     np.testing.assert_array_equal(steps.next_observation[:, 0, 0], [1, 2, 3, 1, 2, 3, 1])
     np.testing.assert_array_equal(steps.observation[:, 0, 0], [1, 2, 0, 1, 2, 0, 1])

@@ -73,7 +73,7 @@ def random_action(space, key):
 
 @functools.cache
 def walk(name, max_steps, num_steps, own_limit=None):
-    """(first observation, `Step`s without their states [T, N]) of a random policy, twice."""
+    """(first observation, what is `Played` without its states [T, N]) of a random policy, twice."""
     params = None if own_limit is None else {own_limit: 3}
     environment = make_environment(name, params=params, max_steps=max_steps)
 
@@ -84,7 +84,7 @@ def walk(name, max_steps, num_steps, own_limit=None):
         def one(state, key):
             keys = jax.random.split(key, (2, NUM_ENVS))
             action = jax.vmap(functools.partial(random_action, environment.action_space))(keys[0])
-            result = jax.vmap(environment.step)(keys[1], state, action)
+            result = jax.vmap(probes.step_and_reset(environment))(keys[1], state, action)
             return result.state, result._replace(state=())
 
         return first, jax.lax.scan(one, state, jax.random.split(key_run, num_steps))[1]

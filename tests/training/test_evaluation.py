@@ -12,7 +12,8 @@ from probes import lane, small_config
 from trpo_jax import evaluate, init, make_environment
 from trpo_jax.steps.statistics import RunningStatistics
 from trpo_jax.training.agents import make_agent
-from trpo_jax.training.rollouts import reset_environments
+from trpo_jax.training.evaluation import _step_running
+from trpo_jax.training.resets import reset_environments
 
 
 def prepare(env, **options):
@@ -122,28 +123,37 @@ def test_it_vmaps_over_agents():
         assert probes.same_bits(lane(together, i), alone)
 
 
-def test_no_first_state_is_drawn_but_those_of_the_start(monkeypatch):
-    # Episodes are those of stepping with resets, which are drawn and thrown away; without them equal keys still give
-    # equal episodes.
+def test_no_first_state_is_drawn_but_those_of_the_start():
     environment = make_environment("CartPole-v1")
-    networks = {"policy": probes.linear_policy(4), "value": probes.linear_value(4)}
-    resetting = dataclasses.replace(environment, advance=None)
     drawn = []
 
     def reset(key):
         drawn.append(key)
         return environment.reset(key)
 
-    watched = dataclasses.replace(environment, reset=reset, step=None)
-    monkeypatch.setattr("trpo_jax.training.agents.make_environment", lambda env: env)
-    results = []
-    for env in (resetting, watched):
-        config = small_config(env, **networks)
-        state = jax.jit(lambda key, config=config: init(config.replace(env=environment), key))(jax.random.key(0))
-        run = jax.jit(
-            lambda state, key, config=config: evaluate(config, state, key, num_episodes=9, deterministic=False)
-        )
-        results.append(run(state, jax.random.key(3)))
+    watched = dataclasses.replace(environment, reset=reset)
+    networks = {"policy": probes.linear_policy(4), "value": probes.linear_value(4)}
+    run, state = prepare(watched, num_episodes=9, deterministic=False, settings=networks)
+    drawn.clear()
+    result = run(state, jax.random.key(3))
     assert len(drawn) == 1  # traced once, for all environments together
+    assert len(set(np.asarray(result.episode_length))) > 3
+
+
+def test_what_resets_itself_is_evaluated_on_the_same_episodes():
+    environment = make_environment("CartPole-v1")
+    settings = {"policy": probes.linear_policy(4), "value": probes.linear_value(4)}
+    results = []
+    for env in (environment, probes.resetting_itself(environment)):
+        run, state = prepare(env, num_episodes=9, deterministic=False, settings=settings)
+        results.append(run(state, jax.random.key(3)))
     assert probes.same_bits(*results)
-    assert len(set(np.asarray(results[0].episode_length))) > 3
+
+
+def test_episodes_that_have_ended_stand_still():
+    environment = make_environment("CartPole-v1")
+    observation, state = reset_environments(environment, jax.random.key(0), 2)
+    keys, running = jax.random.split(jax.random.key(1), 2), jnp.array([True, False])
+    *after, _, _ = _step_running(environment, keys, running, observation, state, jnp.zeros(2, jnp.int32))
+    for i in range(2):
+        assert probes.same_bits(lane(tuple(after), i), lane((observation, state), i)) == (not running[i])

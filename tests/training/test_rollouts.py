@@ -11,7 +11,8 @@ from probes import small_config
 
 from trpo_jax import init
 from trpo_jax.training.agents import make_agent
-from trpo_jax.training.rollouts import reset_environments, rollout
+from trpo_jax.training.resets import reset_environments
+from trpo_jax.training.rollouts import rollout
 from trpo_jax.types import Transition
 
 NUM_ENVS, NUM_STEPS = 4, 16

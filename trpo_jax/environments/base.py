@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
@@ -72,15 +71,14 @@ Space = Discrete | MultiDiscrete | Box
 
 
 class Step(NamedTuple):
-    """What one step gives back.
+    """What one step leads to.
 
     Attributes:
-      observation: what to act on next, float32; after the end of an episode the first of a new one.
-      state: state that belongs to `observation`.
+      observation: float32; at the end of an episode its last.
+      state: what the next step is taken from, or, at the end of an episode, `restart`.
       reward: float32 [].
       terminated: the episode ended in a terminal state, bool [].
       truncated: a time limit cut the episode off, bool [].
-      next_observation: what this step led to, before any reset.
     """
 
     observation: Array
@@ -88,7 +86,11 @@ class Step(NamedTuple):
     reward: Array
     terminated: Array
     truncated: Array
-    next_observation: Array
+
+    @property
+    def done(self) -> Array:
+        """Whether the episode ended, in either way."""
+        return self.terminated | self.truncated
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,13 +102,14 @@ class Environment:
       observation_shape: shape of an observation, which is always float32.
       action_space: `Discrete`, `MultiDiscrete` or `Box`.
       max_steps: the time limit in steps, if it is known.
-      reset: `reset(key)` -> (observation, state).
-      step: `step(key, state, action)` -> `Step`. Resets itself when an episode ends, casts everything to fixed
+      reset: `reset(key)` -> (observation, state), the start of an episode.
+      step: `step(key, state, action)` -> `Step`, without a reset: whoever steps it resets it. Casts everything to fixed
         dtypes, and clips Box actions to their bounds.
-      advance: `advance(key, state, action)` -> (observation, state, reward, terminated, truncated): `step` without
-        its reset, where the suite can be stepped so. `step_environments` then resets only when it must.
-      costly_reset: whether a first state costs far more than a step, such as a whole world. `step_environments` then
-        draws no more of them than it must.
+      restart: `restart(key, state)` -> (observation, state), what follows the end of an episode; None means
+        `reset(key)`. Of an object that resets itself in its own step: the step keeps in its state what comes next, and
+        `restart` hands it out without a draw.
+      costly_reset: whether a first state costs far more than a step, such as a whole world. The trainer then draws no
+        more of them than it must.
       action_mask: `action_mask(observation)` -> which actions are allowed, bool [..., n]: of a Discrete space its n,
         of a MultiDiscrete one the n of its components one after the other. The default policy never takes another.
     """
@@ -117,88 +120,13 @@ class Environment:
     max_steps: int | None
     reset: Callable[[Array], tuple[Array, PyTree]]
     step: Callable[[Array, PyTree, Array], Step]
-    advance: Callable[[Array, PyTree, Array], tuple[Array, PyTree, Array, Array, Array]] | None = None
+    restart: Callable[[Array, PyTree], tuple[Array, PyTree]] | None = None
     costly_reset: bool = False
     action_mask: Callable[[Array], Array] | None = None
 
 
 RawReset = Callable[[Array], tuple[Array, PyTree]]
 RawStep = Callable[[Array, PyTree, Array], tuple[Array, PyTree, Array, Array, Array]]
-
-
-def step_environments(environment: Environment, key: Array, state: PyTree, action: Array) -> Step:
-    """Step N environments, each with a key of its own split from `key`; the result is that of `vmap(step)`.
-
-    Drawing first states can cost more than the step itself, and in most steps no episode ends: on CPU they are then
-    not drawn at all. (An accelerator waits longer for a branch than for the draw, and under `vmap` the branch
-    becomes a selection, which costs what drawing always costs.) Costly ones are drawn a few at a time, everywhere.
-    """
-    num_envs = action.shape[0]
-    if environment.advance is None or (jax.default_backend() != "cpu" and not environment.costly_reset):
-        return jax.vmap(environment.step)(jax.random.split(key, num_envs), state, action)
-
-    def keys(which: int) -> Array:  # those of `auto_reset`
-        return jax.vmap(jax.random.split)(jax.random.split(key, num_envs))[:, which]
-
-    next_observation, next_state, reward, terminated, truncated = jax.vmap(environment.advance)(keys(0), state, action)
-    done = terminated | truncated
-    if environment.costly_reset:
-        observation, state = _restart_few(environment, keys(1), done, (next_observation, next_state))
-        return Step(observation, state, reward, terminated, truncated, next_observation)
-
-    def restart() -> tuple[Array, PyTree]:
-        fresh = jax.vmap(environment.reset)(keys(1))
-        return jax.vmap(_select)(done, fresh, (next_observation, next_state))
-
-    observation, state = jax.lax.cond(jnp.any(done), restart, lambda: (next_observation, next_state))
-    return Step(observation, state, reward, terminated, truncated, next_observation)
-
-
-def _restart_few(environment: Environment, keys: Array, done: Array, old: PyTree) -> PyTree:
-    """Put first states in place of `old` where `done`, [N]: a sixteenth of N at a time, until there are enough."""
-    num_envs = done.shape[0]
-    at_once = -(-num_envs // 16)
-
-    def restart(carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-        left, current = carry
-        (which,) = jnp.nonzero(left, size=at_once, fill_value=num_envs)  # beyond the last: written nowhere
-        fresh = jax.vmap(environment.reset)(keys[which])
-        current = jax.tree.map(lambda a, b: a.at[which].set(b, mode="drop"), current, fresh)
-        return left.at[which].set(False, mode="drop"), current
-
-    return jax.lax.while_loop(lambda carry: jnp.any(carry[0]), restart, (done, old))[1]
-
-
-def auto_reset(reset: RawReset, step: RawStep) -> Callable[[Array, PyTree, Array], Step]:
-    """Turn a raw step -> (observation, state, reward, terminated, truncated) into one that resets itself."""
-
-    def step_and_reset(key: Array, state: PyTree, action: Array) -> Step:
-        key_step, key_reset = jax.random.split(key)
-        next_observation, next_state, reward, terminated, truncated = step(key_step, state, action)
-        done = terminated | truncated
-        observation, state = _select(done, reset(key_reset), (next_observation, next_state))
-        return Step(observation, state, reward, terminated, truncated, next_observation)
-
-    return step_and_reset
-
-
-def _select(done: Array, fresh: PyTree, old: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: jnp.where(done, a, b), fresh, old)
-
-
-def time_limit(reset: RawReset, step: RawStep, max_steps: int) -> tuple[RawReset, RawStep]:
-    """Truncate after `max_steps` steps, beside whatever limit the environment has itself."""
-
-    def reset_clock(key: Array) -> tuple[Array, PyTree]:
-        observation, state = reset(key)
-        return observation, (state, jnp.int32(0))
-
-    def step_clock(key: Array, clocked: PyTree, action: Array) -> tuple[Array, PyTree, Array, Array, Array]:
-        state, time = clocked
-        observation, state, reward, terminated, truncated = step(key, state, action)
-        return observation, (state, time + 1), reward, terminated, truncated | (time + 1 >= max_steps)
-
-    return reset_clock, step_clock
 
 
 def make_box(low: Any, high: Any, shape: tuple[int, ...]) -> Box:

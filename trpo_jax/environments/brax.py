@@ -34,31 +34,22 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
     return from_brax(env, full_name, MAX_STEPS if max_steps is None else max_steps)
 
 
-def from_brax(env: Any, name: str, max_steps: int, *, repeat: int = 1) -> Environment:
+def from_brax(env: Any, name: str, max_steps: int | None = None) -> Environment:
     """An environment with Brax's interface: `reset(rng) -> State` and `step(State, action) -> State`.
 
     Args:
       env: its actions lie in [-1, 1].
       name: with the suite's prefix.
-      max_steps: the time limit, in steps of ours.
-      repeat: how often `env` is stepped with one action; the rewards add up.
+      max_steps: the time limit.
     """
 
     def reset(key: Array) -> tuple[Array, PyTree]:
         state = env.reset(jax.random.key_data(key))  # Brax knows no typed keys
         return _array(state.obs, name), state
 
-    def once(state: PyTree, action: Array) -> tuple[PyTree, Array]:
-        state = env.step(state, action)
-        return state, state.reward
-
     def step(key: Array, state: PyTree, action: Array) -> tuple[Array, PyTree, Array, Array, Any]:
-        if repeat == 1:
-            state, reward = once(state, action)
-        else:
-            state, rewards = jax.lax.scan(lambda state, _: once(state, action), state, length=repeat)
-            reward = rewards.sum()
-        return _array(state.obs, name), state, reward, state.done > 0, False
+        state = env.step(state, action)
+        return _array(state.obs, name), state, state.reward, state.done > 0, False
 
     box = base.make_box(-1.0, 1.0, (env.action_size,))
     return assemble(name, box, reset, step, max_steps=max_steps)

@@ -18,9 +18,9 @@ from trpo_jax.environments.base import Array, Box, Discrete, Environment, MultiD
 
 
 def fixed_dtypes(
-    reset: RawReset, step: Callable[..., tuple], action: Any, name: str
-) -> tuple[RawReset, Callable[..., tuple]]:
-    """Cast states to one strong dtype a leaf, so that no second trace and no scan-carry mismatch can arise.
+    reset: RawReset, step: Callable[..., Step], action: Any, name: str
+) -> tuple[RawReset, Callable[..., Step]]:
+    """`reset` and `step` with states cast to one strong dtype per leaf, so that a scan's carry stays as it was.
 
     A leaf that `reset` makes an integer and `step` a float is a float from the start.
 
@@ -32,15 +32,14 @@ def fixed_dtypes(
         observation, from_reset = jax.eval_shape(reset, key)
     with one_sentence(f"step of {name}"):
         stepped = jax.eval_shape(lambda k: step(k, reset(k)[1], action), key)
-    from_step = stepped[1]
-    for what, first, after in (("observation", observation, stepped[0]), ("state", from_reset, from_step)):
+    for what, first, after in (("observation", observation, stepped.observation), ("state", from_reset, stepped.state)):
         if _shapes(first) != _shapes(after):
             raise UsageError(
                 f"{name} gives another {what} after a step than after a reset: {_difference(first, after)}; it must "
                 "keep its structure and shapes."
             )
     dtypes = jax.tree.map(
-        lambda a, b: a.dtype if a.dtype == b.dtype else jnp.promote_types(a, b), from_reset, from_step
+        lambda a, b: a.dtype if a.dtype == b.dtype else jnp.promote_types(a, b), from_reset, stepped.state
     )
 
     def cast(state: PyTree) -> PyTree:
@@ -50,9 +49,9 @@ def fixed_dtypes(
         observation, state = reset(key)
         return observation, cast(state)
 
-    def cast_step(key: Array, state: PyTree, action: Array) -> tuple:
-        observation, state, *rest = step(key, state, action)
-        return observation, cast(state), *rest
+    def cast_step(key: Array, state: PyTree, action: Array) -> Step:
+        result = step(key, state, action)
+        return result._replace(state=cast(result.state))
 
     return cast_reset, cast_step
 
@@ -103,7 +102,7 @@ def outcome(reward: Any, terminated: Any, truncated: Any, name: str) -> tuple[Ar
         ("truncated", truncated, bool),
     ):
         if np.size(value) != 1:
-            raise UsageError(f"{name} must give one {what} a step, got an array of shape {np.shape(value)}.")
+            raise UsageError(f"{name} must give one {what} per step, got an array of shape {np.shape(value)}.")
         values.append(jnp.asarray(value, dtype).reshape(()))
     return values[0], values[1], values[2]
 
@@ -132,23 +131,43 @@ def check_environment(environment: Environment) -> None:
     key = base.key_shape()
     observation = jax.ShapeDtypeStruct(tuple(environment.observation_shape), jnp.float32)
     with one_sentence(f"reset of {name}"):
-        first = jax.eval_shape(environment.reset, key)
-        start, state = first
+        start, state = jax.eval_shape(environment.reset, key)
     with one_sentence(f"step of {name}"):
-        result = jax.eval_shape(environment.step, key, state, base.zero_action(environment.action_space))
-        result = Step(*result)
+        result = _eval_step(environment, key, state)
     scalar, flag = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.bool_)
-    for what, found, expected in (
+    checks = [
         ("reset must give an observation", start, observation),
         ("step must give an observation", result.observation, observation),
-        ("step must give a next_observation", result.next_observation, observation),
         ("step must give a reward", result.reward, scalar),
         ("step must give terminated", result.terminated, flag),
         ("step must give truncated", result.truncated, flag),
         ("step must keep the state that reset gives,", result.state, state),
-    ):
+    ]
+    if environment.restart is not None:
+        with one_sentence(f"restart of {name}"):
+            start, after = jax.eval_shape(environment.restart, key, state)
+        checks.append(("restart must give an observation", start, observation))
+        checks.append(("restart must keep the state that reset gives,", after, state))
+    for what, found, expected in checks:
         if _signature(found) != _signature(expected):
             raise UsageError(f"{name}.{what} of {_signature(expected)}, got {_signature(found)}.")
+
+
+def _eval_step(environment: Environment, key: Any, state: PyTree) -> Step:
+    """Shapes of a step; one that still resets itself, as steps once did, gives or makes a `Step` of six values."""
+    try:
+        result = jax.eval_shape(environment.step, key, state, base.zero_action(environment.action_space))
+        resets_itself = len(result) == 6
+    except TypeError as error:
+        resets_itself = "Step.__new__" in str(error)
+        if not resets_itself:
+            raise
+    if resets_itself:
+        raise UsageError(
+            f"{environment.name}.step gives six values, but a step no longer resets itself: give Step(observation, "
+            "state, reward, terminated, truncated) of what the action led to, and leave the reset to the trainer."
+        )
+    return Step(*result)
 
 
 def _signature(tree: Any) -> str:

@@ -10,7 +10,7 @@ import math
 import sys
 import types
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,9 @@ import numpy as np
 
 from trpo_jax.config import UsageError, first_line, nearest
 from trpo_jax.environments import base
-from trpo_jax.environments.base import Array, Discrete, Environment, MultiDiscrete, PyTree, Space, Step, picture_scale
-from trpo_jax.environments.checks import fixed_dtypes, one_sentence, outcome
+from trpo_jax.environments.base import Array, Discrete, Environment, MultiDiscrete, PyTree, Space, picture_scale
+from trpo_jax.environments.checks import one_sentence
+from trpo_jax.environments.suites import assemble
 
 
 class _Later(types.ModuleType):
@@ -94,33 +95,14 @@ def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Envi
         space, to_env = _action_space(env.action_space(*extra), name)
     with one_sentence(f"observation_space of {name}"):
         observe = _observer(_declared_observations(env, extra), name)
-    given: tuple[Any, ...] = getattr(params, "max_steps_in_episode", None), max_steps
-    limits = [int(limit) for limit in given if _is_known(limit)]
-
-    none = base.zero_action(space)
-    if _inherits_gymnax_step(env):
-        reset, raw_step = fixed_dtypes(
-            *_raw_functions(env, extra, observe, to_env, name), base.zero_action(space), name
-        )
-        if max_steps is not None:
-            reset, raw_step = base.time_limit(reset, raw_step, max_steps)
-        step, advance = base.auto_reset(reset, raw_step), raw_step
-    elif max_steps is None:
-        reset, public_step = _public_functions(env, extra, observe, to_env, name)
-        reset, public_step = fixed_dtypes(reset, public_step, none, name)
-
-        def step(key: Array, state: PyTree, action: Array) -> Step:
-            return Step(*public_step(key, state, action))
-
-        advance = None
-    else:
-        raise UsageError(f"{name} resets itself in its own step, so max_steps cannot be imposed on it; leave it out.")
-    # Declared spaces are wrong in a third of gymnax's environments: look at what reset really returns.
-    observation_shape = jax.eval_shape(reset, base.key_shape())[0].shape
-    return Environment(name, observation_shape, space, min(limits, default=None), reset, step, advance)
+    limit: Any = getattr(params, "max_steps_in_episode", None)
+    limit = int(limit) if _is_known(limit) else None
+    functions = _raw_functions if _inherits_gymnax_step(env) else _public_functions
+    reset, step, restart = functions(env, extra, observe, to_env, name)
+    return assemble(name, space, reset, step, limit=limit, max_steps=max_steps, restart=restart)
 
 
-def _raw_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: str) -> tuple[base.RawReset, base.RawStep]:
+def _raw_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: str) -> tuple[Any, Any, None]:
     """Reset and step of a gymnax environment without its own reset at the end of an episode."""
 
     def reset(key: Array) -> tuple[Array, PyTree]:
@@ -129,21 +111,28 @@ def _raw_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: str)
 
     def step(key: Array, state: PyTree, action: Array) -> tuple:
         observation, state, reward, terminated, _ = env.step_env(key, state, to_env(action), *extra)
-        truncated = env.is_truncated(state, *extra)
-        return observe(observation), state, *outcome(reward, terminated, truncated, name)
+        return observe(observation), state, reward, terminated, env.is_truncated(state, *extra)
 
-    return reset, step
+    return reset, step, None
 
 
-def _public_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: str) -> tuple[base.RawReset, Any]:
-    """The public reset and step of an environment that resets itself; the step's values are those of a `Step`."""
+class _Resetting(NamedTuple):
+    """State of an environment that resets itself; at the end of an episode the start of the next."""
 
-    def reset(key: Array) -> tuple[Array, PyTree]:
+    state: PyTree
+    observation: Array  # in this state
+
+
+def _public_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: str) -> tuple[Any, Any, Any]:
+    """Public reset and step of an environment that resets itself, and what hands out the start that it drew."""
+
+    def reset(key: Array) -> tuple[Array, _Resetting]:
         observation, state = env.reset(key, *extra)
-        return observe(observation), state
+        seen = observe(observation)
+        return seen, _Resetting(state, seen)
 
-    def step(key: Array, state: PyTree, action: Array) -> tuple:
-        result = env.step(key, state, to_env(action), *extra)
+    def step(key: Array, resetting: _Resetting, action: Array) -> tuple:
+        result = env.step(key, resetting.state, to_env(action), *extra)
         values = len(result) if isinstance(result, (tuple, list)) else 1
         if values != 6 or "final_observation" not in (result[5] or {}):
             found = f"it returned {values}" if values != 6 else "its info has no such entry"
@@ -151,11 +140,13 @@ def _public_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: s
                 f"{name}.step must return gymnax 1.x's six values (observation, state, reward, terminated, truncated, "
                 f"info) with info['final_observation'], the observation before the reset; {found}."
             )
-        observation, state, reward, terminated, truncated, info = result
-        final = observe(info["final_observation"])
-        return observe(observation), state, *outcome(reward, terminated, truncated, name), final
+        observation, state, *rest, info = result
+        return observe(info["final_observation"]), _Resetting(state, observe(observation)), *rest
 
-    return reset, step
+    def restart(key: Array, resetting: _Resetting) -> tuple[Array, _Resetting]:
+        return resetting.observation, resetting
+
+    return reset, step, restart
 
 
 def _inherits_gymnax_step(env: Any) -> bool:
@@ -206,7 +197,7 @@ def _action_space(space: Any, name: str) -> tuple[Space, Callable[[Array], Any]]
         box, whole = base.make_box(space.low, space.high, shape), jnp.issubdtype(dtype, jnp.integer)
 
         def place(action: Array) -> Array:  # of whole numbers the nearest
-            action = jnp.clip(action, box.low, box.high).reshape(shape)
+            action = action.reshape(shape)
             return jnp.rint(action).astype(dtype) if whole else action
 
         return box, place

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -62,8 +61,15 @@ def from_timesteps(env: Any, name: str, max_steps: int | None) -> Environment:
         return observation[..., : sum(sizes)] > 0
 
     limit = getattr(env, "time_limit", None)
-    environment = assemble(name, space, reset, step, limit=None if limit is None else int(limit), max_steps=max_steps)
-    return dataclasses.replace(environment, action_mask=action_mask) if has_mask else environment
+    return assemble(
+        name,
+        space,
+        reset,
+        step,
+        limit=None if limit is None else int(limit),
+        max_steps=max_steps,
+        action_mask=action_mask if has_mask else None,
+    )
 
 
 def _action_space(spec: Any, name: str) -> Space:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from trpo_jax.config import UsageError, nearest, shown
+from trpo_jax.config import UsageError, check_limits, nearest, shown
 from trpo_jax.environments import gymnax, suites
 from trpo_jax.environments.base import Environment
 from trpo_jax.environments.checks import check_environment, check_space
@@ -31,8 +31,7 @@ def make_environment(env: Any, *, params: Any = None, max_steps: int | None = No
     Raises:
       UsageError: if the name is unknown or the environment cannot be trained, in one sentence.
     """
-    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1):
-        raise UsageError(f"max_steps must be a whole number of at least 1, got {max_steps!r}.")
+    check_limits({"max_steps": max_steps})
     if isinstance(env, Environment):
         if params is not None or max_steps is not None:
             raise UsageError(f"{env.name} is an Environment already; give params and max_steps where it is made.")

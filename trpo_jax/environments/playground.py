@@ -8,6 +8,7 @@ from trpo_jax.config import UsageError, first_line
 from trpo_jax.environments.base import Environment
 from trpo_jax.environments.brax import from_brax
 from trpo_jax.environments.suites import call_constructor, check_name, quiet_mujoco, require
+from trpo_jax.environments.wrappers import limit_steps, repeat_actions
 
 
 def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environment:
@@ -37,9 +38,9 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
 
     env = call_constructor(full_name, load)
     config = env._config  # with the overrides
-    repeat = int(config.action_repeat)
-    limit = int(config.episode_length) // repeat
-    return from_brax(env, full_name, limit if max_steps is None else min(limit, max_steps), repeat=repeat)
+    environment = repeat_actions(from_brax(env, full_name), int(config.action_repeat))
+    limit = int(config.episode_length) // int(config.action_repeat)
+    return limit_steps(environment, limit if max_steps is None else min(limit, max_steps))
 
 
 def names() -> list[str]:

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from trpo_jax.config import UsageError, first_line, nearest
 from trpo_jax.environments import base
-from trpo_jax.environments.base import Array, Environment, PyTree, Space
+from trpo_jax.environments.base import Array, Environment, PyTree, Space, Step
 from trpo_jax.environments.checks import fixed_dtypes, outcome
+from trpo_jax.environments.wrappers import limit_steps
 
 # An adapter is the module of this package that bears the suite's name; so is the extra that installs the suite. It has
 # `make(name, options, max_steps) -> Environment`, its name without the prefix, and `names() -> list[str]`.
@@ -100,11 +101,11 @@ def assemble(
     *,
     limit: int | None = None,
     max_steps: int | None = None,
-    costly_reset: bool = False,
+    **fields: Any,
 ) -> Environment:
-    """An `Environment` of a raw `reset(key)` and `step(key, state, action)` without reset.
+    """An `Environment` of a raw `reset(key)` and `step(key, state, action)`.
 
-    Observations become float32, rewards float32 scalars, flags bool scalars, states keep one dtype a leaf, and Box
+    Observations become float32, rewards float32 scalars, flags bool scalars, states keep one dtype per leaf, and Box
     actions are clipped.
 
     Args:
@@ -114,26 +115,23 @@ def assemble(
       step: -> (observation, state, reward, terminated, truncated).
       limit: the time limit in steps that `step` knows of itself.
       max_steps: the one that is imposed on it.
-      costly_reset: see `Environment`.
+      fields: others of `Environment`.
     """
 
     def cast_reset(key: Array) -> tuple[Array, PyTree]:
         observation, state = reset(key)
         return jnp.asarray(observation, jnp.float32), state
 
-    def cast_step(key: Array, state: PyTree, action: Array) -> tuple[Array, PyTree, Array, Array, Array]:
+    def cast_step(key: Array, state: PyTree, action: Array) -> Step:
         if isinstance(space, base.Box):
             action = jnp.clip(action, space.low, space.high)
         observation, state, reward, terminated, truncated = step(key, state, action)
-        return jnp.asarray(observation, jnp.float32), state, *outcome(reward, terminated, truncated, name)
+        return Step(jnp.asarray(observation, jnp.float32), state, *outcome(reward, terminated, truncated, name))
 
-    raw = fixed_dtypes(cast_reset, cast_step, base.zero_action(space), name)
-    if max_steps is not None:
-        raw = base.time_limit(*raw, max_steps)
-    shape = jax.eval_shape(raw[0], base.key_shape())[0].shape
-    limits = [steps for steps in (limit, max_steps) if steps is not None]
-    known = min(limits, default=None)
-    return Environment(name, shape, space, known, raw[0], base.auto_reset(*raw), raw[1], costly_reset)
+    fixed_reset, fixed_step = fixed_dtypes(cast_reset, cast_step, base.zero_action(space), name)
+    shape = jax.eval_shape(fixed_reset, base.key_shape())[0].shape
+    environment = Environment(name, shape, space, limit, fixed_reset, fixed_step, **fields)
+    return environment if max_steps is None else limit_steps(environment, max_steps)
 
 
 def flat(observation: PyTree) -> Array:

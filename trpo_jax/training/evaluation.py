@@ -13,7 +13,7 @@ from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.agents import make_agent, on_normalized
 from trpo_jax.training.loop import check_key
 from trpo_jax.training.recurrence import advance, initial_carries
-from trpo_jax.training.rollouts import reset_environments
+from trpo_jax.training.resets import reset_environments
 from trpo_jax.types import Config, TrainState
 
 
@@ -96,22 +96,23 @@ def evaluate(
 def _step_running(
     environment: Environment, keys: Array, running: Array, observation: Array, state: PyTree, action: Array
 ) -> tuple[Array, PyTree, Array, Array]:
-    """Step E environments with the keys of `step` [E], without drawing first states, which evaluation has no use for.
+    """Step E environments with the keys of training, and begin no episode, for only the first of each counts.
 
-    Those that have ended stand still, where the suite can be stepped so; else they begin another episode.
+    Those that have ended stand still. What resets itself goes on: to stop it would mean to step an old state again,
+    for which Gymnasium's host would have to play the whole episode once more.
 
     Returns:
       Observations and states, and of this step the rewards and whether it ended the episode, [E] each.
     """
-    advance_raw = environment.advance
-    if advance_raw is None:
-        result = jax.vmap(environment.step)(keys, state, action)
-        return result.observation, result.state, result.reward, result.terminated | result.truncated
 
     def step(key: Array, running: Array, observation: Array, state: PyTree, action: Array) -> tuple:
-        key_step, _ = jax.random.split(key)  # the other is that of a reset
-        *after, reward, terminated, truncated = advance_raw(key_step, state, action)
-        after = jax.tree.map(lambda new, old: jnp.where(running, new, old), tuple(after), (observation, state))
-        return *after, reward, terminated | truncated
+        if environment.restart is not None:
+            result = environment.step(key, state, action)
+            return result.observation, result.state, result.reward, result.done
+        result = environment.step(jax.random.split(key)[0], state, action)
+        after = jax.tree.map(
+            lambda new, old: jnp.where(running, new, old), (result.observation, result.state), (observation, state)
+        )
+        return *after, result.reward, result.done
 
     return jax.vmap(step)(keys, running, observation, state, action)

@@ -17,7 +17,8 @@ from trpo_jax.training.adaptation import init_control
 from trpo_jax.training.agents import Agent, check_networks, init_parameters, make_agent, on_normalized, on_trunk
 from trpo_jax.training.learning import Lesson, learn
 from trpo_jax.training.recurrence import initial_carries
-from trpo_jax.training.rollouts import EpisodeTotals, reset_environments, rollout
+from trpo_jax.training.resets import reset_environments
+from trpo_jax.training.rollouts import EpisodeTotals, rollout
 from trpo_jax.training.updates import init_policy_optimizer, init_value_optimizer
 from trpo_jax.types import Learned, Memory, Metrics, TrainState
 

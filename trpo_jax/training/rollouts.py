@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trpo_jax.environments.base import Environment, step_environments
-from trpo_jax.steps.types import Array, PyTree
+from trpo_jax.environments.base import Environment
+from trpo_jax.steps.types import Array
 from trpo_jax.training.recurrence import advance, restart
+from trpo_jax.training.resets import step_environments
 from trpo_jax.types import Network, TrainState, Transition
 
 
@@ -48,11 +49,11 @@ def rollout(
         key_action, key_step = keys
         memory, distribution = advance(policy, state.policy_params, memory, observation)
         action = distribution.sample(key_action)
-        result = step_environments(environment, key_step, env_state, action)
+        result, (next_observation, env_state) = step_environments(environment, key_step, env_state, action)
         transition = Transition(
-            observation, action, result.reward, result.terminated, result.truncated, result.next_observation
+            observation, action, result.reward, result.terminated, result.truncated, result.observation
         )
-        done = result.terminated | result.truncated
+        done = result.done
         episode_return, episode_length = episode_return + result.reward, episode_length + 1
         totals = EpisodeTotals(
             totals.count + done,
@@ -62,7 +63,7 @@ def rollout(
         episode_return = jnp.where(done, 0, episode_return)
         episode_length = jnp.where(done, 0, episode_length)
         memory = restart(policy, done, memory)
-        return (result.observation, memory, result.state, episode_return, episode_length, totals), transition
+        return (next_observation, memory, env_state, episode_return, episode_length, totals), transition
 
     # Summed an environment until the end: a reduction a step would be a kernel a step.
     none = jnp.zeros_like(state.episode_length)
@@ -86,8 +87,3 @@ def rollout(
         episode_length=episode_length,
     )
     return state, transitions, jax.tree.map(jnp.sum, totals)
-
-
-def reset_environments(environment: Environment, key: Array, num_envs: int) -> tuple[Array, PyTree]:
-    """First observations [N, ...] and states of N environments."""
-    return jax.vmap(environment.reset)(jax.random.split(key, num_envs))

@@ -1,0 +1,240 @@
+"""Environments made of others: each wrapper takes an `Environment` and returns one, so that they can be nested.
+
+    environment = hide_entries(make_environment("CartPole-v1"), [1, 3])  # positions without velocities
+    state, metrics = jax.jit(train)(Config(env=stack_frames(environment, 4)), key)
+
+A wrapper is right at the ends of episodes, keeps a mask of legal actions (or says in one sentence that it cannot), and
+adjusts `max_steps`. Make an environment once and keep it: each is another one to `jit`, which compiles for it anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trpo_jax.config import UsageError, check_number, shown
+from trpo_jax.environments.base import Array, Environment, PyTree, Step
+
+
+def limit_steps(environment: Environment, max_steps: int) -> Environment:
+    """`environment`, truncated after `max_steps` steps, beside whatever limit it has itself.
+
+    Raises:
+      UsageError: if `max_steps` is not a whole number, or the environment resets itself.
+    """
+    _check(environment, "limit_steps")
+    check_number("max_steps", max_steps, whole=True, interval="[1, 2147483647]")
+    if environment.restart is not None:
+        raise UsageError(
+            f"{environment.name} resets itself in its own step, so max_steps cannot be imposed on it; leave it out."
+        )
+
+    def follow(step: Step, time: Array) -> tuple[Step, Array]:
+        return step._replace(truncated=step.truncated | (time + 1 >= max_steps)), time + 1
+
+    known = min(max_steps, environment.max_steps or max_steps)
+    return _wrap(environment, lambda first: (first, jnp.int32(0)), follow, max_steps=known)
+
+
+def repeat_actions(environment: Environment, times: int) -> Environment:
+    """`environment`, stepped `times` times with each action; the rewards add up until the episode ends.
+
+    A step is then `times` of the environment's, in `max_steps` and wherever steps are counted. Its keys are split from
+    the step's.
+
+    Raises:
+      UsageError: if `times` is not a whole number from 1 to 1000, or the environment has a mask of legal actions.
+    """
+    _check(environment, "repeat_actions")
+    check_number("times", times, whole=True, interval="[1, 1000]")
+    if environment.action_mask is not None and times > 1:
+        raise UsageError(f"actions of {environment.name} cannot be repeated: one that is legal now may not stay so.")
+    if times == 1:
+        return environment
+
+    def step(key: Array, state: PyTree, action: Array) -> Step:
+        def again(before: Step, key: Array) -> tuple[Step, None]:
+            after = environment.step(key, before.state, action)
+            after = after._replace(reward=before.reward + after.reward)
+            return jax.tree.map(lambda old, new: jnp.where(before.done, old, new), before, after), None
+
+        none = jnp.zeros(environment.observation_shape), state, jnp.float32(0), jnp.bool_(False), jnp.bool_(False)
+        return jax.lax.scan(again, Step(*none), jax.random.split(key, times))[0]
+
+    limit = environment.max_steps
+    return dataclasses.replace(environment, step=step, max_steps=None if limit is None else -(-limit // times))
+
+
+def stack_frames(environment: Environment, num_frames: int) -> Environment:
+    """`environment` with its last `num_frames` observations in one, the latest last, side by side in the last axis.
+
+    D entries become num_frames · D, and a picture of C channels one of num_frames · C. At the start of an episode all
+    of them are the first observation.
+
+    Raises:
+      UsageError: if `num_frames` is not a whole number from 1 to 1000.
+    """
+    _check(environment, "stack_frames")
+    check_number("num_frames", num_frames, whole=True, interval="[1, 1000]")
+    shape = environment.observation_shape or (1,)  # a single number is a vector of one
+    width, mask = shape[-1], environment.action_mask
+
+    def begin(first: Array) -> tuple[Array, Array]:
+        frames = jnp.concatenate([first.reshape(shape)] * num_frames, axis=-1)
+        return frames, frames
+
+    def follow(step: Step, frames: Array) -> tuple[Step, Array]:
+        frames = jnp.concatenate([frames[..., width:], step.observation.reshape(shape)], axis=-1)
+        return step._replace(observation=frames), frames
+
+    def latest(observation: Array) -> Array:
+        latest = observation[..., -width:]
+        return latest if environment.observation_shape else latest[..., 0]
+
+    return _wrap(
+        environment,
+        begin,
+        follow,
+        observation_shape=(*shape[:-1], num_frames * width),
+        action_mask=None if mask is None else lambda observation: mask(latest(observation)),
+    )
+
+
+def flatten_observations(environment: Environment) -> Environment:
+    """`environment` with each observation as one vector, row by row."""
+    _check(environment, "flatten_observations")
+    shape, mask = environment.observation_shape, environment.action_mask
+
+    def whole(observation: Array) -> Array:
+        return observation.reshape(*observation.shape[:-1], *shape)
+
+    return _with_observations(
+        environment,
+        jnp.ravel,
+        observation_shape=(math.prod(shape),),
+        action_mask=None if mask is None else lambda observation: mask(whole(observation)),
+    )
+
+
+def hide_entries(environment: Environment, hidden: Sequence[int]) -> Environment:
+    """`environment` without some entries of its observations: a partially observed one, for a policy with a memory.
+
+    Args:
+      environment: its observations are vectors.
+      hidden: indices of the entries to leave out; negative ones count from the end.
+
+    Raises:
+      UsageError: if observations are no vectors, an index is not among theirs, none is left, or a mask of legal actions
+        is a function of them.
+    """
+    _check(environment, "hide_entries")
+    size = _vector_size(environment, "hide_entries")
+    if environment.action_mask is not None:
+        raise UsageError(
+            f"which actions of {environment.name} are legal follows from its whole observation, so no entry of it can "
+            "be hidden."
+        )
+    entries = np.asarray(hidden)
+    if entries.ndim != 1 or entries.dtype.kind not in "iu" or not ((-size <= entries) & (entries < size)).all():
+        raise UsageError(f"hidden must be indices among the {size} entries of {environment.name}, got {shown(hidden)}.")
+    kept = np.delete(np.arange(size), entries)
+    if not kept.size:
+        raise UsageError(f"hidden has all {size} entries of {environment.name}; leave one to be seen.")
+    return _with_observations(environment, lambda observation: observation[kept], observation_shape=kept.shape)
+
+
+def append_time(environment: Environment) -> Environment:
+    """`environment` with one entry more at the end of its observations: the share of the time limit that is gone.
+
+    Where a time limit is part of the task, what a state is worth depends on the time left, which is then observed.
+
+    Raises:
+      UsageError: if observations are no vectors, or the environment has no time limit.
+    """
+    _check(environment, "append_time")
+    size, limit = _vector_size(environment, "append_time"), environment.max_steps
+    mask = environment.action_mask
+    if limit is None:
+        raise UsageError(f"{environment.name} has no time limit of which a share could be gone; set one: limit_steps.")
+
+    def see(observation: Array, time: Array) -> Array:
+        return jnp.append(observation, time.astype(jnp.float32) / limit)
+
+    def begin(first: Array) -> tuple[Array, Array]:
+        return see(first, jnp.int32(0)), jnp.int32(0)
+
+    def follow(step: Step, time: Array) -> tuple[Step, Array]:
+        return step._replace(observation=see(step.observation, time + 1)), time + 1
+
+    return _wrap(
+        environment,
+        begin,
+        follow,
+        observation_shape=(size + 1,),
+        action_mask=None if mask is None else lambda observation: mask(observation[..., :-1]),
+    )
+
+
+def _wrap(
+    environment: Environment,
+    begin: Callable[[Array], tuple[Array, PyTree]],
+    follow: Callable[[Step, PyTree], tuple[Step, PyTree]],
+    **changes: Any,
+) -> Environment:
+    """`environment` with a state (its state, own), where `own` is the wrapper's.
+
+    Args:
+      environment: what is wrapped.
+      begin: the first observation of an episode -> what is seen of it, and `own`.
+      follow: (step, `own` before it) -> what is seen of it, and `own` after it.
+      changes: other fields of the `Environment`.
+    """
+    restart_inner = environment.restart
+
+    def seen(observation: Array, inner: PyTree) -> tuple[Array, PyTree]:
+        observation, own = begin(observation)
+        return observation, (inner, own)
+
+    def reset(key: Array) -> tuple[Array, PyTree]:
+        return seen(*environment.reset(key))
+
+    def step(key: Array, state: PyTree, action: Array) -> Step:
+        inner, own = state
+        result, own = follow(environment.step(key, inner, action), own)
+        return result._replace(state=(result.state, own))
+
+    def restart(key: Array, state: PyTree) -> tuple[Array, PyTree]:
+        assert restart_inner is not None
+        return seen(*restart_inner(key, state[0]))
+
+    changes["restart"] = None if restart_inner is None else restart
+    return dataclasses.replace(environment, reset=reset, step=step, **changes)
+
+
+def _with_observations(environment: Environment, see: Callable[[Array], Array], **changes: Any) -> Environment:
+    """`environment` with `see(observation)` in place of each observation."""
+
+    def follow(step: Step, own: PyTree) -> tuple[Step, PyTree]:
+        return step._replace(observation=see(step.observation)), own
+
+    return _wrap(environment, lambda first: (see(first), ()), follow, **changes)
+
+
+def _check(environment: Any, wrapper: str) -> None:
+    if not isinstance(environment, Environment):
+        raise UsageError(f"{wrapper} takes an Environment, got {shown(environment)}; make_environment makes one.")
+
+
+def _vector_size(environment: Environment, wrapper: str) -> int:
+    if len(environment.observation_shape) != 1:
+        raise UsageError(
+            f"{wrapper} needs observations that are vectors, and those of {environment.name} have shape "
+            f"{environment.observation_shape}; flatten_observations first."
+        )
+    return environment.observation_shape[0]

@@ -1,0 +1,70 @@
+"""First states of N environments, drawn at the start and wherever an episode ends."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from trpo_jax import backend
+from trpo_jax.environments.base import Environment, Step
+from trpo_jax.steps.types import Array, PyTree
+
+
+def reset_environments(environment: Environment, key: Array, num_envs: int) -> tuple[Array, PyTree]:
+    """First observations [N, ...] and states of N environments."""
+    return jax.vmap(environment.reset)(jax.random.split(key, num_envs))
+
+
+def step_environments(
+    environment: Environment, key: Array, state: PyTree, action: Array
+) -> tuple[Step, tuple[Array, PyTree]]:
+    """`Step`s of N environments, [N, ...], and the observations and states to go on from: where it ended, of the next.
+
+    Drawing first states can cost more than the step itself, and in most steps no episode ends: where branches are
+    cheap they are then not drawn at all. (Under `vmap` the branch becomes a selection, which costs what drawing always
+    costs.) Costly ones are drawn a few at a time, everywhere; what resets itself has drawn them already.
+    """
+    own = jax.random.split(key, action.shape[0])
+    if environment.restart is not None:
+        step = jax.vmap(environment.step)(own, state, action)
+        return step, _begin(step, jax.vmap(environment.restart)(own, step.state))
+
+    # The split that gymnax's own step makes, so that trajectories agree key by key.
+    def keys(which: int) -> Array:
+        return jax.vmap(jax.random.split)(own)[:, which]
+
+    step = jax.vmap(environment.step)(keys(0), state, action)
+    if environment.costly_reset:
+        return step, _begin_few(step, environment, keys(1))
+
+    def begin() -> tuple[Array, PyTree]:
+        return _begin(step, jax.vmap(environment.reset)(keys(1)))
+
+    if not backend.branches_are_cheap():
+        return step, begin()
+    return step, jax.lax.cond(jnp.any(step.done), begin, lambda: (step.observation, step.state))
+
+
+def _begin(step: Step, first: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+    """`first` observations and states where an episode ended, [N, ...], and elsewhere those of the step."""
+
+    def select(done: Array, first: PyTree, onward: PyTree) -> PyTree:
+        return jax.tree.map(lambda a, b: jnp.where(done, a, b), first, onward)
+
+    return jax.vmap(select)(step.done, first, (step.observation, step.state))
+
+
+def _begin_few(step: Step, environment: Environment, keys: Array) -> tuple[Array, PyTree]:
+    """The same, with first states drawn a sixteenth of N at a time, until there are enough."""
+    num_envs = keys.shape[0]
+    at_once = -(-num_envs // 16)
+
+    def draw(carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+        left, current = carry
+        (which,) = jnp.nonzero(left, size=at_once, fill_value=num_envs)  # beyond the last: written nowhere
+        first = jax.vmap(environment.reset)(keys[which])
+        current = jax.tree.map(lambda a, b: a.at[which].set(b, mode="drop"), current, first)
+        return left.at[which].set(False, mode="drop"), current
+
+    start = step.done, (step.observation, step.state)
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[0]), draw, start)[1]
