@@ -294,7 +294,8 @@ for name in ("FrozenLake-misc", "MetaMaze-misc"):
     assert (jax.jit(jax.vmap(reset))(jax.random.key(0)[None])[0] == first).all()
     environment = make_environment(name)
     environment.step(jax.random.key(1), environment.reset(jax.random.key(0))[1], 1)
-kept = [(n, k) for n, m in list(sys.modules.items()) for k, v in vars(m).items() if isinstance(v, jax.core.Tracer)]
+modules = [(name, module) for name, module in sys.modules.items() if type(module) is type(sys)]  # those that have run
+kept = [(n, k) for n, m in modules for k, v in vars(m).items() if issubclass(type(v), jax.core.Tracer)]
 assert not kept, kept
 """
     result = python("-c", code)
@@ -484,18 +485,29 @@ def test_default_policies_fit_the_action_space(name, distribution):
     assert isinstance(policy.apply(policy.init(jax.random.key(0), observation), observation), distribution)
 
 
-def test_plotting_libraries_load_when_something_is_drawn(python):
-    code = """
+DRAWING = """
 import sys
+{before}
 from trpo_jax import make_environment
 make_environment("Pong-misc")
-print(sorted({"matplotlib", "seaborn", "pandas"} & set(sys.modules)))
+print(sorted({{"matplotlib.figure", "seaborn.utils", "pandas"}} & set(sys.modules)))
 import gymnax.environments.misc.pong as pong
-print(pong.plt.Figure.__name__, pong.colors.ListedColormap.__name__)
-import matplotlib.pyplot
-print(matplotlib.pyplot.Figure is pong.plt.Figure)
+{after}
+print(pong.plt is matplotlib.pyplot is plt, pong.plt.Figure.__name__, pong.colors.ListedColormap.__name__)
+print(len(pong.sns.color_palette("cubehelix", 4)), "set_theme" in dir(seaborn))
 """
-    assert python("-c", code).stdout.splitlines() == ["[]", "Figure ListedColormap", "True"]
+IMPORTS = "import matplotlib.pyplot, matplotlib.pyplot as plt, seaborn"
+
+
+def test_plotting_libraries_run_when_something_is_drawn(python):
+    code = DRAWING.format(before="", after=IMPORTS)
+    assert python("-c", code).stdout.splitlines() == ["[]", "True Figure ListedColormap", "4 True"]
+
+
+def test_plotting_libraries_that_were_there_are_left_alone(python):
+    code = DRAWING.format(before=f"{IMPORTS}; plt.mark = seaborn.mark = 1", after="print(pong.plt.mark, pong.sns.mark)")
+    all_there = "['matplotlib.figure', 'pandas', 'seaborn.utils']"
+    assert python("-c", code).stdout.splitlines() == [all_there, "1 1", "True Figure ListedColormap", "4 True"]
 
 
 def test_parameters_are_given_by_name():
