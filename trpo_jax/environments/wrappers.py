@@ -112,7 +112,7 @@ def flatten_observations(environment: Environment) -> Environment:
     shape, mask = environment.observation_shape, environment.action_mask
 
     def whole(observation: Array) -> Array:
-        return observation.reshape(*observation.shape[:-1], *shape)
+        return observation.reshape((*observation.shape[:-1], *shape))
 
     return _with_observations(
         environment,
@@ -141,9 +141,10 @@ def hide_entries(environment: Environment, hidden: Sequence[int]) -> Environment
             "be hidden."
         )
     entries = np.asarray(hidden)
-    if entries.ndim != 1 or entries.dtype.kind not in "iu" or not ((-size <= entries) & (entries < size)).all():
+    are_indices = entries.dtype.kind in "iu" or entries.size == 0
+    if entries.ndim != 1 or not are_indices or not ((-size <= entries) & (entries < size)).all():
         raise UsageError(f"hidden must be indices among the {size} entries of {environment.name}, got {shown(hidden)}.")
-    kept = np.delete(np.arange(size), entries)
+    kept = np.delete(np.arange(size), entries.astype(int))
     if not kept.size:
         raise UsageError(f"hidden has all {size} entries of {environment.name}; leave one to be seen.")
     return _with_observations(environment, lambda observation: observation[kept], observation_shape=kept.shape)
