@@ -10,14 +10,14 @@ import pyarrow.parquet as parquet
 import pytest
 
 from trpo_jax.cli import main
-from trpo_jax.files import write_table
-from trpo_jax.runs import folders
+from trpo_jax.runs import runner
+from trpo_jax.runs.descriptions import write_table
 from trpo_jax.runs.folders import continue_run, open_run
-from trpo_jax.sweeps import blocks
-from trpo_jax.sweeps.blocks import Block, Checkpoint
+from trpo_jax.runs.metrics import METRICS
+from trpo_jax.sweeps.cohorts import Cut
 from trpo_jax.sweeps.grids import read_spec
 from trpo_jax.sweeps.in_folder import run_sweep
-from trpo_jax.sweeps.storage import Folder
+from trpo_jax.sweeps.storage import Block, Folder
 
 SIZE = {"num_envs": 2, "num_steps": 8, "cg_iterations": 2}
 FLAGS = [text for name, value in SIZE.items() for text in (f"--{name.replace('_', '-')}", str(value))]
@@ -39,8 +39,7 @@ def steady():
     """One iteration at a time, however slow the machine: checkpoints bear the same names every time."""
     jax.devices()  # started before `sweep` can make each core a device: one block at a time
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folders, "_CHUNK_SECONDS", 0)
-        patch.setattr(blocks, "_CALL_SECONDS", 0)
+        patch.setattr(runner, "_CHUNK_SECONDS", 0)
         yield
 
 
@@ -299,14 +298,14 @@ def test_rows_of_another_sweep_or_block_are_not_taken_for_this_ones(sweep, tmp_p
 
 def test_the_state_of_another_block_is_not_taken_for_this_ones(tmp_path, capsys):
     write_table(tmp_path / "sweep.json", {"seed": 0})
-    checkpoint = Checkpoint(np.ones(2), {}, 3)
+    cut = Cut(np.ones((1, 2)), {name: np.ones((1, 3), np.float32) for name in METRICS})
     first, second = (Block(0, number, number, number + 1) for number in range(2))
     folder = Folder(tmp_path)
-    folder.save(first, checkpoint)
-    assert np.array_equal(folder.restore(first, checkpoint).state, checkpoint.state)
+    folder.save(first, cut)
+    assert np.array_equal(folder.restore(first, cut.states).states, cut.states)
     (file,) = (tmp_path / "checkpoints").iterdir()
     swapped = file.rename(file.with_name(file.name.replace("00-0000", "00-0001")))
-    assert folder.restore(second, checkpoint) is None
+    assert folder.restore(second, cut.states) is None
     check_sentence(capsys.readouterr().err, swapped)
 
 

@@ -21,8 +21,8 @@ from trpo_jax.files import (
     remove_temporaries,
     sealed,
     write_atomically,
-    write_table,
 )
+from trpo_jax.runs.descriptions import write_table
 
 HOLD = """
 import sys, time

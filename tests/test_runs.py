@@ -13,7 +13,8 @@ import pytest
 
 from trpo_jax import Config, Metrics, UsageError, train
 from trpo_jax.cli import main
-from trpo_jax.files import locked, write_table
+from trpo_jax.files import locked
+from trpo_jax.runs.descriptions import write_table
 from trpo_jax.runs.folders import continue_run, create_run, newest_state, open_run
 from trpo_jax.runs.learning_curve import plot_learning_curve
 from trpo_jax.runs.metrics import failures, read_metrics
@@ -154,7 +155,7 @@ def test_two_at_once_are_refused_and_onlookers_are_not(run, capsys):
 def test_a_state_of_other_seeds_is_passed_over(run, tmp_path, capsys):
     shutil.copytree(run.path, tmp_path / "other")
     write_table(tmp_path / "other" / "config.json", {**run.description, "seed": 4})
-    with pytest.raises(UsageError, match=r"npz is of other seeds than config\.json names; restore it"):
+    with pytest.raises(UsageError, match=r"npz is of another run, whose settings differ; restore"):
         newest_state(open_run(tmp_path / "other"))
 
 

@@ -45,17 +45,6 @@ def read_json(path: str | os.PathLike[str], mend: str) -> dict[str, Any]:
         raise UsageError(f"{path} is damaged ({first_line(error)}); {mend}.") from error
 
 
-def origin(file: Path) -> str:
-    """A checksum of what a file of `write_table` asks for, whoever wrote it: what was made for it bears it.
-
-    Equal descriptions have equal ones, so that a folder may be copied, moved and renamed.
-    """
-    asked = {
-        name: value for name, value in json.loads(read_limited(file)).items() if name not in ("made_by", "checksum")
-    }
-    return f"{zlib.crc32(json.dumps(asked, sort_keys=True).encode()):08x}"
-
-
 def read_limited(path: str | os.PathLike[str]) -> bytes:
     """The bytes of a file of settings; raise `ValueError` if there are more than one can have."""
     with open(path, "rb") as file:
@@ -186,26 +175,23 @@ def is_intact(data: bytes) -> bool:
     return zlib.crc32(blank) == int(found[-1].group(1), 16)
 
 
-def write_table(file: Path, table: dict[str, Any], *, first: bool = False) -> None:
-    """Write names and values as sealed JSON; `first` is that of `write_atomically`."""
-    text = json.dumps({**table, "checksum": BLANK_SEAL}, indent=1) + "\n"
-    write_atomically(file, sealed(text.encode()), first=first)
-
-
-def check_seal(file: Path, mend: str) -> None:
-    """Raise `UsageError` if a file of `write_table` is not as it was written."""
-    if not is_intact(read_limited(file)):
-        raise UsageError(f"{file} is damaged (it was changed since it was written); {mend}.")
-
-
 # Folders
 
 
 @contextlib.contextmanager
-def locked(folder: Path, name: str = ".lock", mend: str = "wait for it, or choose another folder") -> Iterator[None]:
+def locked(
+    folder: Path, *within: str, name: str = ".lock", mend: str = "wait for it, or choose another folder"
+) -> Iterator[None]:
     """Hold a folder, made if need be, against a second process; a holder that is killed lets go by itself.
 
-    On a file system without locks nothing is held. A folder that was made for it and stays empty goes with the lock.
+    What killed processes left of files they were writing goes. A folder that was made for it and stays empty goes with
+    the lock. On a file system without locks nothing is held.
+
+    Args:
+      folder: the folder.
+      within: folders in it whose leftovers go too.
+      name: of the lock.
+      mend: the end of the sentence where another process holds it.
 
     Raises:
       UsageError: if another process holds the folder, which `mend` says what to do about, or it cannot be written to.
@@ -220,6 +206,7 @@ def locked(folder: Path, name: str = ".lock", mend: str = "wait for it, or choos
         raise UsageError(f"cannot write to {folder}: {error.strerror or error}; {WRITABLE}.") from error
     with lock:
         try:
+            remove_temporaries(folder, *(folder / inner for inner in within))
             yield
         finally:
             with contextlib.suppress(OSError):

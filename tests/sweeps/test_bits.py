@@ -40,7 +40,7 @@ save("sweep", jax.tree.map(lambda leaf: leaf.reshape(12, 4), metrics))
 def in_programs_of_the_sweep(agents):
     configs, keys = zip(*agents)
     configs = stack_configs(configs)
-    return programs.advance(configs, programs.start(configs, jax.numpy.stack(keys)), np.int32(4))
+    return programs.train(configs, programs.start(configs, jax.numpy.stack(keys)), np.int32(4))
 
 save("states", in_programs_of_the_sweep(agents))
 """
@@ -66,7 +66,7 @@ def trained(python, tmp_path_factory):
             "PYTHONPATH": "tests",
         }
         folder = tmp_path_factory.mktemp("bits")
-        check = "\nprint(jax.local_device_count(), programs.num_blocks, programs.agents_per_block)"
+        check = "\nprint(jax.local_device_count(), programs.num_devices, programs.agents_per_block)"
         result = python("-c", code + check, str(folder), env=flags, timeout=250)
         assert result.stdout == f"{devices} {devices} {12 // devices}\n", result.stderr
         for file in folder.iterdir():

@@ -12,7 +12,7 @@ from probes import Faulty, raw, same_bits, small_config
 
 from trpo_jax import Config, UsageError, init, sweep, train
 from trpo_jax.runs.metrics import METRICS
-from trpo_jax.sweeps import placement
+from trpo_jax.sweeps import cohorts, placement
 from trpo_jax.sweeps.grids import stack_configs
 
 
@@ -23,7 +23,7 @@ def test_384_agents_are_one_program_compiled_once(caplog):
         result = sweep(config, grid, jax.random.key(0), num_seeds=32, num_episodes=1)
     assert result.final_return.shape == (12, 32) and np.isfinite(result.final_return).all()
     names = re.findall(r"Finished XLA compilation of jit\(([\w<>]+)\)", caplog.text)
-    assert [name for name in names if name in ("init", "advance", "judge")] == ["init", "advance", "judge"]
+    assert [name for name in names if name in ("init", "train", "evaluate")] == ["init", "train", "evaluate"]
 
 
 def test_sweep_hands_out_what_it_was_asked_for():
@@ -172,9 +172,9 @@ def test_a_host_keeps_states_bit_for_bit():
     config = small_config(num_envs=2)
     programs = placement.compile_programs(config, 2, 0, jax.local_devices()[:1])
     states = programs.start(stack_configs([config] * 2), jax.random.split(jax.random.key(3), 2))
-    host = placement.to_host(states)
+    host = cohorts.to_host(states)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(host))
-    back = placement.from_host(host, programs.states)
+    back = cohorts.from_host(host, programs.states)
     assert same_bits(states, jax.tree.map(jnp.asarray, back))
     assert raw(back.key).tobytes() == raw(states.key).tobytes()
 

@@ -21,6 +21,7 @@ from test_damage import DAMAGES
 
 from trpo_jax import UsageError
 from trpo_jax.cli import main
+from trpo_jax.runs.metrics import METRICS
 from trpo_jax.sweeps import search, studies
 from trpo_jax.sweeps.grids import TUNING_SEEDS, make_spec
 from trpo_jax.sweeps.search import tune
@@ -131,9 +132,8 @@ def scores_of(config):
 def train_nothing(spec, alive, rung, num_rungs, programs):
     for trial in alive:
         end = search._end(rung, trial.config.num_iterations)
-        trial.states = ()
-        trial.rows = {name: np.ones((2, end), np.float32) for name in search.METRICS}
-        trial.rows["episode_return"] *= scores_of(trial.config)[:, None]
+        trial.cut = search.Cut((), {name: np.ones((2, end), np.float32) for name in METRICS})
+        trial.cut.metrics["episode_return"] *= scores_of(trial.config)[:, None]
         trial.score = float(search.interquartile_mean(scores_of(trial.config)))
 
 
@@ -431,16 +431,16 @@ def test_folder_of_any_name_holds_its_study(name, tmp_path, untrained, monkeypat
 @pytest.mark.parametrize(
     "rows, says",
     [
-        ({"num_episodes": 0}, r"no episode ended \(4 of 4\); raise total_steps, or let episodes judge"),
+        ({"num_episodes": 0}, r"no episode ended \(4 of 4\); raise total_steps, or let episodes evaluate"),
         ({"finite": 0}, r"a number was not finite \(4 of 4\); move the distributions in \[random\] to smaller steps"),
     ],
 )
 def test_search_without_a_score_says_what_happened(rows, says, tmp_path, monkeypatch):
     def train_groups(spec, alive, rung, num_rungs, programs):
         for trial in alive:
-            end, trial.states = search._end(rung, trial.config.num_iterations), ()
-            trial.rows = {name: np.full((2, end), rows.get(name, 1), np.float32) for name in search.METRICS}
-            trial.rows["episode_return"][:] = np.nan
+            end = search._end(rung, trial.config.num_iterations)
+            trial.cut = search.Cut((), {name: np.full((2, end), rows.get(name, 1), np.float32) for name in METRICS})
+            trial.cut.metrics["episode_return"][:] = np.nan
             trial.score = float("nan")
 
     monkeypatch.setattr(search, "_train_groups", train_groups)
@@ -477,8 +477,8 @@ def test_programs_are_compiled_once_and_only_a_few_are_kept(monkeypatch, tmp_pat
     def train_until(program, spec, group, rung):
         end = search._end(rung, group[0].config.num_iterations)
         for trial in group:
-            trial.states = ()
-            trial.rows = {name: np.full((2, end), trial.config.num_steps, np.float32) for name in search.METRICS}
+            metrics = {name: np.full((2, end), trial.config.num_steps, np.float32) for name in METRICS}
+            trial.cut = search.Cut((), metrics)
             trial.score = float(trial.config.num_steps)
 
     monkeypatch.setattr(search, "_compile", compile_programs)

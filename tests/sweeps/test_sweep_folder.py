@@ -19,6 +19,7 @@ from probes import SMALL_SWEEP
 
 from trpo_jax import UsageError
 from trpo_jax.cli import main
+from trpo_jax.runs.descriptions import made_by
 from trpo_jax.sweeps import in_folder
 from trpo_jax.sweeps.grids import read_spec
 from trpo_jax.sweeps.storage import Folder
@@ -218,7 +219,7 @@ def test_read_only_folder_is_one_sentence(finished, tmp_path, capsys, monkeypatc
 
 
 def test_what_rounds_otherwise_is_not_mixed_in_one_folder(finished, tmp_path, monkeypatch, capsys):
-    spec, begun = read_spec(finished.parent / "sweep.toml"), {**in_folder.versions(), "jaxlib": "0.4.1"}
+    spec, begun = read_spec(finished.parent / "sweep.toml"), {**made_by(), "jaxlib": "0.4.1"}
     for name, mend in (("threads", "set NPROC=77, and"), ("devices", "give --num-devices 77.")):
         Folder(tmp_path / name).describe(dataclasses.asdict(spec), {**begun, name: 77})
         with pytest.raises(UsageError, match=rf"with 77 {name}, and here there would be \d+, which .*; {mend}"):

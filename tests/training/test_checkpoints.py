@@ -173,8 +173,11 @@ def test_foreign_files(tmp_path, config):
     refusal(path, config)
     np.savez(path, __header__=np.frombuffer(b"\xff\xfe", np.uint8))
     refusal(path, config)
-    np.savez(path, __header__=np.frombuffer(b'{"format": "trpo_jax state 9", "keys": {}}', np.uint8))
-    assert "'trpo_jax state 9'" in refusal(path, config)
+    alone = "an earlier version of trpo_jax, whose states this one cannot read; continue with that one, or train anew"
+    for number, words in ((1, alone), (9, "a later version of trpo_jax")):
+        header = json.dumps({"format": f"trpo_jax state {number}", "keys": {}}).encode()
+        np.savez(path, __header__=np.frombuffer(header, np.uint8))
+        assert f"{path} was saved by {words}" in refusal(path, config)
     # Unpickling runs whatever code a file names: an array of objects is refused by its header, with no pickle after it.
     with zipfile.ZipFile(path, "w") as archive, archive.open("weights.npy", "w") as member:
         np.lib.format.write_array_header_1_0(member, {"descr": "|O", "fortran_order": False, "shape": (1,)})

@@ -19,7 +19,7 @@ from trpo_jax.files import drop_output, say
 if TYPE_CHECKING:
     from trpo_jax.runs.folders import Progress as RunProgress
     from trpo_jax.sweeps.dry_run import Outline
-    from trpo_jax.sweeps.progress import Progress as SweepProgress
+    from trpo_jax.sweeps.in_folder import Progress as SweepProgress
 
 
 class _Expendable:

@@ -1,24 +1,96 @@
-"""metrics.csv: one row per iteration and agent."""
+"""metrics.csv: one row per iteration and agent, and what is read from it."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import io
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from trpo_jax.config import UsageError, counted
+from trpo_jax.files import append, write_atomically
 from trpo_jax.types import Metrics
 
 METRICS = tuple(field.name for field in dataclasses.fields(Metrics))
-COLUMNS = ("iteration", "env_steps", "seed", *METRICS)
+_COLUMNS = ("iteration", "env_steps", "seed", *METRICS)
+_HEADER = ",".join(_COLUMNS).encode() + b"\n"
+Row = tuple[int, int, int, dict[str, float]]
+"""Iteration, environment steps of the agent, its seed, and its metrics."""
+
+
+class MetricsFile:
+    """metrics.csv of a run at work. Rows reach the disk before the state that comes after them.
+
+    So a checkpoint notes the length and the checksum of the rows it stands on; a kill may leave more than those.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / "metrics.csv"
+        try:
+            self._found = self.path.read_bytes()
+        except FileNotFoundError:
+            self._found = b""
+        except OSError as error:
+            raise UsageError(f"cannot read {self.path}: {error.strerror}; restore it.") from error
+        self._length, self._checksum = len(_HEADER), zlib.crc32(_HEADER)
+
+    @property
+    def note(self) -> list[int]:
+        """What a checkpoint notes of the rows so far."""
+        return [self._length, self._checksum]
+
+    @property
+    def num_lines(self) -> int:
+        """Whole lines that were found, the first one with the names of the columns."""
+        return self._found.count(b"\n")
+
+    def check(self, done: int, note: Mapping[str, Any]) -> None:
+        """Raise `UsageError` unless the rows that a checkpoint stands on are there, as they were."""
+        length, checksum = note["rows"]
+        if len(self._found) < length or zlib.crc32(self._found[:length]) != checksum:
+            raise UsageError(
+                f"{self.path} lacks rows of the {counted(done, 'iteration')} done; restore it, or train anew into "
+                "another folder."
+            )
+
+    def cut(self, note: Mapping[str, Any]) -> None:
+        """Drop the rows after those that a checkpoint stands on; without one, all of them."""
+        kept = self._found[: note["rows"][0]] if note else _HEADER
+        if kept != self._found:
+            write_atomically(self.path, kept)
+        self._length, self._checksum, self._found = len(kept), zlib.crc32(kept), b""
+
+    def append(self, rows: list[Row], mend: str) -> None:
+        """Write rows, through to the disk."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        for *numbers, metrics in rows:
+            writer.writerow([*numbers, *(f"{value:.9g}" for value in metrics.values())])  # nine digits hold a float32
+        append(self.path, text.getvalue(), mend)
+        self._length += len(text.getvalue())
+        self._checksum = zlib.crc32(text.getvalue().encode(), self._checksum)
+
+
+def rows_of(metrics: Mapping[str, np.ndarray], done: int, steps_per_iteration: int, seed: int) -> Iterator[Row]:
+    """The rows of some iterations, {name: [agents, length]}, of which the last one is number `done`."""
+    agents, length = next(iter(metrics.values())).shape
+    for i in range(length):
+        iteration = done - length + i + 1
+        for agent in range(agents):
+            values = {name: float(table[agent, i]) for name, table in metrics.items()}
+            yield iteration, iteration * steps_per_iteration, seed + agent, values
 
 
 def read_metrics(folder: Path) -> dict[str, np.ndarray]:
     """Columns of metrics.csv as arrays [rows]."""
     with open(folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    return {name: np.array([float(row[name]) for row in rows]) for name in COLUMNS}
+    return {name: np.array([float(row[name]) for row in rows]) for name in _COLUMNS}
 
 
 def failures(folder: Path) -> dict[int, int]:

@@ -1,16 +1,119 @@
-"""The runner under `train`, `sweep` and `tune`."""
+"""The runner under `train`, `sweep` and `tune`: a compiled program called chunk by chunk, with what happens in between.
+
+Chunks are the scan of `train` in pieces: where it is cut leaves no mark on the bits.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from trpo_jax.runs.metrics import METRICS
+from trpo_jax.types import Config, TrainState
+
+CAPACITY = 256  # iterations that a chunk can hold
+_CHUNK_SECONDS = 0.5  # aimed at: often enough to watch and to lose little, rare enough to cost nothing
+
+Program = Callable[[Config, TrainState, np.int32], Any]
+"""`program(configs, states, length)` -> (states, `Metrics` of [A, capacity]) after `length` ≤ capacity iterations."""
+
+
+class Chunk(NamedTuple):
+    """What one call of the program gave.
+
+    Attributes:
+      states: of the agents after it, [A, ...].
+      metrics: of its iterations, {name: [A, length]}.
+      done: iterations done after it.
+    """
+
+    states: TrainState
+    metrics: dict[str, np.ndarray]
+    done: int
+
+    @property
+    def length(self) -> int:
+        """Iterations of this call."""
+        return next(iter(self.metrics.values())).shape[1]
+
+
+def advance(
+    program: Program, configs: Config, states: TrainState, done: int, until: int, on_chunk: Callable[[Chunk], bool]
+) -> int:
+    """Train agents from iteration `done` until iteration `until`; return how many are done.
+
+    Args:
+      program: the compiled program; it may take over the memory of the states it is given.
+      configs: its settings.
+      states: of the agents, [A, ...].
+      done: iterations that they have behind them.
+      until: iterations that they shall have.
+      on_chunk: called after each chunk; says whether to go on.
+    """
+    length, going = 1, True
+    while done < until and going:
+        length = min(length, until - done, CAPACITY)
+        started = time.perf_counter()
+        states, metrics = jax.block_until_ready(program(configs, states, np.int32(length)))
+        seconds = time.perf_counter() - started
+        done += length
+        going = on_chunk(
+            Chunk(states, {name: np.asarray(getattr(metrics, name))[:, :length] for name in METRICS}, done)
+        )
+        # At most doubled from one to the next, so that one slow measurement cannot starve the display.
+        length = max(1, min(2 * length, int(length * _CHUNK_SECONDS / seconds)))
+    return done
+
+
+class Clock:
+    """How fast the work goes, and how long the rest of it takes.
+
+    Attributes:
+      total: env steps of all the work.
+      done: those that are done, whoever did them.
+      seconds: at work so far, compiling apart.
+    """
+
+    def __init__(self, total: float, done: float = 0.0):
+        self.total, self.done, self.seconds = total, done, 0.0
+        self._counted = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Count the time from now on."""
+        self._since = time.perf_counter()
+
+    def count(self, steps: float) -> None:
+        """Count env steps that were done since the last call."""
+        now = time.perf_counter()
+        self.done, self._counted = self.done + steps, self._counted + steps
+        self.seconds, self._since = self.seconds + now - self._since, now
+
+    @property
+    def share(self) -> float:
+        """Of all the work, done, in [0, 1]."""
+        return min(1.0, self.done / self.total)
+
+    @property
+    def steps_per_second(self) -> float:
+        """Env steps per second."""
+        return self._counted / self.seconds if self.seconds else 0.0
+
+    @property
+    def seconds_left(self) -> float:
+        """What the rest takes at that speed."""
+        return max(0.0, self.total - self.done) / self.steps_per_second if self._counted else float("inf")
 
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a flag, so that no chunk is lost half-written."""
+    """Turn the first Ctrl-C or SIGTERM into a flag, so that no chunk is lost half-written; a second one ends all."""
     received: list[int] = []
 
     def handle(number: int, _: Any) -> None:

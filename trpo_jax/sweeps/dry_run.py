@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from trpo_jax.settings import SETTINGS
-from trpo_jax.sweeps.grids import Group, Spec, plan, stack_configs
+from trpo_jax.sweeps.cohorts import Cohort
+from trpo_jax.sweeps.grids import Group, Spec, plan
 from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs
 
 
@@ -27,7 +27,7 @@ class Outline:
       agents_per_block: U, agents a device takes at a time.
       env_steps: of all its agents.
       memory: bytes that the largest of its programs needs on each device.
-      seconds: that training takes, as many times as one iteration took; compiling and judging apart.
+      seconds: that training takes, as many times as one iteration took; compiling and evaluation apart.
       static: the settings by which it differs from other groups.
     """
 
@@ -66,7 +66,7 @@ def outline(
         most = min(agents_per_block(group.num_agents, len(devices)), most_agents or group.num_agents)
         programs = fit_programs(group.configs[0], most, spec.num_episodes, devices)
         config = group.configs[0]
-        runs = -(-group.num_agents // (programs.agents_per_block * programs.num_blocks))
+        runs = -(-group.num_agents // programs.width)
         static = [n for n in varied if n != "env" and len({str(getattr(c, n)) for c in group.configs}) == 1]
         found.append(
             Outline(
@@ -86,10 +86,8 @@ def outline(
 
 def _seconds_per_iteration(programs: Programs, group: Group) -> float:
     """Time of one iteration on all devices, the second, whose results are dropped."""
-    members = np.arange(programs.agents_per_block * programs.num_blocks) % group.num_agents
-    configs = stack_configs([group.configs[i] for i in members])
-    states = programs.start(configs, group.keys[members])
-    for _ in range(2):
-        started = time.perf_counter()
-        states, _metrics = jax.block_until_ready(programs.advance(configs, states, np.int32(1)))
+    cohort = Cohort(programs, group.configs[: programs.width], group.keys[: programs.width])
+    cohort.train(1)
+    started = time.perf_counter()
+    cohort.train(2)
     return time.perf_counter() - started

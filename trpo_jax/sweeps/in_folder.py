@@ -4,26 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
-from collections.abc import Callable, Mapping
-from importlib.metadata import version
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from trpo_jax import __version__
 from trpo_jax.config import UsageError, counted
 from trpo_jax.files import say
-from trpo_jax.runs.metrics import METRICS
-from trpo_jax.runs.runner import interrupts
+from trpo_jax.runs.descriptions import made_by
+from trpo_jax.runs.runner import Clock, interrupts
 from trpo_jax.settings import SETTINGS
-from trpo_jax.sweeps.blocks import Block, Checkpoint, cut_into_blocks, failed_iteration, run_blocks, training_return
+from trpo_jax.sweeps.cohorts import Cohort, Cut, failed_iteration, join, training_return
 from trpo_jax.sweeps.grids import Group, Point, Spec, plan
-from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs, num_threads
-from trpo_jax.sweeps.progress import Clock, Progress, Watch
-from trpo_jax.sweeps.storage import Folder
-from trpo_jax.training.checkpoints import is_key
+from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs
+from trpo_jax.sweeps.storage import Block, Folder, cut_into_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a sweep is.
+
+    Attributes:
+      group: the group at work and the number of groups.
+      blocks: the blocks at work.
+      num_blocks: blocks of the group.
+      iteration: iterations those blocks have done, of `num_iterations`.
+      num_iterations: iterations of each agent of the group.
+      share: of all env steps of this process, done, in [0, 1].
+      steps_per_second: env steps per second since the start, compiling apart.
+      seconds_left: at that speed.
+    """
+
+    group: tuple[int, int]
+    blocks: list[Block]
+    num_blocks: int
+    iteration: int
+    num_iterations: int
+    share: float
+    steps_per_second: float
+    seconds_left: float
 
 
 def run_sweep(
@@ -43,7 +64,7 @@ def run_sweep(
       process: this process's number and how many there are; block b is done by process b mod the second.
       checkpoint_seconds: a block at work is saved so often.
       most_agents: agents a device takes in one program at most; None: as many as serve.
-      report: called after every call of a compiled program.
+      report: called after every chunk of iterations.
 
     Returns:
       How it ended: "complete" where all blocks of all processes are finished, "interrupted" by Ctrl-C or SIGTERM, or
@@ -53,70 +74,161 @@ def run_sweep(
       UsageError: if the spec, the folder or a file in it cannot be used; what is finished stays as it is.
     """
     points, groups = plan(spec)
-    folder, devices = Folder(path), jax.local_devices()
+    folder = Folder(path)
     with folder.locked(process[0]), interrupts() as interrupted:
-        folder.describe(dataclasses.asdict(spec), versions())
-        clock, checked = Clock(groups, process), False
-        for number, group in enumerate(groups):
-            settled = folder.program(number)
-            if settled and not unfinished(folder, group, number, settled, process):
-                clock.skip(number)
-                continue
-            checked = checked or _check_rounding(folder)
-            agents = settled["agents_per_block"] if settled else agents_per_block(group.num_agents, len(devices))
-            if most_agents:
-                agents = min(agents, most_agents)
-            programs = fit_programs(group.configs[0], agents, spec.num_episodes, devices)
-            about = {"agents": group.num_agents, "agents_per_block": programs.agents_per_block}
-            settled = folder.settle_program(number, {**about, "memory": programs.memory})
-            if settled["agents_per_block"] != programs.agents_per_block:
-                raise UsageError(
-                    f"{folder.path} was started with {settled['agents_per_block']} agents a device; there is not "
-                    f"enough memory free for them here, or other numbers were asked for ({programs.agents_per_block})."
-                )
-            pending = unfinished(folder, group, number, settled, process)
-            clock.begin(number, pending)
-            blank = _blank(programs, group.num_iterations)
-            saved = {block: found for block in pending if (found := folder.restore(block, blank))}
-            while pending:
-                # Blocks that stand at one iteration run together, the furthest first.
-                stands = {block: saved[block].done if block in saved else 0 for block in pending}
-                most = max(stands.values())
-                together = [block for block in pending if stands[block] == most][: len(devices)]
-                pending = [block for block in pending if block not in together]
-                watch = Watch(folder, together, checkpoint_seconds, interrupted, clock, report, most)
-                checkpoints = [saved.pop(block) for block in together] if most else None
-                for block, rows in run_blocks(programs, group, together, checkpoints, watch):
-                    folder.write_results(block, _rows_to_columns(spec, points, group, block, rows))
-                if interrupted():
-                    return "interrupted"
-    complete = all(
-        folder.is_finished(block)
-        for number, group in enumerate(groups)
-        for block in cut_into_blocks(group, number, (folder.program(number) or {})["agents_per_block"])
-    )
+        folder.describe(dataclasses.asdict(spec), made_by())
+        clock = Clock(sum(map(_steps_of, groups)) / process[1])
+        work = _Work(folder, spec, points, groups, process, checkpoint_seconds, most_agents, clock, interrupted, report)
+        for number in range(len(groups)):
+            work.train_group(number)
+            if interrupted():
+                return "interrupted"
+    numbers = range(len(groups))
+    complete = all(folder.is_finished(block) for number in numbers for block in work.blocks(number))
     return "complete" if complete else "shared"
 
 
-def unfinished(folder: Folder, group: Group, number: int, settled: Mapping[str, Any], process: tuple[int, int]) -> Any:
-    """The blocks of a group that this process has yet to do."""
-    blocks = cut_into_blocks(group, number, settled["agents_per_block"])
-    mine = [block for block in blocks if block.number % process[1] == process[0]]
-    return [block for block in mine if not folder.is_finished(block)]
+def _steps_of(group: Group) -> int:
+    """Env steps of all agents of a group."""
+    return group.num_agents * _steps_per_agent(group)
 
 
-def versions() -> dict[str, Any]:
-    """What the results were made by."""
-    packages = {name: version(name) for name in ("jax", "jaxlib", "gymnax", "flax")} | {"trpo_jax": __version__}
-    device = jax.local_devices()[0]
-    # Both decide last bits: XLA cuts sums into as many parts as it has threads, and compiles for a number of devices.
-    threads = {"threads": num_threads(), "devices": jax.local_device_count()} if device.platform == "cpu" else {}
-    return {"python": platform.python_version(), **packages, "device": device.device_kind, **threads}
+def _steps_per_agent(group: Group) -> int:
+    return group.num_iterations * group.configs[0].steps_per_iteration
 
 
-def _check_rounding(folder: Folder) -> Literal[True]:
+@dataclasses.dataclass
+class _Work:
+    """A sweep at work in its folder; see `run_sweep`."""
+
+    folder: Folder
+    spec: Spec
+    points: list[Point]
+    groups: list[Group]
+    process: tuple[int, int]
+    checkpoint_seconds: float
+    most_agents: int | None
+    clock: Clock
+    interrupted: Callable[[], bool]
+    report: Callable[[Progress], None]
+    rounding_checked: bool = False
+
+    def blocks(self, number: int) -> list[Block]:
+        """All blocks of a group, once its program is settled."""
+        settled = self.folder.program(number) or {}
+        return cut_into_blocks(self.groups[number].num_agents, number, settled["agents_per_block"])
+
+    def _pending(self, number: int) -> list[Block]:
+        """The blocks of a group that this process has yet to do."""
+        mine = [block for block in self.blocks(number) if block.number % self.process[1] == self.process[0]]
+        return [block for block in mine if not self.folder.is_finished(block)]
+
+    def train_group(self, number: int) -> None:
+        """Train what is left of a group's blocks."""
+        group, settled = self.groups[number], self.folder.program(number)
+        mine = _steps_of(group) / self.process[1]
+        if settled and not self._pending(number):
+            self.clock.done += mine
+            return
+        programs = self._settle(number, settled)
+        pending = self._pending(number)
+        self.clock.done += mine - sum(block.size for block in pending) * _steps_per_agent(group)
+        self.clock.start()
+        found = {block: self.folder.restore(block, programs.states) for block in pending}
+        cuts = {block: cut for block, cut in found.items() if cut}
+        while pending and not self.interrupted():
+            # Blocks that stand at one iteration run together, the furthest first.
+            stands = {block: cuts[block].done if block in cuts else 0 for block in pending}
+            most = max(stands.values())
+            together = [block for block in pending if stands[block] == most][: programs.num_devices]
+            pending = [block for block in pending if block not in together]
+            self._train_blocks(programs, together, [cuts.pop(block) for block in together] if most else None)
+
+    def _settle(self, number: int, settled: dict[str, Any] | None) -> Programs:
+        """Compile a group's programs, and settle how many agents they take."""
+        if not self.rounding_checked:
+            _check_rounding(self.folder)
+            self.rounding_checked = True
+        group, devices = self.groups[number], jax.local_devices()
+        agents = settled["agents_per_block"] if settled else agents_per_block(group.num_agents, len(devices))
+        agents = min(agents, self.most_agents or agents)
+        programs = fit_programs(group.configs[0], agents, self.spec.num_episodes, devices)
+        about = {"agents": group.num_agents, "agents_per_block": programs.agents_per_block, "memory": programs.memory}
+        settled = self.folder.settle_program(number, about)
+        if settled["agents_per_block"] != programs.agents_per_block:
+            raise UsageError(
+                f"{self.folder.path} was started with {settled['agents_per_block']} agents per device; there is not "
+                f"enough memory free for them here, or other numbers were asked for ({programs.agents_per_block})."
+            )
+        return programs
+
+    def _train_blocks(self, programs: Programs, blocks: list[Block], cuts: Sequence[Cut] | None) -> None:
+        """Train at most D blocks, one per device, from where all of them stand; write their results.
+
+        An interrupt saves them after the chunk at work.
+        """
+        group = self.groups[blocks[0].group]
+        members = [i for block in blocks for i in range(block.first, block.last)]
+        keys = group.keys[np.array(members)]
+        cohort = Cohort(programs, [group.configs[i] for i in members], keys, join(cuts) if cuts else None)
+        steps = len(members) * group.configs[0].steps_per_iteration  # of an iteration
+        self.clock.done += steps * cohort.done
+        ends = np.cumsum([block.size for block in blocks])
+        slices = [slice(end - block.size, end) for block, end in zip(blocks, ends, strict=True)]
+        saved = time.monotonic()
+
+        def on_chunk(length: int) -> bool:
+            nonlocal saved
+            self.clock.count(steps * length)
+            self.report(self._progress(blocks, cohort))
+            stop, late = self.interrupted(), time.monotonic() - saved >= self.checkpoint_seconds
+            if (stop or late) and cohort.done < group.num_iterations:
+                cut = cohort.cut()
+                for block, at in zip(blocks, slices, strict=True):
+                    self.folder.save(block, cut.take(at))
+                saved = time.monotonic()
+            return not stop
+
+        cohort.train(group.num_iterations, on_chunk)
+        if cohort.done < group.num_iterations:
+            return
+        outcome = {**cohort.metrics, "final_return": cohort.evaluate()}
+        for block, at in zip(blocks, slices, strict=True):
+            self.folder.write_results(block, self._columns(block, {name: v[at] for name, v in outcome.items()}))
+
+    def _progress(self, blocks: list[Block], cohort: Cohort) -> Progress:
+        number, group = blocks[0].group, self.groups[blocks[0].group]
+        return Progress(
+            group=(number, len(self.groups)),
+            blocks=blocks,
+            num_blocks=-(-group.num_agents // cohort.programs.agents_per_block),
+            iteration=cohort.done,
+            num_iterations=group.num_iterations,
+            share=self.clock.share,
+            steps_per_second=self.clock.steps_per_second,
+            seconds_left=self.clock.seconds_left,
+        )
+
+    def _columns(self, block: Block, outcome: dict[str, np.ndarray]) -> dict[str, Any]:
+        """A block's rows as the columns of its Parquet file."""
+        seeds, agents = self.spec.num_seeds, np.arange(block.first, block.last)
+        at = np.array(self.groups[block.group].points, np.int32)[agents // seeds]
+        configs = [self.points[i].config for i in at]
+        return {
+            "point": at,
+            "seed": (self.spec.seed + agents % seeds).astype(np.int32),
+            **{name: [getattr(config, name) for config in configs] for name in SETTINGS},
+            "env_steps": np.array([c.num_iterations * c.steps_per_iteration for c in configs], np.int64),
+            "final_return": outcome.pop("final_return"),
+            "training_return": training_return(outcome),
+            "failed_at": np.ma.masked_equal(failed_iteration(outcome), 0),
+            **outcome,
+        }
+
+
+def _check_rounding(folder: Folder) -> None:
     """Hold what decides the last bits against what the sweep was started with: refuse another pool, tell the rest."""
-    begun, here = folder.description().get("made_by", {}), versions()
+    begun, here = folder.description().get("made_by", {}), made_by()
     for name, mend in (("threads", "set NPROC={}, and --num-devices to no more"), ("devices", "give --num-devices {}")):
         if name in begun and name in here and begun[name] != here[name]:
             raise UsageError(
@@ -126,36 +238,3 @@ def _check_rounding(folder: Folder) -> Literal[True]:
     others = [f"{name} {begun[name]}" for name in here if name in begun and begun[name] != here[name]]
     if others:
         say(f"{folder.path} was started with {', '.join(others)}; the agents that are left may round otherwise.")
-    return True
-
-
-def _blank(programs: Programs, num_iterations: int) -> Checkpoint:
-    """Shapes of a block's checkpoint."""
-    size = programs.agents_per_block
-
-    def empty(leaf: Any) -> np.ndarray:
-        shape = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
-        return np.empty((size, *shape.shape[1:]), shape.dtype)
-
-    state = jax.tree.map(empty, programs.states)
-    return Checkpoint(state, {name: np.empty((size, num_iterations), np.float32) for name in METRICS}, 0)
-
-
-def _rows_to_columns(
-    spec: Spec, points: list[Point], group: Group, block: Block, rows: dict[str, np.ndarray]
-) -> dict[str, Any]:
-    """A block's rows as the columns of its Parquet file."""
-    agents = np.arange(block.first, block.last)
-    at = np.array(group.points, np.int32)[agents // spec.num_seeds]
-    configs = [points[i].config for i in at]
-    failed = failed_iteration(rows)
-    return {
-        "point": at,
-        "seed": (spec.seed + agents % spec.num_seeds).astype(np.int32),
-        **{name: [getattr(config, name) for config in configs] for name in SETTINGS},
-        "env_steps": np.array([c.num_iterations * c.steps_per_iteration for c in configs], np.int64),
-        "final_return": rows["final_return"],
-        "training_return": training_return(rows),
-        "failed_at": np.ma.masked_equal(failed, 0),
-        **{name: rows[name] for name in METRICS},
-    }

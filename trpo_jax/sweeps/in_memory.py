@@ -11,7 +11,7 @@ import numpy as np
 
 from trpo_jax.config import UsageError, shown
 from trpo_jax.runs.metrics import METRICS
-from trpo_jax.sweeps.blocks import cut_into_blocks, failed_iteration, run_blocks
+from trpo_jax.sweeps.cohorts import Cohort, failed_iteration
 from trpo_jax.sweeps.grids import Spec, check_numbers, make_groups, make_points
 from trpo_jax.sweeps.placement import agents_per_block, fit_programs
 from trpo_jax.training.loop import check_key
@@ -27,7 +27,7 @@ def sweep(
     num_episodes: int = 16,
     devices: Sequence[Any] | None = None,
 ) -> SweepResult:
-    """Train every combination of settings over seeds, and judge each agent.
+    """Train every combination of settings over seeds, and evaluate each agent.
 
     All combinations that differ in traced settings alone are one compiled program; agents are spread over `devices`,
     and taken in blocks where memory asks for it. Not to be called inside `jit`: it compiles and runs by itself.
@@ -36,8 +36,8 @@ def sweep(
       config: the settings that all share.
       grid: {setting: values}; every combination is a point, the last setting varying fastest.
       key: a typed PRNG key; all points share the `num_seeds` keys split from it.
-      num_seeds: S, agents a point.
-      num_episodes: episodes by the policy's mode that judge each agent at the end; 0: none.
+      num_seeds: S, agents per point.
+      num_episodes: episodes by the policy's mode that evaluate each agent at the end; 0: none.
       devices: where to run; by default all devices of this process.
 
     Returns:
@@ -63,14 +63,16 @@ def sweep(
     for group in groups:
         most = agents_per_block(group.num_agents, len(devices))
         programs = fit_programs(group.configs[0], most, num_episodes, devices)
-        blocks = cut_into_blocks(group, 0, programs.agents_per_block)
-        for first in range(0, len(blocks), len(devices)):
-            for block, rows in run_blocks(programs, group, blocks[first : first + len(devices)]):
-                agents = np.arange(block.first, block.last)
-                at = np.array(group.points)[agents // num_seeds], agents % num_seeds
-                for name in METRICS:
-                    metrics[name][(*at, slice(group.num_iterations))] = rows[name]
-                final_return[at], failed_at[at] = rows["final_return"], failed_iteration(rows)
+        for first in range(0, group.num_agents, programs.width):
+            last = first + programs.width
+            cohort = Cohort(programs, group.configs[first:last], group.keys[first:last])
+            cohort.train(group.num_iterations)
+            agents = np.arange(first, first + cohort.size)
+            at = np.array(group.points)[agents // num_seeds], agents % num_seeds
+            found = cohort.metrics
+            for name in METRICS:
+                metrics[name][(*at, slice(group.num_iterations))] = found[name]
+            final_return[at], failed_at[at] = cohort.evaluate(), failed_iteration(found)
     return SweepResult([point.varied for point in points], Metrics(**metrics), final_return, failed_at)
 
 

@@ -19,13 +19,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trpo_jax import backend
 from trpo_jax.config import UsageError
-from trpo_jax.training.checkpoints import is_key
-from trpo_jax.training.evaluation import evaluate
+from trpo_jax.runs.runner import CAPACITY
+from trpo_jax.training import evaluation
 from trpo_jax.training.loop import init, train_chunk
 from trpo_jax.training.memory import check_memory, free_memory, program_memory
 from trpo_jax.types import Config, TrainState
 
-CAPACITY = 256  # rows of metrics that a call can hold
 _SHARE_OF_FREE_MEMORY = 0.8
 _AFTER_LAST = 2**32 - 2  # folded into an agent's key for its evaluation; no iteration bears this number
 _AGENTS = "agents"
@@ -36,22 +35,28 @@ class Programs(NamedTuple):
 
     Attributes:
       start: (configs, keys) -> states.
-      advance: (configs, states, number of iterations ≤ CAPACITY) -> (states, metrics [D·U, capacity]); takes over
+      train: (configs, states, number of iterations ≤ CAPACITY) -> (states, metrics [D·U, capacity]); takes over
         the memory of the states.
-      judge: (configs, states) -> mean return of the policy's mode over fresh episodes; None where none were asked for.
+      evaluate: (configs, states) -> mean return of the policy's mode over fresh episodes; None where none were asked
+        for.
       agents_per_block: U.
-      num_blocks: D, devices.
+      num_devices: D.
       memory: bytes that the largest of them needs on each device.
       states: shapes of the states, [D·U, ...].
     """
 
     start: Any
-    advance: Any
-    judge: Any
+    train: Any
+    evaluate: Any
     agents_per_block: int
-    num_blocks: int
+    num_devices: int
     memory: int
     states: TrainState
+
+    @property
+    def width(self) -> int:
+        """Agents side by side, D·U."""
+        return self.num_devices * self.agents_per_block
 
 
 def agents_per_block(num_agents: int, num_devices: int) -> int:
@@ -87,23 +92,21 @@ def compile_programs(config: Config, agents: int, num_episodes: int, devices: Se
     mesh = Mesh(np.array(devices), (_AGENTS,))
     capacity = min(config.num_iterations, CAPACITY)
 
-    def advance(config: Config, state: TrainState, length: Any) -> Any:
+    def train(config: Config, state: TrainState, length: Any) -> Any:
         return train_chunk(config, state, length, capacity=capacity)
 
-    def judge(config: Config, state: TrainState) -> Any:
+    def evaluate(config: Config, state: TrainState) -> Any:
         key = jax.random.fold_in(state.key, _AFTER_LAST)
-        return jnp.mean(evaluate(config, state, key, num_episodes=num_episodes).episode_return)
+        return jnp.mean(evaluation.evaluate(config, state, key, num_episodes=num_episodes).episode_return)
 
     configs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((total,), np.float32), config)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), total))
     start = _compile(init, mesh, configs, keys)
     states = jax.eval_shape(jax.vmap(init), configs, keys)
-    compiled = [start, _compile(advance, mesh, configs, states, jax.ShapeDtypeStruct((), np.int32), donate=1)]
-    if num_episodes:
-        compiled.append(_compile(judge, mesh, configs, states))
-    memory = max(program_memory(program) for program in compiled)
-    judge_or_none = compiled[2] if num_episodes else None
-    return Programs(compiled[0], compiled[1], judge_or_none, agents, len(devices), memory, states)
+    chunk = _compile(train, mesh, configs, states, jax.ShapeDtypeStruct((), np.int32), donate=1)
+    mode = _compile(evaluate, mesh, configs, states) if num_episodes else None
+    memory = max(program_memory(program) for program in (start, chunk, mode) if program)
+    return Programs(start, chunk, mode, agents, len(devices), memory, states)
 
 
 def _compile(function: Callable[..., Any], mesh: Mesh, *arguments: Any, donate: int | None = None) -> Any:
@@ -127,28 +130,6 @@ def _compile(function: Callable[..., Any], mesh: Mesh, *arguments: Any, donate: 
         donate_argnums=() if donate is None else donate,
     )
     return jitted.lower(*arguments).compile()
-
-
-def to_host(states: TrainState) -> TrainState:
-    """NumPy copies of states; typed PRNG keys as their raw data."""
-    return jax.tree.map(lambda leaf: np.array(jax.random.key_data(leaf) if is_key(leaf) else leaf), states)
-
-
-def from_host(states: TrainState, like: TrainState) -> TrainState:
-    """States that the programs take, from what `to_host` gave; `like` says where the keys are."""
-    impls = {jax.random.key(0, impl=name).dtype: name for name in ("threefry2x32", "rbg", "unsafe_rbg")}
-
-    def restore(array: Any, leaf: Any) -> Any:
-        return jax.random.wrap_key_data(array, impl=impls[leaf.dtype]) if is_key(leaf) else array
-
-    return jax.tree.map(restore, states, like)
-
-
-def num_threads() -> int:
-    """Threads in the pool that XLA computes with on a CPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    asked = os.environ.get("NPROC", "")
-    return max(int(asked) if asked.isdigit() and int(asked) else cores, jax.local_device_count())
 
 
 def connect_hosts(

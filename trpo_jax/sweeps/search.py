@@ -21,13 +21,12 @@ import numpy as np
 
 from trpo_jax.config import UsageError, counted
 from trpo_jax.files import write_atomically
-from trpo_jax.runs.metrics import METRICS
+from trpo_jax.runs.descriptions import made_by
 from trpo_jax.settings import is_whole, settings_of
-from trpo_jax.sweeps.blocks import failed_iteration, training_return
-from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, make_point, stack_configs, static_part
-from trpo_jax.sweeps.in_folder import versions
+from trpo_jax.sweeps.cohorts import Cohort, failed_iteration, join, training_return
+from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, make_point, static_part
 from trpo_jax.sweeps.iqm import interquartile_mean
-from trpo_jax.sweeps.placement import CAPACITY, Programs, agents_per_block, fit_programs, from_host, to_host
+from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs
 from trpo_jax.sweeps.studies import Study, open_study
 from trpo_jax.training.agents import make_agent
 
@@ -44,16 +43,14 @@ class Trial:
     Attributes:
       asked: Optuna's trial.
       config: its `Config`; None where its settings do not go together.
-      states: states of its agents [S, ...] on the host; None before the first iteration.
-      rows: metrics of its agents {name: [S, iterations]}.
+      cut: where its S agents stand, a `Cut`; None before the first iteration, and where it stopped.
       score: IQM over its agents after the last stage that it reached.
       why: it has no score, if it has none.
     """
 
     asked: Any
     config: Any
-    states: Any = None
-    rows: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    cut: Any = None
     score: float = float("nan")
     why: str = ""
 
@@ -85,7 +82,7 @@ def tune(
 
     Args:
       path: folder for the study and for best.toml, which is there from the first batch on.
-      spec: base settings, distributions and their count, the number of trials; `num_seeds` agents a trial. Its seeds
+      spec: base settings, distributions and their count, the number of trials; `num_seeds` agents per trial. Its seeds
         are `TUNING_SEEDS` and the ones after it, which no sweep and no `train` by default uses.
       batch: trials proposed and trained together.
       storage: Optuna's storage URL; by default an SQLite file in the folder. Machines that share one search together
@@ -105,7 +102,7 @@ def tune(
     make_agent(make_point(spec.base, lower).config)  # bad input shows before anything is written
     programs: dict[Any, Programs] = {}
     count = spec.random["count"]
-    with open_study(path, spec, storage, versions()) as study:
+    with open_study(path, spec, storage, made_by()) as study:
         file = Path(path) / "best.toml"
         with study.at_work():
             told, best = study.num_told(), study.best()
@@ -144,7 +141,7 @@ def _blame(study: Study, path: str | os.PathLike[str], told: int) -> str:
         reasons = study.reasons().most_common()
     happened = ", ".join(f"{why} ({number} of {told})" for why, number in reasons) or f"all {told} stopped early"
     mend = {
-        _NO_EPISODE: "raise total_steps, or let episodes judge with num_episodes",
+        _NO_EPISODE: "raise total_steps, or let episodes evaluate with num_episodes",
         _NOT_FINITE: "move the distributions in [random] to smaller steps, or see what the environment gives",
     }.get(reasons[0][0] if reasons else "", "move the distributions in [random]")
     return f"no trial in {path} has a score: {happened}; {mend}, and choose another --output."
@@ -180,20 +177,20 @@ def _run_batch(study: Study, spec: Spec, trials: list[Trial], programs: dict[Any
     rungs = _distinct_rungs(min((trial.config.num_iterations for trial in alive), default=1))
     for rung in rungs:
         _train_groups(spec, alive, rung, len(rungs), programs)
-        alive = [trial for trial in alive if trial.states is not None]
+        alive = [trial for trial in alive if trial.cut]
         for trial in alive:
             if rung < 1:
-                trial.score = float(interquartile_mean(training_return(trial.rows)))
+                trial.score = float(interquartile_mean(training_return(trial.cut.metrics)))
             trial.why = "" if np.isfinite(trial.score) else _why(trial)
         with study.at_work():
             for trial in alive:
                 if np.isfinite(trial.score):
-                    trial.asked.report(trial.score, step=trial.rows["finite"].shape[1])
+                    trial.asked.report(trial.score, step=trial.cut.done)
         if rung < 1 and any(np.isfinite(trial.score) for trial in alive):  # else nothing is known yet
             alive.sort(key=lambda trial: -np.nan_to_num(trial.score, nan=-np.inf))
             keep = -(-len(alive) // 2)
             for trial in alive[keep:]:
-                trial.states = None
+                trial.cut = None
             alive = alive[:keep]
     done = {trial.asked.number for trial in alive if np.isfinite(trial.score)}
     with study.at_work():
@@ -205,11 +202,11 @@ def _run_batch(study: Study, spec: Spec, trials: list[Trial], programs: dict[Any
 
 
 def _why(trial: Trial) -> str:
-    return _NOT_FINITE if failed_iteration(trial.rows).any() else _NO_EPISODE
+    return _NOT_FINITE if failed_iteration(trial.cut.metrics).any() else _NO_EPISODE
 
 
 def _train_groups(spec: Spec, alive: list[Trial], rung: float, num_rungs: int, programs: dict[Any, Programs]) -> None:
-    """Advance all trials to a share of their iterations, group by group of those that share a program.
+    """Train all trials to a share of their iterations, group by group of those that share a program.
 
     Those whose programs are compiled come first; then a program takes the place of the one that was used the longest
     ago: a process can hold only so many.
@@ -227,7 +224,7 @@ def _train_groups(spec: Spec, alive: list[Trial], rung: float, num_rungs: int, p
                 programs[shape] = _compile(spec, groups[shape], num_rungs)
             except UsageError as error:  # it does not fit into memory
                 for trial in groups[shape]:
-                    trial.why, trial.states = str(error).rstrip("."), None
+                    trial.why, trial.cut = str(error).rstrip("."), None
                 continue
         programs[shape] = programs.pop(shape)  # the newest is the last
         _train_until(programs[shape], spec, groups[shape], rung)
@@ -256,54 +253,22 @@ def _tuning_keys(first: int, count: int) -> jax.Array:
 
 
 def _train_until(programs: Programs, spec: Spec, group: list[Trial], rung: float) -> None:
-    """Advance every trial of a group to a share of its iterations; judge it when that is all."""
-    seeds = _tuning_keys(spec.seed, spec.num_seeds)
-    agents = [(trial, i) for trial in group for i in range(spec.num_seeds)]
-    width = programs.agents_per_block * programs.num_blocks
-    end = _end(rung, group[0].config.num_iterations)
-    parts = []
-    for first in range(0, len(agents), width):
-        members = agents[first : first + width]
-        padded = members + members[:1] * (width - len(members))
-        configs = stack_configs([trial.config for trial, _ in padded])
-        if group[0].states is None:
-            states, done = programs.start(configs, seeds[np.array([i for _, i in padded])]), 0
-        else:
-            one_by_one = [jax.tree.map(lambda leaf, i=i: leaf[i], trial.states) for trial, i in padded]
-            states = from_host(jax.tree.map(lambda *leaves: np.stack(leaves), *one_by_one), programs.states)
-            done = group[0].rows["finite"].shape[1]
-        rows: dict[str, list[np.ndarray]] = {name: [] for name in METRICS}
-        while done < end:
-            length = min(CAPACITY, end - done)
-            states, metrics = programs.advance(configs, states, np.int32(length))
-            for name in METRICS:
-                rows[name].append(np.asarray(getattr(metrics, name))[:, :length])
-            done += length
-        judged = np.asarray(programs.judge(configs, states)) if rung == 1 and programs.judge else None
-        table = {name: np.concatenate(values, axis=1) for name, values in rows.items() if values}
-        parts.append((members, to_host(states), table, judged))
-    _hand_out(parts, spec, rung)
-
-
-def _hand_out(parts: list[Any], spec: Spec, rung: float) -> None:
-    """Give every trial the states, rows and scores of its agents."""
-    states: dict[int, list[Any]] = {}
-    rows: dict[int, list[Any]] = {}
-    judged: dict[int, list[float]] = {}
-    trials: dict[int, Trial] = {}
-    for members, host, table, scores in parts:
-        for at, (trial, _) in enumerate(members):
-            number = trial.asked.number
-            trials[number] = trial
-            states.setdefault(number, []).append(jax.tree.map(lambda leaf, at=at: leaf[at], host))
-            rows.setdefault(number, []).append({name: values[at] for name, values in table.items()})
-            if scores is not None:
-                judged.setdefault(number, []).append(float(scores[at]))
-    for number, trial in trials.items():
-        trial.states = jax.tree.map(lambda *leaves: np.stack(leaves), *states[number])
-        for name in rows[number][0]:
-            new = np.stack([row[name] for row in rows[number]])
-            trial.rows[name] = np.concatenate([trial.rows[name], new], axis=1) if name in trial.rows else new
+    """Train every trial of a group to a share of its iterations; score it when that is all."""
+    seeds = spec.num_seeds
+    keys = _tuning_keys(spec.seed, seeds)[np.tile(np.arange(seeds), len(group))]
+    configs = [trial.config for trial in group for _ in range(seeds)]
+    before = join([trial.cut for trial in group]) if group[0].cut else None
+    cuts, scores = [], []
+    for first in range(0, len(configs), programs.width):
+        part = slice(first, first + programs.width)
+        cohort = Cohort(programs, configs[part], keys[part], before.take(part) if before else None)
+        cohort.train(_end(rung, group[0].config.num_iterations))
+        cuts.append(cohort.cut())
         if rung == 1:
-            scores = np.array(judged[number]) if number in judged else training_return(trial.rows)
-            trial.score = float(interquartile_mean(scores))
+            scores.append(cohort.evaluate() if spec.num_episodes else training_return(cohort.metrics))
+    after = join(cuts)
+    for i, trial in enumerate(group):
+        mine = slice(i * seeds, (i + 1) * seeds)
+        trial.cut = after.take(mine)
+        if rung == 1:
+            trial.score = float(interquartile_mean(np.concatenate(scores)[mine]))

@@ -2,7 +2,7 @@
 
     sweep.json                         what was asked for, and the versions that do it
     programs/00.json                   a group of agents that share a program: its size and how it is cut into blocks
-    results/00-0000.parquet            a finished block, one row an agent; metrics are lists, one entry an iteration
+    results/00-0000.parquet            a finished block, one row per agent; metrics are lists, one entry per iteration
     checkpoints/00-0000-00000012.npz   the newest state of a block at work; removed when the block is finished
 
 Every file is written under another name and renamed, so that it is there and whole, or not there; each holds a
@@ -13,34 +13,45 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from trpo_jax.config import UsageError, counted, first_line
-from trpo_jax.files import (
-    BLANK_SEAL,
-    check_seal,
-    is_fresh,
-    is_intact,
-    locked,
-    origin,
-    read_json,
-    remove_temporaries,
-    say,
-    sealed,
-    write_atomically,
-    write_table,
-)
-from trpo_jax.sweeps.blocks import Block, Checkpoint
-from trpo_jax.training.checkpoints import read, save
+from trpo_jax.files import BLANK_SEAL, is_intact, locked, say, sealed, write_atomically
+from trpo_jax.runs.descriptions import check_equal, is_begun, origin, read_table, restore_or_anew, write_table
+from trpo_jax.sweeps.cohorts import Cut, blank
+from trpo_jax.training.checkpoints import Checkpoints, without_mend
+from trpo_jax.types import TrainState
 
 _CONTINUES = "what is finished is safe, and the same command continues when the folder can be written to"
+
+
+class Block(NamedTuple):
+    """Agents that one device takes in one program: those from `first` up to `last` of a group."""
+
+    group: int
+    number: int
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.group:02d}-{self.number:04d}"
+
+    @property
+    def size(self) -> int:
+        """How many agents it has."""
+        return self.last - self.first
+
+
+def cut_into_blocks(num_agents: int, group: int, most: int) -> list[Block]:
+    """Blocks of at most `most` agents of a group."""
+    starts = range(0, num_agents, most)
+    return [Block(group, i, first, min(first + most, num_agents)) for i, first in enumerate(starts)]
 
 
 class Folder:
@@ -51,44 +62,27 @@ class Folder:
         self._finished: set[Block] = set()  # whose files were seen to be sound
         self._origin = ""
 
-    def describe(self, description: dict[str, Any], made_by: dict[str, Any]) -> None:
+    def describe(self, description: Mapping[str, Any], made_by: Mapping[str, Any]) -> None:
         """Write sweep.json, or compare with the one that is there.
 
         Raises:
           UsageError: if the folder holds another sweep or something else, or cannot be written to.
         """
-        if not self._is_begun():
-            write_table(self.path / "sweep.json", {**description, "made_by": made_by}, first=True)
-        found = self.description()
-        # Compared as JSON has them: a tuple is a list there.
-        asked = json.loads(json.dumps(description))
-        changed = [name for name in {**asked, **found} if name != "made_by" and found.get(name) != asked.get(name)]
-        if changed:
-            raise UsageError(
-                f"{self.path} holds a sweep with another {', '.join(changed)}; choose another --output, or restore the "
-                "file that the sweep was started with."
-            )
-
-    def _is_begun(self) -> bool:
-        """Whether there is a sweep; raise `UsageError` for a folder of something else."""
         file = self.path / "sweep.json"
-        if is_fresh(self.path, file.name):
-            return False
-        # What was seen may be another process's beginning of this sweep, which writes sweep.json first.
-        if not file.exists():
-            raise UsageError(f"{self.path} exists and is not the folder of a sweep; choose another --output.")
-        return True
+        if not is_begun(file, "sweep"):
+            write_table(file, {**description, "made_by": made_by}, first=True)
+        found = self.description()
+        mend = "choose another --output, or restore the file that the sweep was started with"
+        check_equal(self.path, "sweep", {**description, "made_by": found.get("made_by")}, found, mend)
 
     def description(self) -> dict[str, Any]:
         """What sweep.json says; raises `UsageError` if it is missing or damaged."""
         file = self.path / "sweep.json"
-        found = self._read_json(file)
+        found = read_table(file, "sweep")
         made_by = found.get("made_by", {})
         sound = isinstance(made_by, dict) and type(made_by.get("threads", 1)) is int
         if not sound or type(found.get("num_episodes", 0)) is not int:
-            raise UsageError(
-                f"{file} is damaged (made_by or num_episodes); restore it or sweep anew into another folder."
-            )
+            raise UsageError(f"{file} is damaged (made_by or num_episodes); {restore_or_anew('sweep')}.")
         return found
 
     def _mark(self, block: Block | str) -> str:
@@ -106,41 +100,26 @@ class Folder:
         file = self.path / "programs" / f"{group:02d}.json"
         if not file.exists():
             return None
-        program = self._read_json(file)
+        program = read_table(file, "sweep")
         if not isinstance(program.get("agents_per_block"), int) or program["agents_per_block"] < 1:
-            raise UsageError(f"{file} is damaged (it has no agents_per_block); restore it or sweep anew.")
+            raise UsageError(f"{file} is damaged (it has no agents_per_block); {restore_or_anew('sweep')}.")
         return program
 
     def settle_program(self, group: int, program: dict[str, Any]) -> dict[str, Any]:
         """Settle a group's program; where several processes try, the first one's counts for all."""
         file = self.path / "programs" / f"{group:02d}.json"
         write_table(file, program, first=True)
-        return self._read_json(file)
-
-    def _read_json(self, file: Path) -> dict[str, Any]:
-        mend = "restore it or sweep anew into another folder"
-        try:
-            value = read_json(file, mend)
-        except (FileNotFoundError, NotADirectoryError):
-            raise UsageError(f"{self.path} is not the folder of a sweep (there is no {file}).") from None
-        check_seal(file, mend)
-        value.pop("checksum", None)
-        return value
+        return read_table(file, "sweep")
 
     @contextlib.contextmanager
     def locked(self, process: int) -> Iterator[None]:
         """Hold the folder against a second process of the same number; a killed holder lets go by itself."""
-        self._is_begun()  # nothing is written into a folder of something else
-        advice = "wait for it, or give each process a number of its own with --num-processes and --process-id"
-        with locked(self.path, f".lock{process}", advice):
-            remove_temporaries(self.path, *(self.path / name for name in ("programs", "results", "checkpoints")))
+        is_begun(self.path / "sweep.json", "sweep")  # nothing is written into a folder of something else
+        mend = "wait for it, or give each process a number of its own with --num-processes and --process-id"
+        with locked(self.path, "programs", "results", "checkpoints", name=f".lock{process}", mend=mend):
             yield
 
     # Results
-
-    def result_file(self, block: Block) -> Path:
-        """Where a finished block's rows are."""
-        return self.path / "results" / f"{block}.parquet"
 
     def is_finished(self, block: Block) -> bool:
         """Whether a block's rows are there; a damaged file is said to be, and counts as missing.
@@ -150,7 +129,7 @@ class Folder:
         """
         if block in self._finished:
             return True
-        file = self.result_file(block)
+        file = self._result_file(block)
         if not file.exists():
             return False
         try:
@@ -158,10 +137,13 @@ class Folder:
         except UsageError as error:
             say(f"{error} Its agents are trained anew.")
             return False
-        if rows.num_rows != block.last - block.first or not self._is_ours(rows, block):
+        if rows.num_rows != block.size or not self._is_ours(rows, block):
             raise UsageError(f"{file} holds other agents than it should; restore it, or choose another --output.")
         self._finished.add(block)
         return True
+
+    def _result_file(self, block: Block) -> Path:
+        return self.path / "results" / f"{block}.parquet"
 
     def write_results(self, block: Block, columns: dict[str, Any]) -> None:
         """Write a block's rows and drop its checkpoints."""
@@ -172,10 +154,10 @@ class Folder:
         about = {"of": self._mark(block), "checksum": BLANK_SEAL}
         data = io.BytesIO()
         parquet.write_table(table.replace_schema_metadata(about), data, compression="zstd")
-        write_atomically(self.result_file(block), sealed(data.getvalue()), _CONTINUES)
+        write_atomically(self._result_file(block), sealed(data.getvalue()), _CONTINUES)
         self._finished.add(block)
-        self._drop_checkpoints(block)
-        shutil.rmtree(self.path / "checkpoints" / str(block), ignore_errors=True)  # of an earlier version
+        self._checkpoints(block).drop()
+        shutil.rmtree(self._old_checkpoints(block), ignore_errors=True)
 
     def read_results(self, columns: list[str] | None = None) -> Any:
         """All finished rows as a pyarrow table, in the order of groups and agents; None if there are none.
@@ -213,41 +195,32 @@ class Folder:
 
     # Checkpoints
 
-    def _checkpoints(self, block: Block) -> list[Path]:
-        """The files of a block's checkpoints, the newest first; older ones than one are left by a kill."""
-        return sorted((self.path / "checkpoints").glob(f"{block}-{'[0-9]' * 8}.npz"), reverse=True)
+    def _checkpoints(self, block: Block) -> Checkpoints:
+        folder, kind = self.path / "checkpoints", "sweep or another block"
+        return Checkpoints(folder, self._mark(block), kind, prefix=f"{block}-", mend=_CONTINUES)
 
-    def _drop_checkpoints(self, block: Block, but: Path | None = None) -> None:
-        for file in self._checkpoints(block):
-            if file != but:
-                with contextlib.suppress(OSError):
-                    file.unlink()
+    def _old_checkpoints(self, block: Block) -> Path:
+        """Where an earlier version kept the checkpoints of a block."""
+        return self.path / "checkpoints" / str(block)
 
-    def save(self, block: Block, checkpoint: Checkpoint) -> None:
+    def save(self, block: Block, cut: Cut) -> None:
         """Save a block at work; the checkpoint before it goes when the new one is whole."""
-        file = self.path / "checkpoints" / f"{block}-{checkpoint.done:08d}.npz"
-        save(file, checkpoint._replace(done=np.int32(checkpoint.done)), note=self._mark(block), mend=_CONTINUES)
-        self._drop_checkpoints(block, but=file)
+        self._checkpoints(block).save(cut, cut.done)
 
-    def restore(self, block: Block, like: Checkpoint) -> Checkpoint | None:
-        """The newest sound checkpoint of a block, None if it is to begin; `like` gives shapes and dtypes.
+    def restore(self, block: Block, states: TrainState) -> Cut | None:
+        """Where a block stands by its newest sound checkpoint, None if it is to begin; `states` gives shapes, [A, ...].
 
         What is passed over is said.
         """
         reason = ""
-        if (self.path / "checkpoints" / str(block)).is_dir():
-            reason = f"{self.path / 'checkpoints' / str(block)} was saved by an earlier version"
-        for file in self._checkpoints(block):
-            try:
-                found, mark = read(file, like._replace(done=np.int32(0)))
-                if mark not in (None, self._mark(block)):
-                    raise UsageError(f"{file} is of another sweep or another block.")
-            except UsageError as error:
-                reason = reason or str(error).rstrip(".").split("; ")[0]
-                continue
-            if reason:
-                say(f"{reason}; the checkpoint before it is used, {file.name}.")
-            return found._replace(done=int(found.done))
+        try:
+            saved = self._checkpoints(block).newest(lambda done: blank(states, block.size, done))
+            if saved:
+                return Cut(*saved.state)
+        except UsageError as error:
+            reason = without_mend(error)
+        if not reason and self._old_checkpoints(block).is_dir():
+            reason = f"{self._old_checkpoints(block)} was saved by an earlier version"
         if reason:
             say(f"{reason}; its agents are trained anew.")
         return None
@@ -268,7 +241,7 @@ def _read_rows(file: Path, columns: list[str] | None = None) -> Any:
 
 
 def _column(values: Any) -> Any:
-    """A column from one value an agent (masked: none), or from one list an agent."""
+    """A column from one value per agent (masked: none), or from one list per agent."""
     import pyarrow as pa
 
     if isinstance(values, np.ndarray) and values.ndim == 2:

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from trpo_jax.config import UsageError, first_line, shown
-from trpo_jax.files import is_fresh, locked, read_json, remove_temporaries, write_atomically, write_table
+from trpo_jax.files import is_fresh, locked, read_json, write_atomically
+from trpo_jax.runs.descriptions import check_equal, write_table
 from trpo_jax.sweeps.grids import Spec
 
 _ASKED_FOR = "sweep"  # attribute of a study: what was asked for, without the number of trials
@@ -155,7 +156,6 @@ def open_study(path: str | os.PathLike[str], spec: Spec, storage: str | None, ma
     description["random"].pop("count", None)  # more trials of the same search are welcome
     _check(folder, storage)
     with locked(folder, mend="wait for it, or choose another --output"):
-        remove_temporaries(folder)
         where = storage or folder / "study.db"
         try:
             study = _load(folder, storage, description)
@@ -171,9 +171,7 @@ def open_study(path: str | os.PathLike[str], spec: Spec, storage: str | None, ma
                 f"the study in {where} is damaged (its description is {shown(found)}); restore it, or choose another "
                 "--output."
             )
-        changed = [name for name in {**found, **description} if found.get(name) != description.get(name)]
-        if changed:
-            raise UsageError(f"{folder} holds a search with another {', '.join(changed)}; choose another --output.")
+        check_equal(folder, "search", description, found)
         try:
             read_json(folder / "search.json", "")
         except (OSError, UsageError):  # it repeats what the study has

@@ -1,25 +1,27 @@
-"""Saving a state to one file and getting the same bits back, without pickle."""
+"""Checkpoints: a state in one file that gives the same bits back, without pickle, and the newest of several files."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config import UsageError
-from trpo_jax.files import WRITABLE, write_atomically
+from trpo_jax.files import WRITABLE, say, write_atomically
 from trpo_jax.steps.types import PyTree
 from trpo_jax.training.loop import init
 from trpo_jax.types import Config
 
-_FORMAT = "trpo_jax state 1"
+_FORMAT = 2  # the shape of `TrainState` is part of it
 
 
 def save(path: str | os.PathLike[str], state: PyTree, *, note: Any = None, mend: str = WRITABLE) -> None:
@@ -44,7 +46,7 @@ def save(path: str | os.PathLike[str], state: PyTree, *, note: Any = None, mend:
             keys[name] = str(jax.random.key_impl(leaf))
             leaf = jax.random.key_data(leaf)
         arrays[name] = np.asarray(leaf)
-    header = json.dumps({"format": _FORMAT, "keys": keys, "note": note})
+    header = json.dumps({"format": f"trpo_jax state {_FORMAT}", "keys": keys, "note": note})
     arrays["__header__"] = np.frombuffer(header.encode(), np.uint8)
     write_atomically(Path(path), lambda sink: _write(sink, arrays), mend)
 
@@ -109,8 +111,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Any]:
             members = ((name.removesuffix(".npy"), io.BytesIO(archive.read(name))) for name in archive.namelist())
             arrays: dict[str, Any] = {n: np.lib.format.read_array(data, allow_pickle=False) for n, data in members}
         header = json.loads(bytes(arrays.pop("__header__")))
-        if header["format"] != _FORMAT:
-            raise UsageError(f"{path} has the format {header['format']!r}, this version reads {_FORMAT!r}.")
+        _check_format(path, header["format"])
         for name, impl in header["keys"].items():
             arrays[name] = jax.random.wrap_key_data(jnp.asarray(arrays[name]), impl=impl)
         return arrays, header.get("note")
@@ -124,8 +125,19 @@ def _read(path: Path) -> tuple[dict[str, Any], Any]:
         raise
     except Exception as error:  # zipfile answers each kind of damage with another exception
         raise UsageError(
-            f"{path} is damaged or not a checkpoint of trpo_jax ({type(error).__name__}); use another one."
+            f"{path} is damaged or not a checkpoint of trpo_jax ({type(error).__name__}); restore it, or take another."
         ) from error
+
+
+def _check_format(path: Path, found: str) -> None:
+    """Raise `UsageError` if a checkpoint is of another version, and `ValueError` if it is of none."""
+    number = int(found.removeprefix("trpo_jax state "))
+    if number != _FORMAT:
+        which, mend = ("an earlier", "continue with that one") if number < _FORMAT else ("a later", "install that one")
+        raise UsageError(
+            f"{path} was saved by {which} version of trpo_jax, whose states this one cannot read; {mend}, or train "
+            "anew into another folder."
+        )
 
 
 def _example(folder: Path) -> str:
@@ -142,3 +154,96 @@ def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
 def is_key(leaf: Any) -> bool:
     """Whether a leaf is an array of typed PRNG keys."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+class Saved(NamedTuple):
+    """What a checkpoint holds: a state of NumPy arrays and typed keys, iterations done, and the note saved with it."""
+
+    state: Any
+    done: int
+    note: Mapping[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one piece of work: FOLDER/PREFIX00000012.npz is its state after 12 iterations.
+
+    Each bears whose it is, so that none is taken for another's.
+
+    Args:
+      folder: where they are.
+      owner: whose they are: equal for equal work, see `files.origin`.
+      kind: what the work is, for sentences.
+      prefix: how the names of the files begin.
+      kept: how many of the newest that were saved here stay.
+      mend: the end of the sentence where none can be written.
+    """
+
+    def __init__(self, folder: Path, owner: str, kind: str, *, prefix: str = "", kept: int = 1, mend: str = WRITABLE):
+        self.folder, self.owner, self.kind, self.prefix, self.kept, self.mend = folder, owner, kind, prefix, kept, mend
+        self._saved: list[Path] = []
+
+    def files(self) -> list[Path]:
+        """All files, the newest first."""
+        return sorted(self.folder.glob(f"{self.prefix}{'[0-9]' * 8}.npz"), reverse=True)
+
+    def save(self, state: PyTree, done: int, **note: Any) -> None:
+        """Save a state after `done` iterations; when it is whole, older ones go."""
+        file = self.folder / f"{self.prefix}{done:08d}.npz"
+        save(file, state, note={**note, "of": self.owner, "done": done}, mend=self.mend)
+        self._saved = [*self._saved, file][-self.kept :]
+        self._remove(old for old in self.files() if old.name < file.name and old not in self._saved)
+
+    def drop(self) -> None:
+        """Remove all of them."""
+        self._remove(self.files())
+
+    def _remove(self, files: Iterable[Path]) -> None:
+        for file in files:
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+    def newest(
+        self, like: Callable[[int], PyTree], check: Callable[[Saved], None] = lambda saved: None
+    ) -> Saved | None:
+        """The newest checkpoint that can be used; None if there is none at all.
+
+        What is passed over on the way to an older one is said.
+
+        Args:
+          like: what the state is like after so many iterations, see `load`.
+          check: raises `UsageError` if what a checkpoint stands on is not as it was.
+
+        Raises:
+          UsageError: if there are some and none can be used: why the newest one cannot.
+        """
+        passed: list[UsageError] = []
+        for file in self.files():
+            try:
+                saved = self._open(file, like)
+                check(saved)
+            except UsageError as error:
+                if not os.path.lexists(file):  # a process at work has newer ones by now
+                    return self.newest(like, check)
+                passed.append(error)
+                continue
+            if passed:
+                say(f"{without_mend(passed[0])}; the checkpoint before it is used, {file.name}.")
+            return saved
+        if passed:
+            raise passed[0]
+        return None
+
+    def _open(self, file: Path, like: Callable[[int], PyTree]) -> Saved:
+        done = int(file.stem[-8:])
+        state, note = read(file, like(done))
+        mend = "restore the right one, or train anew into another folder"
+        if not isinstance(note, dict) or note.get("of") != self.owner:
+            raise UsageError(f"{file} is of another {self.kind}; {mend}.")
+        if note.get("done") != done:
+            raise UsageError(f"{file} is of iteration {note.get('done')}, which its name denies; {mend}.")
+        return Saved(state, done, note)
+
+
+def without_mend(error: UsageError) -> str:
+    """What is wrong, for a sentence that says what is done about it."""
+    return str(error).rstrip(".").split("; ")[0]

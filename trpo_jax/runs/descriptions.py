@@ -1,0 +1,93 @@
+"""Descriptions of folders: what is asked of a run, a sweep or a search, as sealed JSON, and what makes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import zlib
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from trpo_jax import __version__
+from trpo_jax.config import UsageError
+from trpo_jax.files import BLANK_SEAL, is_fresh, is_intact, read_json, read_limited, sealed, write_atomically
+
+_PACKAGES = "jax", "jaxlib", "gymnax", "flax", "optax"
+
+
+def write_table(file: Path, table: Mapping[str, Any], *, first: bool = False) -> None:
+    """Write names and values as sealed JSON; `first` is that of `write_atomically`."""
+    text = json.dumps({**table, "checksum": BLANK_SEAL}, indent=1) + "\n"
+    write_atomically(file, sealed(text.encode()), first=first)
+
+
+def read_table(file: Path, kind: str) -> dict[str, Any]:
+    """What `write_table` wrote in the folder of a `kind`, "run" or "sweep".
+
+    Raises:
+      UsageError: if the file is missing, damaged, or not as it was written.
+    """
+    try:
+        table = read_json(file, restore_or_anew(kind))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{file.parent} is not the folder of a {kind} (there is no {file}).") from None
+    if not is_intact(read_limited(file)):
+        raise UsageError(f"{file} is damaged (it was changed since it was written); {restore_or_anew(kind)}.")
+    table.pop("checksum", None)
+    return table
+
+
+def restore_or_anew(kind: str) -> str:
+    """What to do about a damaged file of a run or a sweep."""
+    return f"restore it, or {'train' if kind == 'run' else kind} anew into another folder"
+
+
+def is_begun(file: Path, kind: str) -> bool:
+    """Whether a folder has its description; raise `UsageError` if it is the folder of something else."""
+    if is_fresh(file.parent, file.name):
+        return False
+    # What was seen may be another process's beginning, which writes this file first.
+    if not file.exists():
+        raise UsageError(f"{file.parent} exists and is not the folder of a {kind}; choose another --output.")
+    return True
+
+
+def check_equal(
+    folder: Path, kind: str, asked: Mapping[str, Any], found: Mapping[str, Any], mend: str = "choose another --output"
+) -> None:
+    """Raise `UsageError` if something else is asked of a folder than is found there."""
+    asked = json.loads(json.dumps(asked))  # as JSON has them: a tuple is a list there
+    changed = [name for name in {**asked, **found} if found.get(name) != asked.get(name)]
+    if changed:
+        raise UsageError(f"{folder} holds a {kind} with another {', '.join(changed)}; {mend}.")
+
+
+def origin(file: Path) -> str:
+    """A checksum of what a description asks for, whoever wrote it: what was made for it bears it.
+
+    Equal descriptions have equal ones, so that a folder may be copied, moved and renamed.
+    """
+    table = json.loads(read_limited(file))
+    asked = {name: value for name, value in table.items() if name not in ("made_by", "checksum")}
+    return f"{zlib.crc32(json.dumps(asked, sort_keys=True).encode()):08x}"
+
+
+def made_by() -> dict[str, Any]:
+    """Versions, device and, on a CPU, what else decides last bits; a description names it, but it need not be equal."""
+    device = jax.local_devices()[0]
+    # XLA cuts sums into as many parts as it has threads, and compiles for a number of devices.
+    on_cpu = {"threads": num_threads(), "devices": jax.local_device_count()} if device.platform == "cpu" else {}
+    packages = {name: version(name) for name in _PACKAGES} | {"trpo_jax": __version__}
+    return {"python": platform.python_version(), **packages, "device": device.device_kind, **on_cpu}
+
+
+def num_threads() -> int:
+    """Threads in the pool that XLA computes with on a CPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("NPROC", "")
+    return max(int(asked) if asked.isdigit() and int(asked) else cores, jax.local_device_count())

@@ -1,0 +1,137 @@
+"""Cohorts: agents side by side in the programs of their group, from wherever they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from trpo_jax.runs.metrics import METRICS
+from trpo_jax.runs.runner import Chunk, advance
+from trpo_jax.sweeps.grids import stack_configs
+from trpo_jax.sweeps.placement import Programs
+from trpo_jax.training.checkpoints import is_key
+from trpo_jax.types import Config, TrainState
+
+_LAST_SHARE = 0.1  # of the iterations count for the training return
+
+
+class Cut(NamedTuple):
+    """Agents on their way, on the host.
+
+    Attributes:
+      states: NumPy arrays [A, ...], typed PRNG keys as their raw data.
+      metrics: of the iterations done, {name: [A, iterations]}.
+    """
+
+    states: TrainState
+    metrics: dict[str, np.ndarray]
+
+    @property
+    def done(self) -> int:
+        """Iterations that the agents have behind them."""
+        return self.metrics["finite"].shape[1]
+
+    def take(self, at: Any) -> Cut:
+        """Some of the agents, by a slice or an array of indices."""
+        return jax.tree.map(lambda leaf: leaf[at], self)
+
+
+def join(cuts: Sequence[Cut]) -> Cut:
+    """All agents of several cuts after the same number of iterations."""
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *cuts)
+
+
+class Cohort:
+    """At most D·U agents at work. What fills the programs up repeats the last one, and its results are dropped.
+
+    Args:
+      programs: those of the group.
+      configs: the settings of each agent, [A].
+      keys: the PRNG key of each agent, [A].
+      cut: where they stand; None: at the start.
+    """
+
+    def __init__(self, programs: Programs, configs: Sequence[Config], keys: Any, cut: Cut | None = None):
+        self.programs, self.size = programs, len(configs)
+        at = np.minimum(np.arange(programs.width), self.size - 1)
+        self.configs = stack_configs([configs[i] for i in at])
+        self.done = cut.done if cut else 0
+        self._metrics = [cut.metrics if cut else {name: np.empty((self.size, 0), np.float32) for name in METRICS}]
+        self.states = from_host(cut.take(at).states, programs.states) if cut else programs.start(self.configs, keys[at])
+
+    def train(self, until: int, on_chunk: Callable[[int], bool] = lambda length: True) -> None:
+        """Train until an iteration; after each chunk `on_chunk(its length)` says whether to go on."""
+
+        def take_over(chunk: Chunk) -> bool:
+            self.states, self.done = chunk.states, chunk.done
+            self._metrics.append({name: values[: self.size] for name, values in chunk.metrics.items()})
+            return on_chunk(chunk.length)
+
+        advance(self.programs.train, self.configs, self.states, self.done, until, take_over)
+
+    @property
+    def metrics(self) -> dict[str, np.ndarray]:
+        """Of the iterations done, {name: [A, iterations]}."""
+        self._metrics = [{name: np.concatenate([m[name] for m in self._metrics], axis=1) for name in METRICS}]
+        return self._metrics[0]
+
+    def evaluate(self) -> np.ndarray:
+        """Mean return of each agent's mode over fresh episodes, float32 [A]; NaN where none were asked for."""
+        if self.programs.evaluate is None:
+            return np.full(self.size, np.nan, np.float32)
+        return np.asarray(self.programs.evaluate(self.configs, self.states), np.float32)[: self.size]
+
+    def cut(self) -> Cut:
+        """Where the agents stand."""
+        return Cut(jax.tree.map(lambda leaf: leaf[: self.size], to_host(self.states)), self.metrics)
+
+
+def to_host(states: TrainState) -> TrainState:
+    """NumPy copies of states; typed PRNG keys as their raw data."""
+    return jax.tree.map(lambda leaf: np.array(jax.random.key_data(leaf) if is_key(leaf) else leaf), states)
+
+
+def from_host(states: TrainState, like: TrainState) -> TrainState:
+    """States that the programs take, from what `to_host` gave; `like` says where the keys are."""
+    impls = {jax.random.key(0, impl=name).dtype: name for name in ("threefry2x32", "rbg", "unsafe_rbg")}
+
+    def restore(array: Any, leaf: Any) -> Any:
+        return jax.random.wrap_key_data(array, impl=impls[leaf.dtype]) if is_key(leaf) else array
+
+    return jax.tree.map(restore, states, like)
+
+
+def blank(states: TrainState, num_agents: int, done: int) -> Cut:
+    """A cut of so many agents after so many iterations, of no content; `states` gives shapes, [A, ...]."""
+
+    def empty(leaf: Any) -> np.ndarray:
+        shape = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
+        return np.empty((num_agents, *shape.shape[1:]), shape.dtype)
+
+    return Cut(jax.tree.map(empty, states), {name: np.empty((num_agents, done), np.float32) for name in METRICS})
+
+
+def failed_iteration(metrics: Mapping[str, np.ndarray]) -> np.ndarray:
+    """First iteration, from 1, whose numbers were not all finite; 0 if there is none. [A]."""
+    bad = metrics["finite"] == 0
+    return np.where(bad.any(axis=1), bad.argmax(axis=1) + 1, 0).astype(np.int32)
+
+
+def training_return(metrics: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Mean return of the episodes that ended in the last tenth of the iterations. [A].
+
+    Where none did, as episodes may be longer than that, of those of the last iteration in which one ended; NaN if none
+    ever did.
+    """
+    count = np.nan_to_num(metrics["num_episodes"].astype(np.float64))
+    total = np.where(count > 0, metrics["episode_return"].astype(np.float64), 0) * count
+    iterations = count.shape[1]
+    ended = np.where(count > 0, np.arange(iterations), -1).max(axis=1)
+    first = np.minimum(ended, iterations - max(1, round(_LAST_SHARE * iterations)))
+    counts = (np.arange(iterations) >= first[:, None]) & (ended >= 0)[:, None]
+    episodes = (count * counts).sum(axis=1)
+    total = np.where(counts, total, 0).sum(axis=1)
+    return np.where(ended >= 0, total / np.where(ended >= 0, episodes, 1), np.nan).astype(np.float32)
