@@ -67,7 +67,9 @@ class Cohort:
 
         def take_over(chunk: Chunk) -> bool:
             self.states, self.done = chunk.states, chunk.done
-            self._metrics.append({name: values[: self.size] for name, values in chunk.metrics.items()})
+            self._metrics.append(
+                {name: values[: self.size].astype(np.float32) for name, values in chunk.metrics.items()}
+            )
             return on_chunk(chunk.length)
 
         advance(self.programs.train, self.configs, self.states, self.done, until, take_over)
