@@ -1,15 +1,18 @@
-"""Figures that can be trusted: what is timed, what is predicted, and peers that answer or are named."""
+"""Figures that can be trusted: what is timed and what is predicted; and peers that answer or are named."""
 
+import contextlib
 import json
 import math
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from probes import Countdown, small_config
 
-from trpo_jax import UsageError
-from trpo_jax.benchmarks import peers, report
+from trpo_jax import Config
+from trpo_jax.benchmarks import report
 from trpo_jax.benchmarks.measure import (
     PARTS,
     TimeToThreshold,
@@ -22,6 +25,9 @@ from trpo_jax.benchmarks.measure import (
 from trpo_jax.cli import main
 from trpo_jax.settings import settings_of
 from trpo_jax.training import memory
+
+sys.path.append(str(Path(__file__).parent.parent))
+from experiments.throughput import compare, peers
 
 
 def test_programs_run_in_turn_after_a_warm_up_and_wait_for_their_results():
@@ -49,7 +55,7 @@ def result():
     learner = TimeToThreshold(config, 1e9, 2 * config.steps_per_iteration)
     reached = {"threshold": 1e9, **report.threshold_summary([learner.run(0)])}
     parts = {"one_agent": one, "many_agents": many, "policy_update": update, "time_to_threshold": reached}
-    return {"setting": setting(), "settings": settings_of(config), "repetitions": 2, "peers": {}, **parts}
+    return {"setting": setting(), "settings": settings_of(config), "repetitions": 2, **parts}
 
 
 def test_the_limit_is_rollout_and_two_gradients(result):
@@ -92,13 +98,16 @@ def test_a_return_within_reach_takes_one_iteration():
 
 
 def test_tables_say_what_the_figures_are(result):
-    speeds = {"median": 1234.0, "low": 1000.0, "high": 2000.0}
-    both = {"ours_env_steps_per_second": speeds, "theirs_env_steps_per_second": speeds, "speed_ratio": 1.0}
-    found = report.tables({**result, "peers": {"a": both, "b": {"error": "b could not be installed: no"}}})
+    found = report.tables(result)
     text = "\n".join(" ".join(row) for _, _, rows in found for row in rows)
-    for phrase in ("line search", "limit", "memory of 32 agents", "inf", "b could not be installed: no", "1234.0"):
+    for phrase in ("line search", "limit", "memory of 32 agents", "inf"):
         assert phrase in text, phrase
     assert f"{result['setting']['cores']} cores" in found[0][0]
+
+
+def test_what_compares_with_others_is_named(capsys):
+    assert main(["benchmark", "--compare", "rejax"]) == 2
+    assert "compared by `python experiments/throughput/run.py` instead" in capsys.readouterr().err
 
 
 WORKER = """
@@ -122,22 +131,49 @@ def test_a_peer_answers_from_its_own_environment_or_says_why_it_stopped(tmp_path
             ask("stop")
 
 
-def test_a_peer_that_cannot_be_installed_is_named(tmp_path, monkeypatch):
+def test_a_peer_that_cannot_be_installed_is_named(monkeypatch):
     absent = peers.Peer("somebody", "none.py", (("--no-index", "no-such-distribution==1"),))
     monkeypatch.setitem(peers.PEERS, "somebody", absent)
-    answer = peers.compare("somebody", small_config(Countdown()), 1)
+    answer = compare.compare("somebody", small_config(Countdown()))
     assert answer["error"].startswith("somebody could not be installed: ERROR: No matching distribution found")
+    assert compare.rows("somebody", answer) == [("somebody", answer["error"])]
 
 
-def test_an_unknown_peer_is_one_sentence():
-    with pytest.raises(UsageError, match="there is no peer 'nobody'; choose among sb3-contrib, rejax"):
-        peers.compare("nobody", small_config(Countdown()), 1)
+@pytest.fixture
+def echo(monkeypatch):
+    """A peer that answers each request at once with one second; the requests that it got."""
+    requests = []
+
+    @contextlib.contextmanager
+    def running(peer, environments):
+        def ask(do, **request):
+            requests.append((do, request))
+            return {"seconds": [1.0] if do == "policy update" else 1.0, "env_steps": 64.0}
+
+        yield ask
+
+    monkeypatch.setattr(compare, "running", running)
+    monkeypatch.setattr(compare, "SAMPLES", 64)
+    return requests
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_a_comparison_has_every_figure_of_both_sides(name, echo):
+    config = Config(num_envs=2, num_steps=16, gamma=0.9, cg_iterations=2)
+    found = compare.compare(name, config, repetitions=1, num_agents=2, threshold=-1.0, seeds=range(1))
+    assert {"num_envs": 2, "num_steps": 16, "gamma": 0.9, "env": "CartPole-v1"}.items() <= echo[0][1].items()
+    assert found["theirs_env_steps_per_second"]["median"] == 32
+    assert found["speed_ratio"] == pytest.approx(found["ours_env_steps_per_second"]["median"] / 32)
+    if name == "rejax":
+        both = found["many_agents"], found["time_to_threshold"]
+        assert both[0]["theirs_env_steps_per_second"]["median"] == 64 and both[1]["env_steps_ratio"] == 2048 / 64
+    text = "\n".join(" ".join(row) for row in compare.rows(name, found))
+    assert text.count("÷") > 4 and "nan" not in text
 
 
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["--compare", "nobody"], "invalid choice: 'nobody' (choose from"),
         (["--repetitions", "0"], "repetitions must be a whole number from 1 to 10,000, got 0."),
         (["--output", "no/such/folder/b.json"], "there is no folder no/such/folder"),
         (["CartPol-v1"], "did you mean CartPole-v1"),

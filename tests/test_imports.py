@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import trpo_jax
+import trpo_jax.theory
 
 PACKAGE = Path(trpo_jax.__file__).parent
 README = (PACKAGE.parent / "README.md").read_text()
@@ -102,6 +103,22 @@ def test_public_name_is_documented(name):
     value = getattr(trpo_jax, name)
     assert inspect.getdoc(value), f"{name} has no docstring"
     assert f"`{name}" in README, f"{name} is not in the README"
+
+
+PUBLIC = {"trpo_jax": {*trpo_jax.__all__, "theory"}, "trpo_jax.theory": set(trpo_jax.theory.__all__)}
+OUTSIDE = [path for folder in ("experiments", "scripts") for path in sorted((PACKAGE.parent / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: str(path.relative_to(PACKAGE.parent)))
+def test_experiments_and_scripts_use_public_names_alone(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("trpo_jax"):
+            assert {alias.name for alias in node.names} <= PUBLIC[node.module]
+        elif isinstance(node, ast.Import):
+            assert all(alias.name in PUBLIC for alias in node.names if alias.name.startswith("trpo_jax"))
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "trpo_jax":
+            assert node.attr in PUBLIC["trpo_jax"]
 
 
 def test_unknown_name_is_an_attribute_error():

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from trpo_jax.steps.curvature import fisher_vector_product as fisher_vector_product
     from trpo_jax.steps.distributions import Categorical as Categorical
     from trpo_jax.steps.distributions import DiagonalGaussian as DiagonalGaussian
+    from trpo_jax.steps.distributions import Distribution as Distribution
     from trpo_jax.steps.distributions import MultiCategorical as MultiCategorical
     from trpo_jax.steps.first_order import clipped_objective as clipped_objective
     from trpo_jax.steps.first_order import first_order_update as first_order_update
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from trpo_jax.steps.values import gauss_newton_fit as gauss_newton_fit
     from trpo_jax.sweeps.in_memory import SweepResult as SweepResult
     from trpo_jax.sweeps.in_memory import sweep as sweep
+    from trpo_jax.sweeps.iqm import interquartile_mean as interquartile_mean
+    from trpo_jax.sweeps.iqm import stratified_bootstrap as stratified_bootstrap
     from trpo_jax.sweeps.placement import shard_environments as shard_environments
     from trpo_jax.training.checkpoints import load as load
     from trpo_jax.training.checkpoints import save as save
@@ -69,6 +72,7 @@ _HOME = {
     "Config": "types",
     "DiagonalGaussian": "steps.distributions",
     "Discrete": "environments.base",
+    "Distribution": "steps.distributions",
     "Environment": "environments.base",
     "Judgement": "steps.candidates",
     "Metrics": "types",
@@ -94,6 +98,7 @@ _HOME = {
     "gauss_newton_fit": "steps.values",
     "hide_entries": "environments.wrappers",
     "init": "training.loop",
+    "interquartile_mean": "sweeps.iqm",
     "judge_candidate": "steps.candidates",
     "limit_steps": "environments.wrappers",
     "load": "training.checkpoints",
@@ -109,6 +114,7 @@ _HOME = {
     "save": "training.checkpoints",
     "shard_environments": "sweeps.placement",
     "stack_frames": "environments.wrappers",
+    "stratified_bootstrap": "sweeps.iqm",
     "surrogate": "steps.objectives",
     "sweep": "sweeps.in_memory",
     "train": "training.loop",

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 
 from experiments.article.drawing import FAINT, LIMITED, NATURAL, PLAIN, SURROGATE, Findings, finish, panels
-from trpo_jax import Config, sweep
-from trpo_jax.sweeps.iqm import interquartile_mean, stratified_bootstrap
+from trpo_jax import Config, interquartile_mean, stratified_bootstrap, sweep
 
 TUNING_KEY, EVALUATION_KEY = 10_000, 0  # other seeds choose a step size than judge it
 SOLVED = 475

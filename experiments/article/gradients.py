@@ -21,13 +21,13 @@ from trpo_jax.theory import (
     sampled_policy_gradient,
     scalar_lqr,
     softmax_policy,
+    solve,
     stable_interval,
     state_kl,
     state_moment,
     tabular_natural_gradient,
     tabular_trpo_step,
 )
-from trpo_jax.theory.linear_algebra import solve
 
 REDS = ("#fcae91", "#fb6a4a", "#cb181d", "#67000d")  # of the plain gradient's red
 

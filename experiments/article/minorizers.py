@@ -31,12 +31,12 @@ from trpo_jax.theory import (
     plain_gradient_step,
     policy_gradient,
     softmax_policy,
+    solve,
     state_kl,
     surrogate_return,
     tabular_natural_gradient,
     tabular_trpo_step,
 )
-from trpo_jax.theory.linear_algebra import solve
 
 
 def compute_minorizer(gamma: float = 0.5, num_points: int = 401, num_pairs: int = 10_000) -> Findings:

@@ -21,10 +21,10 @@ from trpo_jax.theory import (
     policy_gradient,
     scalar_lqr,
     softmax_policy,
+    solve,
     state_moment,
     trust_region_minimize,
 )
-from trpo_jax.theory.linear_algebra import solve
 
 
 def rosenbrock(x: Any) -> Any:

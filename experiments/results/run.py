@@ -23,9 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import trpo_jax
-from trpo_jax.environments.base import Environment
-from trpo_jax.runs.metrics import fill_forward
-from trpo_jax.sweeps.iqm import interquartile_mean, stratified_bootstrap
+from trpo_jax import Environment, interquartile_mean, stratified_bootstrap
 
 HERE = Path(__file__).parent
 EPISODES = 32
@@ -247,8 +245,8 @@ def summarize(
     task: Task, config: trpo_jax.Config, curves: np.ndarray, random: np.ndarray, returns: np.ndarray, seconds: float
 ) -> dict[str, Any]:
     """What is recorded of training returns [seeds, iterations], and of returns [seeds] before and after training."""
-    # An iteration in which no episode ended says nothing new; the curve begins when every seed has said something.
-    curves = fill_forward(curves.T)
+    # The curve begins when an episode of every seed has ended.
+    curves = curves.T
     seen = np.flatnonzero(~np.isnan(curves).any(axis=1))
     every = max(1, len(seen) // 100)
     return {

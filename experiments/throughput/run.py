@@ -1,9 +1,11 @@
 """Measure throughput, where the time goes, how it scales, and how quickly a command starts; beside two peers.
 
     python experiments/throughput/run.py [--output experiments/throughput] [--peer-environments FOLDER]
+    python experiments/throughput/run.py --compare rejax --settings '{"env": "Acrobot-v1", "num_envs": 16}'
 
-Runs for about ten minutes on two cores. Leave the machine alone meanwhile. On an accelerator it takes larger sizes.
-`--plot-only` draws the picture and writes the table anew from the JSON.
+The first runs for about ten minutes on two cores. Leave the machine alone meanwhile. On an accelerator it takes larger
+sizes. `--plot-only` draws the picture and writes the table anew from the JSON. The second runs that peer alone in turn
+with us, at any settings, and prints what it found.
 """
 
 import argparse
@@ -14,28 +16,45 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from trpo_jax import Config
+
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent.parent))
+from experiments.throughput.compare import Trainer, compare, rows  # noqa: E402
+from experiments.throughput.peers import PEERS  # noqa: E402
+
 PARTS = "rollout", "advantages", "gradient", "curvature", "line search", "value fit"
 STARTS = 5
+# Returns at which Gymnasium's registry calls these tasks solved.
+SOLVED = {"CartPole-v1": 475.0, "Acrobot-v1": -100.0, "MountainCar-v0": -110.0, "MountainCarContinuous-v0": 90.0}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=HERE)
-    parser.add_argument("--peer-environments", help="folder that keeps the peers' virtual environments")
+    parser.add_argument("--compare", action="append", choices=PEERS, help="this peer alone; may be repeated")
+    parser.add_argument("--settings", type=json.loads, default={}, help="of Config, as JSON (default: num_envs 64)")
+    parser.add_argument("--peer-environments", type=Path, help="folder that keeps the peers' virtual environments")
     parser.add_argument("--plot-only", action="store_true")
     arguments = parser.parse_args()
     file = arguments.output / "results.json"
+    config = Config(**{"num_envs": 64, **arguments.settings})
+    if arguments.compare:
+        for name, peer in compare_all(arguments.compare, config, arguments.peer_environments).items():
+            print("\n".join(f"{quantity}: {value}" for quantity, value in rows(name, peer)))
+        return
     if not arguments.plot_only:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        results: dict[str, Any] = {"start": measure_starts()}
-        results["benchmark"] = run_benchmark(arguments.peer_environments)
+        results: dict[str, Any] = {"start": measure_starts(), "benchmark": run_benchmark(config)}
+        results["peers"] = compare_all(PEERS, config, arguments.peer_environments)
         results["scaling"] = measure_scaling()
         file.write_text(json.dumps(results, indent=1) + "\n")
     results = json.loads(file.read_text())
@@ -44,16 +63,19 @@ def main() -> None:
     print(table(results))
 
 
-def run_benchmark(peer_environments: str | None) -> dict[str, Any]:
-    """`trpo-jax benchmark` beside both peers."""
+def run_benchmark(config: Config) -> dict[str, Any]:
+    """`trpo-jax benchmark`: our own figures."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "benchmark.json"
-        command = [sys.executable, "-m", "trpo_jax", "benchmark", "--output", str(file)]
-        command += ["--compare", "sb3-contrib", "--compare", "rejax"]
-        if peer_environments:
-            command += ["--peer-environments", peer_environments]
+        command = [sys.executable, "-m", "trpo_jax", "benchmark", str(config.env), "--output", str(file)]
         subprocess.run(command, check=True)
         return json.loads(file.read_text())
+
+
+def compare_all(names: Iterable[str], config: Config, environments: Path | None) -> dict[str, Any]:
+    """Each peer in turn with us."""
+    threshold = SOLVED.get(str(config.env))
+    return {name: compare(name, config, threshold=threshold, environments=environments) for name in names}
 
 
 def measure_starts() -> dict[str, Any]:
@@ -94,67 +116,49 @@ def first_iteration(folder: Path, i: int) -> tuple[float, float]:
 
 
 def measure_scaling() -> list[dict[str, Any]]:
-    """Env steps a second against environments and against agents; one process for all, programs in turn."""
-    import jax
-
-    from trpo_jax import Config, init, train_step
-
+    """Env steps per second against environments and against agents; one process for all, programs in turn."""
     accelerator = jax.default_backend() != "cpu"
     envs = (64, 1024, 4096) if accelerator else (4, 16, 64, 256, 1024)
     agents = (1, 64, 512, 2048) if accelerator else (1, 4, 16, 64, 256)
     tasks = ("CartPole-v1", "Breakout-MinAtar") if accelerator else ("CartPole-v1",)
     cases = [(task, n, 1, "envs") for task in tasks for n in envs]
     cases += [(task, 16, k, "agents") for task in tasks for k in agents]
-    programs: list[Any] = []
-    states: list[Any] = []
-    rows: list[dict[str, Any]] = []
+    trainers: list[Trainer] = []
+    found: list[dict[str, Any]] = []
     for task, num_envs, num_agents, axis in cases:
         config = Config(env=task, num_envs=num_envs)
-        keys = jax.random.split(jax.random.key(0), num_agents)
-        begin: Any = init
-        step: Any = train_step
-        if num_agents > 1:
-            begin, step = (jax.vmap(function, in_axes=(None, 0)) for function in (init, train_step))
-        state = jax.jit(begin)(config, keys if num_agents > 1 else keys[0])
         iterations = max(1, 400_000 // (config.steps_per_iteration * num_agents)) if not accelerator else 10
-
-        def run(config: Config, state: Any, step: Any = step, iterations: int = iterations) -> Any:
-            return jax.lax.scan(lambda state, _: step(config, state), state, None, length=iterations)[0]
-
-        program = jax.jit(run, donate_argnums=1).lower(config, state).compile()
-        states.append(jax.block_until_ready(program(config, state)))
-        programs.append((program, config))
-        row = {"env": task, "num_envs": num_envs, "num_agents": num_agents, "axis": axis}
-        rows.append({**row, "env_steps": config.steps_per_iteration * num_agents * iterations, "seconds": []})
+        trainers.append(Trainer(config, num_agents, iterations, warm_up=1))
+        steps = config.steps_per_iteration * num_agents * iterations
+        row = {"env": task, "num_envs": num_envs, "num_agents": num_agents, "axis": axis, "env_steps": steps}
+        found.append(row | {"seconds": []})
     for _ in range(5):
-        for i, (program, config) in enumerate(programs):
-            start = time.perf_counter()
-            states[i] = jax.block_until_ready(program(config, states[i]))
-            rows[i]["seconds"].append(time.perf_counter() - start)
-    return rows
+        for trainer, measured in zip(trainers, found, strict=True):
+            measured["seconds"].append(trainer.run())
+    return found
 
 
 def table(results: dict[str, Any]) -> str:
     """The figures beside their targets, in Markdown."""
     benchmark, start = results["benchmark"], results["start"]
-    one, many, peers = benchmark["one_agent"], benchmark["many_agents"], benchmark["peers"]
-    sb3, rejax = peers["sb3-contrib"], peers["rejax"]
+    one, many = benchmark["one_agent"], benchmark["many_agents"]
+    sb3, rejax = (results["peers"][name] for name in PEERS)
     update, imports = benchmark["policy_update"], start["import_seconds"]
-    rows = [("env steps/s, one agent of 64 x 128", f"{one['env_steps_per_second']['median']:,.0f}", "")]
+    lines = [("env steps/s, one agent of 64 x 128", f"{one['env_steps_per_second']['median']:,.0f}", "")]
     if "error" in sb3:
-        rows.append(("sb3-contrib TRPO", sb3["error"], ""))
+        lines.append(("sb3-contrib TRPO", sb3["error"], ""))
     else:
         own = sb3["own_shape"]
         alike = one["env_steps_per_second"]["median"] / own["theirs_env_steps_per_second"]["median"]
         theirs = f"sb3-contrib TRPO's own {own['shape']}"
-        rows.append((f"÷ {theirs}", f"{alike:.0f}", "≥ 250"))
-        rows.append((f"our {own['our_shape']} ÷ {theirs}, the same batch", f"{own['speed_ratio']:.0f}", ""))
-        rows.append(("÷ sb3-contrib TRPO at the same 64 x 128", f"{sb3['speed_ratio']:.0f}", ""))
+        lines.append((f"÷ {theirs}", f"{alike:.0f}", "≥ 250"))
+        lines.append((f"our {own['our_shape']} ÷ {theirs}, the same batch", f"{own['speed_ratio']:.0f}", ""))
+        lines.append(("÷ sb3-contrib TRPO at the same 64 x 128", f"{sb3['speed_ratio']:.0f}", ""))
     if "error" in rejax:
-        rows.append(("rejax PPO", rejax["error"], ""))
+        lines.append(("rejax PPO", rejax["error"], ""))
     else:
-        rows.append(("÷ rejax PPO, 4 epochs x 4 minibatches", f"{rejax['speed_ratio']:.2f}", "≥ 4"))
-    rows += [
+        lines.append(("÷ rejax PPO, 4 epochs x 4 minibatches", f"{rejax['speed_ratio']:.2f}", "≥ 4"))
+    lines += [
         ("iteration ÷ limit", f"{one['iteration_over_limit']:.2f}", "≤ 1.5"),
         (
             f"policy update of {update['samples']:,} samples, all in the curvature: double backward ÷ ours",
@@ -164,16 +168,16 @@ def table(results: dict[str, Any]) -> str:
     ]
     if "error" not in sb3:
         both = sb3["policy_update"]
-        rows.append(("the same: sb3-contrib's at its own settings ÷ ours at ours", f"{both['ratio']:.0f}", "≥ 25"))
+        lines.append(("the same: sb3-contrib's at its own settings ÷ ours at ours", f"{both['ratio']:.0f}", "≥ 25"))
     if "error" not in rejax:
         both = rejax["time_to_threshold"]
         seconds = f"{both['seconds_ratio']:.3f} ({both['ours']['seconds']:.3f} s ÷ {both['theirs']['seconds']:.3f} s)"
-        rows.append(("training to 475 ÷ rejax PPO's at its published settings, 16 seeds", seconds, "≤ 0.2"))
+        lines.append(("training to 475 ÷ rejax PPO's at its published settings, 16 seeds", seconds, "≤ 0.2"))
         steps = f"{both['env_steps_ratio']:.2f} ({both['ours']['env_steps']:,.0f} ÷ {both['theirs']['env_steps']:,.0f})"
-        rows.append(("the same in env steps", steps, ""))
+        lines.append(("the same in env steps", steps, ""))
         pair = rejax["many_agents"]
-        rows.append((f"{pair['num_agents']} agents ÷ rejax PPO's in one program", f"{pair['speed_ratio']:.2f}", ""))
-    rows += [
+        lines.append((f"{pair['num_agents']} agents ÷ rejax PPO's in one program", f"{pair['speed_ratio']:.2f}", ""))
+    lines += [
         (
             f"time of an agent among {many['num_agents']} ÷ alone",
             f"{many['time_of_an_agent_over_one_alone']:.2f}",
@@ -188,8 +192,8 @@ def table(results: dict[str, Any]) -> str:
         ("from the command to the first iteration, programs cached", f"{start['warm_seconds']:.2f} s", "≤ 2 s"),
         ("memory of the agents, predicted ÷ measured", f"{many['predicted_over_measured_memory']:.3f}", "1 ± 0.1"),
     ]
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"| measure | found | aimed at |\n|---|---|---|\n{lines}\n"
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"| measure | found | aimed at |\n|---|---|---|\n{body}\n"
 
 
 def plot(results: dict[str, Any], file: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 from matplotlib.figure import Figure
 
-from trpo_jax.sweeps.iqm import interquartile_mean, stratified_bootstrap
+from trpo_jax import interquartile_mean, stratified_bootstrap
 
 HERE = Path(__file__).parent
 KEPT = 0.9

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from trpo_jax.benchmarks.measure import (
@@ -15,7 +14,6 @@ from trpo_jax.benchmarks.measure import (
     setting,
     threshold_summary,
 )
-from trpo_jax.benchmarks.peers import compare
 from trpo_jax.config import counted
 from trpo_jax.settings import settings_of
 from trpo_jax.types import Config
@@ -32,8 +30,6 @@ def run_benchmark(
     threshold: float | None,
     num_seeds: int,
     max_steps: int,
-    peers: Sequence[str] = (),
-    environments: Path | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure everything.
@@ -45,8 +41,6 @@ def run_benchmark(
       threshold: return to reach; None leaves that out.
       num_seeds: agents trained to the threshold, one after the other.
       max_steps: env steps after which one of them counts as never.
-      peers: names of `PEERS` to measure in turn with us.
-      environments: folder that keeps the peers' virtual environments; by default they are thrown away.
       report: called with a word on what is being measured.
 
     Returns:
@@ -64,19 +58,6 @@ def run_benchmark(
         learner = TimeToThreshold(config, threshold, max_steps)
         reached = threshold_summary([learner.run(seed) for seed in range(num_seeds)])
         result["time_to_threshold"] = {"threshold": threshold, **reached}
-    result["peers"] = {}
-    for name in peers:
-        report(f"{name}, in its own environment")
-        result["peers"][name] = compare(
-            name,
-            config,
-            repetitions,
-            num_agents=num_agents,
-            threshold=threshold,
-            seeds=range(num_seeds),
-            max_steps=max_steps,
-            environments=environments,
-        )
     return result
 
 
@@ -129,37 +110,6 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         )
         rows.append([f"training to a return of {reached['threshold']:g}", text])
     found.append(("", ["", ""], rows))
-
-    rows = []
-    for name, peer in result["peers"].items():
-        if "error" in peer:
-            rows.append([name, peer["error"]])
-            continue
-        ours, theirs = (_range(peer[f"{side}_env_steps_per_second"], 1) for side in ("ours", "theirs"))
-        rows.append([f"{name}: env steps/s, ours ÷ theirs", f"{ours} ÷ {theirs} = {peer['speed_ratio']:.2f}"])
-        if "own_shape" in peer:
-            own = peer["own_shape"]
-            text = f"{_range(own['theirs_env_steps_per_second'], 1)}; ours ÷ theirs {own['speed_ratio']:.0f}"
-            rows.append([f"{name} at {own['shape']}, ours at {own['our_shape']}", text])
-        if "policy_update" in peer:
-            both = peer["policy_update"]
-            text = f"{both['theirs_ms']['median']:,.0f} ms ÷ {both['ours_ms']['median']:.0f} ms = {both['ratio']:.1f}"
-            rows.append([f"{name}: policy update of {both['samples']:,} samples, theirs ÷ ours", text])
-        if "many_agents" in peer:
-            both = peer["many_agents"]
-            ours, theirs = (_range(both[f"{side}_env_steps_per_second"], 1) for side in ("ours", "theirs"))
-            text = f"{ours} ÷ {theirs} = {both['speed_ratio']:.2f}"
-            rows.append([f"{name}: the same, {both['num_agents']} agents side by side", text])
-        if "time_to_threshold" in peer:
-            both = peer["time_to_threshold"]
-            seconds, steps = (
-                f"{both['ours'][key]:,.{digits}f} ÷ {both['theirs'][key]:,.{digits}f} = {both[f'{key}_ratio']:.3f}"
-                for key, digits in (("seconds", 3), ("env_steps", 0))
-            )
-            rows.append([f"{name}: seconds to {both['threshold']:g}, each at its defaults", seconds])
-            rows.append([f"{name}: env steps to {both['threshold']:g}", steps])
-    if rows:
-        found.append(("peers, in turn with us", ["", ""], rows))
     return found
 
 

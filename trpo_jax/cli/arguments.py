@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     benchmark = commands.add_parser(
         "benchmark",
-        help="measure throughput, memory and where the time goes, alone and beside peers",
+        help="measure throughput, memory and where the time goes",
         allow_abbrev=False,
     )
     benchmark.add_argument("env", nargs="?", default="CartPole-v1", help="environment (default: CartPole-v1)")
@@ -90,14 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     benchmark.add_argument(
         "--max-steps", type=_whole, default=500_000, help="env steps after which a seed is given up (default: 500000)"
     )
-    benchmark.add_argument(
-        "--compare",
-        action="append",
-        default=[],
-        choices=("sb3-contrib", "rejax"),
-        help="a peer to install in a throw-away virtual environment and to run in turn with us; may be repeated",
-    )
-    benchmark.add_argument("--peer-environments", help="folder that keeps the peers' environments for the next time")
+    benchmark.add_argument("--compare", "--peer-environments", type=_moved, help=argparse.SUPPRESS)
     _add_settings(benchmark, _BENCHMARK)
 
     commands.add_parser("envs", help="list what can be trained, with spaces and limits", allow_abbrev=False)
@@ -186,6 +179,10 @@ def _whole(text: str) -> int:
         if isinstance(value, int) or value.is_integer():
             return int(value)
     raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a whole number")
+
+
+def _moved(_: str) -> NoReturn:
+    raise argparse.ArgumentTypeError("other libraries are compared by `python experiments/throughput/run.py` instead")
 
 
 def flags_of(parser: argparse.ArgumentParser, command: str) -> list[str]:

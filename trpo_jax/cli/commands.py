@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,38 +227,21 @@ def benchmark(namespace: argparse.Namespace) -> int:
     if is_recurrent(make_agent(config)) or config.update != "trpo":
         raise UsageError("benchmark takes an iteration of update=trpo apart, with networks without a memory.")
     console = make_console()
-    with _cleaning_up():
-        result = run_benchmark(
-            config,
-            num_agents=namespace.num_agents,
-            repetitions=namespace.repetitions,
-            threshold=THRESHOLDS.get(config.env) if namespace.threshold is None else namespace.threshold,
-            num_seeds=namespace.num_seeds,
-            max_steps=namespace.max_steps,
-            peers=namespace.compare,
-            environments=Path(namespace.peer_environments).resolve() if namespace.peer_environments else None,
-            report=lambda what: console.print(f"Measuring {what} …", soft_wrap=True),
-        )
+    result = run_benchmark(
+        config,
+        num_agents=namespace.num_agents,
+        repetitions=namespace.repetitions,
+        threshold=THRESHOLDS.get(config.env) if namespace.threshold is None else namespace.threshold,
+        num_seeds=namespace.num_seeds,
+        max_steps=namespace.max_steps,
+        report=lambda what: console.print(f"Measuring {what} …", soft_wrap=True),
+    )
     if output:
         write_atomically(output, json.dumps(result, indent=2) + "\n")
     for title, columns, rows in tables(result):
         print_table(console, title, columns, rows)
         console.print()
     return 0
-
-
-@contextlib.contextmanager
-def _cleaning_up() -> Iterator[None]:
-    """Have Ctrl-C raise an exception, for what must be cleaned up after it."""
-    try:
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    except ValueError:  # not in the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def envs(_: argparse.Namespace) -> int:

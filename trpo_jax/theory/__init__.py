@@ -20,6 +20,7 @@ from trpo_jax.theory.improvement import (
     tabular_natural_gradient,
     tabular_trpo_step,
 )
+from trpo_jax.theory.linear_algebra import solve
 from trpo_jax.theory.lqr import (
     LQR,
     gain_kl,
@@ -97,6 +98,7 @@ __all__ = [
     "sampled_policy_gradient",
     "scalar_lqr",
     "softmax_policy",
+    "solve",
     "solve_trust_region",
     "stable_interval",
     "state_kl",
