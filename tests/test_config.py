@@ -335,7 +335,7 @@ METHODS = ("trpo", "gauss-newton"), ("ppo", "adam")
 )
 def test_settings_without_effect_leave_the_program_as_it_is(update, fit, monkeypatch):
     """What is called without effect does not enter the program: a static one its text, a traced one its inputs."""
-    monkeypatch.setattr(loop, "_one_by_one", lambda function: function)  # which takes every leaf of a Config
+    monkeypatch.setattr(loop, "take_turns", lambda function, *arguments: function(*arguments))
     shared = {"update": update, "value_fit": fit, "num_envs": 2, "num_steps": 4}
     config = small_config(**shared, policy_minibatches=2, policy_epochs=1)
     state = jax.eval_shape(train, config, jax.random.key(0))[0]

@@ -144,7 +144,7 @@ def test_an_exported_policy_acts_as_the_agent_does(env, tmp_path):
     assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
     act, _ = acting_policy(config, state)
     for batch in (1, 5):
-        observation = jax.random.normal(jax.random.key(batch), (batch, *state.observation.shape[1:]))
+        observation = jax.random.normal(jax.random.key(batch), (batch, *state.actor.observation.shape[1:]))
         np.testing.assert_allclose(exported.call(observation), act((), observation)[1], rtol=1e-5, atol=1e-6)
 
 

@@ -1,5 +1,6 @@
 """The default networks: shapes, first policies and the units of Box actions."""
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -18,7 +19,8 @@ from trpo_jax import (
     make_value,
 )
 from trpo_jax.environments.base import Box, Discrete, MultiDiscrete, make_box
-from trpo_jax.networks import _convolution_by_patches, _product, orthogonal
+from trpo_jax.networks.layers import convolution, orthogonal, product
+from trpo_jax.networks.recurrent import lift, lower
 
 
 def environment(space, observation_shape=(3,)):
@@ -118,8 +120,8 @@ def test_large_bounds_are_a_unit_like_any_other(low, high):
     half = (high - low) / 2
     np.testing.assert_allclose(jnp.exp(distribution.log_std), half, rtol=1e-4)
     np.testing.assert_allclose(distribution.mean, low + half, atol=0.05 * half)
-    product = distribution.fisher_product(distribution)
-    assert np.isfinite(product.mean).all() and (np.abs(product.mean) > 0).all() == (low + half > 0)
+    scaled = distribution.fisher_product(distribution)
+    assert np.isfinite(scaled.mean).all() and (np.abs(scaled.mean) > 0).all() == (low + half > 0)
 
 
 def test_the_deviation_does_not_depend_on_the_observation():
@@ -190,9 +192,9 @@ def test_products_by_columns_are_the_product(columns):
     x, kernel = jax.random.normal(keys[0], (6, 7, 3)), jax.random.normal(keys[1], (3, columns))
     cotangent = jax.random.normal(keys[2], (6, 7, columns))
     axes = (((2,), (0,)), ((), ()))
-    product, pull_back = jax.vjp(lambda x, kernel: _product(x, kernel, axes, precision=None), x, kernel)
+    outputs, pull_back = jax.vjp(lambda x, kernel: product(x, kernel, axes, precision=None), x, kernel)
     expected, expected_pull_back = jax.vjp(jnp.matmul, x, kernel)
-    for a, b in zip((product, *pull_back(cotangent)), (expected, *expected_pull_back(cotangent)), strict=True):
+    for a, b in zip((outputs, *pull_back(cotangent)), (expected, *expected_pull_back(cotangent)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -202,17 +204,17 @@ def test_no_gradient_of_a_large_batch_on_a_gpu_is_one_sum_over_it(samples, longe
     keys = jax.random.split(jax.random.key(0), 2)
     x, kernels = jax.random.normal(keys[0], (2, *samples, 3)), jax.random.normal(keys[1], (2, 3, 5))
 
-    def gradients(product):
+    def gradients(multiply):
         """Of two agents side by side: of their inputs and kernels."""
 
         def loss(x, kernels):
-            outputs = jax.vmap(product)(x, kernels)
+            outputs = jax.vmap(multiply)(x, kernels)
             return jnp.mean(jnp.sin(outputs)), outputs
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)
 
     axes = (((len(samples),), (0,)), ((), ()))
-    ours = gradients(lambda x, kernel: _product(x, kernel, axes, precision=None))
+    ours = gradients(lambda x, kernel: product(x, kernel, axes, precision=None))
     for a, b in zip(jax.tree.leaves(ours(x, kernels)), jax.tree.leaves(gradients(jnp.matmul)(x, kernels)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     sums = [
@@ -241,17 +243,17 @@ def test_convolutions_by_patches_are_the_convolution(samples, kernel, strides, b
     grids, kernels = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
     numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": jax.lax.Precision.HIGHEST}
 
-    def each(convolution):
+    def each(convolve):
         """Of two agents side by side, with the gradients of kernels and grids."""
 
         def loss(kernels, grids):
-            outputs = jax.vmap(lambda k, x: convolution(x, k, strides, "SAME", **numbers))(kernels, grids)
+            outputs = jax.vmap(lambda k, x: convolve(x, k, strides, "SAME", **numbers))(kernels, grids)
             return jnp.sum(jnp.sin(outputs)), outputs
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(kernels, grids)
 
     for ours, theirs in zip(
-        *(jax.tree.leaves(each(f)) for f in (_convolution_by_patches, jax.lax.conv_general_dilated)), strict=True
+        *(jax.tree.leaves(each(f)) for f in (convolution, jax.lax.conv_general_dilated)), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
 
@@ -278,3 +280,88 @@ def test_the_matmul_precision_asked_for_reaches_the_last_layer():
     with jax.default_matmul_precision("highest"):
         text = str(jax.make_jaxpr(policy.apply)(params, jax.ShapeDtypeStruct((5, 3), jnp.float32)))
     assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") >= 3
+
+
+# --- the one form in which the trainer uses every network
+
+
+def masked(observation):
+    """Allowed are action 0, and action 1 where the first number is positive."""
+    return jnp.stack(
+        [observation[..., 0] > -jnp.inf, observation[..., 0] > 0, jnp.zeros_like(observation[..., 0], bool)], -1
+    )
+
+
+def user_module(remembers=False):
+    """A network as users give it: two functions, or, with a memory, three."""
+    module = Branching()
+    if not remembers:
+        return Network(module.init, module.apply)
+
+    def apply(params, carry, observation):
+        carry = {"sum": carry["sum"] + observation}
+        return carry, module.apply(params, carry["sum"])
+
+    return Network(module.init, apply, lambda: {"sum": jnp.zeros(3)})
+
+
+FORMS = {
+    "mlp": lambda: make_policy(environment(Discrete(3))),
+    "masked": lambda: make_policy(dataclasses.replace(environment(Discrete(3)), action_mask=masked)),
+    "gaussian": lambda: make_policy(environment(make_box(-1, 3, (2,)))),
+    "gaussian, σ of the state": lambda: make_policy(environment(make_box(-1, 3, (2,))), state_dependent_std=True),
+    "gru": lambda: make_policy(environment(Discrete(3)), network="gru"),
+    "gru, gaussian": lambda: make_policy(environment(make_box(-1, 3, (2,))), network="gru"),
+    "value": lambda: make_value(environment(Discrete(3))),
+    "a user's": user_module,
+    "a user's, with a memory": lambda: user_module(remembers=True),
+}
+
+
+def twice_shifted(observation):
+    return 2 * observation - 0.5
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_network_lowered_and_lifted_is_itself(name):
+    """Outputs, carries and features, plain and of changed observations, bit for bit."""
+    network = lift(FORMS[name]())
+    again = lift(lower(network))
+    assert again.has_memory == network.has_memory == ("memory" in name or "gru" in name)
+    params = start(network)
+    assert_equal(start(again), params)
+    assert_equal(again.initial_carry(), network.initial_carry())
+    observation = jax.random.normal(jax.random.key(1), (5, 3))
+    carry = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf + 0.3, (5, *leaf.shape)), network.initial_carry())
+    found = []
+    for form in (network, again):
+        functions = [form.step, form.with_inputs(twice_shifted).step]
+        if form.features is not None:
+            functions += [form.features, form.with_inputs(twice_shifted).features]
+        found.append([function(params, carry, observation) for function in functions])
+    assert_equal(*found)
+    plain, changed, *_ = found[0]
+    leaves = [jax.tree.leaves(outputs)[0] for _, outputs in (plain, changed)]
+    assert (leaves[0] != leaves[1]).any()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_changed_observation_is_what_the_learned_part_sees(name):
+    """Given f(x), a network answers what the one on f(x) answers for x; a mask is asked about x itself."""
+    network, observation = lift(FORMS[name]()), jax.random.normal(jax.random.key(1), (50, 3))
+    params, carry = start(network), network.initial_carry()
+    carry = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (50, *leaf.shape)), carry)
+    _, seen = network.with_inputs(twice_shifted).step(params, carry, observation)
+    _, expected = network.step(params, carry, twice_shifted(observation))
+    if name == "masked":
+        allowed = masked(observation)
+        assert (allowed != masked(twice_shifted(observation))).any()
+        np.testing.assert_array_equal(jax.nn.softmax(seen.logits) > 0, allowed)
+        _, unmasked = lift(FORMS["mlp"]()).step(params, carry, twice_shifted(observation))
+        seen, expected = (jnp.where(allowed, outputs.logits, 0) for outputs in (seen, unmasked))
+    assert_equal(seen, expected)

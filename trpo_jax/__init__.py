@@ -9,8 +9,11 @@ import importlib
 
 TYPE_CHECKING = False  # as `typing` has it, which takes long to import: until then Ctrl-C is a traceback
 if TYPE_CHECKING:
+    from trpo_jax.algorithms.base import Algorithm as Algorithm
+    from trpo_jax.algorithms.base import ValueFit as ValueFit
     from trpo_jax.config import UsageError as UsageError
     from trpo_jax.config import validate as validate
+    from trpo_jax.config_pytree import Config as Config
     from trpo_jax.environments.base import Box as Box
     from trpo_jax.environments.base import Discrete as Discrete
     from trpo_jax.environments.base import Environment as Environment
@@ -24,12 +27,13 @@ if TYPE_CHECKING:
     from trpo_jax.environments.wrappers import limit_steps as limit_steps
     from trpo_jax.environments.wrappers import repeat_actions as repeat_actions
     from trpo_jax.environments.wrappers import stack_frames as stack_frames
-    from trpo_jax.networks import make_policy as make_policy
-    from trpo_jax.networks import make_value as make_value
+    from trpo_jax.networks.default import make_policy as make_policy
+    from trpo_jax.networks.default import make_value as make_value
+    from trpo_jax.networks.recurrent import Network as Network
     from trpo_jax.steps.advantages import gae as gae
     from trpo_jax.steps.advantages import parallel_gae as parallel_gae
-    from trpo_jax.steps.candidates import Judgement as Judgement
-    from trpo_jax.steps.candidates import judge_candidate as judge_candidate
+    from trpo_jax.steps.candidates import CandidateEstimate as CandidateEstimate
+    from trpo_jax.steps.candidates import estimate_candidate as estimate_candidate
     from trpo_jax.steps.curvature import fisher_vector_product as fisher_vector_product
     from trpo_jax.steps.distributions import Categorical as Categorical
     from trpo_jax.steps.distributions import DiagonalGaussian as DiagonalGaussian
@@ -41,8 +45,13 @@ if TYPE_CHECKING:
     from trpo_jax.steps.line_searches import backtracking_line_search as backtracking_line_search
     from trpo_jax.steps.line_searches import full_step as full_step
     from trpo_jax.steps.line_searches import parallel_line_search as parallel_line_search
+    from trpo_jax.steps.objectives import maximum_kl as maximum_kl
     from trpo_jax.steps.objectives import mean_kl as mean_kl
+    from trpo_jax.steps.objectives import reverse_kl as reverse_kl
     from trpo_jax.steps.objectives import surrogate as surrogate
+    from trpo_jax.steps.policy_updates import Batch as Batch
+    from trpo_jax.steps.policy_updates import UpdateInfo as UpdateInfo
+    from trpo_jax.steps.solvers import Solver as Solver
     from trpo_jax.steps.solvers import conjugate_gradient as conjugate_gradient
     from trpo_jax.steps.trust_region import natural_gradient as natural_gradient
     from trpo_jax.steps.trust_region import trpo_update as trpo_update
@@ -59,35 +68,39 @@ if TYPE_CHECKING:
     from trpo_jax.training.loop import init as init
     from trpo_jax.training.loop import train as train
     from trpo_jax.training.loop import train_step as train_step
-    from trpo_jax.types import Config as Config
-    from trpo_jax.types import Metrics as Metrics
-    from trpo_jax.types import Network as Network
-    from trpo_jax.types import TrainState as TrainState
+    from trpo_jax.training.state import Metrics as Metrics
+    from trpo_jax.training.state import TrainState as TrainState
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Algorithm": "algorithms.base",
+    "Batch": "steps.policy_updates",
     "Box": "environments.base",
+    "CandidateEstimate": "steps.candidates",
     "Categorical": "steps.distributions",
-    "Config": "types",
+    "Config": "config_pytree",
     "DiagonalGaussian": "steps.distributions",
     "Discrete": "environments.base",
     "Distribution": "steps.distributions",
     "Environment": "environments.base",
-    "Judgement": "steps.candidates",
-    "Metrics": "types",
+    "Metrics": "training.state",
     "MultiCategorical": "steps.distributions",
     "MultiDiscrete": "environments.base",
-    "Network": "types",
+    "Network": "networks.recurrent",
+    "Solver": "steps.solvers",
     "Step": "environments.base",
     "SweepResult": "sweeps.in_memory",
-    "TrainState": "types",
+    "TrainState": "training.state",
+    "UpdateInfo": "steps.policy_updates",
     "UsageError": "config",
+    "ValueFit": "algorithms.base",
     "append_time": "environments.wrappers",
     "available_environments": "environments.make",
     "backtracking_line_search": "steps.line_searches",
     "clipped_objective": "steps.first_order",
     "conjugate_gradient": "steps.solvers",
+    "estimate_candidate": "steps.candidates",
     "evaluate": "training.evaluation",
     "first_order_update": "steps.first_order",
     "fisher_vector_product": "steps.curvature",
@@ -99,18 +112,19 @@ _HOME = {
     "hide_entries": "environments.wrappers",
     "init": "training.loop",
     "interquartile_mean": "sweeps.iqm",
-    "judge_candidate": "steps.candidates",
     "limit_steps": "environments.wrappers",
     "load": "training.checkpoints",
     "make_environment": "environments.make",
-    "make_policy": "networks",
-    "make_value": "networks",
+    "make_policy": "networks.default",
+    "make_value": "networks.default",
+    "maximum_kl": "steps.objectives",
     "mean_kl": "steps.objectives",
     "natural_gradient": "steps.trust_region",
     "parallel_gae": "steps.advantages",
     "parallel_line_search": "steps.line_searches",
     "penalized_objective": "steps.first_order",
     "repeat_actions": "environments.wrappers",
+    "reverse_kl": "steps.objectives",
     "save": "training.checkpoints",
     "shard_environments": "sweeps.placement",
     "stack_frames": "environments.wrappers",

@@ -21,6 +21,17 @@ class UsageError(ValueError):
     """A setting, file or environment cannot be used. The message is one sentence with the mend in it."""
 
 
+ALGORITHMS = {
+    "trpo": "trpo_jax.algorithms.trpo",
+    "policy-gradient": "trpo_jax.algorithms.policy_gradient",
+    "ppo": "trpo_jax.algorithms.ppo",
+    "kl-penalty": "trpo_jax.algorithms.kl_penalty",
+}
+"""Ways to update a policy, each with the module that makes it."""
+
+VALUE_FITS = {"gauss-newton": "trpo_jax.algorithms.gauss_newton", "adam": "trpo_jax.algorithms.adam"}
+"""Ways to fit a value function, each with the module that makes it."""
+
 _Used = tuple[Mapping[str, tuple[Any, ...]], ...]
 """When a setting has an effect: where one of these holds, each named setting having one of the values; (): always."""
 
@@ -70,11 +81,11 @@ class Config:
     gamma: float = _traced(0.99, "discount γ", interval="[0, 1]")
     gae_lambda: float = _traced(0.98, "λ of generalized advantage estimation", interval="[0, 1]")
     baseline: bool = _static(True, "weight actions by advantages; False: by returns, as REINFORCE without a baseline")
-    update: str = _static(
+    update: Any = _static(
         "trpo",
         "how the policy is updated; all but trpo take gradient steps: one (policy-gradient), or epochs of minibatches "
         "on the clipped (ppo) or the penalised surrogate (kl-penalty)",
-        choices=("trpo", "policy-gradient", "ppo", "kl-penalty"),
+        choices=tuple(ALGORITHMS),
     )
     max_kl: float = _traced(
         defaults.MAX_KL,
@@ -183,10 +194,10 @@ class Config:
         interval="(0, 1e6]",
         used=({"update": ("kl-penalty",)},),
     )
-    value_fit: str = _static(
+    value_fit: Any = _static(
         "gauss-newton",
         "how the value function is fitted: one damped Gauss-Newton step, or epochs of minibatches by Adam",
-        choices=("gauss-newton", "adam"),
+        choices=tuple(VALUE_FITS),
     )
     value_damping: float = _traced(
         defaults.VALUE_DAMPING,
@@ -374,7 +385,8 @@ def check_setting(name: str, value: Any, source: str = "") -> None:
     if "interval" in meta:
         check_number(label, value, whole=field.type == "int", interval=meta["interval"])
     elif meta.get("choices"):
-        if not isinstance(value, str) or value not in meta["choices"]:
+        own = name in ("update", "value_fit") and callable(value)  # a function that makes one, see algorithms/base.py
+        if not own and (not isinstance(value, str) or value not in meta["choices"]):
             raise UsageError(f"{label} must be one of {', '.join(meta['choices'])}, got {shown(value)}.")
     elif field.type == "bool" and not isinstance(value, bool):
         raise UsageError(f"{label} must be True or False, got {shown(value)}.")
@@ -459,7 +471,12 @@ def without_effect(config: Config, name: str) -> str:
     alternatives = _FIELDS[name].metadata["used"]
     missing: list[str] = []
     for conditions in alternatives:
-        unmet = [n for n, values in conditions.items() if getattr(config, n) not in values or without_effect(config, n)]
+        chosen = {n: getattr(config, n) for n in conditions}
+        unmet = [
+            n
+            for n, values in conditions.items()
+            if (chosen[n] not in values and not callable(chosen[n])) or without_effect(config, n)
+        ]
         if not unmet:
             return ""
         missing.append(unmet[0])

@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config import UsageError, first_line
+from trpo_jax.config_pytree import Config
 from trpo_jax.environments.base import Box, Environment
 from trpo_jax.environments.checks import one_sentence
 from trpo_jax.environments.gymnasium import action_space, observation_space
 from trpo_jax.files import write_atomically
 from trpo_jax.steps.types import Array, PyTree
-from trpo_jax.training.agents import make_agent, on_normalized
-from trpo_jax.training.recurrence import advance, initial_carries
-from trpo_jax.types import Config, TrainState
+from trpo_jax.training.agents import make_agent, with_normalization
+from trpo_jax.training.recurrence import initial_carries
+from trpo_jax.training.state import TrainState
 
 _PLATFORMS = "cpu", "cuda", "tpu"
 _MOST_STEPS = 100_000  # of an episode without a time limit
@@ -66,11 +67,11 @@ def acting_policy(config: Config, state: TrainState) -> tuple[Callable[[PyTree, 
       bounds, and the carry of one episode's start, [1, ...]; () for a policy without a memory.
     """
     agent = make_agent(config)
-    policy = on_normalized(config, state.statistics, agent.policy)
+    policy = with_normalization(config, state.learner.statistics, agent.policy)
     space = agent.environment.action_space
 
     def act(carry: PyTree, observation: Array) -> tuple[PyTree, Array]:
-        carry, distribution = advance(policy, state.policy_params, carry, observation)
+        carry, distribution = policy.step(state.learner.policy_params, carry, observation)
         action = distribution.mode()
         return carry, jnp.clip(action, space.low, space.high) if isinstance(space, Box) else action
 

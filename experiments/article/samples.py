@@ -19,7 +19,7 @@ from experiments.article.drawing import (
     panels,
 )
 from experiments.article.problems import bandit, random_problems
-from trpo_jax import Categorical, judge_candidate
+from trpo_jax import Categorical, estimate_candidate
 from trpo_jax.theory import (
     advantages,
     effective_fraction,
@@ -330,7 +330,7 @@ def compute_judgement(
         candidates = theta + jnp.array(sizes)[:, None, None, None] * (natural + noise)
 
         def one(candidate: Any) -> Any:
-            found = judge_candidate(
+            found = estimate_candidate(
                 apply, theta, candidate, state, action, table[state, action], keys[3], resamples=resamples
             )
             new = softmax_policy(candidate)

@@ -465,11 +465,11 @@ def test_every_environment_trains(name):
         return state, *train_step(config, state)
 
     before, after, metrics = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 2))
-    for leaf in jax.tree.leaves((after.policy_params, after.value_params, after.observation)):
+    for leaf in jax.tree.leaves((after.learner.policy_params, after.learner.value_params, after.actor.observation)):
         assert np.isfinite(leaf).all()
     assert (metrics.accepted == 1).any() or (metrics.gradient_norm == 0).all()
     assert (metrics.mean_kl <= 0.01).all()
-    assert not probes.same_bits(before.value_params, after.value_params)
+    assert not probes.same_bits(before.learner.value_params, after.learner.value_params)
     assert (after.iteration == 1).all()
 
 

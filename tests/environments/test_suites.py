@@ -162,9 +162,9 @@ def test_it_trains(name):
     state = init(config, jax.random.key(0))
     after, metrics = jax.jit(train_step)(config, state)
     assert metrics.finite == 1 and metrics.mean_kl <= 0.01
-    for leaf in jax.tree.leaves((after.policy_params, after.value_params, after.observation)):
+    for leaf in jax.tree.leaves((after.learner.policy_params, after.learner.value_params, after.actor.observation)):
         assert np.isfinite(leaf).all()
-    assert not probes.same_bits(state.value_params, after.value_params)
+    assert not probes.same_bits(state.learner.value_params, after.learner.value_params)
     before, then = jax.eval_shape(lambda: (state, after))  # no second trace, no mismatch in a scan
     assert jax.tree.structure(before) == jax.tree.structure(then)
     assert jax.tree.leaves(before) == jax.tree.leaves(then)

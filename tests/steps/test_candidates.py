@@ -1,4 +1,4 @@
-"""A candidate judged on a stored batch: consistent, covered by its interval, ranked as the exact return ranks."""
+"""A candidate's estimate from a stored batch: consistent, covered by its interval, ranked as the exact return ranks."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trpo_jax import Categorical, judge_candidate
+from trpo_jax import Categorical, estimate_candidate
 from trpo_jax.theory import advantages, expected_return, garnet, softmax_policy, surrogate_return_gain, visitation
 
 MDP = garnet(jax.random.key(0), 6, 3, 3, 0.9)
@@ -33,18 +33,18 @@ def exact_gain(candidate):
 
 
 @pytest.fixture(scope="module")
-def judge():
-    return jax.jit(lambda candidate, key, *data: judge_candidate(policy_apply, OLD, candidate, *data, key))
+def estimate():
+    return jax.jit(lambda candidate, key, *data: estimate_candidate(policy_apply, OLD, candidate, *data, key))
 
 
 def candidates(number, scale):
     return OLD + scale * jax.random.normal(jax.random.key(2), (number, *OLD.shape))
 
 
-def test_old_policy_gains_nothing(judge):
-    judgement = judge(OLD, jax.random.key(0), *batch(jax.random.key(3), (64,)))
-    assert judgement.surrogate_gain == judgement.low == judgement.high == 0
-    assert judgement.mean_kl == judgement.maximum_kl == 0 and judgement.effective_sample_fraction == 1
+def test_old_policy_gains_nothing(estimate):
+    found = estimate(OLD, jax.random.key(0), *batch(jax.random.key(3), (64,)))
+    assert found.surrogate_gain == found.low == found.high == 0
+    assert found.mean_kl == found.maximum_kl == 0 and found.effective_sample_fraction == 1
 
 
 def test_error_falls_with_the_root_of_the_batch():
@@ -54,7 +54,7 @@ def test_error_falls_with_the_root_of_the_batch():
 
         def gain(key, size=size):
             data = batch(key, (size,))
-            return judge_candidate(policy_apply, OLD, candidate, *data, key, resamples=1).surrogate_gain
+            return estimate_candidate(policy_apply, OLD, candidate, *data, key, resamples=1).surrogate_gain
 
         found = jax.jit(jax.vmap(gain))(jax.random.split(jax.random.key(7), 100))
         errors.append(jnp.sqrt(jnp.mean((found - exact_gain(candidate)) ** 2)))
@@ -69,33 +69,32 @@ def test_interval_covers(shape):
     def covered(key):
         key_batch, key_bootstrap = jax.random.split(key)
         data = batch(key_batch, shape)
-        judgement = judge_candidate(policy_apply, OLD, candidate, *data, key_bootstrap, resamples=200)
+        found = estimate_candidate(policy_apply, OLD, candidate, *data, key_bootstrap, resamples=200)
         exact = exact_gain(candidate)
-        return (judgement.low <= exact) & (exact <= judgement.high)
+        return (found.low <= exact) & (exact <= found.high)
 
     share = jnp.mean(jax.jit(jax.vmap(covered))(jax.random.split(jax.random.key(4), 300)))
     # 95 % of 300 has a standard error of 1.3 %; percentile intervals of such batches fall short by a little more.
     assert 0.89 < share < 0.99
 
 
-def test_environments_are_resampled_whole(judge):
+def test_environments_are_resampled_whole(estimate):
     # Every step of an environment repeats one sample: the batch knows no more than its 20 environments.
     state, action, advantage = (jnp.broadcast_to(x, (50, 20)) for x in batch(jax.random.key(5), (20,)))
     (candidate,) = candidates(1, 0.3)
-    whole = judge(candidate, jax.random.key(0), state, action, advantage)
-    once = judge(candidate, jax.random.key(0), state[0], action[0], advantage[0])
+    whole = estimate(candidate, jax.random.key(0), state, action, advantage)
+    once = estimate(candidate, jax.random.key(0), state[0], action[0], advantage[0])
     np.testing.assert_allclose([whole.low, whole.high], [once.low, once.high], rtol=1e-4)
     samples = (x.ravel() for x in (state, action, advantage))
-    flat = judge(candidate, jax.random.key(0), *samples)
+    flat = estimate(candidate, jax.random.key(0), *samples)
     assert (whole.high - whole.low) > 5 * (flat.high - flat.low)
 
 
 def test_candidates_are_ranked_as_by_the_exact_return():
     near = candidates(60, 0.1)
     data = batch(jax.random.key(6), (20_000,))
-    judged = jax.jit(jax.vmap(lambda c: judge_candidate(policy_apply, OLD, c, *data, jax.random.key(0), resamples=2)))(
-        near
-    )
+    key = jax.random.key(0)
+    found = jax.jit(jax.vmap(lambda c: estimate_candidate(policy_apply, OLD, c, *data, key, resamples=2)))(near)
     exact = jax.vmap(lambda c: expected_return(softmax_policy(c), MDP))(near)
-    assert judged.mean_kl.max() < 0.02
-    assert stats.spearmanr(judged.surrogate_gain, exact).statistic >= 0.95
+    assert found.mean_kl.max() < 0.02
+    assert stats.spearmanr(found.surrogate_gain, exact).statistic >= 0.95

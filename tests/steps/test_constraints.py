@@ -7,8 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trpo_jax import Categorical, DiagonalGaussian, gae, natural_gradient, parallel_gae, trpo_update
-from trpo_jax.steps.line_searches import full_step
+from trpo_jax import (
+    Batch,
+    Categorical,
+    DiagonalGaussian,
+    Solver,
+    full_step,
+    gae,
+    maximum_kl,
+    mean_kl,
+    natural_gradient,
+    parallel_gae,
+    reverse_kl,
+    trpo_update,
+)
+
+EXACT = Solver(tolerance=0.0)
+CONSTRAINTS = [mean_kl, maximum_kl, reverse_kl]
 
 
 def categorical(params, observation):
@@ -32,14 +47,14 @@ def make_problem(policy=categorical, batch=60, seed=0):
 @functools.cache
 def update_of(policy, **options):
     """A compiled `trpo_update`, solved exactly, that examples share."""
-    return jax.jit(functools.partial(trpo_update, policy, cg_tolerance=0.0, fisher_fraction=1.0, **options))
+    return jax.jit(functools.partial(trpo_update, policy, solver=EXACT, fisher_fraction=1.0, **options))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def divergences(policy, params, new, observation):
     old, now = policy(params, observation), policy(new, observation)
     kl = old.kl(now)
-    return {"mean-kl": kl.mean(), "max-kl": kl.max(), "reverse-kl": now.kl(old).mean()}
+    return {"mean_kl": kl.mean(), "maximum_kl": kl.max(), "reverse_kl": now.kl(old).mean()}
 
 
 def compiled_gradient(function):
@@ -51,7 +66,7 @@ def norm(tree):
     return np.sqrt(sum(float((np.asarray(leaf) ** 2).sum()) for leaf in tree.values()))
 
 
-@pytest.mark.parametrize("constraint", ["mean-kl", "max-kl", "reverse-kl"])
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
 @pytest.mark.parametrize("max_kl", [1e-4, 0.01, 0.3])
 @pytest.mark.parametrize("policy", [categorical, fixed_gaussian])
 def test_the_chosen_divergence_is_within_its_bound_and_reported(constraint, max_kl, policy, x64):
@@ -59,13 +74,13 @@ def test_the_chosen_divergence_is_within_its_bound_and_reported(constraint, max_
     new, info = update_of(policy, constraint=constraint)(*problem, max_kl=max_kl)
     found = divergences(policy, problem[0], new, problem[1])
     assert info.accepted
-    assert max_kl / 3 < found[constraint] <= max_kl  # near the boundary, not just somewhere inside
-    np.testing.assert_allclose(info.divergence, found[constraint], rtol=1e-9)
-    np.testing.assert_allclose(info.mean_kl, found["mean-kl"], rtol=1e-9)
-    np.testing.assert_allclose(info.maximum_kl, found["max-kl"], rtol=1e-9)
+    assert max_kl / 3 < found[constraint.__name__] <= max_kl  # near the boundary, not just somewhere inside
+    np.testing.assert_allclose(info.divergence, found[constraint.__name__], rtol=1e-9)
+    np.testing.assert_allclose(info.mean_kl, found["mean_kl"], rtol=1e-9)
+    np.testing.assert_allclose(info.maximum_kl, found["maximum_kl"], rtol=1e-9)
 
 
-@pytest.mark.parametrize("constraint", ["mean-kl", "max-kl", "reverse-kl"])
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_where_every_kl_is_quadratic_the_bound_is_met_at_once(constraint, x64):
     problem = make_problem(fixed_gaussian)
     _, info = update_of(fixed_gaussian, constraint=constraint)(*problem, max_kl=0.01)
@@ -73,9 +88,41 @@ def test_where_every_kl_is_quadratic_the_bound_is_met_at_once(constraint, x64):
     np.testing.assert_allclose(info.divergence, 0.01, rtol=1e-12)
 
 
-def test_an_unknown_constraint_is_refused():
-    with pytest.raises(ValueError, match="one of mean-kl, max-kl, reverse-kl, got 'tv'"):
-        trpo_update(categorical, *make_problem(), constraint="tv")
+def symmetric_kl(old, new):
+    return (mean_kl(old, new) + reverse_kl(old, new)) / 2
+
+
+def twice_the_kl(old, new):
+    return 2 * mean_kl(old, new)
+
+
+@pytest.mark.parametrize("constraint", [maximum_kl, reverse_kl, symmetric_kl, twice_the_kl])
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_full_step_is_scaled_to_the_divergence_that_is_bounded(constraint, seed, x64):
+    """A divergence grows with the square of a step: D(s) > δ of the natural-gradient step s leaves √(δ/D(s)) s."""
+    params, *batch = make_problem(seed=seed)
+    whole, whole_info = update_of(categorical, line_search=full_step)(params, *batch, max_kl=0.3)
+    excess = constraint(categorical(params, batch[0]), categorical(whole, batch[0])) / 0.3
+    factor = min(1.0, 1 / np.sqrt(excess))
+    new, info = update_of(categorical, line_search=full_step, constraint=constraint)(params, *batch, max_kl=0.3)
+    for name in params:
+        np.testing.assert_allclose(new[name] - params[name], factor * (whole[name] - params[name]), rtol=1e-9)
+    np.testing.assert_allclose(info.predicted_gain, factor * whole_info.predicted_gain, rtol=1e-9)
+    assert (excess > 1) == (seed == 3 or constraint in (maximum_kl, twice_the_kl))  # both cases occur
+
+
+def test_a_divergence_of_ones_own_is_bounded_and_met_at_once_where_it_is_quadratic(x64):
+    problem = make_problem(fixed_gaussian)
+    _, info = update_of(fixed_gaussian, constraint=twice_the_kl)(*problem, max_kl=0.01)
+    assert info.step_fraction == 1
+    np.testing.assert_allclose(info.divergence, 0.01, rtol=1e-12)
+    np.testing.assert_allclose(info.mean_kl, 0.005, rtol=1e-12)
+
+
+def test_a_constraint_that_is_no_function_is_refused():
+    message = "^constraint must be a function, such as mean_kl, maximum_kl or reverse_kl, got 'max-kl'$"
+    with pytest.raises(ValueError, match=message):
+        trpo_update(categorical, *make_problem(), constraint="max-kl")
 
 
 def test_without_a_line_search_it_is_the_natural_gradient_step(x64):
@@ -86,9 +133,7 @@ def test_without_a_line_search_it_is_the_natural_gradient_step(x64):
     @jax.jit
     def full(params):
         gradient = jax.grad(lambda p: jnp.mean(categorical(p, observation).log_prob(action) * advantage))(params)
-        return natural_gradient(lambda p: categorical(p, observation), params, gradient, max_kl=2.0, cg_tolerance=0.0)[
-            0
-        ]
+        return natural_gradient(lambda p: categorical(p, observation), params, gradient, max_kl=2.0, solver=EXACT)[0]
 
     step = full(params)
     for name in params:
@@ -126,7 +171,7 @@ def test_own_log_probabilities_as_behaviour_change_nothing(x64):
     params, observation, action, advantage = make_problem()
     log_prob = categorical(params, observation).log_prob(action)
     plain = update_of(categorical)(params, observation, action, advantage)
-    given = update_of(categorical)(params, observation, action, advantage, behaviour_log_prob=log_prob)
+    given = update_of(categorical)(params, Batch(observation, action, advantage, log_prob))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(given), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
@@ -135,7 +180,7 @@ def test_each_sample_counts_by_its_ratio_to_the_policy_that_took_it(x64):
     params, observation, action, advantage = make_problem()
     behaviour = categorical(jax.tree.map(lambda leaf: leaf + 0.3, params), observation).log_prob(action)
     update = update_of(categorical)
-    new, info = update(params, observation, action, advantage, behaviour_log_prob=behaviour)
+    new, info = update(params, Batch(observation, action, advantage, behaviour))
     assert info.accepted
 
     @compiled_gradient
@@ -148,7 +193,7 @@ def test_each_sample_counts_by_its_ratio_to_the_policy_that_took_it(x64):
     np.testing.assert_allclose(info.gradient_norm, norm(gradient), rtol=1e-10)
     np.testing.assert_allclose(info.surrogate_gain, value - old_value, rtol=1e-9)
     np.testing.assert_allclose(info.effective_sample_fraction, fraction, rtol=1e-10)
-    _, refused = update(params, observation, action, jnp.zeros(60), behaviour_log_prob=behaviour)
+    _, refused = update(params, Batch(observation, action, jnp.zeros(60), behaviour))
     np.testing.assert_allclose(refused.effective_sample_fraction, old_fraction, rtol=1e-10)
 
 

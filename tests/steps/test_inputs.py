@@ -1,8 +1,8 @@
 """What the steps make of inputs that are not float32, not finite, or no parameters at all."""
 
-import dataclasses
 import functools
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +11,25 @@ import optax
 import pytest
 
 from trpo_jax import (
+    Batch,
     Categorical,
     Config,
     DiagonalGaussian,
+    Solver,
     backtracking_line_search,
     conjugate_gradient,
+    estimate_candidate,
     first_order_update,
     fit_value_function,
+    full_step,
     gauss_newton_fit,
-    judge_candidate,
     natural_gradient,
     parallel_line_search,
     trpo_update,
 )
-from trpo_jax.steps import trees
-from trpo_jax.steps.line_searches import full_step
+from trpo_jax.algorithms.trpo import CONSTRAINTS
+from trpo_jax.steps import defaults, trees
+from trpo_jax.steps.statistics import normalize
 
 
 def categorical(params, observation):
@@ -100,8 +104,96 @@ def test_an_equinox_module_and_nnx_running_averages_are_refused_in_one_sentence(
 
 
 def test_a_line_search_by_name_is_refused():
-    with pytest.raises(ValueError, match=r"^line_search must be a function, backtracking_line_search, parallel_line"):
+    message = (
+        r"^line_search must be a function, such as backtracking_line_search, parallel_line_search or full_step, "
+        r"got 'parallel'$"
+    )
+    with pytest.raises(ValueError, match=message):
         trpo_update(categorical, *problem(), line_search="parallel")
+
+
+PARTIAL = "line_search=functools.partial(backtracking_line_search, "
+MOVED = {
+    "cg_damping": "solver=Solver(damping=…)",
+    "cg_iterations": "solver=Solver(iterations=…)",
+    "cg_tolerance": "solver=Solver(tolerance=…)",
+    "line_search_shrink": f"{PARTIAL}shrink=…)",
+    "line_search_steps": f"{PARTIAL}max_steps=…)",
+    "behaviour_log_prob": "Batch(observation, action, advantage, behaviour_log_prob=…)",
+    "sample_ndim": "Batch(observation, action, advantage, sample_ndim=…)",
+}
+
+
+@pytest.mark.parametrize("option", MOVED)
+def test_an_option_of_earlier_versions_is_answered_by_what_took_its_place(option):
+    with pytest.raises(TypeError, match=f"^{re.escape(f'trpo_update has no option {option}; give {MOVED[option]}')}$"):
+        trpo_update(categorical, *problem(), **{option: 1})
+
+
+def test_natural_gradient_answers_the_options_it_had_and_no_option_is_swallowed():
+    params, observation, *_ = problem()
+
+    def step(**options):
+        natural_gradient(lambda p: categorical(p, observation), params, params, max_kl=0.01, **options)
+
+    with pytest.raises(
+        TypeError, match=r"^natural_gradient has no option cg_damping; give solver=Solver\(damping=…\)$"
+    ):
+        step(cg_damping=0.1)
+    with pytest.raises(TypeError, match=r"^natural_gradient has no option max_lk$"):
+        step(max_lk=0.1)
+    with pytest.raises(TypeError, match=r"^trpo_update has no option max_lk$"):
+        trpo_update(categorical, *problem(), max_lk=0.1)
+
+
+STEPS = {
+    "trpo": functools.partial(trpo_update, categorical),
+    "first order": lambda params, *parts: first_order_update(
+        categorical, params, optax.sgd(0.1).init(params), *parts, optimizer=optax.sgd(0.1), epochs=2, minibatches=4
+    ),
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
+def test_a_batch_is_its_three_parts_bit_for_bit_within_a_program_and_handed_to_it(step):
+    params, *parts = problem()
+    results = [
+        jax.jit(step)(params, *parts),
+        jax.jit(lambda params, *parts: step(params, Batch(*parts)))(params, *parts),
+        jax.jit(step)(params, Batch(*parts)),
+    ]
+    assert results[0][-1].accepted
+    for result in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, result, results[0])
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
+@pytest.mark.parametrize("number", [0, 1, 2, 4])
+def test_other_numbers_of_parts_are_refused(step, number):
+    params, *parts = problem()
+    with pytest.raises(TypeError, match=r"^a step learns from one Batch, or from an observation, an action and an a"):
+        step(params, *[*parts, parts[-1]][:number])
+    if number == 2:
+        with pytest.raises(TypeError, match=r"^a step learns from one Batch, or"):
+            step(params, Batch(*parts), parts[-1])
+
+
+def test_curvature_is_estimated_from_whole_sequences_where_one_axis_tells_samples_apart():
+    """Of a policy that needs whole sequences, [N, T]: half of 6 sequences, as a number and as an array."""
+    rng = np.random.default_rng(0)
+    observation, advantage = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((6, 5, 3), (6, 5)))
+    params, seen = problem()[0], set()
+
+    def remembering(params, observation):
+        seen.add(observation.shape)
+        return categorical(params, jnp.cumsum(observation, axis=-2))
+
+    batch = Batch(observation, jnp.asarray(rng.integers(0, 4, (6, 5))), advantage, sample_ndim=1)
+    options = {"solver": Solver(tolerance=0.0), "max_kl": 0.01}
+    new, info = jax.jit(lambda: trpo_update(remembering, params, batch, fisher_fraction=0.5, **options))()
+    assert info.accepted and seen == {(6, 5, 3), (3, 5, 3)}
+    same, _ = jax.jit(lambda f: trpo_update(remembering, params, batch, fisher_fraction=f, **options))(0.5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), new, same)
 
 
 @pytest.mark.parametrize("dtype", [int, bool, jnp.float16], ids=str)
@@ -113,8 +205,9 @@ def test_advantages_and_targets_may_be_of_any_dtype(dtype):
     same, _ = update_of(params, observation, action, counts.astype(jnp.float32))
     jax.tree.map(np.testing.assert_array_equal, new, same)
     assert info.accepted and info.surrogate_gain.dtype == jnp.float32
-    judged = judge_candidate(categorical, params, new, observation, action, counts, jax.random.key(0), resamples=8)
-    assert judged.surrogate_gain > 0
+    key = jax.random.key(0)
+    estimate = estimate_candidate(categorical, params, new, observation, action, counts, key, resamples=8)
+    assert estimate.surrogate_gain > 0
 
     def value(p, o):
         return o @ p
@@ -146,8 +239,8 @@ def test_what_an_update_says_of_itself_is_finite(bad, share):
     for sign in (1, advantage):
         spoiled = jnp.where(jnp.arange(64) < share * 64, bad * jnp.sign(sign), advantage)
         new, info = update()(params, observation, action, spoiled)
-        for field in dataclasses.fields(info):
-            assert np.isfinite(getattr(info, field.name)), field.name
+        for path, leaf in jax.tree_util.tree_leaves_with_path(info):
+            assert np.isfinite(leaf), path
         if not info.accepted:
             jax.tree.map(np.testing.assert_array_equal, new, params)
         if not np.isfinite(bad):
@@ -169,20 +262,33 @@ def test_a_mean_and_a_deviation_of_different_precision_are_one_distribution():
 
 
 def test_the_steps_have_the_defaults_of_config():
-    """By name; what only one of them has is left out."""
-    renamed = {"value_damping": "damping", "value_cg_iterations": "cg_iterations"}
-    config = {field.name: field.default for field in dataclasses.fields(Config)}
-    for step, names in {
-        trpo_update: (
-            "max_kl cg_damping cg_iterations cg_tolerance line_search_shrink line_search_steps fisher_fraction "
-            "constraint entropy_coefficient"
-        ),
-        natural_gradient: "cg_damping cg_iterations cg_tolerance",
-        gauss_newton_fit: "value_damping value_cg_iterations cg_tolerance fisher_fraction",
+    """By what each is called there; what only one of them has is left out."""
+    config = Config()
+    solver = Solver(config.cg_damping, config.cg_iterations, config.cg_tolerance)
+    search = {"shrink": config.line_search_shrink, "max_steps": config.line_search_steps}
+    assert Solver() == solver
+    for step, expected in {
+        trpo_update: {
+            "max_kl": config.max_kl,
+            "constraint": CONSTRAINTS[config.constraint],
+            "fisher_fraction": config.fisher_fraction,
+            "solver": solver,
+            "entropy_coefficient": config.entropy_coefficient,
+            "line_search": backtracking_line_search,  # `auto` on a CPU
+        },
+        natural_gradient: {"solver": solver},
+        backtracking_line_search: search,
+        parallel_line_search: search,
+        full_step: search,
+        gauss_newton_fit: {
+            "solver": Solver(config.value_damping, config.value_cg_iterations, config.cg_tolerance),
+            "fisher_fraction": config.fisher_fraction,
+        },
+        normalize: {"clip": config.observation_clip},
     }.items():
         parameters = inspect.signature(step).parameters
-        for name in names.split():
-            assert parameters[renamed.get(name, name)].default == config[name], (step, name)
+        for name, value in expected.items():
+            assert parameters[name].default == value, (step, name)
 
 
 def test_a_bonus_counts_only_so_much_of_a_deviation():
@@ -217,11 +323,21 @@ def test_a_direction_of_any_size_is_followed(size):
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=str)
 def test_parameters_of_half_precision_train_beside_settings_of_single(dtype):
     params, observation, action, advantage = problem(dtype)
-    settings = {name: jnp.float32(value) for name, value in {"max_kl": 0.01, "cg_damping": 0.1}.items()}
-    new, info = update()(params, observation, action, advantage, **settings)
+    batch = Batch(observation, action, advantage)
+    update_of = jax.jit(
+        lambda max_kl, damping: trpo_update(
+            categorical, params, batch, max_kl=max_kl, solver=Solver(damping), fisher_fraction=1.0
+        )
+    )
+    new, info = update_of(jnp.float32(0.01), jnp.float32(0.1))
     assert info.accepted and new["w"].dtype == dtype
-    fit = jax.jit(functools.partial(gauss_newton_fit, lambda p, o: o @ p))
-    fitted, _ = fit(jnp.zeros(3, dtype), observation, advantage, damping=jnp.float32(0.1))
+    solver = Solver(defaults.VALUE_DAMPING, defaults.VALUE_CG_ITERATIONS)
+    fit = jax.jit(
+        lambda damping: gauss_newton_fit(
+            lambda p, o: o @ p, jnp.zeros(3, dtype), observation, advantage, solver=solver._replace(damping=damping)
+        )
+    )
+    fitted, _ = fit(jnp.float32(0.1))
     assert fitted.dtype == dtype and fitted.any()
 
 
@@ -240,8 +356,14 @@ def test_a_step_of_zero_is_not_accepted_for_the_rounding_of_its_gain():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"line_search_steps": 0}, "^max_steps of a line search must be a whole number of at least 1, got 0$"),
-        ({"line_search_steps": 1.5}, "^max_steps of a line search must be a whole number"),
+        (
+            {"line_search": functools.partial(backtracking_line_search, max_steps=0)},
+            "^max_steps of a line search must be a whole number of at least 1, got 0$",
+        ),
+        (
+            {"line_search": functools.partial(parallel_line_search, max_steps=1.5)},
+            "^max_steps of a line search must be a whole number",
+        ),
         ({"fisher_fraction": "x"}, r"^fisher_fraction must lie in \(0, 1\], got 'x'$"),
         ({"fisher_fraction": None}, r"^fisher_fraction must lie in \(0, 1\], got None$"),
     ],

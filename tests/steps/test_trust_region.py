@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from trpo_jax import Categorical, DiagonalGaussian, mean_kl, natural_gradient, trpo_update
+from trpo_jax import (
+    Categorical,
+    DiagonalGaussian,
+    Solver,
+    backtracking_line_search,
+    mean_kl,
+    natural_gradient,
+    trpo_update,
+)
 from trpo_jax.steps.curvature import curvature_sample
 
-DEFAULTS = {"max_kl": 0.01, "cg_damping": 0.1, "line_search_shrink": 0.8, "fisher_fraction": 1.0}
-EXACT = {"cg_tolerance": 0.0, "fisher_fraction": 1.0}
+DEFAULTS = {"max_kl": 0.01, "damping": 0.1, "shrink": 0.8, "fisher_fraction": 1.0}
 
 
 def categorical(params, observation):
@@ -41,20 +48,19 @@ def make_problem(policy=categorical, batch=40):
 def test_a_tolerance_stops_the_solver_before_its_last_product(x64):
     params, observation, action, advantage = make_problem()
     problem = categorical, params, observation, action, advantage
-    _, exact = trpo_update(*problem, cg_iterations=50, **EXACT)
-    _, loose = trpo_update(*problem, cg_iterations=50, **{**EXACT, "cg_tolerance": 0.05})
+    loosely = Solver(iterations=50, tolerance=0.05)
+    _, exact = trpo_update(*problem, solver=Solver(iterations=50, tolerance=0.0), fisher_fraction=1.0)
+    _, loose = trpo_update(*problem, solver=loosely, fisher_fraction=1.0)
     assert exact.cg_residual < 1e-6 < loose.cg_residual <= 0.05
     np.testing.assert_allclose(loose.predicted_gain, exact.predicted_gain, rtol=0.01)
     gradient = jax.grad(lambda p: jnp.mean(categorical(p, observation).log_prob(action) * advantage))(params)
-    _, few = natural_gradient(
-        lambda p: categorical(p, observation), params, gradient, max_kl=0.01, cg_iterations=50, cg_tolerance=0.05
-    )
+    _, few = natural_gradient(lambda p: categorical(p, observation), params, gradient, max_kl=0.01, solver=loosely)
     assert 0 < few.cg_iterations < 15
 
 
 @pytest.mark.parametrize("policy", [categorical, gaussian])
-@pytest.mark.parametrize("cg_iterations", [1, 5, 40])
-def test_damping_bends_the_direction_and_not_the_length(policy, cg_iterations, x64):
+@pytest.mark.parametrize("iterations", [1, 5, 40])
+def test_damping_bends_the_direction_and_not_the_length(policy, iterations, x64):
     # ½ sᵀF s = δ with the dense, undamped F = Hessian of the mean KL, however far conjugate gradient got.
     params, observation, _, _ = make_problem(policy)
     theta, unravel = ravel_pytree(params)
@@ -66,15 +72,15 @@ def test_damping_bends_the_direction_and_not_the_length(policy, cg_iterations, x
     def compute(theta, gradient):
         old = jax.lax.stop_gradient(distribution_fn(theta))
         fisher = jax.hessian(lambda v: mean_kl(old, distribution_fn(v)))(theta)
-        options = {"max_kl": 0.02, "cg_damping": 0.1, "cg_iterations": cg_iterations, "cg_tolerance": 0.0}
-        return fisher, *natural_gradient(distribution_fn, theta, gradient, **options)
+        solver = Solver(damping=0.1, iterations=iterations, tolerance=0.0)
+        return fisher, *natural_gradient(distribution_fn, theta, gradient, max_kl=0.02, solver=solver)
 
     gradient = np.random.default_rng(1).normal(size=theta.size)
     fisher, step, info = compute(theta, gradient)
     np.testing.assert_allclose(0.5 * step @ fisher @ step, 0.02, rtol=1e-9)
     np.testing.assert_allclose(info.predicted_gain, gradient @ step, rtol=1e-9)
     np.testing.assert_allclose(info.gradient_norm, np.linalg.norm(gradient), rtol=1e-12)
-    if cg_iterations == 40:
+    if iterations == 40:
         x = np.linalg.solve(fisher + 0.1 * np.eye(theta.size), gradient)
         expected = x * np.sqrt(0.04 / (x @ fisher @ x))
         np.testing.assert_allclose(step, expected, rtol=1e-7, atol=1e-9)
@@ -82,23 +88,34 @@ def test_damping_bends_the_direction_and_not_the_length(policy, cg_iterations, x
 
 @functools.cache
 def compiled(**static):
-    return jax.jit(lambda problem, traced: trpo_update(categorical, *problem, **static, **traced))
+    """`trpo_update`, solved exactly, with some settings as Python numbers and the others traced."""
+
+    def update(problem, traced):
+        settings = {**DEFAULTS, **static, **traced}
+        return trpo_update(
+            categorical,
+            *problem,
+            max_kl=settings["max_kl"],
+            fisher_fraction=settings["fisher_fraction"],
+            solver=Solver(settings["damping"], tolerance=0.0),
+            line_search=functools.partial(backtracking_line_search, shrink=settings["shrink"]),
+        )
+
+    return jax.jit(update)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_kl", 0.03), ("cg_damping", 0.01), ("line_search_shrink", 0.5), ("fisher_fraction", 0.3)],
+    [("max_kl", 0.03), ("damping", 0.01), ("shrink", 0.5), ("fisher_fraction", 0.3)],
 )
 def test_a_python_number_and_a_traced_array_give_one_answer(name, value):
     problem = make_problem()
-    number, number_info = compiled(**{**EXACT, name: value})(problem, {})
-    traced, traced_info = compiled(cg_tolerance=0.0)(
-        problem, {k: jnp.float32(v) for k, v in {**DEFAULTS, name: value}.items()}
-    )
-    default, _ = compiled(cg_tolerance=0.0)(problem, {k: jnp.float32(v) for k, v in DEFAULTS.items()})
+    number, number_info = compiled(**{name: value})(problem, {})
+    traced, traced_info = compiled()(problem, {k: jnp.float32(v) for k, v in {**DEFAULTS, name: value}.items()})
+    default, _ = compiled()(problem, {k: jnp.float32(v) for k, v in DEFAULTS.items()})
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, (number, number_info), (traced, traced_info))
-    if name != "line_search_shrink":  # which changes nothing where the full step passes
+    if name != "shrink":  # which changes nothing where the full step passes
         assert np.abs(traced["out"] - default["out"]).max() > 1e-3
 
 

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
 
 from trpo_jax import (
+    Batch,
     Categorical,
     DiagonalGaussian,
     MultiCategorical,
+    Solver,
     backtracking_line_search,
     mean_kl,
     natural_gradient,
@@ -23,21 +25,21 @@ from trpo_jax import (
 )
 
 LINE_SEARCHES = [backtracking_line_search, parallel_line_search]
+EXACT = Solver(tolerance=0.0)
+UNDAMPED = Solver(damping=0.0, iterations=10, tolerance=0.0)
 
 
 def update(apply, *arrays, **options):
     """`trpo_update` as one compiled program; exact, unless the options say otherwise."""
-    options = {"cg_tolerance": 0.0, "fisher_fraction": 1.0, **options}
+    options = {"solver": EXACT, "fisher_fraction": 1.0, **options}
     return jax.jit(lambda *traced: trpo_update(apply, *traced, **options))(*arrays)
 
 
-def natural_step(apply, params, gradient, observation, weight=None, **options):
+def natural_step(apply, params, gradient, observation, **options):
     """The step of `natural_gradient` by one compiled program."""
 
     def step(params, gradient, observation):
-        return natural_gradient(
-            lambda p: apply(p, observation), params, gradient, weight=weight, cg_tolerance=0.0, **options
-        )[0]
+        return natural_gradient(lambda p: apply(p, observation), params, gradient, **options)[0]
 
     return jax.jit(step)(params, gradient, observation)
 
@@ -87,7 +89,7 @@ def test_two_state_mdp_golden(x64):
     gradient = jax.jit(jax.grad(exact_surrogate))(theta)
     np.testing.assert_allclose(gradient[:, 1], [1.5406794497, -3.0091583471], rtol=1e-9)
 
-    step = natural_step(apply, theta, gradient, None, max_kl=0.01, cg_damping=0.0, cg_iterations=10, weight=weight)
+    step = natural_step(apply, theta, gradient, None, max_kl=0.01, solver=UNDAMPED, weight=weight)
     natural = np.array([[-6.8318032325, 6.8318032325], [11.8318032325, -11.8318032325]])
     np.testing.assert_allclose(step, 0.0147235031 * natural, rtol=1e-8)
     assert np.vdot(gradient, natural) == pytest.approx(92.2587766074, rel=1e-9)
@@ -114,7 +116,7 @@ def test_softmax_bandit_golden(x64):
 
     observation = np.zeros((10, 1))
     gradient = jax.jit(jax.grad(lambda t: jnp.mean(apply(t, observation).log_prob(action) * advantage)))(theta)
-    step = natural_step(apply, theta, gradient, observation, max_kl=0.01, cg_damping=0.0, cg_iterations=10)
+    step = natural_step(apply, theta, gradient, observation, max_kl=0.01, solver=UNDAMPED)
     np.testing.assert_allclose(step, 0.2020305089 * np.array([0.0, -1.0, 1.0]), atol=1e-10)
     full = theta + step
     np.testing.assert_allclose(softmax(full), [0.5051025106, 0.2476224649, 0.2472750246], rtol=1e-9)
@@ -124,7 +126,7 @@ def test_softmax_bandit_golden(x64):
 
     for line_search in LINE_SEARCHES:
         new, info = update(
-            apply, theta, observation, action, advantage, max_kl=0.01, cg_damping=0.0, line_search=line_search
+            apply, theta, observation, action, advantage, max_kl=0.01, solver=UNDAMPED, line_search=line_search
         )
         assert info.accepted and info.step_fraction == pytest.approx(0.8)
         np.testing.assert_allclose(new, theta + 0.8 * step, rtol=1e-12)
@@ -135,30 +137,22 @@ def test_linear_gaussian_step_has_kl_delta(x64):
     rng = np.random.default_rng(0)
     observation, params, advantage = rng.normal(size=(200, 3)), rng.normal(size=(3, 2)), rng.normal(size=200)
     log_std = np.array([-0.5, 0.3])
+    solver = Solver(damping=0.1, iterations=20, tolerance=0.0)  # damps the direction, not the length
 
     def apply(params, observation):
         return DiagonalGaussian(observation @ params, log_std)
 
     action = observation @ params + np.exp(log_std) * rng.normal(size=(200, 2))
     for search in LINE_SEARCHES:
-        _, info = update(
-            apply, params, observation, action, advantage, max_kl=0.01, cg_iterations=20, line_search=search
-        )
+        options = {"max_kl": 0.01, "solver": solver, "line_search": search}
+        _, info = update(apply, params, observation, action, advantage, **options)
         assert info.accepted and info.step_fraction == 1
         assert float(info.mean_kl) == pytest.approx(0.01, abs=1e-12)
 
     @jax.jit
     def kl_of_step(params):
         gradient = jax.grad(lambda p: jnp.mean(apply(p, observation).log_prob(action) * advantage))(params)
-        step, _ = natural_gradient(
-            lambda p: apply(p, observation),
-            params,
-            gradient,
-            max_kl=0.01,
-            cg_damping=0.1,  # damps the direction, not the length
-            cg_iterations=20,
-            cg_tolerance=0.0,
-        )
+        step, _ = natural_gradient(lambda p: apply(p, observation), params, gradient, max_kl=0.01, solver=solver)
         return mean_kl(apply(params, observation), apply(params + step, observation))
 
     assert float(kl_of_step(params)) == pytest.approx(0.01, abs=1e-12)
@@ -197,9 +191,17 @@ def test_step_is_invariant_to_reparametrisation(x64):
         def apply(v, o):
             return bare_apply(unravel(matrix @ v), o)
 
-        options = {"max_kl": 0.01, "cg_damping": 0.0, "cg_iterations": 300, "line_search_shrink": 0.5}
-        options |= {"cg_tolerance": 0.0, "fisher_fraction": 1.0}
-        new, info = trpo_update(apply, parameters, observation, action, advantage, **options)
+        new, info = trpo_update(
+            apply,
+            parameters,
+            observation,
+            action,
+            advantage,
+            max_kl=0.01,
+            fisher_fraction=1.0,
+            solver=Solver(damping=0.0, iterations=300, tolerance=0.0),
+            line_search=functools.partial(backtracking_line_search, shrink=0.5),
+        )
         return apply(parameters, observation).logits, apply(new, observation).logits, info.accepted
 
     old, by_theta, accepted = updated_policy(np.eye(flat.size), flat)
@@ -287,9 +289,7 @@ def test_multicategorical_and_batches_of_any_rank():
 
 @functools.cache
 def traced_fraction():
-    return jax.jit(
-        lambda fraction, *problem: trpo_update(bare_apply, *problem, cg_tolerance=0.0, fisher_fraction=fraction)
-    )
+    return jax.jit(lambda fraction, *problem: trpo_update(bare_apply, *problem, solver=EXACT, fisher_fraction=fraction))
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.1, 1 / 64])
@@ -316,8 +316,8 @@ def test_one_trace_serves_all_floats_and_vmap_equals_separate_calls():
             bare_apply,
             *problem,
             max_kl=max_kl,
-            cg_damping=damping,
-            line_search_shrink=shrink,
+            solver=Solver(damping),
+            line_search=functools.partial(backtracking_line_search, shrink=shrink),
             fisher_fraction=fraction,
         )
 
@@ -389,7 +389,8 @@ def random_problem(seed, scale, spoil):
 
 def random_update(params, observation, action, advantage, log_max_kl, damping):
     max_kl = 10.0**log_max_kl
-    new, info = trpo_update(bare_apply, params, observation, action, advantage, max_kl=max_kl, cg_damping=damping)
+    batch = Batch(observation, action, advantage)
+    new, info = trpo_update(bare_apply, params, batch, max_kl=max_kl, solver=Solver(damping))
     with jax.default_matmul_precision("highest"):
         old_distribution, distribution = bare_apply(params, observation), bare_apply(new, observation)
     kl = mean_kl(old_distribution, distribution)

@@ -1,4 +1,4 @@
-"""Fitting and judging the value function; running statistics of observations."""
+"""Fitting the value function, and how well it fits; running statistics of observations."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,15 @@ import numpy as np
 import optax
 import pytest
 
-from trpo_jax import fit_value_function, gauss_newton_fit
+from trpo_jax import Solver, fit_value_function, gauss_newton_fit
+from trpo_jax.steps import defaults
 from trpo_jax.steps.statistics import init_statistics, normalize, update_statistics
 from trpo_jax.steps.values import explained_variance
 
-EXACT = {"cg_tolerance": 0.0, "fisher_fraction": 1.0}
+
+def solver(damping, tolerance=defaults.CG_TOLERANCE):
+    """The default one with another λ, and another tolerance."""
+    return Solver(damping, defaults.VALUE_CG_ITERATIONS, tolerance)
 
 
 def linear(params, observation):
@@ -91,7 +95,8 @@ def test_constant_observation_maps_to_zero():
 def test_gauss_newton_solves_a_linear_problem_at_once(x64):
     observation = jax.random.normal(jax.random.key(0), (10, 4, 3))
     target = jax.random.normal(jax.random.key(1), (10, 4))
-    fit = jax.jit(lambda p: gauss_newton_fit(linear, p, observation, target, damping=0.0, **EXACT))
+    exact = {"solver": solver(0.0, tolerance=0.0), "fisher_fraction": 1.0}
+    fit = jax.jit(lambda p: gauss_newton_fit(linear, p, observation, target, **exact))
     params, loss = fit(jnp.array([5.0, -3.0, 2.0]))
     expected, residual, *_ = np.linalg.lstsq(observation.reshape(-1, 3), target.ravel(), rcond=None)
     np.testing.assert_allclose(params, expected, rtol=1e-10)
@@ -102,7 +107,8 @@ def test_gauss_newton_damping_is_ridge_regression_towards_the_start(x64):
     # argmin ½ mean (o·p − t)² + ½ λ ‖p − p₀‖²
     observation = jax.random.normal(jax.random.key(0), (40, 3))
     target, start, damping = jax.random.normal(jax.random.key(1), (40,)), jnp.array([1.0, 0.0, -1.0]), 0.7
-    params, _ = gauss_newton_fit(linear, start, observation, target, damping=damping, **EXACT)
+    exact = {"solver": solver(damping, tolerance=0.0), "fisher_fraction": 1.0}
+    params, _ = gauss_newton_fit(linear, start, observation, target, **exact)
     matrix = observation.T @ observation / 40 + damping * jnp.eye(3)
     expected = start + jnp.linalg.solve(matrix, observation.T @ (target - observation @ start) / 40)
     np.testing.assert_allclose(params, expected, rtol=1e-10)
@@ -117,7 +123,8 @@ def test_gauss_newton_never_raises_the_loss(fraction, damping):
         keys = jax.random.split(key, 4)
         params = {"w": 3 * jax.random.normal(keys[0], (2, 8)), "v": 3 * jax.random.normal(keys[1], (8,))}
         observation, target = jax.random.normal(keys[2], (16, 2)), 10 * jax.random.normal(keys[3], (16,))
-        new, loss = gauss_newton_fit(value, params, observation, target, damping=damping, fisher_fraction=fraction)
+        options = {"solver": solver(damping), "fisher_fraction": fraction}
+        new, loss = gauss_newton_fit(value, params, observation, target, **options)
         before, after = (jnp.mean((value(p, observation) - target) ** 2) for p in (params, new))
         return before, after, loss
 

@@ -135,17 +135,19 @@ compiled = step.lower(config, spread).compile()
 text = compiled.as_text()
 assert "all-reduce" in text
 new, metrics = compiled(config, spread)
-assert len(new.observation.sharding.device_set) == 4
-assert new.observation.sharding.shard_shape(new.observation.shape)[0] == 16, new.observation.sharding
+observation = new.actor.observation
+assert len(observation.sharding.device_set) == 4
+assert observation.sharding.shard_shape(observation.shape)[0] == 16, observation.sharding
 expected, expected_metrics = step(config, state)
 np.testing.assert_allclose(metrics.mean_kl, expected_metrics.mean_kl, rtol=1e-3)
 np.testing.assert_allclose(metrics.surrogate_gain, expected_metrics.surrogate_gain, rtol=1e-3)
 np.testing.assert_array_equal(metrics.num_episodes, expected_metrics.num_episodes)
-for merged, whole in ((new.statistics, expected.statistics), (new.return_statistics, expected.return_statistics)):
+for name in ("statistics", "return_statistics"):
+    merged, whole = getattr(new.learner, name), getattr(expected.learner, name)
     assert merged.count == whole.count in (64 * 16, 2 * 64 * 16)  # observations: one rollout before the first, too
     np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(merged.variance, whole.variance, rtol=1e-4, atol=1e-6)
-for a, b in zip(jax.tree.leaves(new.policy_params), jax.tree.leaves(expected.policy_params)):
+for a, b in zip(jax.tree.leaves(new.learner.policy_params), jax.tree.leaves(expected.learner.policy_params)):
     np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
 import re
 moved = re.findall(r"= \\w+\\[([\\d,]*)\\]\\S* (?:all-gather|all-to-all|collective-permute)\\(", text)

@@ -13,6 +13,7 @@ from scipy import stats
 
 from trpo_jax import UsageError
 from trpo_jax.cli import main
+from trpo_jax.config_pytree import Config
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.sweeps.cohorts import training_return
 from trpo_jax.sweeps.iqm import interquartile_mean, stratified_bootstrap
@@ -20,7 +21,6 @@ from trpo_jax.sweeps.pages import _file_name, write_report
 from trpo_jax.sweeps.pictures import _draw_heat_map
 from trpo_jax.sweeps.reports import Row, make_report, table_of
 from trpo_jax.sweeps.storage import Block, Folder
-from trpo_jax.types import Config
 
 SEEDS, ITERATIONS = 8, 20
 

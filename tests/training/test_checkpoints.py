@@ -86,7 +86,7 @@ def test_nothing_in_the_archive_is_a_pickle(path):
     assert all(array.dtype != object for array in arrays.values())
     header = json.loads(bytes(arrays["__header__"]))
     assert header["keys"] == {".key": "threefry2x32"} and header["format"].startswith("trpo_jax state")
-    assert ".policy_params['w']" in arrays
+    assert ".learner.policy_params['w']" in arrays
 
 
 def refusal(path, like):
@@ -197,9 +197,9 @@ def test_other_settings(path, config):
     two = three._replace(apply=lambda *inputs: Categorical(three.apply(*inputs).logits[..., :2]))
     wide = config.replace(policy=two)
     text = refusal(path, wide)
-    assert ".policy_params" in text and "settings it was saved with" in text
+    assert ".learner.policy_params" in text and "settings it was saved with" in text
     assert "is float32[2] where the settings ask for float32[3]" in text
-    assert "holds no .policy_params" in refusal(path, config.replace(policy=None))
+    assert "holds no .learner.policy_params" in refusal(path, config.replace(policy=None))
     assert "it also holds" in refusal(path, {})
 
 

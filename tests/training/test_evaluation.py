@@ -68,8 +68,12 @@ def rewarded():
     return greedy, sampled, state
 
 
+def with_learner(state, **changes):
+    return dataclasses.replace(state, learner=dataclasses.replace(state.learner, **changes))
+
+
 def with_logits(state, logits):
-    return dataclasses.replace(state, policy_params={"w": jnp.zeros((1, 2)), "b": jnp.array(logits)})
+    return with_learner(state, policy_params={"w": jnp.zeros((1, 2)), "b": jnp.array(logits)})
 
 
 def test_deterministic_acts_by_the_mode(rewarded):
@@ -105,10 +109,10 @@ def test_observations_are_normalised_as_in_training():
     # With mean 3 the policy sees −1 … 2/σ: a policy that picks by sign acts differently from one on raw observations.
     settings = {"normalize_observations": True}
     run, state = prepare(probes.MatchObservation(), num_episodes=40, settings=settings)
-    state = dataclasses.replace(state, policy_params={"w": jnp.array([[-1.0, 1.0]]), "b": jnp.zeros(2)})
+    state = with_learner(state, policy_params={"w": jnp.array([[-1.0, 1.0]]), "b": jnp.zeros(2)})
     assert (run(state, jax.random.key(0)).episode_return == 1).all()
     # Shifted by a mean of 5 every observation is negative, so the policy names −1 each time.
-    shifted = dataclasses.replace(state, statistics=RunningStatistics(jnp.float32(9), jnp.full(1, 5.0), jnp.ones(1)))
+    shifted = with_learner(state, statistics=RunningStatistics(jnp.float32(9), jnp.full(1, 5.0), jnp.ones(1)))
     assert set(np.unique(run(shifted, jax.random.key(0)).episode_return)) == {-1, 1}
 
 

@@ -28,12 +28,11 @@ from trpo_jax import (
     train,
     train_step,
 )
-from trpo_jax.steps.statistics import init_statistics
 from trpo_jax.training.agents import make_agent
-from trpo_jax.training.learning import _next_values
+from trpo_jax.training.estimates import next_values
 from trpo_jax.training.loop import train_chunk
 from trpo_jax.training.rollouts import rollout
-from trpo_jax.types import Transition
+from trpo_jax.training.state import Transition
 
 TRACED = [field.name for field in dataclasses.fields(Config) if not field.metadata["static"]]
 
@@ -107,7 +106,7 @@ def test_eight_seeds_at_once_are_eight_runs_and_seeds_differ():
     for seed in range(8):
         alone = run_of(seed)
         assert_trees_close((lane(state, seed), lane(metrics, seed)), alone, rtol=1e-5, atol=1e-5)
-    weights = np.asarray(state.policy_params["w"]).reshape(8, -1)
+    weights = np.asarray(state.learner.policy_params["w"]).reshape(8, -1)
     assert len(np.unique(weights, axis=0)) == 8
 
 
@@ -334,7 +333,7 @@ def test_iteration_numbers_decide_the_randomness():
     step = jax.jit(train_step)
     here, _ = step(LONG, state)
     there, _ = step(LONG, dataclasses.replace(state, iteration=jnp.int32(5)))
-    assert int(there.iteration) == 6 and not same_bits(here.policy_params, there.policy_params)
+    assert int(there.iteration) == 6 and not same_bits(here.learner.policy_params, there.learner.policy_params)
     assert same_bits(here.key, state.key)  # one constant key
 
 
@@ -415,7 +414,7 @@ def test_memory_grows_only_by_the_metrics():
     "value_fit, learned_parts",
     [
         ("gauss-newton", ("policy_params", "value_params")),
-        ("adam", ("policy_params", "value_params", "value_optimizer")),
+        ("adam", ("policy_params", "value_params", "value_fit")),
     ],
 )
 def test_nan_rewards_cost_their_iteration_and_nothing_else(value_fit, learned_parts):
@@ -429,7 +428,7 @@ def test_nan_rewards_cost_their_iteration_and_nothing_else(value_fit, learned_pa
             states.append(state)
             rows.append(metrics)
         learned = [
-            {name: not same_bits(getattr(a, name), getattr(b, name)) for name in learned_parts}
+            {name: not same_bits(getattr(a.learner, name), getattr(b.learner, name)) for name in learned_parts}
             for a, b in itertools.pairwise(states)
         ]
         assert [set(changes.values()) for changes in learned] == [{True}, {False}, {True}, {True}]
@@ -485,37 +484,37 @@ def test_statistics_are_frozen_within_an_iteration_and_exact_after_it():
     # of the iteration's start, every observation after the first step would differ.
     settings = {"policy": probes.linear_gaussian(2, 2), "value": probes.linear_value(2)}
     config = small_config(probes.RecordAction(-3.0, 1.0, (2,)), normalize_observations=True, **settings)
-    agent = make_agent(config)
+    raw = config.replace(normalize_observations=False)
 
     def collect(state):
         def policy_apply(params, observation):
-            std = jnp.sqrt(state.statistics.variance)
-            return agent.policy.apply(params, jnp.clip((observation - state.statistics.mean) / std, -10, 10))
+            std = jnp.sqrt(state.learner.statistics.variance)
+            normalized = jnp.clip((observation - state.learner.statistics.mean) / std, -10, 10)
+            return config.policy.apply(params, normalized)
 
-        key = jax.random.fold_in(state.key, state.iteration)
-        return rollout(agent.environment, Network(None, policy_apply), state, key, config.num_steps)
+        agent = make_agent(raw.replace(policy=Network(config.policy.init, policy_apply)))
+        return rollout(agent, state.learner, state.actor, jax.random.fold_in(state.key, state.iteration))
 
     step, collect = jax.jit(train_step), jax.jit(collect)
     state, seen = jax.jit(init)(config, jax.random.key(0)), []
     # What the first policy sees in one rollout comes before all.
-    looking = dataclasses.replace(state, statistics=init_statistics((2,)))
     key = jax.random.fold_in(state.key, 2**32 - 2)
-    _, batch, _ = jax.jit(lambda s: rollout(agent.environment, agent.policy, s, key, config.num_steps))(looking)
+    _, batch, _ = jax.jit(lambda s: rollout(make_agent(raw), s.learner, s.actor, key))(state)
     seen.append(np.asarray(batch.observation, np.float64).reshape(-1, 2))
     for _ in range(4):
         collected, batch, _ = collect(state)
         state, _ = step(config, state)
-        np.testing.assert_allclose(state.observation, collected.observation, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state.actor.observation, collected.observation, rtol=1e-4, atol=1e-5)
         seen.append(np.asarray(batch.observation, np.float64).reshape(-1, 2))
         everything = np.concatenate(seen)
-        assert float(state.statistics.count) == len(everything)
-        np.testing.assert_allclose(state.statistics.mean, everything.mean(0), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(state.statistics.variance, everything.var(0), rtol=1e-4)
+        assert float(state.learner.statistics.count) == len(everything)
+        np.testing.assert_allclose(state.learner.statistics.mean, everything.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state.learner.statistics.variance, everything.var(0), rtol=1e-4)
 
 
 def test_without_normalisation_statistics_stay_untouched():
-    before = jax.jit(init)(BASE, jax.random.key(0)).statistics
-    after = run_of(0)[0].statistics
+    before = jax.jit(init)(BASE, jax.random.key(0)).learner.statistics
+    after = run_of(0)[0].learner.statistics
     assert same_bits(before, after)
     assert float(after.count) == 0 and (after.mean == 0).all() and (after.variance == 1).all()
 
@@ -540,9 +539,8 @@ def learned(env, *, gae_lambda=0.95, num_iterations=60, **changes):
         **{"max_kl": 0.02, **changes},
     )
     state, metrics = jax.jit(train)(config, jax.random.key(0))
-    agent = make_agent(config)
-    policy = functools.partial(agent.policy.apply, state.policy_params)
-    value = functools.partial(make_value(environment).apply, state.value_params)
+    policy = functools.partial((config.policy or make_policy(environment)).apply, state.learner.policy_params)
+    value = functools.partial(make_value(environment).apply, state.learner.value_params)
     return policy, value, metrics
 
 
@@ -632,13 +630,13 @@ def test_a_deviation_does_not_run_away_under_an_entropy_bonus():
         num_steps=64, max_kl=0.01, num_iterations=100, entropy_coefficient=2.0
     )
     state, metrics = jax.jit(train)(config, jax.random.key(0))
-    log_std = float(state.policy_params["log_std"][0])
+    log_std = float(state.learner.policy_params["log_std"][0])
     assert 1.5 < log_std < 2.5 and metrics.accepted[-20:].mean() > 0.5
     # Without the bonus it comes back, at first slowly: most actions are clipped.
     step = jax.jit(train_step)
     for _ in range(40):
         state, _ = step(config.replace(entropy_coefficient=0.0), state)
-    assert float(state.policy_params["log_std"][0]) < log_std - 0.1
+    assert float(state.learner.policy_params["log_std"][0]) < log_std - 0.1
 
 
 # --- Shortcuts that change nothing -------------------------------------------------------------------------------
@@ -675,7 +673,7 @@ def test_values_of_next_observations_without_evaluating_each(truncations, num_st
     sizes = []
     values = value_fn(batch.observation)
     for limit in (num_steps, None):
-        find = jax.jit(jax.vmap(lambda batch, limit=limit: _next_values(batch, values, value_fn, max_steps=limit)))
+        find = jax.jit(jax.vmap(lambda batch, limit=limit: next_values(batch, values, value_fn, max_steps=limit)))
         del sizes[:]
         found = find(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], batch))[0]
         np.testing.assert_allclose(found[~terminated], value_fn(after)[~terminated], rtol=1e-5, atol=1e-6)

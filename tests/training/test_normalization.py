@@ -22,16 +22,12 @@ from trpo_jax import (
     validate,
 )
 from trpo_jax.deployment import acting_policy
+from trpo_jax.networks.recurrent import lift
 from trpo_jax.steps.statistics import init_statistics
-from trpo_jax.training.agents import make_agent, on_normalized
-from trpo_jax.training.learning import observe_returns, scale_rewards
-from trpo_jax.training.recurrence import advance, initial_carries
-from trpo_jax.types import Control, Learned, Transition
-
-
-def learned(**changes):
-    blank = dict.fromkeys(Learned._fields, ())
-    return Learned(**{**blank, "control": Control(), **changes})
+from trpo_jax.training.agents import make_agent, with_normalization
+from trpo_jax.training.estimates import observe_returns, scale_rewards
+from trpo_jax.training.recurrence import initial_carries
+from trpo_jax.training.state import Transition
 
 
 def batch_of(reward, terminated, truncated):
@@ -43,7 +39,7 @@ def test_statistics_of_the_discounted_return_are_those_of_a_loop():
     rng = np.random.default_rng(0)
     config = Config(gamma=0.9)
     running, seen = np.zeros(3), []
-    old = learned(return_statistics=init_statistics(()), discounted_return=jnp.zeros(3))
+    statistics, discounted = init_statistics(()), jnp.zeros(3)
     for _ in range(3):  # three rollouts, across which episodes go on
         reward = rng.normal(2, 3, (7, 3))
         ends = rng.random((2, 7, 3)) < 0.15
@@ -52,8 +48,7 @@ def test_statistics_of_the_discounted_return_are_those_of_a_loop():
             seen.append(running.copy())
             running[ends[0, t] | ends[1, t]] = 0
         batch = batch_of(*map(jnp.asarray, (reward.astype(np.float32), ends[0], ends[1])))
-        statistics, discounted = observe_returns(config, old, batch)
-        old = old._replace(return_statistics=statistics, discounted_return=discounted)
+        statistics, discounted = observe_returns(config, statistics, discounted, batch)
         np.testing.assert_allclose(discounted, running, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(statistics.variance, np.var(seen), rtol=1e-4)
         assert statistics.count == np.size(seen)
@@ -83,12 +78,11 @@ def test_constant_returns_are_not_divided_by_zero():
 def test_equal_returns_are_not_divided_by_their_rounding():
     """γ = 0 and reward 0.1: every discounted return is 0.1."""
     config = Config(normalize_rewards=True, gamma=0.0)
-    old = learned(return_statistics=init_statistics(()), discounted_return=jnp.zeros(7))
+    statistics, discounted = init_statistics(()), jnp.zeros(7)
     for steps in (11, 370):
         reward, never = jnp.full((steps, 7), 0.1), jnp.zeros((steps, 7), bool)
-        statistics, discounted = observe_returns(config, old, batch_of(reward, never, never))
+        statistics, discounted = observe_returns(config, statistics, discounted, batch_of(reward, never, never))
         np.testing.assert_array_equal(scale_rewards(config, statistics, reward), reward)
-        old = old._replace(return_statistics=statistics, discounted_return=discounted)
     rounded = type(statistics)(jnp.float32(100), jnp.float32(0.1), jnp.float32(1e-17))
     np.testing.assert_array_equal(scale_rewards(config, rounded, reward), reward)
 
@@ -101,19 +95,21 @@ def test_the_mask_sees_the_observation_of_the_environment(changes):
     )
     config = Config(env=environment, num_envs=2, num_steps=4, normalize_observations=True, **changes)
     state = jax.jit(init)(config, jax.random.key(0))
-    statistics = dataclasses.replace(state.statistics, mean=jnp.array([10.0]), variance=jnp.array([4.0]))
-    policy = on_normalized(config, statistics, make_agent(config).policy)
+    statistics = dataclasses.replace(state.learner.statistics, mean=jnp.array([10.0]), variance=jnp.array([4.0]))
+    policy = with_normalization(config, statistics, make_agent(config).policy)
     observation = jnp.array([[1.0], [3.0], [4.0], [5.0]])
-    _, distribution = advance(policy, state.policy_params, initial_carries(policy, 4), observation)
+    _, distribution = policy.step(state.learner.policy_params, initial_carries(policy, 4), observation)
     probabilities = np.asarray(jax.nn.softmax(distribution.logits))
     np.testing.assert_array_equal(probabilities[:2], [[1, 0]] * 2)
     assert (probabilities[2:] > 0.3).all()
     # The learned part sees the normalised one: a mean that is shifted by one observation gives the same.
-    shifted = on_normalized(config, dataclasses.replace(statistics, mean=jnp.array([11.0])), make_agent(config).policy)
-    _, other = advance(shifted, state.policy_params, initial_carries(policy, 1), jnp.array([[5.0]]))
-    _, one = advance(policy, state.policy_params, initial_carries(policy, 1), jnp.array([[4.0]]))
+    further = dataclasses.replace(statistics, mean=jnp.array([11.0]))
+    shifted = with_normalization(config, further, make_agent(config).policy)
+    _, other = shifted.step(state.learner.policy_params, initial_carries(policy, 1), jnp.array([[5.0]]))
+    _, one = policy.step(state.learner.policy_params, initial_carries(policy, 1), jnp.array([[4.0]]))
     np.testing.assert_allclose(other.logits, one.logits, rtol=1e-6)
-    act, carry = acting_policy(config, dataclasses.replace(state, statistics=statistics))
+    learner = dataclasses.replace(state.learner, statistics=statistics)
+    act, carry = acting_policy(config, dataclasses.replace(state, learner=learner))
     _, action = act(jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), carry), observation[:2])
     np.testing.assert_array_equal(action, 0)
 
@@ -121,25 +117,26 @@ def test_the_mask_sees_the_observation_of_the_environment(changes):
 def test_statistics_of_observations_start_from_a_rollout():
     config = small_config(probes.Countdown(), normalize_observations=True, num_envs=8, num_steps=64)
     state = jax.jit(init)(config, jax.random.key(0))
-    assert state.statistics.count == 8 * 64 and state.iteration == 0
+    assert state.learner.statistics.count == 8 * 64 and state.iteration == 0
     # The observations 1 … L of an episode, L even in 1 … 5: mean 7/3 and variance 14/9 over all steps.
-    np.testing.assert_allclose(state.statistics.mean, 7 / 3, rtol=0.1)
-    np.testing.assert_allclose(state.statistics.variance, 14 / 9, rtol=0.15)
+    np.testing.assert_allclose(state.learner.statistics.mean, 7 / 3, rtol=0.1)
+    np.testing.assert_allclose(state.learner.statistics.variance, 14 / 9, rtol=0.15)
     after, _ = jax.jit(train_step)(config, state)
-    assert after.statistics.count == 2 * 8 * 64
+    assert after.learner.statistics.count == 2 * 8 * 64
 
     def policy(statistics):
-        return on_normalized(config, statistics, config.policy).apply(after.policy_params, state.observation)
+        seen = with_normalization(config, statistics, lift(config.policy))
+        return seen.step(after.learner.policy_params, (), state.actor.observation)[1]
 
-    drift = policy(state.statistics).kl(policy(after.statistics)).mean()
-    assert drift < 1e-5 < policy(init_statistics((1,))).kl(policy(after.statistics)).mean()
+    drift = policy(state.learner.statistics).kl(policy(after.learner.statistics)).mean()
+    assert drift < 1e-5 < policy(init_statistics((1,))).kl(policy(after.learner.statistics)).mean()
 
 
 def test_observations_are_clipped_at_the_setting():
     statistics = type(init_statistics((1,)))(jnp.float32(9), jnp.array([1.0]), jnp.array([4.0]))
     config = Config(normalize_observations=True, observation_clip=1.5)
     network = Network(None, lambda params, observation: observation)
-    seen = on_normalized(config, statistics, network).apply(None, jnp.array([[1.0], [2.0], [9.0]]))
+    _, seen = with_normalization(config, statistics, lift(network)).step(None, (), jnp.array([[1.0], [2.0], [9.0]]))
     np.testing.assert_allclose(seen[:, 0], [0, 0.5, 1.5])
 
 
@@ -155,8 +152,8 @@ def test_normalised_rewards_do_not_know_their_unit():
         jax.jit(train)(small_config(env, normalize_rewards=True, num_iterations=4), jax.random.key(0))
         for env in (probes.RewardedAction(), Kilo())
     ]
-    for name, leaf in runs[0][0].policy_params.items():
-        np.testing.assert_allclose(runs[1][0].policy_params[name], leaf, rtol=1e-3, atol=1e-4)
+    for name, leaf in runs[0][0].learner.policy_params.items():
+        np.testing.assert_allclose(runs[1][0].learner.policy_params[name], leaf, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(runs[1][1].episode_return, 1000 * runs[0][1].episode_return, rtol=1e-5)
     np.testing.assert_allclose(runs[1][1].value_loss, runs[0][1].value_loss, rtol=1e-2)
 
@@ -198,12 +195,12 @@ def test_annealed_learning_rates_fall_in_a_line():
     step = jax.jit(train_step)
     middle, _ = step(config.replace(anneal_learning_rates=1.0), init(config, jax.random.key(0)))
     plain, _ = step(config, init(config, jax.random.key(0)))
-    assert same_bits(middle.policy_params, plain.policy_params)  # the first iteration has the whole rate
+    assert same_bits(middle.learner.policy_params, plain.learner.policy_params)  # the whole rate at first
     whole, _ = step(config, middle)
     half, _ = step(config.replace(anneal_learning_rates=1.0), middle)
     for name in ("w", "b"):
-        moved = whole.policy_params[name] - middle.policy_params[name]
-        np.testing.assert_allclose(half.policy_params[name] - middle.policy_params[name], 0.5 * moved, atol=1e-6)
-        fitted = whole.value_params[name] - middle.value_params[name]
-        np.testing.assert_allclose(half.value_params[name] - middle.value_params[name], 0.5 * fitted, atol=2e-3)
-        assert not np.allclose(half.value_params[name], whole.value_params[name], atol=1e-5)
+        start, full, part = (s.learner.policy_params[name] for s in (middle, whole, half))
+        np.testing.assert_allclose(part - start, 0.5 * (full - start), atol=1e-6)
+        start, full, part = (s.learner.value_params[name] for s in (middle, whole, half))
+        np.testing.assert_allclose(part - start, 0.5 * (full - start), atol=2e-3)
+        assert not np.allclose(part, full, atol=1e-5)

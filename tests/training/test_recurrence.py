@@ -11,9 +11,11 @@ from jax.flatten_util import ravel_pytree
 from probes import Countdown, Probe, assert_trees_close, linear_policy, linear_value, small_config
 
 from trpo_jax import (
+    Batch,
     Categorical,
     Config,
     Network,
+    Solver,
     UsageError,
     evaluate,
     fisher_vector_product,
@@ -25,11 +27,11 @@ from trpo_jax import (
     train_step,
     trpo_update,
 )
+from trpo_jax.networks.recurrent import lift
+from trpo_jax.training import learner
 from trpo_jax.training.agents import make_agent
-from trpo_jax.training.learning import evaluate_values
 from trpo_jax.training.recurrence import Sequence, starts, unroll
 from trpo_jax.training.rollouts import rollout
-from trpo_jax.types import Learned
 
 
 @pytest.fixture
@@ -93,7 +95,7 @@ def random_sequence(network, num_envs=3, num_steps=6, seed=0):
 def test_unrolling_is_one_step_after_the_other_with_a_fresh_memory_at_each_start():
     network = gru()
     params, sequence = random_sequence(network)
-    outputs, carries = jax.jit(functools.partial(unroll, network))(params, sequence)
+    carries, outputs = jax.jit(functools.partial(unroll, lift(network)))(params, sequence)
     for n in range(3):
         carry = sequence.carry[n]
         for t in range(6):
@@ -108,7 +110,7 @@ def test_what_came_before_a_reset_is_forgotten():
     network = gru()
     params, sequence = random_sequence(network)
     other = sequence._replace(observation=sequence.observation.at[0, :2].add(1.0), carry=sequence.carry.at[0].add(1.0))
-    logits = [unroll(network, params, s)[0].logits for s in (sequence, other)]
+    logits = [unroll(lift(network), params, s)[1].logits for s in (sequence, other)]
     np.testing.assert_array_equal(logits[0][0, 2:], logits[1][0, 2:])
     assert (logits[0][0, :2] != logits[1][0, :2]).any()
 
@@ -121,7 +123,7 @@ def test_the_fisher_product_through_time_is_the_dense_matrix(x64):
     theta, unravel = ravel_pytree(jax.tree.map(lambda leaf: 3 * leaf, params))
 
     def policy(vector):
-        return unroll(network, unravel(vector), sequence)[0]
+        return unroll(lift(network), unravel(vector), sequence)[1]
 
     @jax.jit
     def dense_matrix(theta):
@@ -143,11 +145,12 @@ def test_a_fraction_of_sequences_is_whole_sequences(x64):
     params, sequence = random_sequence(network, num_envs=6)
 
     def policy(params, sequence):
-        return unroll(network, params, sequence)[0]
+        return unroll(lift(network), params, sequence)[1]
 
     action = jax.jit(lambda: policy(params, sequence).sample(jax.random.key(1)))()
     advantage = jax.random.normal(jax.random.key(2), action.shape)
-    update = functools.partial(trpo_update, policy, params, sequence, action, advantage, sample_ndim=1, cg_iterations=3)
+    batch = Batch(sequence, action, advantage, sample_ndim=1)
+    update = functools.partial(trpo_update, policy, params, batch, solver=Solver(iterations=3))
     as_array = jax.jit(lambda fraction: update(fisher_fraction=fraction))
     traced, whole = as_array(jnp.float64(0.5)), as_array(jnp.float64(1.0))
     number = jax.jit(functools.partial(update, fisher_fraction=0.5))()
@@ -168,45 +171,49 @@ def test_a_memory_that_is_never_looked_at_changes_nothing(fit, changes):
     flat = small_config(Countdown(), normalize_observations=True, **settings)
     recurrent = flat.replace(policy=with_idle_memory(linear_policy()), value=with_idle_memory(linear_value()))
     plain, remembered = (jax.jit(train)(config, jax.random.key(0)) for config in (flat, recurrent))
-    assert_trees_close(remembered[0].policy_params, plain[0].policy_params, rtol=1e-4, atol=1e-5)
-    assert_trees_close(remembered[0].value_params, plain[0].value_params, rtol=1e-4, atol=1e-5)
+    assert_trees_close(remembered[0].learner.policy_params, plain[0].learner.policy_params, rtol=1e-4, atol=1e-5)
+    assert_trees_close(remembered[0].learner.value_params, plain[0].learner.value_params, rtol=1e-4, atol=1e-5)
     assert_trees_close(remembered[1], plain[1], rtol=1e-3, atol=1e-4)
-    assert remembered[0].policy_carry.shape == remembered[0].value_carry.shape == (4, 2)
+    assert remembered[0].actor.carry.policy.shape == remembered[0].actor.carry.value.shape == (4, 2)
 
 
 def test_the_memory_of_a_rollout_is_the_one_it_is_trained_on():
     config = small_config(Recall(), policy=None, value=None, network="gru", num_steps=7)
     agent, state = make_agent(config), init(config, jax.random.key(0))
-    run = jax.jit(lambda state, key: rollout(agent.environment, agent.policy, state, key, 7))
+    run, actor = jax.jit(lambda actor, key: rollout(agent, state.learner, actor, key)), state.actor
     for i in range(3):
-        before = state.policy_carry
-        state, batch, _ = run(state, jax.random.key(i))
+        before = actor.carry.policy
+        actor, batch, _ = run(actor, jax.random.key(i))
         start = jnp.swapaxes(starts(batch.terminated, batch.truncated), 0, 1)
         sequence = Sequence(jnp.swapaxes(batch.observation, 0, 1), start, before)
-        _, carries = unroll(agent.policy, state.policy_params, sequence)
+        carries, _ = unroll(agent.policy, state.learner.policy_params, sequence)
         ended = np.asarray(batch.terminated[-1] | batch.truncated[-1])
-        np.testing.assert_allclose(state.policy_carry[~ended], carries[~ended, -1], atol=1e-6)
-        np.testing.assert_array_equal(state.policy_carry[ended], 0)
+        np.testing.assert_allclose(actor.carry.policy[~ended], carries[~ended, -1], atol=1e-6)
+        np.testing.assert_array_equal(actor.carry.policy[ended], 0)
         assert ended.all() == (i == 2)  # 21 steps are seven episodes
 
 
 @jax.default_matmul_precision("highest")
-def test_a_next_observation_is_valued_by_what_is_remembered_at_its_step():
+def test_a_next_observation_is_valued_by_what_is_remembered_at_its_step(monkeypatch):
     config = small_config(Recall(), policy=None, value=None, network="gru", num_steps=5)
-    agent = make_agent(config)
+    agent, looked_at = make_agent(config), []
+
+    def spy(config, batch, values, value_fn, ratios, **options):
+        looked_at.append(value_fn(batch.next_observation))
+        return values
+
+    monkeypatch.setattr(learner, "estimate_advantages", spy)
 
     @jax.jit
     def evaluated(key):
         state = init(config, key)
-        _, batch, _ = rollout(agent.environment, agent.policy, state, jax.random.key(0), 5)
-        old = Learned(*(getattr(state, name) for name in Learned._fields))
-        start = jnp.swapaxes(starts(batch.terminated, batch.truncated), 0, 1)
-        sequence = Sequence(jnp.swapaxes(batch.observation, 0, 1), start, state.value_carry)
-        values, value_of_next, carry = evaluate_values(agent.value, old, None, sequence, batch)
-        return state.value_params, batch, values, value_of_next(batch.next_observation), carry
+        _, batch, _ = rollout(agent, state.learner, state.actor, jax.random.key(0))
+        prepared = learner.prepare(agent, state.learner, batch, state.actor.carry, state.iteration)
+        estimates = learner.estimate(agent, state.learner, prepared)
+        return state.learner.value_params, batch, estimates.values, looked_at.pop(), estimates.value_carry
 
     params, batch, values, following, carry = evaluated(jax.random.key(3))
-    value_of = jax.jit(agent.value.apply)
+    value_of = jax.jit(agent.value.step)
     for n in range(4):
         memory = agent.value.initial_carry()
         for t in range(5):

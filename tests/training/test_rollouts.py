@@ -13,15 +13,20 @@ from trpo_jax import init
 from trpo_jax.training.agents import make_agent
 from trpo_jax.training.resets import reset_environments
 from trpo_jax.training.rollouts import rollout
-from trpo_jax.types import Transition
+from trpo_jax.training.state import Transition
 
 NUM_ENVS, NUM_STEPS = 4, 16
 
 
 def compile_rollout(config):
-    """A compiled (state, key) -> (state, transitions, totals), and a first state."""
-    agent = make_agent(config)
-    run = jax.jit(lambda state, key: rollout(agent.environment, agent.policy, state, key, NUM_STEPS))
+    """A compiled (state, key) -> (state, transitions, totals of all environments), and a first state."""
+    agent = make_agent(config.replace(num_steps=NUM_STEPS))
+
+    @jax.jit
+    def run(state, key):
+        actor, batch, totals = rollout(agent, state.learner, state.actor, key)
+        return dataclasses.replace(state, actor=actor), batch, jax.tree.map(jnp.sum, totals)
+
     return run, jax.jit(lambda key: init(config, key))(jax.random.key(0))
 
 
@@ -60,7 +65,7 @@ def test_each_step_follows_from_the_one_before(countdown):
     np.testing.assert_array_equal(batch.next_observation, batch.observation - 1)
     np.testing.assert_array_equal(done, batch.next_observation[..., 0] == 0)
     assert (batch.observation[1:][~going] >= 1).all()  # a new episode, drawn anew
-    np.testing.assert_array_equal(batch.observation[0], states[0].observation)
+    np.testing.assert_array_equal(batch.observation[0], states[0].actor.observation)
 
 
 def test_episodes_are_counted_across_rollouts(countdown):
@@ -75,9 +80,9 @@ def test_episodes_are_counted_across_rollouts(countdown):
         assert int(total.count) == len(returns)
         assert float(total.total_return) == sum(returns)
         assert int(total.total_length) == sum(returns)  # reward 1 a step
-    np.testing.assert_array_equal(states[-1].episode_return, running)
-    np.testing.assert_array_equal(states[-1].episode_length, running)
-    assert any(state.episode_length.any() for state in states[1:3])  # an episode did span two rollouts
+    np.testing.assert_array_equal(states[-1].actor.episode_return, running)
+    np.testing.assert_array_equal(states[-1].actor.episode_length, running)
+    assert any(state.actor.episode_length.any() for state in states[1:3])  # an episode did span two rollouts
 
 
 def test_a_time_limit_ends_an_episode_as_a_terminal_state_does():
@@ -86,15 +91,17 @@ def test_a_time_limit_ends_an_episode_as_a_terminal_state_does():
     state, batch, totals = run(state, jax.random.key(0))
     assert batch.truncated.all() and not batch.terminated.any()
     assert totals.count == totals.total_return == totals.total_length == NUM_ENVS * NUM_STEPS
-    assert not state.episode_return.any() and not state.episode_length.any()
+    assert not state.actor.episode_return.any() and not state.actor.episode_length.any()
 
 
 def test_nothing_but_the_environments_moves(countdown):
     states, _, _ = countdown
-    moving = ("env_state", "observation", "episode_return", "episode_length")
-    for field in dataclasses.fields(states[0]):
-        same = probes.same_bits(getattr(states[0], field.name), getattr(states[1], field.name))
-        assert same == (field.name not in moving)
+    before, after = states[:2]
+    for name in ("iteration", "key", "learner"):
+        assert probes.same_bits(getattr(before, name), getattr(after, name))
+    for field in dataclasses.fields(before.actor):
+        same = probes.same_bits(getattr(before.actor, field.name), getattr(after.actor, field.name))
+        assert same == (field.name == "carry")
 
 
 def test_environments_are_independent_and_keys_decide():
@@ -125,7 +132,8 @@ def test_the_action_recorded_is_the_one_sampled_not_the_one_clipped():
 def test_actions_come_from_the_policy():
     config = small_config(probes.MatchObservation())
     run, state = compile_rollout(config)
-    certain = dataclasses.replace(state, policy_params={"w": jnp.array([[-50.0, 50.0]]), "b": jnp.zeros(2)})
+    params = {"w": jnp.array([[-50.0, 50.0]]), "b": jnp.zeros(2)}
+    certain = dataclasses.replace(state, learner=dataclasses.replace(state.learner, policy_params=params))
     _, batch, totals = run(certain, jax.random.key(0))
     np.testing.assert_array_equal(batch.action, batch.observation[..., 0] > 0)
     assert (batch.reward == 1).all() and int(totals.count) == NUM_ENVS * NUM_STEPS

@@ -12,6 +12,7 @@ from trpo_jax import (
     Config,
     Network,
     UsageError,
+    ValueFit,
     init,
     make_policy,
     make_value,
@@ -19,7 +20,6 @@ from trpo_jax import (
     train_step,
 )
 from trpo_jax.environments.base import Discrete, Environment, make_box
-from trpo_jax.training import learning
 from trpo_jax.training.agents import make_agent, on_trunk
 from trpo_jax.training.rollouts import rollout
 
@@ -58,29 +58,31 @@ def test_a_head_on_the_observation_is_the_value_function_of_its_own(memory, fit)
     )
     shared = separate.replace(policy=transparent(wrap(linear_policy())), value=linear_value(), shared_trunk=True)
     own, head = (jax.jit(train)(config, jax.random.key(0)) for config in (separate, shared))
-    assert_trees_close(head[0].policy_params, own[0].policy_params, rtol=1e-4, atol=1e-5)
-    assert_trees_close(head[0].value_params, own[0].value_params, rtol=1e-4, atol=1e-5)
+    assert_trees_close(head[0].learner.policy_params, own[0].learner.policy_params, rtol=1e-4, atol=1e-5)
+    assert_trees_close(head[0].learner.value_params, own[0].learner.value_params, rtol=1e-4, atol=1e-5)
     assert_trees_close(head[1], own[1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{}, {"reuse": 2}, {"update": "ppo"}], ids=str)
-def test_the_head_is_fitted_to_the_new_trunk_and_used_on_it(changes, monkeypatch):
+def test_the_head_is_fitted_to_the_new_trunk_and_used_on_it(changes):
     """What the fit is given are the features of the batch under the parameters that the update left."""
     config = small_config(policy=bent_policy(), value=linear_value(2), shared_trunk=True, max_kl=0.5, **changes)
     state = init(config, jax.random.key(0))
-    assert state.value_params["w"].shape == (2,) and state.value_carry == ()
+    assert state.learner.value_params["w"].shape == (2,) and state.actor.carry.value == ()
     size = config.steps_per_iteration
 
-    def mean_squares(config, apply, old, features, *arguments, **options):
-        return {"w": (features[:size] ** 2).mean(0), "b": jnp.float32(0)}, (), jnp.float32(0)
+    def mean_squares(apply, params, kept, targets, key):
+        features = targets.observation.observation
+        return {"w": (features[:size] ** 2).mean(0), "b": jnp.float32(0)}, None, jnp.float32(0)
 
-    monkeypatch.setattr(learning, "fit_value", mean_squares)
+    config = config.replace(value_fit=lambda config: ValueFit(lambda params: None, mean_squares))
     new, _ = jax.jit(train_step)(config, state)
     agent = make_agent(config)
-    batch = rollout(agent.environment, agent.policy, state, jax.random.fold_in(state.key, 0), config.num_steps)[1]
+    batch = rollout(agent, state.learner, state.actor, jax.random.fold_in(state.key, 0))[1]
     observation = batch.observation.reshape(-1, 1)
-    expected, stale = ((agent.policy.features(s.policy_params, observation) ** 2).mean(0) for s in (new, state))
-    np.testing.assert_allclose(new.value_params["w"], expected, atol=1e-5)
+    features = (agent.policy.features(s.learner.policy_params, (), observation)[1] for s in (new, state))
+    expected, stale = ((leaf**2).mean(0) for leaf in features)
+    np.testing.assert_allclose(new.learner.value_params["w"], expected, atol=1e-5)
     assert np.abs(expected - stale).max() > 1e-3
 
 
@@ -90,8 +92,8 @@ def test_the_fit_of_the_head_leaves_the_policy_inside_its_trust_region():
         jax.jit(train)(config.replace(value_learning_rate=rate, num_iterations=1), jax.random.key(0))
         for rate in (0.0, 0.1)
     )
-    assert_trees_close(still[0].policy_params, moved[0].policy_params, rtol=0, atol=0)
-    assert np.abs(still[0].value_params["w"] - moved[0].value_params["w"]).max() > 1e-2
+    assert_trees_close(still[0].learner.policy_params, moved[0].learner.policy_params, rtol=0, atol=0)
+    assert np.abs(still[0].learner.value_params["w"] - moved[0].learner.value_params["w"]).max() > 1e-2
     assert 0 < moved[1].mean_kl[0] <= config.max_kl
 
 
@@ -100,8 +102,9 @@ def test_values_of_a_solved_problem_are_learned():
     config = Config(env=TwoSteps(), gamma=0.5, shared_trunk=True, num_envs=8, num_steps=16, num_iterations=30)
     state, _ = jax.jit(train)(config, jax.random.key(0))
     agent = make_agent(config)
-    value = on_trunk(agent.policy, state.policy_params, agent.value)
-    np.testing.assert_allclose(value.apply(state.value_params, jnp.array([[0.0], [1.0]])), [0.5, 1], atol=0.02)
+    value = on_trunk(agent.policy, state.learner.policy_params, agent.value)
+    _, values = value.step(state.learner.value_params, (), jnp.array([[0.0], [1.0]]))
+    np.testing.assert_allclose(values, [0.5, 1], atol=0.02)
 
 
 @pytest.mark.parametrize("space", [Discrete(3), make_box(-1, 1, (2,))], ids=["discrete", "box"])

@@ -9,16 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
+from jax.flatten_util import ravel_pytree
 from probes import lane, same_bits, small_config, stack
 
 from trpo_jax import Config, Network, UsageError, gae, init, load, save, train, train_step, validate
+from trpo_jax.algorithms.base import Experience, annealed
+from trpo_jax.algorithms.radius_rules import RADIUS_RULES
+from trpo_jax.steps.statistics import init_statistics
 from trpo_jax.steps.values import explained_variance
-from trpo_jax.training.adaptation import adapt, annealed
-from trpo_jax.training.agents import flatten_batch, make_agent, on_normalized
-from trpo_jax.training.learning import learn
+from trpo_jax.training.agents import make_agent, with_normalization
+from trpo_jax.training.estimates import normalize_weights
+from trpo_jax.training.learner import update_learner
+from trpo_jax.training.recurrence import flatten_batch
 from trpo_jax.training.rollouts import rollout
-from trpo_jax.training.updates import normalize_weights
-from trpo_jax.types import Control, Learned
 
 OPTIONS = {
     "ratio": {"radius_rule": "ratio", "normalize_observations": True},
@@ -167,32 +170,32 @@ class Outcome:
     surrogate_gain: float = 1.0
 
 
+def radius_after(config, outcome, used=0.01):
+    """The radius that follows from an update whose radius was 0.01, of which `used` was left."""
+    rule, blank = RADIUS_RULES[config.radius_rule], jnp.zeros(1)
+    experience = Experience(None, None, jnp.float32(1), 0, jnp.int32(0), init_statistics((1,)), None)
+    state = rule.init(config.replace(max_kl=0.01), blank, experience.statistics)
+    state = rule.after(config, blank, state, experience, outcome, jnp.float32(used))
+    return float(jax.tree.leaves(state)[0])
+
+
 @pytest.mark.parametrize("rule", ["ratio", "divergence"])
 def test_a_refused_step_shrinks_the_radius_and_a_zero_gradient_does_not(rule):
     config = Config(radius_rule=rule)
-    control = Control(jnp.float32(0.01))
-    old = Learned(**{**dict.fromkeys(Learned._fields, ()), "control": control})
-
-    def radius_after(outcome):
-        return float(adapt(config, control, old, outcome, radius=control.radius, scale=jnp.float32(1)).radius)
-
     shrunk = 0.0025 if rule == "ratio" else 0.005
-    assert radius_after(Outcome(jnp.bool_(False))) == pytest.approx(shrunk)
-    assert radius_after(Outcome(jnp.bool_(False), gradient_norm=0.0)) == pytest.approx(0.01)
-    assert radius_after(Outcome(jnp.bool_(False), gradient_norm=float("nan"))) == pytest.approx(0.01)
-    assert radius_after(Outcome(jnp.bool_(True))) == pytest.approx(0.01)
+    assert radius_after(config, Outcome(jnp.bool_(False))) == pytest.approx(shrunk)
+    assert radius_after(config, Outcome(jnp.bool_(False), gradient_norm=0.0)) == pytest.approx(0.01)
+    assert radius_after(config, Outcome(jnp.bool_(False), gradient_norm=float("nan"))) == pytest.approx(0.01)
+    assert radius_after(config, Outcome(jnp.bool_(True))) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.1])
 def test_a_rule_for_the_divergence_leaves_alone_what_annealing_and_reuse_take(share):
     """A step as long as the radius allowed, in a radius of which only a share was left, is as long as it should be."""
     config = Config(radius_rule="divergence", target_kl=0.01)
-    control = Control(jnp.float32(0.01))
-    old = Learned(**{**dict.fromkeys(Learned._fields, ()), "control": control})
     for used, factor in ((1.0, 1.0), (0.5, 2.0), (2.0, 0.5)):
         outcome = Outcome(jnp.bool_(True), divergence=share * 0.01 * used)
-        after = adapt(config, control, old, outcome, radius=share * control.radius, scale=jnp.float32(1))
-        assert float(after.radius) == pytest.approx(factor * 0.01)
+        assert radius_after(config, outcome, used=share * 0.01) == pytest.approx(factor * 0.01)
 
 
 def test_the_radius_of_a_rule_anneals_and_shrinks_under_reuse():
@@ -262,13 +265,13 @@ def test_the_penalty_follows_the_divergence():
 
 
 def one_iteration(**changes):
-    """`learn` on one batch, as a function of the key that shuffles: the parameters of both networks."""
+    """`update_learner` on one batch, as a function of the key that shuffles: the parameters of both networks."""
     config = small_config(num_envs=8, **changes)
     state = init(config, jax.random.key(0))
-    old, batch = Learned(*(getattr(state, name) for name in Learned._fields)), newest_batch(config, state)
+    batch, learn = newest_batch(config, state), functools.partial(update_learner, make_agent(config))
 
     def parameters(seed):
-        new, _ = learn(config, old, batch, state.iteration, state.policy_carry, jax.random.key(seed))
+        new, _, _ = learn(state.learner, batch, state.actor.carry, state.iteration, jax.random.key(seed))
         return new.policy_params, new.value_params
 
     return parameters
@@ -288,14 +291,14 @@ def test_what_shuffles_follows_from_the_key_of_the_run_and_the_number_of_the_ite
     config = small_config(num_envs=8, policy_learning_rate=0.1, **OPTIONS["PPO"])
     state = init(config, jax.random.key(0))
     for _ in range(2):
-        old, batch = Learned(*(getattr(state, name) for name in Learned._fields)), newest_batch(config, state)
+        batch, learn = newest_batch(config, state), functools.partial(update_learner, make_agent(config))
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.iteration), 2**32 - 2)
         expected, other = (
-            learn(config, old, batch, state.iteration, state.policy_carry, k)[0].policy_params
+            learn(state.learner, batch, state.actor.carry, state.iteration, k)[0].policy_params
             for k in (key, jax.random.fold_in(key, 1))
         )
         state, _ = train_step(config, state)
-        probes.assert_trees_close(state.policy_params, expected, rtol=1e-4, atol=1e-4)
+        probes.assert_trees_close(state.learner.policy_params, expected, rtol=1e-4, atol=1e-4)
         assert max(jnp.abs(leaf - other[name]).max() for name, leaf in expected.items()) > 1e-3
 
 
@@ -307,7 +310,7 @@ def test_plain_steps_on_one_minibatch_have_the_clipped_length_and_the_policy_gra
 
     def moved(max_grad_norm, config=ppo):
         new, _ = train_step(config.replace(max_grad_norm=max_grad_norm), state)
-        return np.concatenate([np.ravel(new.policy_params[name] - leaf) for name, leaf in state.policy_params.items()])
+        return ravel_pytree(new.learner.policy_params)[0] - ravel_pytree(state.learner.policy_params)[0]
 
     free = moved(0.0)
     assert np.linalg.norm(free) > 0.01
@@ -335,9 +338,9 @@ def test_reinforce_weights_actions_by_returns():
     def objective(params):
         return jnp.mean(config.policy.apply(params, batch.observation).log_prob(batch.action) * batch.reward)
 
-    gradient = jax.grad(objective)(state.policy_params)
-    for name, leaf in state.policy_params.items():
-        np.testing.assert_allclose(new.policy_params[name], leaf + 0.5 * gradient[name], rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(objective)(state.learner.policy_params)
+    for name, leaf in state.learner.policy_params.items():
+        np.testing.assert_allclose(new.learner.policy_params[name], leaf + 0.5 * gradient[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 370, 2048, 2**20])
@@ -366,11 +369,10 @@ def test_advantages_are_shifted_and_scaled_and_returns_only_scaled(dtype):
     assert not normalize_weights(Config(baseline=False), jnp.zeros(7))[1].any()
 
 
-def newest_batch(config, state, policy=None):
-    """What the next iteration collects, by `policy` on observations as the environment gives them."""
-    agent = make_agent(config)
+def newest_batch(config, state):
+    """What the next iteration collects."""
     key = jax.random.fold_in(state.key, state.iteration)
-    return rollout(agent.environment, policy or agent.policy, state, key, config.num_steps)[1]
+    return rollout(make_agent(config), state.learner, state.actor, key)[1]
 
 
 # --- Reuse --------------------------------------------------------------------------------------------------------
@@ -383,9 +385,11 @@ def test_the_memory_holds_the_last_batches_and_who_took_their_actions():
     collected = []
     for _ in range(4):
         batch = newest_batch(config, state)
-        collected.insert(0, (batch, config.policy.apply(state.policy_params, batch.observation).log_prob(batch.action)))
+        collected.insert(
+            0, (batch, config.policy.apply(state.learner.policy_params, batch.observation).log_prob(batch.action))
+        )
         state, metrics = step(config, state)
-    held = state.memory
+    held = state.learner.buffer
     assert held.log_prob.shape == (8, 2 * 4)
     for slot in range(2):
         part = jax.tree.map(lambda leaf, i=slot: leaf[:, 4 * i : 4 * (i + 1)], held)
@@ -414,22 +418,23 @@ def test_what_is_reused_is_judged_by_the_newest_batch():
     advantage, values, log_prob = {}, {}, {}
     for state in (first, second):
         agent = make_agent(config)
-        policy, value = (on_normalized(config, state.statistics, network) for network in (agent.policy, agent.value))
-        i, batch = int(state.iteration), newest_batch(config, state, policy)
-        values[i] = value.apply(state.value_params, batch.observation)
+        learner, i, batch = state.learner, int(state.iteration), newest_batch(config, state)
+        policy, value = (with_normalization(config, learner.statistics, n) for n in (agent.policy, agent.value))
+        values[i] = value.step(learner.value_params, (), batch.observation)[1]
         advantage[i] = batch.reward - values[i]  # one-step episodes
-        log_prob[i] = policy.apply(state.policy_params, batch.observation).log_prob(batch.action)
+        log_prob[i] = policy.step(learner.policy_params, (), batch.observation)[1].log_prob(batch.action)
     targets = advantage[0] + values[0]
     np.testing.assert_allclose(
         metrics.explained_variance, 1 - np.var(targets - values[0]) / np.var(targets), rtol=1e-3, atol=1e-4
     )
-    last = second.control.last
+    last = second.learner.update.previous
     np.testing.assert_allclose(last.gain, np.std(advantage[0]) * metrics.surrogate_gain, rtol=1e-3)
     third, metrics = step(config, second)
-    before = on_normalized(config, last.statistics, agent.policy).apply(last.policy_params, batch.observation)
+    params = ravel_pytree(first.learner.policy_params)[1](last.policy_params)
+    _, before = with_normalization(config, last.statistics, agent.policy).step(params, (), batch.observation)
     backward = -np.expm1(before.log_prob(batch.action) - log_prob[1]) * advantage[1]
     np.testing.assert_allclose(metrics.gain_ratio, 0.5 * (1 + np.mean(backward) / last.gain), rtol=1e-3, atol=1e-3)
-    assert third.statistics.count == 3 * 8 * 4  # the first rollout is one that nothing is learned from
+    assert third.learner.statistics.count == 3 * 8 * 4  # the first rollout is one that nothing is learned from
 
 
 def test_value_targets_under_reuse_weigh_the_first_action_by_its_ratio():
@@ -438,12 +443,12 @@ def test_value_targets_under_reuse_weigh_the_first_action_by_its_ratio():
     step = jax.jit(train_step)
     state, _ = step(config, init(config, jax.random.key(0)))
     batch = jax.tree.map(
-        lambda *leaves: jnp.concatenate(leaves, axis=1), newest_batch(config, state), state.memory.batch
+        lambda *leaves: jnp.concatenate(leaves, axis=1), newest_batch(config, state), state.learner.buffer.batch
     )
-    today = config.policy.apply(state.policy_params, batch.observation).log_prob(batch.action)
-    ratios = jnp.exp(today - jnp.concatenate([today[:, :16], state.memory.log_prob], axis=1))
+    today = config.policy.apply(state.learner.policy_params, batch.observation).log_prob(batch.action)
+    ratios = jnp.exp(today - jnp.concatenate([today[:, :16], state.learner.buffer.log_prob], axis=1))
     assert ratios.min() < 0.7 and (ratios[:, :16] == 1).all()
-    values = config.value.apply(state.value_params, batch.observation)
+    values = config.value.apply(state.learner.value_params, batch.observation)
     advantage = gae(
         batch.reward, values, values, batch.terminated, batch.truncated, gamma=0.99, gae_lambda=0.98, ratios=ratios
     )
@@ -475,8 +480,8 @@ def test_reusing_the_first_batch_alone_is_using_it():
         jax.jit(train_step)(c, init(c, jax.random.key(0)))
         for c in (small_config(fisher_fraction=1.0), small_config(reuse=3, fisher_fraction=1.0))
     )
-    for name, leaf in plain[0].policy_params.items():
-        np.testing.assert_allclose(reused[0].policy_params[name], leaf, rtol=1e-4, atol=1e-5)
+    for name, leaf in plain[0].learner.policy_params.items():
+        np.testing.assert_allclose(reused[0].learner.policy_params[name], leaf, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(reused[1].surrogate_gain, plain[1].surrogate_gain, rtol=1e-4)
 
 

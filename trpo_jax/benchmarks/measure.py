@@ -20,20 +20,24 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from trpo_jax import __version__
+from trpo_jax.algorithms.trpo import line_search_of
+from trpo_jax.config_pytree import Config
 from trpo_jax.steps.curvature import curvature_sample
 from trpo_jax.steps.line_searches import backtracking_line_search
 from trpo_jax.steps.objectives import mean_kl, surrogate
-from trpo_jax.steps.solvers import conjugate_gradient
-from trpo_jax.steps.trust_region import candidate_judge, natural_gradient, surrogate_gradient, trpo_update
+from trpo_jax.steps.policy_updates import Batch, make_evaluate, surrogate_gradient
+from trpo_jax.steps.solvers import Solver, conjugate_gradient
+from trpo_jax.steps.trust_region import natural_gradient, trpo_update
 from trpo_jax.sweeps.iqm import interquartile_mean
-from trpo_jax.training.agents import flatten_batch, make_agent, on_normalized, on_trunk
+from trpo_jax.training.agents import make_agent, with_normalization
+from trpo_jax.training.estimates import normalize_weights
 from trpo_jax.training.evaluation import evaluate
-from trpo_jax.training.learning import estimate_advantages
+from trpo_jax.training.learner import Estimates, Prepared, estimate, fit_value, prepare, value_and_input
 from trpo_jax.training.loop import init, train_step
 from trpo_jax.training.memory import compile_agents, predict_memory, program_memory
+from trpo_jax.training.recurrence import outputs_of
 from trpo_jax.training.rollouts import rollout
-from trpo_jax.training.updates import fit_value, line_search_of
-from trpo_jax.types import Config, Learned, TrainState
+from trpo_jax.training.state import LearnerState, TrainState, Transition
 
 WARM_UP_ITERATIONS = 20  # trained before anything is timed: short first episodes reset more often than later ones
 _ITERATIONS_TOGETHER = 4
@@ -104,84 +108,58 @@ def measure_parts(config: Config, state: TrainState, repetitions: int) -> dict[s
     the rollout they are the least that any method of policy optimisation does, the *limit*.
     """
     agent = make_agent(config)
-    network = on_normalized(config, state.statistics, agent.policy)
-    value = on_normalized(config, state.statistics, agent.value)
-    if config.shared_trunk:
-        value = on_trunk(network, state.policy_params, agent.value)
-    policy_apply, value_apply = network.apply, value.apply
-    old = Learned(*(getattr(state, name) for name in Learned._fields))
-    theta, unravel = ravel_pytree(state.policy_params)
+    learner, carry, iteration = state.learner, state.actor.carry, state.iteration
+    key = jax.random.fold_in(state.key, iteration)
+    apply = outputs_of(with_normalization(config, learner.statistics, agent.policy))
+    theta, unravel = ravel_pytree(learner.policy_params)
 
     def policy(vector: Any, observation: Any) -> Any:
-        return policy_apply(unravel(vector), observation)
-
-    collect = jax.jit(lambda state, key: rollout(agent.environment, network, state, key, config.num_steps))
-    key = jax.random.fold_in(state.key, state.iteration)
-    batch = collect(state, key)[1]
-    observation, action = jax.tree.map(flatten_batch, (batch.observation, batch.action))
+        return apply(unravel(vector), observation)
 
     @jax.jit
-    def advantages(params: Any, batch: Any, observation: Any) -> tuple[Any, Any]:
-        values = value_apply(params, observation)
-        return values, estimate_advantages(
-            config, batch, values, lambda o: value_apply(params, o), max_steps=agent.environment.max_steps
-        )
+    def look_at(learner: LearnerState, batch: Transition) -> tuple[Prepared, Estimates]:
+        prepared = prepare(agent, learner, batch, carry, iteration)
+        return prepared, estimate(agent, learner, prepared)
 
-    values, advantage = advantages(state.value_params, batch, observation)
-    target = values + advantage
-    weighted = (advantage - advantage.mean()) / advantage.std()
-
-    gradient = jax.jit(lambda theta, *batch: surrogate_gradient(policy, theta, *batch))
-
-    @jax.jit
-    def curvature(theta: Any, gradient: Any, observation: Any) -> Any:
-        sample, weight = curvature_sample(observation, advantage.shape, config.fisher_fraction)
-        return natural_gradient(
-            lambda p: policy(p, sample),
-            theta,
-            gradient,
-            max_kl=config.max_kl,
-            cg_damping=config.cg_damping,
-            cg_iterations=config.cg_iterations,
-            cg_tolerance=config.cg_tolerance,
-            weight=weight,
-        )[0]
-
-    line_search = line_search_of(config)
+    collect = jax.jit(lambda learner, actor, key: rollout(agent, learner, actor, key))
+    batch = collect(learner, state.actor, key)[1]
+    prepared, estimates = look_at(learner, batch)
+    _, weight = normalize_weights(config, estimates.advantage)
+    flat = Batch(prepared.policy_input, prepared.action, weight, sample_ndim=1 if agent.has_memory else None)
+    gradient = jax.jit(lambda theta, batch: surrogate_gradient(policy, theta, batch))
+    solver = Solver(config.cg_damping, config.cg_iterations, config.cg_tolerance)
 
     @jax.jit
-    def search(theta: Any, step: Any, old_distribution: Any, *batch: Any) -> Any:
-        return line_search(
-            candidate_judge(policy, old_distribution, *batch),
-            theta,
-            step,
-            max_kl=config.max_kl,
-            shrink=config.line_search_shrink,
-            max_steps=config.line_search_steps,
-        )
-
-    fit = jax.jit(
-        lambda old, observation, target: fit_value(
-            config, value_apply, old, observation, target, values, config.value_learning_rate, key
-        )
-    )
+    def curvature(theta: Any, gradient: Any, batch: Batch) -> Any:
+        sample, weight = curvature_sample(batch.observation, batch.sample_shape, config.fisher_fraction)
+        options: dict[str, Any] = {"max_kl": config.max_kl, "solver": solver, "weight": weight}
+        return natural_gradient(lambda p: policy(p, sample), theta, gradient, **options)[0]
 
     @jax.jit
-    def value_gradient(params: Any, observation: Any, target: Any) -> Any:
-        return jax.value_and_grad(lambda p: jnp.mean((value_apply(p, observation) - target) ** 2))(params)
+    def search(theta: Any, step: Any, old_distribution: Any, batch: Batch) -> Any:
+        evaluate = make_evaluate(policy, old_distribution, batch)
+        return line_search_of(config)(evaluate, theta, step, max_kl=config.max_kl)
 
-    flat = observation, action, weighted
-    direction, old_distribution = gradient(theta, *flat)
-    step = curvature(theta, direction, observation)
+    @jax.jit
+    def fit(learner: LearnerState, prepared: Prepared, estimates: Estimates) -> Any:
+        return fit_value(agent, learner, learner.policy_params, prepared, estimates, iteration, key)
+
+    @jax.jit
+    def value_gradient(params: Any, prepared: Prepared, target: Any) -> Any:
+        value, inputs = value_and_input(agent, learner, prepared)
+        return jax.value_and_grad(lambda p: jnp.mean((outputs_of(value)(p, inputs) - target) ** 2))(params)
+
+    direction, old_distribution = gradient(theta, flat)
+    step = curvature(theta, direction, flat)
     return time_in_turn(
         {
-            "rollout": lambda: collect(state, key),
-            "advantages": lambda: advantages(state.value_params, batch, observation),
-            "gradient": lambda: gradient(theta, *flat),
-            "curvature": lambda: curvature(theta, direction, observation),
-            "line search": lambda: search(theta, step, old_distribution, *flat),
-            "value fit": lambda: fit(old, observation, target),
-            "value gradient": lambda: value_gradient(state.value_params, observation, target),
+            "rollout": lambda: collect(learner, state.actor, key),
+            "advantages": lambda: look_at(learner, batch),
+            "gradient": lambda: gradient(theta, flat),
+            "curvature": lambda: curvature(theta, direction, flat),
+            "line search": lambda: search(theta, step, old_distribution, flat),
+            "value fit": lambda: fit(learner, prepared, estimates),
+            "value gradient": lambda: value_gradient(learner.value_params, prepared, estimates.targets),
         },
         repetitions,
     )
@@ -219,20 +197,15 @@ def measure_policy_update(config: Config, samples: int, repetitions: int) -> dic
     theta, unravel = ravel_pytree(agent.policy.init(keys[1], observation[0]))
 
     def policy(vector: Any, observation: Any) -> Any:
-        return agent.policy.apply(unravel(vector), observation)
+        return agent.policy.step(unravel(vector), (), observation)[1]
 
     action = policy(theta, observation).sample(keys[2])
     batch = observation, action, jax.random.normal(keys[3], (samples,))
-    every_sample = {
-        "max_kl": config.max_kl,
-        "cg_damping": config.cg_damping,
-        "cg_iterations": config.cg_iterations,
-        "fisher_fraction": 1.0,
-        "cg_tolerance": 0.0,
-    }
+    exact = Solver(config.cg_damping, config.cg_iterations, 0.0)
 
-    def update(theta: Any, *batch: Any, **changes: Any) -> Any:
-        return trpo_update(policy, theta, *batch, **{**every_sample, **changes})[0]
+    def update(theta: Any, *batch: Any, fisher_fraction: Any = 1.0, solver: Solver = exact) -> Any:
+        options: dict[str, Any] = {"fisher_fraction": fisher_fraction, "solver": solver}
+        return trpo_update(policy, theta, *batch, max_kl=config.max_kl, **options)[0]
 
     def plain(theta: Any, observation: Any, action: Any, advantage: Any) -> Any:
         old = jax.lax.stop_gradient(policy(theta, observation))
@@ -245,13 +218,13 @@ def measure_policy_update(config: Config, samples: int, repetitions: int) -> dic
 
         x, _ = conjugate_gradient(product, gradient, num_iterations=config.cg_iterations)
         curvature = jnp.vdot(x, product(x) - config.cg_damping * x)
-        judge = candidate_judge(policy, old, observation, action, advantage)
+        evaluate = make_evaluate(policy, old, Batch(observation, action, advantage))
         step = jnp.sqrt(2 * config.max_kl / curvature) * x
-        return backtracking_line_search(judge, theta, step, max_kl=config.max_kl)[0]
+        return backtracking_line_search(evaluate, theta, step, max_kl=config.max_kl)[0]
 
     programs: dict[str, Callable[..., Any]] = {
         "configured": functools.partial(
-            update, fisher_fraction=config.fisher_fraction, cg_tolerance=config.cg_tolerance
+            update, fisher_fraction=config.fisher_fraction, solver=exact._replace(tolerance=config.cg_tolerance)
         ),
         "all_samples": update,
         "double_backward": plain,

@@ -15,8 +15,8 @@ from trpo_jax.benchmarks.measure import (
     threshold_summary,
 )
 from trpo_jax.config import counted
+from trpo_jax.config_pytree import Config
 from trpo_jax.settings import settings_of
-from trpo_jax.types import Config
 
 # Returns at which Gymnasium's registry calls these tasks solved.
 THRESHOLDS = {"CartPole-v1": 475.0, "Acrobot-v1": -100.0, "MountainCar-v0": -110.0, "MountainCarContinuous-v0": 90.0}

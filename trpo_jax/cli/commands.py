@@ -16,7 +16,7 @@ from trpo_jax.settings import checked_settings, read_toml
 
 if TYPE_CHECKING:
     from trpo_jax.runs.folders import Progress, Run
-    from trpo_jax.types import TrainState
+    from trpo_jax.training.state import TrainState
 
 
 def train(namespace: argparse.Namespace) -> int:
@@ -222,9 +222,9 @@ def benchmark(namespace: argparse.Namespace) -> int:
 
     from trpo_jax.benchmarks.report import THRESHOLDS, run_benchmark, tables
     from trpo_jax.cli.displays import make_console, print_table
-    from trpo_jax.training.agents import is_recurrent, make_agent
+    from trpo_jax.training.agents import make_agent
 
-    if is_recurrent(make_agent(config)) or config.update != "trpo":
+    if make_agent(config).has_memory or config.update != "trpo":
         raise UsageError("benchmark takes an iteration of update=trpo apart, with networks without a memory.")
     console = make_console()
     result = run_benchmark(

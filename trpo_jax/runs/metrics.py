@@ -14,7 +14,7 @@ import numpy as np
 
 from trpo_jax.config import UsageError, counted
 from trpo_jax.files import append, write_atomically
-from trpo_jax.types import Metrics
+from trpo_jax.training.state import Metrics
 
 METRICS = tuple(field.name for field in dataclasses.fields(Metrics))
 _COLUMNS = ("iteration", "env_steps", "seed", *METRICS)

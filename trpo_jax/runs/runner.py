@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from trpo_jax.config_pytree import Config
 from trpo_jax.runs.metrics import METRICS
-from trpo_jax.types import Config, TrainState
+from trpo_jax.training.state import TrainState
 
 CAPACITY = 256  # iterations that a chunk can hold
 _CHUNK_SECONDS = 0.5  # aimed at: often enough to watch and to lose little, rare enough to cost nothing

@@ -1,4 +1,4 @@
-"""Judging a candidate policy on a batch that another policy collected, before anything is committed to it."""
+"""What a batch that another policy collected says about a candidate policy, before anything is committed to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trpo_jax.steps.types import Array, PolicyApply, PyTree, at_least_float32
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Judgement:
+class CandidateEstimate:
     """What a stored batch says about a candidate, each a scalar.
 
     Attributes:
@@ -34,7 +34,7 @@ class Judgement:
     effective_sample_fraction: Array
 
 
-def judge_candidate(
+def estimate_candidate(
     policy_apply: PolicyApply,
     old_params: PyTree,
     candidate: PyTree,
@@ -45,7 +45,7 @@ def judge_candidate(
     *,
     confidence: float = 0.95,
     resamples: int = 1000,
-) -> Judgement:
+) -> CandidateEstimate:
     """Estimate, from the old policy's batch alone, what a candidate would gain and how far that can be trusted.
 
         L̂(θ') − L̂(θ) = mean_n[(π_θ'(a_n|s_n) / π_θ(a_n|s_n) − 1) · A_n]
@@ -66,7 +66,7 @@ def judge_candidate(
       resamples: bootstrap samples (static).
 
     Returns:
-      A `Judgement`.
+      A `CandidateEstimate`.
 
     Source: Efron & Tibshirani 1993 (bootstrap); Schulman et al. 2015, equation 14.
     """
@@ -86,7 +86,7 @@ def judge_candidate(
     tail = (1 - confidence) / 2
     low, high = jnp.quantile(means, jnp.array([tail, 1 - tail]))
     kl = old.kl(new)
-    return Judgement(
+    return CandidateEstimate(
         surrogate_gain=jnp.mean(gains),
         low=low,
         high=high,

@@ -15,19 +15,22 @@ import jax
 import jax.numpy as jnp
 
 from trpo_jax.steps import trees
+from trpo_jax.steps.distributions import Distribution
 from trpo_jax.steps.minibatches import minibatch_descent
 from trpo_jax.steps.objectives import entropy_bonus
-from trpo_jax.steps.trust_region import UpdateInfo, candidate_judge, finite_info, surrogate_gradient
-from trpo_jax.steps.types import Array, PolicyApply, PyTree, Scalar, at_least_float32
+from trpo_jax.steps.policy_updates import Batch, UpdateInfo, finite_info, make_evaluate, surrogate_gradient
+from trpo_jax.steps.types import Array, PolicyApply, PyTree, Scalar
 
 if TYPE_CHECKING:
     import optax
 
-Objective = Callable[[Any, Any, Array, Array], Array]
+Objective = Callable[[Distribution, Distribution, Array, Array], Array]
 """`objective(distribution, old_distribution, ratio [b], advantage [b])` -> what each sample contributes, [b]."""
 
 
-def surrogate_objective(distribution: Any, old_distribution: Any, ratio: Array, advantage: Array) -> Array:
+def surrogate_objective(
+    distribution: Distribution, old_distribution: Distribution, ratio: Array, advantage: Array
+) -> Array:
     """ratio · A. Its gradient at θ_old is the policy gradient, mean_n[∇log π(a_n|s_n) · A_n]."""
     del distribution, old_distribution
     return ratio * advantage
@@ -36,7 +39,7 @@ def surrogate_objective(distribution: Any, old_distribution: Any, ratio: Array, 
 def clipped_objective(clip_ratio: Scalar) -> Objective:
     """min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A) (Schulman et al. 2017, equation 7)."""
 
-    def objective(distribution: Any, old_distribution: Any, ratio: Array, advantage: Array) -> Array:
+    def objective(distribution: Distribution, old_distribution: Distribution, ratio: Array, advantage: Array) -> Array:
         del distribution, old_distribution
         return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip_ratio, 1 + clip_ratio) * advantage)
 
@@ -46,7 +49,7 @@ def clipped_objective(clip_ratio: Scalar) -> Objective:
 def penalized_objective(penalty: Scalar) -> Objective:
     """ratio · A − β KL(old ‖ new): minorize–maximize with a coefficient for practice (Schulman et al. 2017, eq. 8)."""
 
-    def objective(distribution: Any, old_distribution: Any, ratio: Array, advantage: Array) -> Array:
+    def objective(distribution: Distribution, old_distribution: Distribution, ratio: Array, advantage: Array) -> Array:
         return ratio * advantage - penalty * old_distribution.kl(distribution)
 
     return objective
@@ -56,10 +59,7 @@ def first_order_update(
     policy_apply: PolicyApply,
     params: PyTree,
     optimizer_state: optax.OptState,
-    observation: PyTree,
-    action: Array,
-    advantage: Array,
-    *,
+    *parts: Any,
     optimizer: optax.GradientTransformation,
     objective: Objective = surrogate_objective,
     epochs: int = 1,
@@ -67,7 +67,6 @@ def first_order_update(
     entropy_coefficient: Scalar = 0.0,
     key: Array | None = None,
     max_grad_norm: Scalar = 0.0,
-    sample_ndim: int | None = None,
 ) -> tuple[PyTree, optax.OptState, UpdateInfo]:
     """Gradient ascent on an objective over a batch that the policy at `params` collected.
 
@@ -78,18 +77,15 @@ def first_order_update(
       policy_apply: `policy_apply(params, observation)` -> a distribution.
       params: policy parameters, a pytree of float arrays.
       optimizer_state: `optimizer.init(params)`, or what the last call returned.
-      observation: an array or pytree of arrays, [B, ...].
-      action: actions taken, [B] or [B, D].
-      advantage: what weights each action, [B].
+      parts: the batch: its observation [B, ...], action [B] or [B, D] and what weights each action, [B]; or a `Batch`.
       optimizer: an optax transformation; `optax.sgd(α)` is the plain step θ + α g.
       objective: `surrogate_objective`, `clipped_objective(ε)` or `penalized_objective(β)`.
       epochs: passes over the batch (static).
-      minibatches: minibatches a pass, which must divide the number of samples (static).
+      minibatches: minibatches per pass, which must divide the number of samples (static).
       entropy_coefficient: c.
       key: PRNG key by which the samples are shuffled anew in every epoch, as PPO's users know it; None: every epoch
         goes through the same strided minibatches, see `minibatch_descent`.
       max_grad_norm: a longer gradient of a minibatch is scaled to this norm; 0: never.
-      sample_ndim: leading axes of B that tell independent samples apart, as in `trpo_update`.
 
     Returns:
       New parameters, new optimizer state, and an `UpdateInfo` of the surrogate and KL as for `trpo_update`:
@@ -100,11 +96,11 @@ def first_order_update(
     Source: Williams 1992 (REINFORCE); Schulman et al. 2017 (PPO).
     """
     trees.check_parameters(params)
-    advantage = at_least_float32(advantage)
+    batch = Batch.of(*parts)
     gradient, old_distribution = surrogate_gradient(
-        policy_apply, params, observation, action, advantage, entropy_coefficient
+        policy_apply, params, batch, entropy_coefficient=entropy_coefficient
     )
-    old_log_prob = old_distribution.log_prob(action)
+    old_log_prob = old_distribution.log_prob(batch.action)
 
     def loss_fn(new: PyTree, observation: PyTree, action: Array, advantage: Array, old_log_prob: Array) -> Array:
         distribution = policy_apply(new, observation)
@@ -116,19 +112,18 @@ def first_order_update(
         loss_fn,
         params,
         optimizer_state,
-        (observation, action, advantage, old_log_prob),
-        advantage.shape[:sample_ndim],
+        (batch.observation, batch.action, batch.advantage, old_log_prob),
+        batch.sample_shape,
         optimizer=optimizer,
         epochs=epochs,
         minibatches=minibatches,
         key=key,
         max_grad_norm=max_grad_norm,
     )
-    judge = candidate_judge(
-        policy_apply, old_distribution, observation, action, advantage, entropy_coefficient=entropy_coefficient
-    )
     step = jax.tree.map(jnp.subtract, new_params, params)
-    evaluation = judge(new_params)
+    evaluation = make_evaluate(policy_apply, old_distribution, batch, entropy_coefficient=entropy_coefficient)(
+        new_params
+    )
     predicted, norm = trees.dot(gradient, step), trees.norm(gradient)
     moved = (trees.max_abs(step) > 0) & trees.all_finite((evaluation, predicted, norm))
     gain, divergence, mean_kl, maximum_kl = (jnp.where(moved, value, 0) for value in evaluation[:4])

@@ -5,15 +5,14 @@ Shapes: B is the batch, of any rank.
 
 from __future__ import annotations
 
-from typing import Any
-
 import chex
 import jax.numpy as jnp
 
+from trpo_jax.steps.distributions import Distribution
 from trpo_jax.steps.types import Array
 
 
-def surrogate(distribution: Any, old_log_prob: Array, action: Array, advantage: Array) -> Array:
+def surrogate(distribution: Distribution, old_log_prob: Array, action: Array, advantage: Array) -> Array:
     """Importance-sampled advantage of a policy, L(θ) = mean_n[π_θ(a_n|s_n) / π_old(a_n|s_n) · A_n].
 
     Args:
@@ -30,12 +29,13 @@ def surrogate(distribution: Any, old_log_prob: Array, action: Array, advantage: 
     return jnp.mean(jnp.exp(_log_ratio(distribution, old_log_prob, action, advantage)) * advantage)
 
 
-def entropy_bonus(distribution: Any) -> Array:
+def entropy_bonus(distribution: Distribution) -> Array:
     """What an entropy bonus counts of each sample, [B]: `bonus()` of a distribution that has one, or its entropy."""
-    return distribution.bonus() if hasattr(distribution, "bonus") else distribution.entropy()
+    bonus = getattr(distribution, "bonus", distribution.entropy)
+    return bonus()
 
 
-def surrogate_gain(distribution: Any, old_log_prob: Array, action: Array, advantage: Array) -> Array:
+def surrogate_gain(distribution: Distribution, old_log_prob: Array, action: Array, advantage: Array) -> Array:
     """L(θ) − L(θ_old) = mean_n[(ratio_n − 1) · A_n], without the cancellation of subtracting two surrogates.
 
     Arguments as in `surrogate`. Exactly 0 at θ_old.
@@ -43,14 +43,14 @@ def surrogate_gain(distribution: Any, old_log_prob: Array, action: Array, advant
     return jnp.mean(jnp.expm1(_log_ratio(distribution, old_log_prob, action, advantage)) * advantage)
 
 
-def effective_sample_fraction(distribution: Any, old_log_prob: Array, action: Array) -> Array:
+def effective_sample_fraction(distribution: Distribution, old_log_prob: Array, action: Array) -> Array:
     """ESS/B = (Σw)² / (B Σw²) of the ratios w = π_θ/π_old: 1 at θ_old, exp(−2 KL) for equal-σ Gaussians."""
     log_ratio = distribution.log_prob(action) - old_log_prob
     weight = jnp.exp(log_ratio - jnp.max(log_ratio))  # the common factor cancels; no overflow
     return jnp.mean(weight) ** 2 / jnp.mean(weight**2)
 
 
-def mean_kl(old_distribution: Any, distribution: Any) -> Array:
+def mean_kl(old_distribution: Distribution, distribution: Distribution) -> Array:
     """Mean over the batch of KL(old ‖ new), each summed over action dimensions; a scalar in nats.
 
     Computed from the distributions, never from sampled ratios; exactly 0 for equal distributions.
@@ -59,7 +59,17 @@ def mean_kl(old_distribution: Any, distribution: Any) -> Array:
     return jnp.mean(old_distribution.kl(distribution))
 
 
-def _log_ratio(distribution: Any, old_log_prob: Array, action: Array, advantage: Array) -> Array:
+def maximum_kl(old_distribution: Distribution, distribution: Distribution) -> Array:
+    """Largest KL(old ‖ new) of a single sample, nats: what the theory bounds (Schulman et al. 2015, equation 11)."""
+    return jnp.max(old_distribution.kl(distribution))
+
+
+def reverse_kl(old_distribution: Distribution, distribution: Distribution) -> Array:
+    """Mean over the batch of KL(new ‖ old), nats."""
+    return jnp.mean(distribution.kl(old_distribution))
+
+
+def _log_ratio(distribution: Distribution, old_log_prob: Array, action: Array, advantage: Array) -> Array:
     log_prob = distribution.log_prob(action)
     chex.assert_equal_shape([log_prob, old_log_prob, advantage])
     return log_prob - old_log_prob

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from trpo_jax import backend
-from trpo_jax.steps import trees
+from trpo_jax.steps import defaults, trees
 from trpo_jax.steps.types import Array, Matvec, PyTree, Scalar
+
+
+class Solver(NamedTuple):
+    """How (A + λ I) x = b is solved by conjugate gradient.
+
+    Attributes:
+      damping: λ ≥ 0, added to the diagonal.
+      iterations: products k at most (static).
+      tolerance: relative residual at which it stops before k products; 0 asks for all that help.
+    """
+
+    damping: Scalar = defaults.CG_DAMPING
+    iterations: int = defaults.CG_ITERATIONS
+    tolerance: Scalar = defaults.CG_TOLERANCE
 
 
 @jax.tree_util.register_dataclass

@@ -11,19 +11,33 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from trpo_jax.steps import defaults, trees
-from trpo_jax.steps.blocks import forward_and_gradient
 from trpo_jax.steps.curvature import curvature_sample, fisher_vector_product
-from trpo_jax.steps.line_searches import backtracking_line_search
-from trpo_jax.steps.objectives import effective_sample_fraction, entropy_bonus, surrogate, surrogate_gain
-from trpo_jax.steps.solvers import conjugate_gradient
-from trpo_jax.steps.types import Array, DistributionFn, PolicyApply, PyTree, Scalar, at_least_float32
+from trpo_jax.steps.line_searches import Evaluate, backtracking_line_search
+from trpo_jax.steps.objectives import effective_sample_fraction, mean_kl
+from trpo_jax.steps.policy_updates import (
+    Batch,
+    Divergence,
+    UpdateInfo,
+    finite_info,
+    make_evaluate,
+    reweighted,
+    surrogate_gradient,
+)
+from trpo_jax.steps.solvers import Solver, conjugate_gradient
+from trpo_jax.steps.types import Array, DistributionFn, PolicyApply, PyTree, Scalar
 
-CONSTRAINTS = "mean-kl", "max-kl", "reverse-kl"
+_SOLVER = Solver()
+
+_MOVED = {
+    **{f"cg_{name}": f"solver=Solver({name}=…)" for name in Solver._fields},
+    "line_search_shrink": "line_search=functools.partial(backtracking_line_search, shrink=…)",
+    "line_search_steps": "line_search=functools.partial(backtracking_line_search, max_steps=…)",
+    **{name: f"Batch(observation, action, advantage, {name}=…)" for name in ("behaviour_log_prob", "sample_ndim")},
+}
 
 
 @jax.tree_util.register_dataclass
@@ -44,51 +58,15 @@ class NaturalGradientInfo:
     cg_iterations: Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class UpdateInfo:
-    """What one TRPO update did. A rejected update has gain, KL and step fraction 0 and a sample fraction of 1.
-
-    Every number is finite: the largest of its dtype stands for a `gradient_norm` that is not, and elsewhere ± that
-    number for ±∞, and 0 for NaN.
-
-    Attributes:
-      accepted: whether a candidate passed the line search, bool.
-      surrogate_gain: L(θ_new) − L(θ_old), with the entropy bonus if there is one.
-      predicted_gain: gain of the linear model at the full step, gᵀs.
-      divergence: what the constraint bounds, nats: the mean KL, unless another one was chosen.
-      mean_kl: mean over the batch of KL(old ‖ new), nats.
-      maximum_kl: largest KL(old ‖ new) of any sample in the batch, nats.
-      entropy: mean entropy of the policy before the update, nats.
-      step_fraction: fraction αʲ of the full step that was taken.
-      effective_sample_fraction: (Σw)²/(B Σw²) of the new ratios w to the policies that took the actions.
-      gradient_norm: ‖∇L‖₂ at θ_old.
-      cg_residual: relative residual that conjugate gradient left.
-    """
-
-    accepted: Array
-    surrogate_gain: Array
-    predicted_gain: Array
-    divergence: Array
-    mean_kl: Array
-    maximum_kl: Array
-    entropy: Array
-    step_fraction: Array
-    effective_sample_fraction: Array
-    gradient_norm: Array
-    cg_residual: Array
-
-
 def natural_gradient(
     distribution_fn: DistributionFn,
     params: PyTree,
     gradient: PyTree,
     *,
     max_kl: Scalar,
-    cg_damping: Scalar = defaults.CG_DAMPING,
-    cg_iterations: int = defaults.CG_ITERATIONS,
-    cg_tolerance: Scalar = defaults.CG_TOLERANCE,
+    solver: Solver = _SOLVER,
     weight: Array | None = None,
+    **moved: Any,
 ) -> tuple[PyTree, NaturalGradientInfo]:
     """The step s = β x with x ≈ (F + λ_d I)⁻¹ g and β = √(2δ / xᵀF x), so that ½ sᵀF s = δ.
 
@@ -100,9 +78,7 @@ def natural_gradient(
       params: θ_old, a pytree.
       gradient: g = ∇L(θ_old), the direction of ascent, a pytree like params.
       max_kl: δ > 0, in nats.
-      cg_damping: λ_d ≥ 0.
-      cg_iterations: k (static).
-      cg_tolerance: residual ‖g − (F + λ_d I) x‖ / ‖g‖ at which the solver stops before k iterations.
+      solver: λ_d, the number of iterations k, and the residual ‖g − (F + λ_d I) x‖ / ‖g‖ at which it stops before that.
       weight: sample weights [B] for F, see `fisher_vector_product`.
 
     Returns:
@@ -111,16 +87,17 @@ def natural_gradient(
 
     Source: Schulman et al. 2015, Appendix C; Kakade 2001.
     """
-    matvec = fisher_vector_product(distribution_fn, params, damping=cg_damping, weight=weight)
+    _refuse_moved("natural_gradient", moved)
+    matvec = fisher_vector_product(distribution_fn, params, damping=solver.damping, weight=weight)
     # The step does not depend on the length of g; at length one its square can neither under- nor overflow.
     gradient_norm = trees.norm(gradient)
     usable = (gradient_norm > 0) & jnp.isfinite(gradient_norm)
     length = jnp.where(usable, trees.divisor(gradient_norm), 1)
     unit = jax.tree.map(lambda leaf: jnp.where(usable, leaf / length, 0).astype(leaf.dtype), gradient)
-    x, cg = conjugate_gradient(matvec, unit, num_iterations=cg_iterations, tolerance=cg_tolerance)
+    x, cg = conjugate_gradient(matvec, unit, num_iterations=solver.iterations, tolerance=solver.tolerance)
 
     applied = jax.tree.map(jnp.subtract, unit, cg.residual)  # (F + λ_d I) x
-    curvature = trees.dot(x, applied) - cg_damping * trees.dot(x, x)  # xᵀF x
+    curvature = trees.dot(x, applied) - solver.damping * trees.dot(x, x)  # xᵀF x
     positive = (curvature > 0) & jnp.isfinite(curvature)
     # A hair inside the region: where the KL is exactly quadratic, its rounding must not refuse the full step.
     beta = jnp.where(positive, _inside(curvature) * jnp.sqrt(2 * max_kl / jnp.where(positive, curvature, 1)), 0)
@@ -139,202 +116,87 @@ def _inside(like: Array) -> Any:
     return 1 - 16 * jnp.finfo(like.dtype).eps
 
 
-def surrogate_gradient(
-    policy_apply: PolicyApply,
-    params: PyTree,
-    observation: PyTree,
-    action: Array,
-    advantage: Array,
-    entropy_coefficient: Scalar = 0.0,
-    behaviour_log_prob: Array | None = None,
-) -> tuple[PyTree, Any]:
-    """The gradient of the surrogate at θ_old and the distributions there, from one forward pass for both.
-
-    Arguments as in `trpo_update`.
-    """
-
-    def cotangent(old_distribution: Any, advantage: Array, action: Array, *behaviour: Array) -> Any:
-        log_prob = trees.widened(old_distribution).log_prob(action)
-        chex.assert_equal_shape([log_prob, advantage], custom_message="log_prob(action) and advantage differ in shape")
-        if behaviour:
-            advantage = _reweighted(advantage, log_prob, *behaviour)
-
-        def objective(distribution: Any) -> Array:
-            distribution = trees.widened(distribution)
-            bonus = entropy_coefficient * jnp.mean(entropy_bonus(distribution))
-            return surrogate(distribution, log_prob, action, advantage) + bonus
-
-        return jax.grad(objective)(old_distribution)
-
-    others = (advantage, action) if behaviour_log_prob is None else (advantage, action, behaviour_log_prob)
-    with jax.default_matmul_precision("highest"):
-        old_distribution, gradient = forward_and_gradient(policy_apply, params, observation, cotangent, *others)
-    return gradient, old_distribution
-
-
-def _reweighted(advantage: Array, log_prob: Array, behaviour_log_prob: Array) -> Array:
-    """π_old/π_b · A, since π_θ/π_b · A = π_θ/π_old · (π_old/π_b · A): the update on other advantages."""
-    return jnp.exp(log_prob - behaviour_log_prob) * advantage
-
-
-def candidate_judge(
-    policy_apply: PolicyApply,
-    old_distribution: Any,
-    observation: PyTree,
-    action: Array,
-    advantage: Array,
-    *,
-    entropy_coefficient: Scalar = 0.0,
-    constraint: str = "mean-kl",
-    behaviour_log_prob: Array | None = None,
-) -> Callable[[PyTree], tuple[Array, ...]]:
-    """What the line search asks of parameters, as a function of them.
-
-    Its answers: (surrogate gain, divergence, mean KL, largest KL, effective sample fraction). Arguments as in
-    `trpo_update`; `old_distribution` is what `surrogate_gradient` returned.
-    """
-    old_distribution = trees.widened(old_distribution)
-    old_log_prob = old_distribution.log_prob(action)
-    old_bonus = entropy_bonus(old_distribution)
-    behaviour = old_log_prob if behaviour_log_prob is None else behaviour_log_prob
-
-    def evaluate(candidate: PyTree) -> tuple[Array, ...]:
-        # The KL is as small as the rounding of TF32 and bfloat16 products.
-        with jax.default_matmul_precision("highest"):
-            distribution = trees.widened(policy_apply(candidate, observation))
-        kl = old_distribution.kl(distribution)
-        mean_kl, maximum_kl = jnp.mean(kl), jnp.max(kl)
-        match constraint:
-            case "mean-kl":
-                divergence = mean_kl
-            case "max-kl":
-                divergence = maximum_kl
-            case "reverse-kl":
-                divergence = jnp.mean(distribution.kl(old_distribution))
-        gain = surrogate_gain(distribution, old_log_prob, action, advantage)
-        gain += entropy_coefficient * jnp.mean(entropy_bonus(distribution) - old_bonus)
-        return gain, divergence, mean_kl, maximum_kl, effective_sample_fraction(distribution, behaviour, action)
-
-    return evaluate
-
-
 def trpo_update(
     policy_apply: PolicyApply,
     params: PyTree,
-    observation: PyTree,
-    action: Array,
-    advantage: Array,
-    *,
+    *parts: Any,
     max_kl: Scalar = defaults.MAX_KL,
-    cg_damping: Scalar = defaults.CG_DAMPING,
-    cg_iterations: int = defaults.CG_ITERATIONS,
-    cg_tolerance: Scalar = defaults.CG_TOLERANCE,
-    line_search_shrink: Scalar = defaults.LINE_SEARCH_SHRINK,
-    line_search_steps: int = defaults.LINE_SEARCH_STEPS,
+    constraint: Divergence = mean_kl,
     fisher_fraction: Scalar = defaults.FISHER_FRACTION,
+    solver: Solver = _SOLVER,
     line_search: Callable[..., Any] = backtracking_line_search,
-    constraint: str = "mean-kl",
     entropy_coefficient: Scalar = 0.0,
-    behaviour_log_prob: Array | None = None,
-    sample_ndim: int | None = None,
+    **moved: Any,
 ) -> tuple[PyTree, UpdateInfo]:
     """One trust-region step on a batch that the policy at `params` collected, or policies before it.
 
+        trpo_update(policy_apply, params, observation, action, advantage, max_kl=δ)
+
     The gradient, the line search's surrogate and its KL use every sample; the Fisher matrix uses an evenly spread
-    fraction of them. The step is taken only if the surrogate improves and the mean KL(old ‖ new) stays within
-    max_kl; otherwise, and whenever anything is not finite, the parameters come back bit-identical.
+    fraction of them. The step is taken only if the surrogate improves and the divergence stays within max_kl;
+    otherwise, and whenever anything is not finite, the parameters come back bit-identical.
 
     Args:
-      policy_apply: `policy_apply(params, observation)` -> `Categorical`, `DiagonalGaussian`, `MultiCategorical` or
-        any object with their methods. It may come from linen, nnx, equinox or plain functions.
+      policy_apply: `policy_apply(params, observation)` -> a `Distribution`: `Categorical`, `DiagonalGaussian`,
+        `MultiCategorical` or any object with their methods. It may come from linen, nnx, equinox or plain functions.
       params: policy parameters, a pytree of float arrays.
-      observation: an array or pytree of arrays, [B, ...].
-      action: actions taken, [B] or [B, D].
-      advantage: advantage estimates, [B], usually normalised by the caller. B may be of any rank, such as [T, N].
+      parts: the observation [B, ...], action [B] or [B, D] and advantage [B] of the batch; or a `Batch`.
       max_kl: δ > 0, a bound on the divergence (not a target), nats.
-      cg_damping: λ_d ≥ 0, added to the Fisher diagonal while solving, not when the step is scaled.
-      cg_iterations: Fisher products k (static).
-      cg_tolerance: relative residual at which the solver stops before k products; 0 asks for all that help.
-      line_search_shrink: α in (0, 1).
-      line_search_steps: candidates αʲ tried, j = 0 … steps − 1 (static).
+      constraint: the divergence that δ bounds, `constraint(old_distribution, distribution)` -> a scalar: `mean_kl`;
+        `maximum_kl`, which the theory asks for; `reverse_kl`; or another that equals the KL to second order.
       fisher_fraction: share of the batch that the Fisher matrix is estimated from, in (0, 1]. As a Python number
         it saves the work; as a traced array it weights the very same samples, at full cost.
-      line_search: `backtracking_line_search`, `parallel_line_search`, or `full_step`: the natural gradient method.
-      constraint: the divergence that δ bounds (static): "mean-kl", the mean of KL(old ‖ new) over the batch; "max-kl",
-        its maximum, which the theory asks for; "reverse-kl", the mean of KL(new ‖ old).
+      solver: how (F + λ_d I) x = g is solved. λ_d damps the direction, not the length of the step.
+      line_search: `backtracking_line_search`, `parallel_line_search`, or `full_step`, the natural gradient method;
+        `functools.partial(backtracking_line_search, shrink=α, max_steps=n)` for other candidates.
       entropy_coefficient: c of a bonus c · mean entropy in the objective.
-      behaviour_log_prob: log-probabilities [B] of the actions under the policies that took them, if not all θ_old's.
-        Each sample then counts by its per-decision ratio π_θ/π_behaviour; the divergence is the mean over all states.
-      sample_ndim: how many leading axes of B tell samples apart that may be evaluated without each other, for
-        `fisher_fraction`: all (None), or 1 where B is [N, T] and a recurrent policy needs whole sequences (static).
+      moved: none; options of earlier versions are answered by what took their place.
 
     Returns:
       The new parameters and an `UpdateInfo` of scalars.
 
     Raises:
-      ValueError: if `fisher_fraction` is a number outside (0, 1], `constraint` is unknown, `line_search` is no
-        function, or a leaf of `params` is not an array of floats.
+      ValueError: if `fisher_fraction` is a number outside (0, 1], `constraint` or `line_search` is no function, or a
+        leaf of `params` is not an array of floats.
+      TypeError: if there is no such option, or no batch.
       AssertionError: if the log-probabilities of the actions do not have the shape of the advantages.
 
     Source: Schulman et al. 2015, section 6 and Appendix C.
     """
-    if constraint not in CONSTRAINTS:
-        raise ValueError(f"constraint must be one of {', '.join(CONSTRAINTS)}, got {constraint!r}")
-    if not callable(line_search):
-        raise ValueError(
-            "line_search must be a function, backtracking_line_search, parallel_line_search or full_step, "
-            f"got {line_search!r}"
-        )
+    _refuse_moved("trpo_update", moved)
+    _check_function("constraint", constraint, "mean_kl, maximum_kl or reverse_kl")
+    _check_function("line_search", line_search, "backtracking_line_search, parallel_line_search or full_step")
     trees.check_parameters(params)
-    advantage = at_least_float32(advantage)
+    batch = Batch.of(*parts)
     gradient, old_distribution = surrogate_gradient(
-        policy_apply, params, observation, action, advantage, entropy_coefficient, behaviour_log_prob
+        policy_apply, params, batch, entropy_coefficient=entropy_coefficient
     )
     untouched: Any = 1.0
-    if behaviour_log_prob is not None:
+    if (behaviour := batch.behaviour_log_prob) is not None:
         old = trees.widened(old_distribution)
-        advantage = _reweighted(advantage, old.log_prob(action), behaviour_log_prob)
-        untouched = effective_sample_fraction(old, behaviour_log_prob, action)
-    evaluate = candidate_judge(
-        policy_apply,
-        old_distribution,
-        observation,
-        action,
-        advantage,
-        entropy_coefficient=entropy_coefficient,
-        constraint=constraint,
-        behaviour_log_prob=behaviour_log_prob,
+        advantage = reweighted(batch.advantage, old.log_prob(batch.action), behaviour)
+        batch = dataclasses.replace(batch, advantage=advantage)
+        untouched = effective_sample_fraction(old, behaviour, batch.action)
+    evaluate = make_evaluate(
+        policy_apply, old_distribution, batch, entropy_coefficient=entropy_coefficient, constraint=constraint
     )
-    sample, weight = curvature_sample(observation, advantage.shape[:sample_ndim], fisher_fraction)
+    sample, weight = curvature_sample(batch.observation, batch.sample_shape, fisher_fraction)
     if weight is not None:
-        weight = jnp.broadcast_to(weight.reshape(weight.shape + (1,) * (advantage.ndim - weight.ndim)), advantage.shape)
+        weight = trees.broadcast_from_left(weight, batch.advantage.shape)
     step, solve = natural_gradient(
-        lambda p: policy_apply(p, sample),
-        params,
-        gradient,
-        max_kl=max_kl,
-        cg_damping=cg_damping,
-        cg_iterations=cg_iterations,
-        cg_tolerance=cg_tolerance,
-        weight=weight,
+        lambda p: policy_apply(p, sample), params, gradient, max_kl=max_kl, solver=solver, weight=weight
     )
-    if constraint == "max-kl":
-        # The step was scaled for the mean; a KL grows with the square of the step.
-        excess = evaluate(trees.add_scaled(params, jnp.ones(()), step))[1] / max_kl
-        factor = jnp.where(excess > 1, _inside(excess) / jnp.sqrt(excess), 1)
-        step = jax.tree.map(lambda leaf: (factor * leaf).astype(leaf.dtype), step)
-        solve = dataclasses.replace(solve, predicted_gain=factor * solve.predicted_gain)
-    new_params, search = line_search(
-        evaluate, params, step, max_kl=max_kl, shrink=line_search_shrink, max_steps=line_search_steps
-    )
-    mean_kl, maximum_kl, sample_fraction = search.extra
+    if constraint is not mean_kl:  # for which the step has its length
+        step, solve = _shortened(evaluate, params, step, solve, max_kl)
+    new_params, search = line_search(evaluate, params, step, max_kl=max_kl)
+    mean, maximum, sample_fraction = search.extra
     info = UpdateInfo(
         accepted=search.accepted,
         surrogate_gain=search.surrogate_gain,
         predicted_gain=solve.predicted_gain,
         divergence=search.divergence,
-        mean_kl=mean_kl,
-        maximum_kl=maximum_kl,
+        mean_kl=mean,
+        maximum_kl=maximum,
         entropy=jnp.mean(old_distribution.entropy()),
         step_fraction=search.step_fraction,
         effective_sample_fraction=jnp.where(search.accepted, sample_fraction, untouched),
@@ -344,8 +206,22 @@ def trpo_update(
     return new_params, finite_info(info)
 
 
-def finite_info(info: UpdateInfo) -> UpdateInfo:
-    """What an update did, in finite numbers, see `UpdateInfo`."""
-    norm = info.gradient_norm
-    info = jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else trees.finite(leaf), info)
-    return dataclasses.replace(info, gradient_norm=trees.finite(norm, nan=jnp.finfo(norm.dtype).max))
+def _shortened(
+    evaluate: Evaluate, params: PyTree, step: PyTree, solve: NaturalGradientInfo, max_kl: Scalar
+) -> tuple[PyTree, NaturalGradientInfo]:
+    """The step, scaled to where its divergence meets max_kl: to second order it grows with the square of a step."""
+    excess = evaluate(trees.add_scaled(params, jnp.ones(()), step))[1] / max_kl
+    factor = jnp.where(excess > 1, _inside(excess) / jnp.sqrt(excess), 1)
+    step = jax.tree.map(lambda leaf: (factor * leaf).astype(leaf.dtype), step)
+    return step, dataclasses.replace(solve, predicted_gain=factor * solve.predicted_gain)
+
+
+def _check_function(name: str, value: Any, known: str) -> None:
+    if not callable(value):
+        raise ValueError(f"{name} must be a function, such as {known}, got {value!r}")
+
+
+def _refuse_moved(function: str, options: dict[str, Any]) -> None:
+    for name in options:
+        instead = f"; give {_MOVED[name]}" if name in _MOVED else ""
+        raise TypeError(f"{function} has no option {name}{instead}")

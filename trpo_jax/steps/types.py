@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from trpo_jax.steps.distributions import Distribution
+
 Array = jax.Array
 PyTree = Any
 Scalar = float | jax.Array
@@ -16,10 +18,10 @@ Scalar = float | jax.Array
 Matvec = Callable[[PyTree], PyTree]
 """A linear map from a pytree to a pytree of the same structure."""
 
-DistributionFn = Callable[[PyTree], Any]
+DistributionFn = Callable[[PyTree], Distribution]
 """`distribution_fn(params)` -> a batched distribution."""
 
-PolicyApply = Callable[[PyTree, Any], Any]
+PolicyApply = Callable[[PyTree, Any], Distribution]
 """`policy_apply(params, observation)` -> a batched distribution."""
 
 

@@ -1,4 +1,4 @@
-"""Fitting the value function to λ-returns, and judging the fit."""
+"""Fitting the value function to λ-returns, and how well it fits."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from trpo_jax.steps.curvature import curvature_sample, fisher_vector_product
 from trpo_jax.steps.distributions import DiagonalGaussian
 from trpo_jax.steps.line_searches import backtracking_line_search
 from trpo_jax.steps.minibatches import minibatch_descent
-from trpo_jax.steps.solvers import conjugate_gradient
+from trpo_jax.steps.solvers import Solver, conjugate_gradient
 from trpo_jax.steps.statistics import varies
-from trpo_jax.steps.trees import check_parameters
+from trpo_jax.steps.trees import broadcast_from_left, check_parameters
 from trpo_jax.steps.types import Array, PyTree, Scalar, at_least_float32
 
 if TYPE_CHECKING:
     import optax
 
-_JUDGES = 1024  # samples that tell whether a step lowers the loss; the whole of a larger batch tells no more
+_SOLVER = Solver(defaults.VALUE_DAMPING, defaults.VALUE_CG_ITERATIONS, defaults.CG_TOLERANCE)
+_TRIED_ON = 1024  # samples that tell whether a step lowers the loss; the whole of a larger batch tells no more
 
 
 def gauss_newton_fit(
@@ -31,9 +32,7 @@ def gauss_newton_fit(
     observation: PyTree,
     target: Array,
     *,
-    damping: Scalar = defaults.VALUE_DAMPING,
-    cg_iterations: int = defaults.VALUE_CG_ITERATIONS,
-    cg_tolerance: Scalar = defaults.CG_TOLERANCE,
+    solver: Solver = _SOLVER,
     fisher_fraction: Scalar = defaults.FISHER_FRACTION,
     sample_ndim: int | None = None,
 ) -> tuple[PyTree, Array]:
@@ -49,14 +48,12 @@ def gauss_newton_fit(
       params: parameters of the value function, a pytree.
       observation: [B, ...], an array or a pytree of arrays.
       target: [B], B of any rank.
-      damping: λ ≥ 0.
-      cg_iterations: Gauss–Newton products (static).
-      cg_tolerance: relative residual at which the solver stops before that.
+      solver: how the system is solved, with λ.
       fisher_fraction: share of the batch that G is estimated from, as in `trpo_update`.
       sample_ndim: leading axes of B that tell independent samples apart, as in `trpo_update`.
 
     Returns:
-      New parameters, and the mean squared error that they leave on the samples that judged. If no step helps or
+      New parameters, and the mean squared error that they leave on those samples. If no step helps or
       anything is not finite, the parameters come back bit-identical.
 
     Source: Schulman et al. 2016, section 5 (there with a trust region in place of the damping).
@@ -74,19 +71,19 @@ def gauss_newton_fit(
     sample_shape = target.shape[:sample_ndim]
     sample, weight = curvature_sample(observation, sample_shape, fisher_fraction)
     if weight is not None:
-        weight = jnp.broadcast_to(weight.reshape(weight.shape + (1,) * (target.ndim - weight.ndim)), target.shape)
-    judges = min(1.0, _JUDGES / target.size)
-    (judge, judge_target, judge_error), _ = curvature_sample((observation, target, error), sample_shape, judges)
-    loss = jnp.mean(judge_error**2)
+        weight = broadcast_from_left(weight, target.shape)
+    share = min(1.0, _TRIED_ON / target.size)
+    (tried, tried_target, tried_error), _ = curvature_sample((observation, target, error), sample_shape, share)
+    loss = jnp.mean(tried_error**2)
 
     def distribution_fn(params: PyTree) -> DiagonalGaussian:
         return DiagonalGaussian(value_apply(params, sample)[..., None], jnp.zeros(1, values.dtype))
 
-    matvec = fisher_vector_product(distribution_fn, params, damping=damping, weight=weight)
-    step, _ = conjugate_gradient(matvec, ascent, num_iterations=cg_iterations, tolerance=cg_tolerance)
+    matvec = fisher_vector_product(distribution_fn, params, damping=solver.damping, weight=weight)
+    step, _ = conjugate_gradient(matvec, ascent, num_iterations=solver.iterations, tolerance=solver.tolerance)
 
     def evaluate(candidate: PyTree) -> tuple[Array, Array]:
-        gain = loss - jnp.mean((judge_target - value_apply(candidate, judge)) ** 2)
+        gain = loss - jnp.mean((tried_target - value_apply(candidate, tried)) ** 2)
         return gain, jnp.zeros_like(gain)
 
     params, info = backtracking_line_search(evaluate, params, step, max_kl=0.0, shrink=0.5, max_steps=5)

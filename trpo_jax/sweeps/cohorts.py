@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from trpo_jax.config_pytree import Config
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.runs.runner import Chunk, advance
 from trpo_jax.sweeps.grids import stack_configs
 from trpo_jax.sweeps.placement import Programs
 from trpo_jax.training.checkpoints import is_key
-from trpo_jax.types import Config, TrainState
+from trpo_jax.training.state import TrainState
 
 _LAST_SHARE = 0.1  # of the iterations count for the training return
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from trpo_jax.config import UsageError, check_limits, check_number, counted, nearest, shown, validate
+from trpo_jax.config_pytree import Config
 from trpo_jax.settings import (
     SETTINGS,
     TOTAL_STEPS,
@@ -25,7 +26,6 @@ from trpo_jax.settings import (
     with_length,
 )
 from trpo_jax.training.agents import make_agent
-from trpo_jax.types import Config
 
 TUNING_SEEDS = 2**30  # `tune` takes its seeds from here on, sweeps theirs from below
 _DISTRIBUTIONS = ("uniform", "log_uniform", "choice")

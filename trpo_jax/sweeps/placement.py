@@ -19,11 +19,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trpo_jax import backend
 from trpo_jax.config import UsageError
+from trpo_jax.config_pytree import Config
 from trpo_jax.runs.runner import CAPACITY
 from trpo_jax.training import evaluation
 from trpo_jax.training.loop import init, train_chunk
 from trpo_jax.training.memory import check_memory, free_memory, program_memory
-from trpo_jax.types import Config, TrainState
+from trpo_jax.training.state import TrainState
 
 _SHARE_OF_FREE_MEMORY = 0.8
 _AFTER_LAST = 2**32 - 2  # folded into an agent's key for its evaluation; no iteration bears this number
@@ -181,19 +182,10 @@ def shard_environments(state: TrainState, devices: Sequence[Any] | None = None) 
       UsageError: if the number of devices does not divide N.
     """
     devices = jax.devices() if devices is None else devices
-    num_envs = state.observation.shape[0]
+    num_envs = state.actor.observation.shape[0]
     if num_envs % len(devices):
         raise UsageError(f"num_envs={num_envs} is not a multiple of the {len(devices)} devices; choose one that is.")
     mesh = Mesh(np.array(devices), ("envs",))
     whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("envs"))
-    of_environments = {
-        "env_state",
-        "observation",
-        "policy_carry",
-        "value_carry",
-        "episode_return",
-        "episode_length",
-        "discounted_return",
-    }
-    fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
-    return TrainState(**jax.device_put(fields, {n: split if n in of_environments else whole for n in fields}))
+    iteration, key, learner = jax.device_put((state.iteration, state.key, state.learner), whole)
+    return TrainState(iteration, key, learner, jax.device_put(state.actor, split))

@@ -26,7 +26,7 @@ from trpo_jax.files import BLANK_SEAL, is_intact, locked, say, sealed, write_ato
 from trpo_jax.runs.descriptions import check_equal, is_begun, origin, read_table, restore_or_anew, write_table
 from trpo_jax.sweeps.cohorts import Cut, blank
 from trpo_jax.training.checkpoints import Checkpoints, without_mend
-from trpo_jax.types import TrainState
+from trpo_jax.training.state import TrainState
 
 _CONTINUES = "what is finished is safe, and the same command continues when the folder can be written to"
 

@@ -1,37 +1,54 @@
-"""What a `Config` stands for: an environment and two networks, on observations and batches as it has them."""
+"""What a `Config` stands for: an environment, two networks, an algorithm and a value fit."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.config import Config, UsageError, validate
+from trpo_jax.algorithms.base import Algorithm, ValueFit, make_algorithm, make_value_fit
+from trpo_jax.config import Config, UsageError, validate, without_effect
 from trpo_jax.environments.base import Box, Discrete, Environment, key_shape
 from trpo_jax.environments.make import make_environment
-from trpo_jax.networks import make_policy, make_value, make_value_head, on_inputs
+from trpo_jax.networks.default import make_policy, make_value, make_value_head
+from trpo_jax.networks.recurrent import RecurrentNetwork, lift
 from trpo_jax.steps.distributions import Categorical, MultiCategorical
 from trpo_jax.steps.statistics import RunningStatistics, normalize
 from trpo_jax.steps.trees import check_parameters
 from trpo_jax.steps.types import Array, PyTree
-from trpo_jax.training.recurrence import Sequence, advance, initial_carries, unroll
-from trpo_jax.types import Network
+from trpo_jax.training.recurrence import initial_carries
 
 
 class Agent(NamedTuple):
-    """What a `Config` stands for: the environment and the two networks."""
+    """What a `Config` stands for, built once for all stages of an iteration.
 
+    Attributes:
+      config: the settings.
+      environment: what the agent acts in.
+      policy: the policy, on observations as the environment gives them.
+      value: the value function; with `shared_trunk` its head, on the policy's features.
+      algorithm: how the policy is updated.
+      value_fit: how the value function is fitted.
+    """
+
+    config: Config
     environment: Environment
-    policy: Network
-    value: Network
+    policy: RecurrentNetwork
+    value: RecurrentNetwork
+    algorithm: Algorithm
+    value_fit: ValueFit
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether one of the networks has a memory, so that whole sequences are one sample each."""
+        return self.policy.has_memory or self.value.has_memory
 
 
 def make_agent(config: Config) -> Agent:
-    """Build the environment and the networks that a configuration names; raise `UsageError` for what cannot be."""
+    """Build what a configuration names; raise `UsageError` for what cannot be."""
     validate(config)
     _check_scalars(config)
     environment = make_environment(config.env)
@@ -44,10 +61,10 @@ def make_agent(config: Config) -> Agent:
     value = config.value
     if value is None:
         value = make_value_head() if config.shared_trunk else make_value(environment, network=config.network)
-    agent = Agent(environment, policy, value)
+    agent = Agent(config, environment, lift(policy), lift(value), make_algorithm(config), make_value_fit(config))
     if config.shared_trunk:
         _check_trunk(agent)
-    if is_recurrent(agent):
+    if agent.has_memory:
         _check_sequences(config)
     return agent
 
@@ -66,7 +83,7 @@ def _check_scalars(config: Config) -> None:
 def _check_trunk(agent: Agent) -> None:
     if agent.policy.features is None:
         raise UsageError("shared_trunk=True needs a policy with features; give its Network features=..., or use False.")
-    if agent.value.initial_carry is not None:
+    if agent.value.has_memory:
         raise UsageError("shared_trunk=True needs a value function without a memory; the memory is the policy's.")
 
 
@@ -74,17 +91,13 @@ def _check_sequences(config: Config) -> None:
     """A network with a memory needs whole sequences: an environment's steps are one sample."""
     if config.reuse > 1:
         raise UsageError(f"reuse={config.reuse} needs networks without a memory, such as network=mlp.")
-    for name, used in (
-        ("policy_minibatches", config.update in ("ppo", "kl-penalty")),
-        ("value_minibatches", config.value_fit == "adam"),
-    ):
-        if used and config.num_envs % getattr(config, name):
-            raise UsageError(
-                f"{name}={getattr(config, name)} must divide num_envs={config.num_envs} where a network has a memory."
-            )
+    for name in ("policy_minibatches", "value_minibatches"):
+        number = getattr(config, name)
+        if config.num_envs % number and not without_effect(config, name):
+            raise UsageError(f"{name}={number} must divide num_envs={config.num_envs} where a network has a memory.")
 
 
-def init_parameters(network: Network, key: Array, observation: Array, name: str) -> PyTree:
+def init_parameters(network: RecurrentNetwork, key: Array, observation: Array, name: str) -> PyTree:
     """The parameters that a network starts from, all of them arrays of floats."""
     params = network.init(key, observation)
     try:
@@ -94,11 +107,10 @@ def init_parameters(network: Network, key: Array, observation: Array, name: str)
     return params
 
 
-def check_networks(config: Config, agent: Agent, policy_params: PyTree, value: Network, value_params: PyTree) -> None:
+def check_networks(agent: Agent, policy_params: PyTree, value: RecurrentNetwork, value_params: PyTree) -> None:
     """Raise `UsageError` unless the networks give what the environment and the trainer ask for, by tracing alone.
 
     Args:
-      config: the settings.
       agent: the environment and the policy.
       policy_params: parameters of the policy.
       value: the value function, of observations.
@@ -136,17 +148,17 @@ def check_networks(config: Config, agent: Agent, policy_params: PyTree, value: N
         raise UsageError(f"policy chooses among {_join(sizes[0])} actions, but {name} has {_join(wanted)}: {space}.")
     for leaf in per_sample:
         _check_shape("policy", "log-probabilities and entropies", leaf, batch)
-    if value.initial_carry is None:  # it is asked about whole rollouts, too
+    if not value.has_memory:  # it is asked about whole rollouts, too
         batch = (2, 3)
         observation = jax.ShapeDtypeStruct((*batch, *shape), jnp.float32)
     values = jax.eval_shape(lambda p, o: _checked_step("value", value, p, o), value_params, observation)
     _check_shape("value", "values", values, batch)
 
 
-def _checked_step(name: str, network: Network, params: PyTree, observation: Array) -> Any:
+def _checked_step(name: str, network: RecurrentNetwork, params: PyTree, observation: Array) -> Any:
     """The output for a batch [B, ...] at an episode's start; a memory must come back as it was given."""
     carry = initial_carries(network, observation.shape[0])
-    after, output = advance(network, params, carry, observation)
+    after, output = network.step(params, carry, observation)
     before, after = (jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), c) for c in (carry, after))
     if before != after:
         raise UsageError(f"{name} must give back a carry like its initial_carry, {before}, but gives {after}.")
@@ -179,29 +191,20 @@ def _join(sizes: Any) -> str:
     return " x ".join(map(str, sizes))
 
 
-def is_recurrent(agent: Agent) -> bool:
-    """Whether one of the networks has a memory."""
-    return agent.policy.initial_carry is not None or agent.value.initial_carry is not None
-
-
-def on_normalized(config: Config, statistics: RunningStatistics, network: Network) -> Network:
+def with_normalization(config: Config, statistics: RunningStatistics, network: RecurrentNetwork) -> RecurrentNetwork:
     """A network on observations as the settings have them normalised."""
     if not config.normalize_observations:
         return network
-
-    def normalized(observation: Array) -> Array:
-        return normalize(statistics, observation, clip=config.observation_clip)
-
-    return on_inputs(network, normalized)
+    return network.with_inputs(lambda observation: normalize(statistics, observation, clip=config.observation_clip))
 
 
-def trunk_of(policy: Network) -> Network:
+def trunk_of(policy: RecurrentNetwork) -> RecurrentNetwork:
     """The policy without its last layer: its output is features."""
     assert policy.features is not None
-    return policy._replace(apply=policy.features, on_inputs=None)
+    return policy._replace(step=policy.features)
 
 
-def on_trunk(policy: Network, policy_params: PyTree, head: Network) -> Network:
+def on_trunk(policy: RecurrentNetwork, policy_params: PyTree, head: RecurrentNetwork) -> RecurrentNetwork:
     """The value function, of observations, that a head on the features of a policy is; its parameters are the head's.
 
     Only those are fitted: a step of the value function through the trunk would move the policy, out of its trust
@@ -209,38 +212,11 @@ def on_trunk(policy: Network, policy_params: PyTree, head: Network) -> Network:
     """
     trunk = trunk_of(policy)
 
-    def apply(params: PyTree, *inputs: Any) -> Any:
-        if trunk.initial_carry is None:
-            return head.apply(params, trunk.apply(policy_params, *inputs))
-        carry, features = trunk.apply(policy_params, *inputs)
-        return carry, head.apply(params, features)
+    def step(params: PyTree, carry: PyTree, observation: Array) -> tuple[PyTree, Any]:
+        carry, features = trunk.step(policy_params, carry, observation)
+        return carry, head.step(params, (), features)[1]
 
     def init(key: Array, observation: Array) -> PyTree:
-        carry = () if trunk.initial_carry is None else (trunk.initial_carry(),)
-        features = trunk.apply(policy_params, *carry, observation)
-        return head.init(key, features if trunk.initial_carry is None else features[1])
+        return head.init(key, trunk.step(policy_params, trunk.initial_carry(), observation)[1])
 
-    return Network(init, apply, trunk.initial_carry)
-
-
-def over_batch(network: Network, observation: Array, start: Any, carry: PyTree) -> tuple[Any, Any]:
-    """`apply(params, input)` of a network on a whole batch, and that input: observations, or sequences of them."""
-    memoryless = network.initial_carry is None
-    return batch_apply(network), observation if memoryless else Sequence(observation, start, carry)
-
-
-def batch_apply(network: Network) -> Callable[[PyTree, Any], Any]:
-    """`apply(params, input)` on the input of `over_batch`."""
-    if network.initial_carry is None:
-        return network.apply
-    return lambda params, sequence: unroll(network, params, sequence)[0]
-
-
-def by_environment(leaf: Array) -> Array:
-    """[T, N, ...] <-> [N, T, ...]."""
-    return jnp.swapaxes(leaf, 0, 1)
-
-
-def flatten_batch(leaf: Array) -> Array:
-    """[T, N, ...] -> [N·T, ...], environment by environment."""
-    return jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:])
+    return trunk._replace(init=init, step=step, features=None)

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config import UsageError
+from trpo_jax.config_pytree import Config
 from trpo_jax.files import WRITABLE, say, write_atomically
 from trpo_jax.steps.types import PyTree
 from trpo_jax.training.loop import init
-from trpo_jax.types import Config
 
 _FORMAT = 2  # the shape of `TrainState` is part of it
 

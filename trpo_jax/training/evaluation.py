@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from trpo_jax.config import check_limits
+from trpo_jax.config_pytree import Config
 from trpo_jax.environments.base import Environment
 from trpo_jax.steps.types import Array, PyTree
-from trpo_jax.training.agents import make_agent, on_normalized
+from trpo_jax.training.agents import make_agent, with_normalization
 from trpo_jax.training.loop import check_key
-from trpo_jax.training.recurrence import advance, initial_carries
+from trpo_jax.training.recurrence import initial_carries
 from trpo_jax.training.resets import reset_environments
-from trpo_jax.types import Config, TrainState
+from trpo_jax.training.state import TrainState
 
 
 @jax.tree_util.register_dataclass
@@ -61,7 +62,7 @@ def evaluate(
     check_limits({"num_episodes": num_episodes, "max_steps": max_steps})
     key_reset, key_run = jax.random.split(key)
     observation, env_state = reset_environments(agent.environment, key_reset, num_episodes)
-    policy = on_normalized(config, state.statistics, agent.policy)
+    policy = with_normalization(config, state.learner.statistics, agent.policy)
     limit = min(max_steps, agent.environment.max_steps or max_steps)
 
     def unfinished(carry: tuple) -> Array:
@@ -71,7 +72,7 @@ def evaluate(
     def step(carry: tuple) -> tuple:
         time, observation, memory, env_state, evaluation = carry
         key_action, key_step = jax.random.split(jax.random.fold_in(key_run, time))
-        memory, distribution = advance(policy, state.policy_params, memory, observation)
+        memory, distribution = policy.step(state.learner.policy_params, memory, observation)
         action = distribution.mode() if deterministic else distribution.sample(key_action)
         running = ~evaluation.finished
         keys = jax.random.split(key_step, num_episodes)

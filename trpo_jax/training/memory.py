@@ -12,10 +12,11 @@ import numpy as np
 
 from trpo_jax import backend
 from trpo_jax.config import UsageError
+from trpo_jax.config_pytree import Config
 from trpo_jax.training.agents import make_agent
 from trpo_jax.training.loop import init, train_step
 from trpo_jax.training.rollouts import rollout
-from trpo_jax.types import Config, Metrics, TrainState
+from trpo_jax.training.state import Metrics, TrainState
 
 _PROBES = (8, 16), (256, 512)  # agents; fewer are programs of another form
 _NEGLIGIBLE = 2**26  # bytes
@@ -94,9 +95,7 @@ def least_memory(config: Config, num_agents: int) -> int:
     """Bytes that K agents side by side hold at least: their states, and the batches that are learned from at a time."""
     agent = make_agent(config)
     state = jax.eval_shape(init, config, jax.eval_shape(lambda: jax.random.key(0)))
-    batch = jax.eval_shape(
-        lambda s: rollout(agent.environment, agent.policy, s, s.key, config.num_steps)[1], state
-    )  # by normalised observations it has the same shapes
+    batch = jax.eval_shape(lambda s: rollout(agent, s.learner, s.actor, s.key)[1], state)
     at_a_time = 1 if backend.agents_take_turns() else num_agents
     return num_agents * _bytes(state) + at_a_time * _bytes(batch)
 

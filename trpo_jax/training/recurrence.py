@@ -1,6 +1,6 @@
-"""Networks with a memory: one step at a time while acting, whole sequences while learning.
+"""Networks over time: one step at a time while acting, whole sequences while learning.
 
-A network without a memory passes through all of it with the empty carry `()`.
+A network without a memory has the empty carry `()`, and a batch of any shape is one step of it.
 """
 
 from __future__ import annotations
@@ -10,61 +10,57 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from trpo_jax.networks.recurrent import RecurrentNetwork
 from trpo_jax.steps.types import Array, PyTree
-from trpo_jax.types import Network
 
 
 class Sequence(NamedTuple):
-    """What a recurrent network is evaluated on: T steps of each of N environments, whole, as one sample each.
+    """What a network is evaluated on.
 
     Attributes:
-      observation: [N, T, ...].
-      start: whether an episode begins with this observation, so that the memory starts anew, bool [N, T].
+      observation: [B, ...]; of networks with a memory T steps of each of N environments, whole, [N, T, ...].
+      start: whether an episode begins with this observation, so that the memory starts anew, bool [N, T]; None
+        without a memory.
       carry: the memory before the first observation, [N, ...].
     """
 
     observation: Array
-    start: Array
+    start: Array | None
     carry: PyTree
 
 
-def initial_carries(network: Network, num_envs: int) -> PyTree:
+def initial_carries(network: RecurrentNetwork, num_envs: int) -> PyTree:
     """The memory at the start of N episodes, [N, ...]."""
-    if network.initial_carry is None:
-        return ()
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_envs, *jnp.shape(leaf))), network.initial_carry())
 
 
-def advance(network: Network, params: PyTree, carry: PyTree, observation: Array) -> tuple[PyTree, Any]:
-    """One observation of each of N environments: their memory after it, and the output."""
-    if network.initial_carry is None:
-        return carry, network.apply(params, observation)
-    return network.apply(params, carry, observation)
-
-
-def restart(network: Network, done: Array, carry: PyTree) -> PyTree:
+def restart(network: RecurrentNetwork, done: Array, carry: PyTree) -> PyTree:
     """The memory of an episode's start where `done`, bool [N]."""
-    if network.initial_carry is None:
-        return carry
-    fresh = initial_carries(network, done.shape[0])
 
     def choose(new: Array, old: Array) -> Array:
         return jnp.where(done.reshape(done.shape + (1,) * (new.ndim - 1)), new, old)
 
-    return jax.tree.map(choose, fresh, carry)
+    return jax.tree.map(choose, initial_carries(network, done.shape[0]), carry)
 
 
-def unroll(network: Network, params: PyTree, sequence: Sequence) -> tuple[Any, PyTree]:
-    """Outputs and the memory after each step, both [N, T, ...]."""
+def unroll(network: RecurrentNetwork, params: PyTree, sequence: Sequence) -> tuple[PyTree, Any]:
+    """The memory after each step and the outputs, both [N, T, ...]; without a memory, of a batch of any shape."""
+    if not network.has_memory:
+        return network.step(params, sequence.carry, sequence.observation)
 
-    def step(carry: PyTree, inputs: tuple[Array, Array]) -> tuple[PyTree, tuple[Any, PyTree]]:
+    def step(carry: PyTree, inputs: tuple[Array, Array]) -> tuple[PyTree, tuple[PyTree, Any]]:
         observation, start = inputs
-        carry, output = advance(network, params, restart(network, start, carry), observation)
-        return carry, (output, carry)
+        carry, output = network.step(params, restart(network, start, carry), observation)
+        return carry, (carry, output)
 
-    over_time = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (sequence.observation, sequence.start))
+    over_time = jax.tree.map(swap_time_axis, (sequence.observation, sequence.start))
     _, results = jax.lax.scan(step, sequence.carry, over_time)
-    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), results)
+    return jax.tree.map(swap_time_axis, results)
+
+
+def outputs_of(network: RecurrentNetwork) -> Any:
+    """`apply(params, sequence)` -> the outputs of a network on a batch."""
+    return lambda params, sequence: unroll(network, params, sequence)[1]
 
 
 def starts(terminated: Array, truncated: Array) -> Array:
@@ -74,3 +70,13 @@ def starts(terminated: Array, truncated: Array) -> Array:
     """
     done = terminated | truncated
     return jnp.concatenate([jnp.zeros_like(done[:1]), done[:-1]])
+
+
+def swap_time_axis(leaf: Array) -> Array:
+    """[T, N, ...] <-> [N, T, ...]."""
+    return jnp.swapaxes(leaf, 0, 1)
+
+
+def flatten_batch(leaf: Array) -> Array:
+    """[T, N, ...] -> [N·T, ...], environment by environment."""
+    return jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:])

@@ -8,82 +8,81 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trpo_jax.environments.base import Environment
 from trpo_jax.steps.types import Array
-from trpo_jax.training.recurrence import advance, restart
-from trpo_jax.training.resets import step_environments
-from trpo_jax.types import Network, TrainState, Transition
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class EpisodeTotals:
-    """Sums over the episodes that ended in a rollout, each a scalar."""
-
-    count: Array
-    total_return: Array
-    total_length: Array
+from trpo_jax.training.agents import Agent, with_normalization
+from trpo_jax.training.recurrence import initial_carries, restart
+from trpo_jax.training.resets import reset_environments, step_environments
+from trpo_jax.training.state import ActorState, Carry, EpisodeTotals, LearnerState, Transition
 
 
 def rollout(
-    environment: Environment, policy: Network, state: TrainState, key: Array, num_steps: int
-) -> tuple[TrainState, Transition, EpisodeTotals]:
+    agent: Agent, learner: LearnerState, actor: ActorState, key: Array
+) -> tuple[ActorState, Transition, EpisodeTotals]:
     """Step the N environments T times, sampling every action.
 
     No value function is evaluated and no log-probability kept: both are cheaper in one batch afterwards, and the
     ratio at θ_old is then exactly 1. Episode statistics are reduced to sums here, so memory does not grow with T·N.
 
     Args:
-      environment: the environment.
-      policy: the policy network, on observations as the environment gives them.
-      state: where the environments stand.
+      agent: what acts, and in what.
+      learner: its parameters θ, and the statistics by which it sees observations.
+      actor: where the environments stand.
       key: PRNG key for this rollout.
-      num_steps: T.
 
     Returns:
-      The state after the rollout, the transitions [T, N, ...], and totals of the episodes that ended.
+      Where they stand after it, the transitions [T, N, ...], and totals of the episodes that ended in it, [N].
     """
 
-    def step(carry: tuple[Any, ...], keys: Array) -> tuple[tuple[Any, ...], Transition]:
-        observation, memory, env_state, episode_return, episode_length, totals = carry
+    policy = with_normalization(agent.config, learner.statistics, agent.policy)
+
+    def step(carry: tuple[ActorState, EpisodeTotals], keys: Array) -> tuple[Any, Transition]:
+        actor, totals = carry
         key_action, key_step = keys
-        memory, distribution = advance(policy, state.policy_params, memory, observation)
+        policy_carry, distribution = policy.step(learner.policy_params, actor.carry.policy, actor.observation)
         action = distribution.sample(key_action)
-        result, (next_observation, env_state) = step_environments(environment, key_step, env_state, action)
+        result, (observation, env_state) = step_environments(agent.environment, key_step, actor.env_state, action)
         transition = Transition(
-            observation, action, result.reward, result.terminated, result.truncated, result.observation
+            actor.observation, action, result.reward, result.terminated, result.truncated, result.observation
         )
         done = result.done
-        episode_return, episode_length = episode_return + result.reward, episode_length + 1
+        episode_return, episode_length = actor.episode_return + result.reward, actor.episode_length + 1
         totals = EpisodeTotals(
             totals.count + done,
             totals.total_return + jnp.where(done, episode_return, 0),
             totals.total_length + jnp.where(done, episode_length, 0),
         )
-        episode_return = jnp.where(done, 0, episode_return)
-        episode_length = jnp.where(done, 0, episode_length)
-        memory = restart(policy, done, memory)
-        return (next_observation, memory, env_state, episode_return, episode_length, totals), transition
+        actor = dataclasses.replace(
+            actor,
+            env_state=env_state,
+            observation=observation,
+            carry=actor.carry._replace(policy=restart(policy, done, policy_carry)),
+            episode_return=jnp.where(done, 0, episode_return),
+            episode_length=jnp.where(done, 0, episode_length),
+        )
+        return (actor, totals), transition
 
-    # Summed an environment until the end: a reduction a step would be a kernel a step.
-    none = jnp.zeros_like(state.episode_length)
-    totals = EpisodeTotals(none, jnp.zeros_like(state.episode_return), none)
-    start = (
-        state.observation,
-        state.policy_carry,
-        state.env_state,
-        state.episode_return,
-        state.episode_length,
-        totals,
-    )
-    end, transitions = jax.lax.scan(step, start, jax.random.split(key, (num_steps, 2)))
-    observation, policy_carry, env_state, episode_return, episode_length, totals = end
-    state = dataclasses.replace(
-        state,
-        observation=observation,
-        policy_carry=policy_carry,
+    # Summed per environment until the end: a reduction per step would be a kernel per step.
+    start = actor, jax.tree.map(jnp.zeros_like, actor.ended)
+    (actor, totals), transitions = jax.lax.scan(step, start, jax.random.split(key, (agent.config.num_steps, 2)))
+    any_ended = jnp.sum(totals.count) > 0
+    ended = jax.tree.map(lambda new, old: jnp.where(any_ended, new, old), totals, actor.ended)
+    return dataclasses.replace(actor, ended=ended), transitions, totals
+
+
+def init_actor(agent: Agent, key: Array) -> ActorState:
+    """N fresh environments."""
+    num_envs = agent.config.num_envs
+    observation, env_state = reset_environments(agent.environment, key, num_envs)
+    none, nothing = jnp.zeros(num_envs, jnp.int32), jnp.zeros(num_envs, jnp.float32)
+    return ActorState(
         env_state=env_state,
-        episode_return=episode_return,
-        episode_length=episode_length,
+        observation=observation,
+        carry=Carry(
+            policy=initial_carries(agent.policy, num_envs),
+            value=initial_carries(agent.value, num_envs),
+            discounted_return=nothing if agent.config.normalize_rewards else None,
+        ),
+        episode_return=nothing,
+        episode_length=none,
+        ended=EpisodeTotals(none, nothing, none),
     )
-    return state, transitions, jax.tree.map(jnp.sum, totals)

@@ -1,0 +1,45 @@
+"""Proximal policy optimization: epochs of minibatches on the clipped surrogate (Schulman et al. 2017)."""
+
+from __future__ import annotations
+
+from trpo_jax.algorithms.base import Algorithm, Experience, policy_optimizer
+from trpo_jax.config import Config
+from trpo_jax.steps.first_order import Objective, clipped_objective, first_order_update
+from trpo_jax.steps.policy_updates import UpdateInfo
+from trpo_jax.steps.types import Array, PolicyApply, PyTree
+
+
+def make(config: Config) -> Algorithm:
+    """PPO as its users know it: minibatches shuffled in every epoch, gradients clipped."""
+
+    def update(
+        policy_apply: PolicyApply, params: Array, state: PyTree, experience: Experience, key: Array
+    ) -> tuple[Array, PyTree, UpdateInfo]:
+        return take_epochs(config, policy_apply, params, state, experience, key, clipped_objective(config.clip_ratio))
+
+    return Algorithm(lambda params, statistics: policy_optimizer(config).init(params), update, shuffles=True)
+
+
+def take_epochs(
+    config: Config,
+    policy_apply: PolicyApply,
+    params: Array,
+    state: PyTree,
+    experience: Experience,
+    key: Array,
+    objective: Objective,
+) -> tuple[Array, PyTree, UpdateInfo]:
+    """Epochs of shuffled minibatches on an objective, as the settings have them."""
+    return first_order_update(
+        policy_apply,
+        params,
+        state,
+        experience.batch,
+        optimizer=policy_optimizer(config, experience.iteration),
+        objective=objective,
+        epochs=config.policy_epochs,
+        minibatches=config.policy_minibatches,
+        entropy_coefficient=config.entropy_coefficient,
+        key=key,
+        max_grad_norm=config.max_grad_norm,
+    )

@@ -1,0 +1,70 @@
+"""Trust region policy optimization, with a radius that is fixed, or that follows from how the last update went."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from trpo_jax import backend
+from trpo_jax.algorithms.base import Algorithm, Experience, annealed
+from trpo_jax.algorithms.radius_rules import RADIUS_RULES
+from trpo_jax.config import Config
+from trpo_jax.steps.line_searches import backtracking_line_search, full_step, parallel_line_search
+from trpo_jax.steps.objectives import maximum_kl, mean_kl, reverse_kl
+from trpo_jax.steps.policy_updates import UpdateInfo
+from trpo_jax.steps.solvers import Solver
+from trpo_jax.steps.trust_region import trpo_update
+from trpo_jax.steps.types import Array, PolicyApply, PyTree
+
+CONSTRAINTS = {"mean-kl": mean_kl, "max-kl": maximum_kl, "reverse-kl": reverse_kl}
+
+
+def make(config: Config) -> Algorithm:
+    """TRPO as the settings have it."""
+    rule = RADIUS_RULES[config.radius_rule]
+
+    def update(
+        policy_apply: PolicyApply, params: Array, state: PyTree, experience: Experience, key: Array
+    ) -> tuple[Array, PyTree, UpdateInfo]:
+        state, first_radius, gain_ratio = rule.before(config, policy_apply, params, state, experience)
+        radius = radius_of(config, first_radius, experience.iteration)
+        new_params, info = trpo_update(
+            policy_apply,
+            params,
+            experience.batch,
+            max_kl=radius,
+            constraint=CONSTRAINTS[config.constraint],
+            fisher_fraction=config.fisher_fraction,
+            solver=Solver(config.cg_damping, config.cg_iterations, config.cg_tolerance),
+            line_search=line_search_of(config),
+            entropy_coefficient=config.entropy_coefficient,
+        )
+        state = rule.after(config, params, state, experience, info, radius)
+        extra = {"radius": jnp.asarray(radius, jnp.float32), "gain_ratio": gain_ratio}
+        return new_params, state, dataclasses.replace(info, extra=extra)
+
+    return Algorithm(functools.partial(rule.init, config), update)
+
+
+def line_search_of(config: Config) -> functools.partial:
+    """The line search that the settings name on this backend."""
+    turns = backend.candidates_take_turns() if config.line_search == "auto" else config.line_search == "backtracking"
+    search = full_step if config.line_search == "none" else backtracking_line_search if turns else parallel_line_search
+    return functools.partial(search, shrink=config.line_search_shrink, max_steps=config.line_search_steps)
+
+
+def radius_of(config: Config, radius: Array, iteration: Array) -> Array:
+    """The trust-region radius of this update, nats, from δ of the radius rule.
+
+    Learning from batches up to K − 1 policies old, the policies since then have used up part of what may be trusted:
+    δ / (Σ_i ν_i (i + 1))², where ν_i is the share of the samples that are i policies old (Queeney et al. 2021, with
+    δ = ε²/2).
+    """
+    radius = annealed(radius, config.anneal_max_kl, config, iteration)
+    if config.reuse > 1:
+        age = jnp.minimum(np.arange(config.reuse), iteration)
+        radius /= jnp.mean(age + 1.0) ** 2
+    return radius

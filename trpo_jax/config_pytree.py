@@ -1,0 +1,71 @@
+"""`Config` as a pytree: its floats are leaves, the rest is static."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trpo_jax.config import Config
+
+__all__ = ["Config"]
+
+
+def _flatten_config(config: Config) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, Any]]:
+    leaves, static = {}, []
+    for field in dataclasses.fields(Config):
+        value = getattr(config, field.name)
+        # A static float given as an array is traced after all: `trpo_update` takes a traced fisher_fraction too.
+        if field.metadata["static"] and not isinstance(value, (jax.Array, np.ndarray)):
+            static.append((field.name, value if _is_hashable(value) else _ByIdentity(value)))
+        else:
+            leaves[field.name] = value
+    # Numbers become strong float32 here, at the one door to every transformation: a Python float and an array, or a
+    # weak and a strong type, would otherwise be two traces. A Config with None among its floats is a tree of axes for
+    # `jax.vmap`, whose integers must stay.
+    if not any(value is None for value in leaves.values()):
+        leaves = {name: _as_float32(value) for name, value in leaves.items()}
+    return tuple((jax.tree_util.GetAttrKey(n), v) for n, v in leaves.items()), (tuple(static), tuple(leaves))
+
+
+def _as_float32(value: Any) -> Any:
+    if isinstance(value, (int, float, np.number)):
+        return np.float32(value)
+    if isinstance(value, (jax.Array, np.ndarray)) and (value.dtype != np.float32 or getattr(value, "weak_type", False)):
+        return jnp.asarray(value, jnp.float32)
+    return value  # a strong float32 already, or a placeholder of a transformation
+
+
+def _unflatten_config(names: tuple[Any, Any], leaves: Any) -> Config:
+    static, traced = names
+    config = object.__new__(Config)
+    for name, value in (*static, *zip(traced, leaves, strict=True)):
+        object.__setattr__(config, name, value.value if isinstance(value, _ByIdentity) else value)
+    return config
+
+
+class _ByIdentity:
+    """Stands for a user's object that cannot be hashed (a mutable dataclass, say) among a program's static settings."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByIdentity) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+jax.tree_util.register_pytree_with_keys(Config, _flatten_config, _unflatten_config)

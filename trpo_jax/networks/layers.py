@@ -1,0 +1,108 @@
+"""Orthogonal initialisers, and matrix products and convolutions in the form whose gradient suits the backend."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trpo_jax import backend
+from trpo_jax.steps.types import Array
+
+_FEW_COLUMNS = 4
+_SMALL_KERNEL = 9  # entries of a filter per channel, of which an accelerator makes patches
+_LARGEST_KERNEL = 400  # the same on a CPU, where a grid of 84 x 84 has 361
+_SAMPLES_PER_PRODUCT = 16  # of a batch in a convolution on an accelerator, at most
+_LARGE_BATCH = 4096  # samples, of more than which a dense layer's product on a GPU is of groups
+_GROUPS = range(128, 513)  # samples that such a group may have
+
+
+@functools.cache
+def orthogonal(scale: float) -> Callable[..., Array]:
+    """Initialiser of matrices [rows, columns] with orthonormal rows or columns (whichever fit) times `scale`.
+
+    The polar factor of a Gaussian matrix, uniform over such matrices, by Newton–Schulz: X ← X (3 I − XᵀX) / 2. The
+    usual way, a QR decomposition by LAPACK, can deadlock XLA's CPU thread pool when several run at once, as they do
+    for many agents in one program.
+    """
+
+    # Linen asks for its shape at every `apply`; so it is traced but once.
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def initialise(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        rows, columns = shape
+        x = jax.random.normal(key, (max(shape), min(shape)), dtype)
+        x = x / jnp.linalg.norm(x)  # singular values in (0, 1], where the iteration converges
+        identity = jnp.eye(min(shape), dtype=dtype)
+
+        def improve(_: int, x: Array) -> Array:
+            gram = jnp.matmul(x.T, x, precision="highest")
+            return jnp.matmul(x, 1.5 * identity - 0.5 * gram, precision="highest")
+
+        # A singular value grows by 3/2 per step until it is near 1: 40 steps bring it there from 10⁻⁶.
+        x = jax.lax.fori_loop(0, 40, improve, x)
+        return scale * (x if rows >= columns else x.T)
+
+    return initialise
+
+
+def product(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
+    """x @ kernel for x [..., inputs], in the form whose gradient suits the backend.
+
+    On CPU column by column where there are few: the gradient of a kernel of two columns is three times faster as two
+    products with a vector; XLA's CPU backend has a matrix product for it that is made for larger ones. On a GPU a large
+    batch in groups: the gradient of a kernel, of as few entries as one of its processors works on, is else a single
+    sum over all samples.
+    """
+    columns, samples = kernel.shape[-1], math.prod(x.shape[:-1])
+    if backend.columns_one_by_one() and columns <= _FEW_COLUMNS:
+        contract = (((0,), (x.ndim - 1,)), ((), ()))
+        return jnp.stack([jax.lax.dot_general(kernel[:, i], x, contract, **options) for i in range(columns)], axis=-1)
+    if backend.sums_in_groups() and samples > _LARGE_BATCH:
+        together = max((size for size in _GROUPS if samples % size == 0), default=samples)
+        groups = x.reshape(samples // together, together, x.shape[-1])
+        products = jnp.matmul(groups, jnp.broadcast_to(kernel, (samples // together, *kernel.shape)), **options)
+        return products.reshape(*x.shape[:-1], columns)
+    return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
+
+
+def convolution(x: Array, kernel: Array, strides: Sequence[int], padding: str, **options: Any) -> Array:
+    """The convolution of a small kernel as matrix products with the patches it sees.
+
+    On CPU because XLA prepares convolutions for its fast routine in a program's main computation only: the gradient of
+    a kernel within a loop, as all training is, takes thirty times as long as by patches. On an accelerator because many
+    agents have as many kernels, and XLA maps a convolution over them as one of grouped filters, where a product is a
+    batch of products. There a few samples share a product, not the whole batch: the gradient of a kernel, of as few
+    entries as one processor of a GPU works on, is else a single sum over all pixels of all samples.
+    """
+    height, width, _, filters = kernel.shape
+    cpu = backend.all_convolutions_by_patches()
+    if height * width > (_LARGEST_KERNEL if cpu else _SMALL_KERNEL) or padding != "SAME":
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    samples, *sizes, _ = x.shape
+    margins = jax.lax.padtype_to_pads(sizes, (height, width), strides, padding)
+    padded = jnp.pad(x, ((0, 0), *margins, (0, 0)))
+    rows, columns = (-(-size // stride) for size, stride in zip(sizes, strides, strict=True))
+    down, right = strides
+    shifted = [
+        padded[:, i : i + (rows - 1) * down + 1 : down, j : j + (columns - 1) * right + 1 : right]
+        for i in range(height)
+        for j in range(width)
+    ]
+    matrix = kernel.reshape(-1, filters)
+    together = samples if cpu else math.gcd(samples, _SAMPLES_PER_PRODUCT)
+    patches = jnp.concatenate(shifted, axis=-1).reshape(samples // together, together * rows * columns, matrix.shape[0])
+    products = jnp.matmul(
+        patches, jnp.broadcast_to(matrix, (samples // together, *matrix.shape)), precision=options["precision"]
+    )
+    return products.reshape(samples, rows, columns, filters)
+
+
+def orthogonal_filters(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """Initialiser of filters [height, width, channels, filters], orthonormal as vectors, times √2."""
+    matrix = orthogonal(2**0.5)(key, (int(np.prod(shape[:-1])), shape[-1]), dtype)
+    return matrix.reshape(shape)

@@ -1,0 +1,172 @@
+"""What every policy update shares: its batch, its gradient, the evaluation of candidates, and its report.
+
+Shapes: B is the batch, of any rank; P the number of policy parameters, in any pytree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from trpo_jax.steps import trees
+from trpo_jax.steps.blocks import forward_and_gradient
+from trpo_jax.steps.distributions import Distribution
+from trpo_jax.steps.objectives import effective_sample_fraction, entropy_bonus, mean_kl, surrogate, surrogate_gain
+from trpo_jax.steps.types import Array, PolicyApply, PyTree, Scalar, at_least_float32
+
+Divergence = Callable[[Distribution, Distribution], Array]
+"""`divergence(old_distribution, distribution)` -> a scalar in nats, such as `mean_kl`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What a policy update learns from.
+
+    Attributes:
+      observation: [B, ...], an array or a pytree of arrays.
+      action: actions taken, [B] or [B, D].
+      advantage: advantage estimates, [B], usually normalised by the caller. B may be of any rank, such as [T, N].
+      behaviour_log_prob: log-probabilities [B] of the actions under the policies that took them, if not all θ_old's.
+        Each sample then counts by its per-decision ratio π_θ/π_behaviour; the divergence is the mean over all states.
+      sample_ndim: how many leading axes of B tell samples apart that may be evaluated without each other: all (None),
+        or 1 where B is [N, T] and a recurrent policy needs whole sequences (static).
+    """
+
+    observation: PyTree
+    action: Array
+    advantage: Array
+    behaviour_log_prob: Array | None = None
+    sample_ndim: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @classmethod
+    def of(cls, *parts: Any) -> Batch:
+        """The batch that a step was given: a `Batch`, or an observation, action and advantage, with float advantages.
+
+        Raises:
+          TypeError: if it was given neither.
+        """
+        batch = parts[0] if len(parts) == 1 else cls(*parts) if len(parts) == 3 else None
+        if not isinstance(batch, cls):
+            raise TypeError("a step learns from one Batch, or from an observation, an action and an advantage.")
+        return dataclasses.replace(batch, advantage=at_least_float32(batch.advantage))
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """The leading axes of B that tell samples apart."""
+        return self.advantage.shape[: self.sample_ndim]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class UpdateInfo:
+    """What one policy update did. A rejected update has gain, KL and step fraction 0 and a sample fraction of 1.
+
+    Every number is finite: the largest of its dtype stands for a `gradient_norm` that is not, and elsewhere ± that
+    number for ±∞, and 0 for NaN.
+
+    Attributes:
+      accepted: whether a candidate passed the line search, bool.
+      surrogate_gain: L(θ_new) − L(θ_old), with the entropy bonus if there is one.
+      predicted_gain: gain of the linear model at the full step, gᵀs.
+      divergence: what the constraint bounds, nats: the mean KL, unless another one was chosen.
+      mean_kl: mean over the batch of KL(old ‖ new), nats.
+      maximum_kl: largest KL(old ‖ new) of any sample in the batch, nats.
+      entropy: mean entropy of the policy before the update, nats.
+      step_fraction: fraction αʲ of the full step that was taken.
+      effective_sample_fraction: (Σw)²/(B Σw²) of the new ratios w to the policies that took the actions.
+      gradient_norm: ‖∇L‖₂ at θ_old.
+      cg_residual: relative residual that conjugate gradient left.
+      extra: figures of its own that an algorithm adds, {name: scalar}.
+    """
+
+    accepted: Array
+    surrogate_gain: Array
+    predicted_gain: Array
+    divergence: Array
+    mean_kl: Array
+    maximum_kl: Array
+    entropy: Array
+    step_fraction: Array
+    effective_sample_fraction: Array
+    gradient_norm: Array
+    cg_residual: Array
+    extra: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+
+
+def finite_info(info: UpdateInfo) -> UpdateInfo:
+    """The report in finite numbers, see `UpdateInfo`."""
+    norm = info.gradient_norm
+    info = jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else trees.finite(leaf), info)
+    return dataclasses.replace(info, gradient_norm=trees.finite(norm, nan=jnp.finfo(norm.dtype).max))
+
+
+def surrogate_gradient(
+    policy_apply: PolicyApply, params: PyTree, batch: Batch, *, entropy_coefficient: Scalar = 0.0
+) -> tuple[PyTree, Distribution]:
+    """The gradient of the surrogate at θ_old and the distributions there, from one forward pass for both.
+
+    Arguments as in `trpo_update`.
+    """
+
+    def cotangent(old_distribution: Any, advantage: Array, action: Array, *behaviour: Array) -> Any:
+        log_prob = trees.widened(old_distribution).log_prob(action)
+        chex.assert_equal_shape([log_prob, advantage], custom_message="log_prob(action) and advantage differ in shape")
+        if behaviour:
+            advantage = reweighted(advantage, log_prob, *behaviour)
+
+        def objective(distribution: Any) -> Array:
+            distribution = trees.widened(distribution)
+            bonus = entropy_coefficient * jnp.mean(entropy_bonus(distribution))
+            return surrogate(distribution, log_prob, action, advantage) + bonus
+
+        return jax.grad(objective)(old_distribution)
+
+    others = batch.advantage, batch.action
+    behaviour = () if batch.behaviour_log_prob is None else (batch.behaviour_log_prob,)
+    with jax.default_matmul_precision("highest"):
+        old_distribution, gradient = forward_and_gradient(
+            policy_apply, params, batch.observation, cotangent, *others, *behaviour
+        )
+    return gradient, old_distribution
+
+
+def reweighted(advantage: Array, log_prob: Array, behaviour_log_prob: Array) -> Array:
+    """π_old/π_b · A, since π_θ/π_b · A = π_θ/π_old · (π_old/π_b · A): the update on other advantages."""
+    return jnp.exp(log_prob - behaviour_log_prob) * advantage
+
+
+def make_evaluate(
+    policy_apply: PolicyApply,
+    old_distribution: Distribution,
+    batch: Batch,
+    *,
+    entropy_coefficient: Scalar = 0.0,
+    constraint: Divergence = mean_kl,
+) -> Callable[[PyTree], tuple[Array, ...]]:
+    """What the line search asks of parameters, as a function of them.
+
+    Its answers: (surrogate gain, divergence, mean KL, largest KL, effective sample fraction). Arguments as in
+    `trpo_update`, but the advantages are those of θ_old; `old_distribution` is what `surrogate_gradient` returned.
+    """
+    old_distribution = trees.widened(old_distribution)
+    old_log_prob = old_distribution.log_prob(batch.action)
+    old_bonus = entropy_bonus(old_distribution)
+    behaviour = old_log_prob if batch.behaviour_log_prob is None else batch.behaviour_log_prob
+
+    def evaluate(candidate: PyTree) -> tuple[Array, ...]:
+        # The KL is as small as the rounding of TF32 and bfloat16 products.
+        with jax.default_matmul_precision("highest"):
+            distribution = trees.widened(policy_apply(candidate, batch.observation))
+        kl = old_distribution.kl(distribution)
+        gain = surrogate_gain(distribution, old_log_prob, batch.action, batch.advantage)
+        gain += entropy_coefficient * jnp.mean(entropy_bonus(distribution) - old_bonus)
+        fraction = effective_sample_fraction(distribution, behaviour, batch.action)
+        return gain, constraint(old_distribution, distribution), jnp.mean(kl), jnp.max(kl), fraction
+
+    return evaluate
