@@ -356,7 +356,12 @@ def test_a_changed_observation_is_what_the_learned_part_sees(name):
     network, observation = lift(FORMS[name]()), jax.random.normal(jax.random.key(1), (50, 3))
     params, carry = start(network), network.initial_carry()
     carry = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (50, *leaf.shape)), carry)
-    _, seen = network.with_inputs(twice_shifted).step(params, carry, observation)
+    changed = network.with_inputs(twice_shifted)
+    assert (network.features is None) == (changed.features is None) == ("user" in name)
+    if network.features is not None:
+        expected = network.features(params, carry, twice_shifted(observation))
+        assert_equal(changed.features(params, carry, observation), expected)
+    _, seen = changed.step(params, carry, observation)
     _, expected = network.step(params, carry, twice_shifted(observation))
     if name == "masked":
         allowed = masked(observation)
