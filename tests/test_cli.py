@@ -392,7 +392,10 @@ def test_training_goes_on_where_its_display_is_lost(error, tmp_path, capsys, mon
     monkeypatch.setattr("sys.stdout", Refusing(error))
     assert main(["train", *TINY, "--output", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "metrics.csv").read_text().count("\n") == 4
-    assert capsys.readouterr().err == f"trpo-jax: nothing more can be shown ({error.strerror}); the work goes on.\n"
+    assert (
+        capsys.readouterr().err
+        == f"trpo-jax: nothing more can be shown ({error.strerror}); the command continues without it.\n"
+    )
 
 
 @pytest.mark.parametrize("error, status", [(FULL, 2), (GONE, 0)], ids=["full", "gone"])

@@ -1,4 +1,4 @@
-"""How well the library learns, suite by suite: one set of settings a suite, many seeds, beside published numbers.
+"""How well the library learns, suite by suite: one set of settings per suite, many seeds, beside published numbers.
 
     python experiments/results/run.py classic          # or memory, gymnax, mujoco, minatar
     python experiments/results/run.py classic --plot-only
@@ -40,7 +40,7 @@ def positions_only() -> Environment:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """An environment, env steps an agent, and a number to compare with."""
+    """An environment, env steps per agent, and a number to compare with."""
 
     env: Any
     env_steps: int

@@ -1,11 +1,11 @@
-"""What the command line accepts: commands, their flags, and the settings of `Config` as flags. Knows no JAX."""
+"""What the command line accepts: commands, their flags, and the settings of `Config` as flags. Imports no JAX."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from trpo_jax import __version__
@@ -17,10 +17,17 @@ _BENCHMARK = {"num_envs": 64}  # what `benchmark` has other than `Config`
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def number(self, flag: str, default: float, meaning: str, kind: Callable[[str], float] | None = None) -> None:
+        """Add a flag that takes a number, by default a whole one."""
+        self.add_argument(flag, type=kind or _whole, default=default, help=f"{meaning} (default: {default})")
+
     def error(self, message: str) -> NoReturn:
         text = " ".join(message.split()).rstrip(".")
         text = text if len(text) <= 300 else f"{text[:200]} …"
-        raise UsageError(f"{text[:1].lower()}{text[1:]}; `{self.prog} --help` shows what there is.")
+        raise UsageError(f"{text[:1].lower()}{text[1:]}; see `{self.prog} --help`.")
 
     def _print_message(self, message: str, file: Any = None) -> None:
         (file or sys.stderr).write(message)  # argparse itself would pass over a full disk in silence
@@ -28,109 +35,94 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """Every command with its arguments; `namespace.command` is the one that was given."""
-    parser = _Parser(prog="trpo-jax", description="Trust Region Policy Optimization for JAX.", allow_abbrev=False)
+    parser = _Parser(prog="trpo-jax", description="Trust Region Policy Optimization for JAX.")
     parser.add_argument("--version", action="version", version=f"trpo_jax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
 
-    train = commands.add_parser(
-        "train", help="train agents; the folder keeps metrics, checkpoints and a plot", allow_abbrev=False
-    )
+    train = commands.add_parser("train", help="train agents; the folder keeps metrics, checkpoints and a plot")
     train.add_argument("env", nargs="?", help="environment (default: CartPole-v1)")
     train.add_argument("--output", help="folder of the run (default: runs/ENV)")
     train.add_argument("--config", help="TOML file of settings, such as `trpo-jax tune` writes; flags override it")
-    train.add_argument("--seed", type=_whole, default=0, help="seed of the first agent (default: 0)")
-    train.add_argument("--num-seeds", type=_whole, default=1, help="agents trained side by side (default: 1)")
+    train.number("--seed", 0, "seed of the first agent")
+    train.number("--num-seeds", 1, "agents trained side by side")
     train.add_argument(
-        "--total-steps", type=_whole, help="environment steps an agent at most, instead of --num-iterations"
+        "--total-steps", type=_whole, help="environment steps per agent at most, instead of --num-iterations"
     )
     _add_sinks(train)
     _add_settings(train)
 
-    evaluate = commands.add_parser("evaluate", help="run whole episodes with trained agents", allow_abbrev=False)
+    _add_run_commands(commands)
+    _add_sweep_commands(commands)
+
+    benchmark = commands.add_parser("benchmark", help="measure throughput, memory and where the time goes")
+    benchmark.add_argument("env", nargs="?", default="CartPole-v1", help="environment (default: CartPole-v1)")
+    benchmark.add_argument("--output", help="JSON file for every figure (default: none)")
+    benchmark.number("--num-agents", 64, "agents side by side")
+    benchmark.number("--repetitions", 7, "times each figure is taken")
+    benchmark.add_argument("--threshold", type=float, help="return to train to (default: Gymnasium's, if it names one)")
+    benchmark.number("--num-seeds", 16, "agents trained until they reach it")
+    benchmark.number("--max-steps", 500_000, "env steps after which a seed counts as never")
+    benchmark.add_argument("--compare", "--peer-environments", type=_moved, help=argparse.SUPPRESS)
+    _add_settings(benchmark, _BENCHMARK)
+
+    commands.add_parser("envs", help="list the environments, with their spaces and time limits")
+    return parser
+
+
+def _add_run_commands(commands: Any) -> None:
+    """Add the commands that take the folder of a run."""
+    evaluate = commands.add_parser("evaluate", help="run whole episodes with trained agents")
     evaluate.add_argument("path", help="folder of the run")
-    evaluate.add_argument("--num-episodes", type=_whole, default=64, help="episodes an agent (default: 64)")
+    evaluate.number("--num-episodes", 64, "episodes per agent")
     evaluate.add_argument("--stochastic", action="store_true", help="sample actions instead of taking the mode")
-    evaluate.add_argument("--seed", type=_whole, default=0, help="seed of the episodes (default: 0)")
+    evaluate.number("--seed", 0, "seed of the episodes")
     _add_env(evaluate)
 
-    resume = commands.add_parser("resume", help="continue a run that was stopped", allow_abbrev=False)
+    resume = commands.add_parser("resume", help="continue a run that was interrupted")
     resume.add_argument("path", help="folder of the run")
     _add_env(resume)
     _add_sinks(resume)
 
-    play = commands.add_parser("play", help="play a trained policy in Gymnasium's own environment", allow_abbrev=False)
+    play = commands.add_parser("play", help="play a trained policy in Gymnasium's own environment")
     play.add_argument("path", help="folder of the run")
     play.add_argument("--env", help="Gymnasium's id of the environment (default: the name it was trained on)")
-    play.add_argument("--num-episodes", type=_whole, default=10, help="episodes (default: 10)")
-    play.add_argument("--seed", type=_whole, default=0, help="seed of the first episode (default: 0)")
-    play.add_argument("--agent", type=_whole, default=0, help="which agent of the run, from 0 (default: 0)")
-    play.add_argument("--gif", help="file for a moving picture of the first episode")
+    play.number("--num-episodes", 10, "episodes")
+    play.number("--seed", 0, "seed of the first episode")
+    play.number("--agent", 0, "which agent of the run, from 0")
+    play.add_argument("--gif", help="file for an animation of the first episode")
 
-    export = commands.add_parser("export", help="write a trained policy as portable StableHLO", allow_abbrev=False)
+    export = commands.add_parser("export", help="write a trained policy as portable StableHLO")
     export.add_argument("path", help="folder of the run")
     export.add_argument("--output", help="folder of the export (default: RUN/policy)")
-    export.add_argument("--agent", type=_whole, default=0, help="which agent of the run, from 0 (default: 0)")
+    export.number("--agent", 0, "which agent of the run, from 0")
     _add_env(export)
-
-    _add_sweep_commands(commands)
-
-    benchmark = commands.add_parser(
-        "benchmark",
-        help="measure throughput, memory and where the time goes",
-        allow_abbrev=False,
-    )
-    benchmark.add_argument("env", nargs="?", default="CartPole-v1", help="environment (default: CartPole-v1)")
-    benchmark.add_argument("--output", help="JSON file for every figure (default: none)")
-    benchmark.add_argument("--num-agents", type=_whole, default=64, help="agents side by side (default: 64)")
-    benchmark.add_argument("--repetitions", type=_whole, default=7, help="times each figure is taken (default: 7)")
-    benchmark.add_argument(
-        "--threshold", type=float, help="return to train to (default: Gymnasium's, where it names one)"
-    )
-    benchmark.add_argument("--num-seeds", type=_whole, default=16, help="agents trained to it (default: 16)")
-    benchmark.add_argument(
-        "--max-steps", type=_whole, default=500_000, help="env steps after which a seed is given up (default: 500000)"
-    )
-    benchmark.add_argument("--compare", "--peer-environments", type=_moved, help=argparse.SUPPRESS)
-    _add_settings(benchmark, _BENCHMARK)
-
-    commands.add_parser("envs", help="list what can be trained, with spaces and limits", allow_abbrev=False)
-    return parser
 
 
 def _add_sweep_commands(commands: Any) -> None:
-    sweep = commands.add_parser(
-        "sweep",
-        help="train agents over settings and seeds, as a file says; continues what is there",
-        allow_abbrev=False,
-    )
+    """Add the commands that train many agents as a file says."""
+    sweep = commands.add_parser("sweep", help="train agents over the settings and seeds of a file, or continue")
     sweep.add_argument("file", help="TOML file of the sweep")
     sweep.add_argument("--output", help="folder of the sweep (default: sweeps/NAME-OF-THE-FILE)")
-    sweep.add_argument("--dry-run", action="store_true", help="print programs, agents and memory, and train nothing")
+    sweep.add_argument("--dry-run", action="store_true", help="print programs, agents, memory and time; train nothing")
+    sweep.number("--checkpoint-seconds", 60, "save the agents in training this often", float)
     sweep.add_argument(
-        "--checkpoint-seconds", type=float, default=60.0, help="save agents at work this often (default: 60)"
+        "--agents-per-device", type=_whole, help="agents per device in one program (default: as memory allows)"
     )
     sweep.add_argument(
-        "--agents-per-device", type=_whole, help="agents a device takes in one program (default: as memory allows)"
+        "--num-devices", type=_whole, help="CPU only: devices to make of its cores (default: one per core)"
     )
-    sweep.add_argument(
-        "--num-devices", type=_whole, help="CPU only: devices to make of its cores (default: one a core)"
-    )
-    sweep.add_argument("--coordinator", help="host:port of process 0, where several hosts meet")
+    sweep.add_argument("--coordinator", help="host:port of process 0, which connects several hosts")
     sweep.add_argument("--num-processes", type=_whole, help="processes that share the sweep and its folder")
     sweep.add_argument("--process-id", type=_whole, help="which of them this is, from 0")
 
-    report = commands.add_parser(
-        "report", help="table, pictures and page of a sweep, finished or not", allow_abbrev=False
-    )
+    report = commands.add_parser("report", help="show a sweep, finished or not, as a table, pictures and a page")
     report.add_argument("path", help="folder of the sweep")
 
-    tune = commands.add_parser(
-        "tune", help="search settings with Optuna, batches of trials as one program", allow_abbrev=False
-    )
+    tune = commands.add_parser("tune", help="search settings with Optuna, batches of trials as one program")
     tune.add_argument("file", help="TOML file with [base] settings and [random] distributions")
     tune.add_argument("--output", help="folder of the search (default: searches/NAME-OF-THE-FILE)")
     tune.add_argument("--num-trials", type=_whole, help="trials (default: count in [random])")
-    tune.add_argument("--batch", type=_whole, default=16, help="trials trained together (default: 16)")
+    tune.number("--batch", 16, "trials trained together")
     tune.add_argument("--storage", help="Optuna storage URL (default: an SQLite file in the folder)")
 
 
@@ -140,18 +132,18 @@ def _add_sinks(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         choices=("tensorboard", "wandb"),
-        help="where metrics go beside metrics.csv; may be repeated",
+        help="log metrics here, too, beside metrics.csv; may be repeated",
     )
 
 
 def _add_env(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--env", help="the environment of the run once more, where it names a module to import (gymnasium/MODULE:NAME)"
+        "--env", help="the environment of the run again, if it names a module to import (gymnasium/MODULE:NAME)"
     )
 
 
 def _add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, Any] | None = None) -> None:
-    """One flag a setting of `Config`: name, default, help and type come from there."""
+    """Add one flag for each setting of `Config`: name, default, help and type come from there."""
     group = parser.add_argument_group("settings")
     types: dict[str, Any] = {"int": _whole, "float": float, "str": str}
     for field in dataclasses.fields(Config):

@@ -1,4 +1,4 @@
-"""What the command line shows: a live line, tables, and the words of both."""
+"""What the command line shows: a live status line, tables, and their texts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Expendable:
-    """Standard output for who is at long work: where it ends or its disk is full, the work goes on without it."""
+    """Standard output of a long command: if it is closed or its disk is full, the command continues without it."""
 
     def __init__(self, stream: TextIO):
         self.stream, self.lost = stream, False
@@ -46,7 +46,7 @@ class _Expendable:
         except OSError as error:
             self.lost = True
             drop_output()
-            say(f"nothing more can be shown ({error.strerror or error}); the work goes on.")
+            say(f"nothing more can be shown ({error.strerror or error}); the command continues without it.")
 
 
 class _Console(Console):
@@ -58,7 +58,7 @@ def make_console(*, expendable: bool = False) -> Console:
     """A console as wide as the terminal; wide enough for tables where there is none.
 
     Args:
-      expendable: what it shows may be lost, and the work goes on.
+      expendable: if nothing more can be shown, the command continues.
     """
     file: Any = _Expendable(sys.stdout) if expendable else None
     # Names of files and extras may hold brackets, which are no markup.
@@ -66,7 +66,7 @@ def make_console(*, expendable: bool = False) -> Console:
 
 
 class LiveLine:
-    """A bar and a line in a terminal, which cuts off the end of it; plain lines, `seconds` apart, elsewhere."""
+    """A progress bar with a status, cut to the width of the terminal; elsewhere plain lines, `seconds` apart."""
 
     def __init__(self, console: Console, total: float, seconds: float):
         self.console, self.total, self.seconds = console, total, seconds
@@ -85,7 +85,7 @@ class LiveLine:
             self.bar.stop()
 
     def show(self, done: float, status: str) -> None:
-        """Show that so much of the total is done."""
+        """Show how much of the total is done."""
         if self.console.is_terminal:
             self.bar.update(self.task, completed=done, status=status)
         elif time.monotonic() - self.printed >= self.seconds or done >= self.total:
@@ -94,7 +94,7 @@ class LiveLine:
 
 
 def run_status(progress: RunProgress, config: Config) -> str:
-    """The line of a run, what matters most first."""
+    """The status line of a run, the most important first."""
     metrics, done = progress.metrics, progress.iteration * config.steps_per_iteration
     ended = not math.isnan(metrics["episode_return"])
     outcome = f"return {metrics['episode_return']:8.1f}" if ended else "no episode ended yet"
@@ -105,7 +105,7 @@ def run_status(progress: RunProgress, config: Config) -> str:
 
 
 def sweep_status(progress: SweepProgress) -> str:
-    """The line of a sweep, what matters most first."""
+    """The status line of a sweep, the most important first."""
     blocks = f"{progress.blocks[0].number + 1}"
     blocks += f"–{progress.blocks[-1].number + 1}" if len(progress.blocks) > 1 else ""
     return (
@@ -129,7 +129,7 @@ def duration(seconds: float) -> str:
 
 
 def print_table(console: Console, title: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: the first column to the left, numbers to the right."""
+    """Print a table, the first column aligned left and the others right."""
     table = Table(title=title or None, title_justify="left", show_header=any(titles), box=None, padding=(0, 2, 0, 0))
     for i, column in enumerate(titles):
         table.add_column(column, justify="left" if i == 0 else "right")
@@ -139,7 +139,7 @@ def print_table(console: Console, title: str, titles: Sequence[str], rows: Seque
 
 
 def print_outline(console: Console, file: str, outline: Sequence[Outline]) -> None:
-    """Print what a sweep would run, one row a program."""
+    """Print what a sweep would run, one row per program."""
     titles = [
         "environment",
         "points",
@@ -167,6 +167,6 @@ def print_outline(console: Console, file: str, outline: Sequence[Outline]) -> No
     print_table(console, f"{file}: {counted(len(rows), 'program')}", [*titles, "static settings"], rows)
     console.print(
         f"Training would take about {duration(sum(group.seconds for group in outline))} here: iterations times the "
-        "time that one took just now; compiling, episodes that judge, and files come on top.",
+        "time that one took just now; compiling, evaluation and files are not included.",
         soft_wrap=True,
     )

@@ -1,4 +1,4 @@
-"""rejax's PPO: iterations a second at given settings, and time to a return threshold at its published ones."""
+"""rejax's PPO: iterations per second at given settings, and time to a return threshold at its published ones."""
 
 import json
 import sys

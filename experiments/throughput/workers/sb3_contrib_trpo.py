@@ -1,4 +1,4 @@
-"""sb3-contrib's TRPO: iterations a second at given settings, and its policy update alone at its own."""
+"""sb3-contrib's TRPO: iterations per second at given settings, and its policy update alone at its own."""
 
 import json
 import sys
