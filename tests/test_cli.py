@@ -23,6 +23,7 @@ from trpo_jax.cli import main
 from trpo_jax.cli.arguments import config_of, make_parser
 from trpo_jax.cli.displays import LiveLine, run_status
 from trpo_jax.runs.folders import Progress
+from trpo_jax.runs.runner import Clock
 from trpo_jax.settings import checked_settings
 from trpo_jax.training.loop import init
 from trpo_jax.training.memory import least_memory
@@ -365,9 +366,12 @@ def test_version_and_help(capsys):
 def test_time_left_is_seen_on_80_columns():
     out = io.StringIO()
     console = Console(file=out, width=80, force_terminal=True, color_system=None)
+    clock = Clock(total=1_234_567 * 3724, done=0)
+    clock.count(1_234_567)
+    clock.seconds = 1.0
     metrics = {"episode_return": -1234.5, "mean_kl": 0.01, "step_fraction": 1.0}
     with LiveLine(console, 150, seconds=1) as line:
-        line.show(75, run_status(Progress(75, metrics, 1.0, 1_234_567.0, 3723.0), Config()))
+        line.show(75, run_status(Progress(75, metrics, clock), Config()))
         line.bar.refresh()
     last = next(text for text in reversed(out.getvalue().splitlines()) if "steps/s" in text)
     assert "1:02:03 left" in last and "1,234,567 steps/s" in last and "return  -1234.5" in last

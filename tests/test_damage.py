@@ -239,18 +239,6 @@ def test_a_sweep_goes_on_from_what_is_good(sweep, tmp_path, capsys, files, damag
     assert not [file for file in found if file.startswith("checkpoints/") or "/." in f"/{file}"]
 
 
-def test_states_of_an_earlier_version_are_trained_anew(sweep, tmp_path, capsys):
-    out = spoiled(sweep, tmp_path, [STATE], "missing")
-    old = out / "checkpoints" / "00-0001" / "00000002"
-    old.mkdir(parents=True)
-    (old / "manifest.ocdbt").write_bytes(b"of Orbax")
-    assert main(["sweep", str(sweep / "sweep.toml"), "--agents-per-device", "1", "--output", str(out)]) == 0
-    said = capsys.readouterr().err
-    assert f"{old.parent} was saved by an earlier version; its agents are trained anew." in said
-    assert contents(out / "results") == contents(sweep / "whole" / "results")
-    assert not list((out / "checkpoints").iterdir())
-
-
 @pytest.mark.slow
 def test_any_flipped_byte_of_a_finished_block_is_found(sweep, tmp_path, capsys):
     """Pages, their headers, the directory at the end: everything is under the checksum."""

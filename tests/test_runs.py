@@ -35,7 +35,7 @@ def run(tmp_path_factory, rows):
     run = create_run(tmp_path_factory.mktemp("runs") / "run", config, seed=3, num_seeds=2)
     reports = []
     assert continue_run(run, reports.append, [lambda *row: rows.append(row)])
-    assert reports[-1].iteration == 5 and reports[-1].seconds_left == 0 and reports[-1].steps_per_second > 0
+    assert reports[-1].iteration == 5 and reports[-1].clock.seconds_left == 0 and reports[-1].clock.steps_per_second > 0
     return run
 
 

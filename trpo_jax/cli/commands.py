@@ -95,9 +95,8 @@ def _continue(run: Run, sinks: Sequence[str]) -> int:
     plot = plot_learning_curve(run)
     failed = failures(run.path)
     if last is not None:
-        console.print(
-            f"{last.iteration} of {counted(config.num_iterations, 'iteration')} done; trained for {last.seconds:.1f} s."
-        )
+        of = counted(config.num_iterations, "iteration")
+        console.print(f"{last.iteration} of {of} done; trained for {last.clock.seconds:.1f} s.")
     elif complete:
         console.print("Every iteration is done already.")
     console.print(f"Learning curve: {plot}", soft_wrap=True)

@@ -18,6 +18,7 @@ from trpo_jax.files import drop_output, say
 
 if TYPE_CHECKING:
     from trpo_jax.runs.folders import Progress as RunProgress
+    from trpo_jax.runs.runner import Clock
     from trpo_jax.sweeps.dry_run import Outline
     from trpo_jax.sweeps.in_folder import Progress as SweepProgress
 
@@ -99,7 +100,7 @@ def run_status(progress: RunProgress, config: Config) -> str:
     ended = not math.isnan(metrics["episode_return"])
     outcome = f"return {metrics['episode_return']:8.1f}" if ended else "no episode ended yet"
     return (
-        f"{_pace(progress.steps_per_second, progress.seconds_left)}  {counted(done, 'step'):>15}  {outcome}  "
+        f"{_pace(progress.clock)}  {counted(done, 'step'):>15}  {outcome}  "
         f"KL {metrics['mean_kl']:.4f}  step {metrics['step_fraction']:.2f}"
     )
 
@@ -109,14 +110,14 @@ def sweep_status(progress: SweepProgress) -> str:
     blocks = f"{progress.blocks[0].number + 1}"
     blocks += f"–{progress.blocks[-1].number + 1}" if len(progress.blocks) > 1 else ""
     return (
-        f"{progress.share:6.1%}  {_pace(progress.steps_per_second, progress.seconds_left)}  "
+        f"{progress.clock.done / progress.clock.total:6.1%}  {_pace(progress.clock)}  "
         f"program {progress.group[0] + 1}/{progress.group[1]}  blocks {blocks}/{progress.num_blocks}  "
         f"iteration {progress.iteration}/{progress.num_iterations}"
     )
 
 
-def _pace(steps_per_second: float, seconds_left: float) -> str:
-    return f"{duration(seconds_left):>8} left  {steps_per_second:>9,.0f} steps/s"
+def _pace(clock: Clock) -> str:
+    return f"{duration(clock.seconds_left):>8} left  {clock.steps_per_second:>9,.0f} steps/s"
 
 
 def duration(seconds: float) -> str:

@@ -50,7 +50,7 @@ def sweep(namespace: argparse.Namespace) -> int:
             process=process,
             checkpoint_seconds=namespace.checkpoint_seconds,
             most_agents=namespace.agents_per_device,
-            report=lambda progress: line.show(progress.share, sweep_status(progress)),
+            report=lambda progress: line.show(progress.clock.done / progress.clock.total, sweep_status(progress)),
         )
     if ending == "complete":
         return _show_report(output, expendable=True)

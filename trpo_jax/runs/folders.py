@@ -23,7 +23,7 @@ from trpo_jax.config_pytree import Config
 from trpo_jax.files import command, locked
 from trpo_jax.runs.descriptions import check_equal, is_begun, made_by, origin, read_table, restore_or_anew, write_table
 from trpo_jax.runs.metrics import MetricsFile, last_mean, rows_of
-from trpo_jax.runs.runner import CAPACITY, Chunk, Clock, Program, advance, interrupts
+from trpo_jax.runs.runner import CAPACITY, Chunk, Clock, Program, advance, agent_keys, interrupts
 from trpo_jax.runs.sinks import Sink
 from trpo_jax.settings import checked_settings, settings_of
 from trpo_jax.training.checkpoints import Checkpoints, Saved
@@ -46,7 +46,7 @@ class Run:
     @property
     def keys(self) -> jax.Array:
         """One PRNG key per agent, [num_seeds]."""
-        return jax.jit(jax.vmap(jax.random.key))(self.seed + np.arange(self.num_seeds))
+        return agent_keys(self.seed, self.num_seeds)
 
     @property
     def description(self) -> dict[str, Any]:
@@ -62,13 +62,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a chunk reports: iterations done, the mean over agents of its last row, and seconds spent."""
+    """What a chunk reports: iterations done, the mean over agents of its last row, and the time that it takes."""
 
     iteration: int
     metrics: dict[str, float]
-    seconds: float
-    steps_per_second: float
-    seconds_left: float
+    clock: Clock
 
 
 def create_run(path: str | os.PathLike[str], config: Config, seed: int, num_seeds: int) -> Run:
@@ -164,7 +162,7 @@ def continue_run(run: Run, report: Callable[[Progress], None], sinks: Sequence[S
                 checkpoints.save(chunk.states, chunk.done, rows=file.note)
                 clock.count(steps * chunk.length)
                 means = {name: last_mean(values) for name, values in chunk.metrics.items()}
-                report(Progress(chunk.done, means, clock.seconds, clock.steps_per_second, clock.seconds_left))
+                report(Progress(chunk.done, means, clock))
                 return not interrupted()
 
             done = advance(program, run.config, states, done, run.config.num_iterations, on_chunk)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,35 +14,45 @@ from trpo_jax.runs.metrics import fill_forward, read_metrics
 
 def plot_learning_curve(run: Run) -> Path:
     """Draw return against environment steps: every agent thin, their mean thick, one standard deviation shaded."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.use("Agg")
     metrics = read_metrics(run.path)
     steps = np.unique(metrics["env_steps"])
     returns = metrics["episode_return"].reshape(len(steps), run.num_seeds)
     returns = fill_forward(np.where(np.isfinite(returns), returns, np.nan))
     returns = returns[:, ~np.isnan(returns).all(axis=0)]  # seeds of which an episode ended
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
     seen = ~np.isnan(returns).any(axis=1)
     steps, returns = steps[seen], returns[seen]
     num_seeds = returns.shape[1]
-    if num_seeds == 0:
-        axes.text(0.5, 0.5, "no episode has ended", ha="center", va="center", transform=axes.transAxes)
-    elif num_seeds > 1:
+    figure = make_figure(7, 4.2)
+    axes = figure.add_subplot()
+    if num_seeds > 1:
         mean, spread = returns.mean(axis=1), returns.std(axis=1)
         axes.plot(steps, returns, color="tab:blue", alpha=0.25, linewidth=0.8)
         axes.fill_between(steps, mean - spread, mean + spread, color="tab:blue", alpha=0.2, label="± 1 std over seeds")
         axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {num_seeds} seeds")
         axes.legend(loc="lower right")
-    else:
+    elif num_seeds:
         axes.plot(steps, returns, color="tab:blue", linewidth=2)
-    method = {"trpo": "TRPO", "ppo": "PPO"}.get(run.config.update, run.config.update.replace("-", " "))
-    axes.set(title=f"{method} on {run.config.env}", xlabel="environment steps (each agent)", ylabel="episode return")
-    axes.grid(alpha=0.3)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
+    method = run.config.update.replace("-", " ")
+    title = f"{method.upper() if len(method) <= 4 else method} on {run.config.env}"
+    label_steps(axes, num_seeds > 0, title=title, xlabel="environment steps (each agent)", ylabel="episode return")
     file = run.path / "learning_curve.png"
     write_atomically(file, lambda sink: figure.savefig(sink, dpi=150, format="png"))
     return file
+
+
+def make_figure(width: float, height: float) -> Any:
+    """A figure of so many inches, without a window."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.use("Agg")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def label_steps(axes: Any, any_episode: bool, **labels: str) -> None:
+    """Give curves of returns their labels, a grid and steps in thousands; where there is none, words say so."""
+    if not any_episode:
+        axes.text(0.5, 0.5, "no episode has ended", ha="center", va="center", transform=axes.transAxes)
+    axes.set(**labels)
+    axes.grid(alpha=0.3)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")

@@ -6,6 +6,7 @@ Chunks are the scan of `train` in pieces: where it is cut leaves no mark on the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,12 @@ _CHUNK_SECONDS = 0.5  # aimed at: often enough to watch and to lose little, rare
 
 Program = Callable[[Config, TrainState, np.int32], Any]
 """`program(configs, states, length)` -> (states, `Metrics` of [A, capacity]) after `length` ≤ capacity iterations."""
+
+
+@functools.lru_cache(maxsize=4)
+def agent_keys(seed: int, num_agents: int) -> jax.Array:
+    """The PRNG keys `jax.random.key(seed + i)` of agents i, [num_agents]."""
+    return jax.jit(jax.vmap(jax.random.key))(seed + np.arange(num_agents))
 
 
 class Chunk(NamedTuple):
@@ -77,7 +84,7 @@ class Clock:
 
     Attributes:
       total: env steps of all the work.
-      done: those that are done, whoever did them.
+      done: those that are done, also before this process.
       seconds: at work so far, compiling apart.
     """
 
@@ -97,13 +104,8 @@ class Clock:
         self.seconds, self._since = self.seconds + now - self._since, now
 
     @property
-    def share(self) -> float:
-        """Of all the work, done, in [0, 1]."""
-        return min(1.0, self.done / self.total)
-
-    @property
     def steps_per_second(self) -> float:
-        """Env steps per second."""
+        """Env steps per second of this process."""
         return self._counted / self.seconds if self.seconds else 0.0
 
     @property

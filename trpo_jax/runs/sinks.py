@@ -21,7 +21,7 @@ def open_sink(name: str, folder: Path, settings: Mapping[str, Any]) -> tuple[Sin
     """A sink and the function that closes it.
 
     Args:
-      name: "tensorboard" writes event files under `folder`/tensorboard, one run a seed; "wandb" logs to the project
+      name: "tensorboard" writes event files under `folder`/tensorboard, one run per seed; "wandb" logs to the project
         trpo_jax (W&B's own environment variables choose another, or WANDB_MODE=offline).
       folder: the folder of the run.
       settings: what decides the results, for the record.

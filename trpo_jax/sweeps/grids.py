@@ -14,6 +14,7 @@ import numpy as np
 
 from trpo_jax.config import UsageError, check_limits, check_number, counted, nearest, shown, validate
 from trpo_jax.config_pytree import Config
+from trpo_jax.runs.runner import agent_keys
 from trpo_jax.settings import (
     SETTINGS,
     TOTAL_STEPS,
@@ -76,9 +77,9 @@ class Spec:
       grid: lists of values; every combination of them is a point.
       zip: lists of values of one length that vary together.
       random: distributions to draw from; besides settings it holds `count`, the points drawn, and their `seed`.
-      num_seeds: agents a point.
+      num_seeds: agents per point.
       seed: agent i of a point is the one that `jax.random.key(seed + i)` trains.
-      num_episodes: episodes by the policy's mode that judge each agent after training; 0: judge by training returns.
+      num_episodes: episodes by the policy's mode that score each agent after training; 0: training returns do.
     """
 
     base: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -121,7 +122,7 @@ def make_spec(table: Mapping[str, Any], source: str = "the sweep") -> Spec:
 
 
 def check_numbers(numbers: Mapping[str, Any], source: str = "") -> None:
-    """Check the numbers of a sweep that are no settings; unlike elsewhere its agents may be judged by no episodes."""
+    """Check the numbers of a sweep that are no settings; unlike elsewhere there may be no episodes that score."""
     check_limits({name: value for name, value in numbers.items() if name != "num_episodes"}, source)
     if "num_episodes" in numbers:
         label = f"num_episodes in {source}" if source else "num_episodes"
@@ -263,15 +264,10 @@ def make_groups(points: Sequence[Point], keys: Any) -> list[Group]:
     return groups
 
 
-def seed_keys(spec: Spec) -> Any:
-    """The keys `jax.random.key(seed + i)` of a sweep's seeds."""
-    return jax.jit(jax.vmap(jax.random.key))(spec.seed + np.arange(spec.num_seeds))
-
-
 def plan(spec: Spec) -> tuple[list[Point], list[Group]]:
     """The points and groups of a sweep."""
     points = make_points(spec)
-    return points, make_groups(points, seed_keys(spec))
+    return points, make_groups(points, agent_keys(spec.seed, spec.num_seeds))
 
 
 def stack_configs(configs: Iterable[Config]) -> Config:

@@ -32,9 +32,7 @@ class Progress:
       num_blocks: blocks of the group.
       iteration: iterations those blocks have done, of `num_iterations`.
       num_iterations: iterations of each agent of the group.
-      share: of all env steps of this process, done, in [0, 1].
-      steps_per_second: env steps per second since the start, compiling apart.
-      seconds_left: at that speed.
+      clock: of all env steps of this process.
     """
 
     group: tuple[int, int]
@@ -42,9 +40,7 @@ class Progress:
     num_blocks: int
     iteration: int
     num_iterations: int
-    share: float
-    steps_per_second: float
-    seconds_left: float
+    clock: Clock
 
 
 def run_sweep(
@@ -171,6 +167,7 @@ class _Work:
         members = [i for block in blocks for i in range(block.first, block.last)]
         keys = group.keys[np.array(members)]
         cohort = Cohort(programs, [group.configs[i] for i in members], keys, join(cuts) if cuts else None)
+        at, num_blocks = (blocks[0].group, len(self.groups)), -(-group.num_agents // programs.agents_per_block)
         steps = len(members) * group.configs[0].steps_per_iteration  # of an iteration
         self.clock.done += steps * cohort.done
         ends = np.cumsum([block.size for block in blocks])
@@ -180,12 +177,12 @@ class _Work:
         def on_chunk(length: int) -> bool:
             nonlocal saved
             self.clock.count(steps * length)
-            self.report(self._progress(blocks, cohort))
+            self.report(Progress(at, blocks, num_blocks, cohort.done, group.num_iterations, self.clock))
             stop, late = self.interrupted(), time.monotonic() - saved >= self.checkpoint_seconds
             if (stop or late) and cohort.done < group.num_iterations:
                 cut = cohort.cut()
-                for block, at in zip(blocks, slices, strict=True):
-                    self.folder.save(block, cut.take(at))
+                for block, where in zip(blocks, slices, strict=True):
+                    self.folder.save(block, cut.take(where))
                 saved = time.monotonic()
             return not stop
 
@@ -193,21 +190,8 @@ class _Work:
         if cohort.done < group.num_iterations:
             return
         outcome = {**cohort.metrics, "final_return": cohort.evaluate()}
-        for block, at in zip(blocks, slices, strict=True):
-            self.folder.write_results(block, self._columns(block, {name: v[at] for name, v in outcome.items()}))
-
-    def _progress(self, blocks: list[Block], cohort: Cohort) -> Progress:
-        number, group = blocks[0].group, self.groups[blocks[0].group]
-        return Progress(
-            group=(number, len(self.groups)),
-            blocks=blocks,
-            num_blocks=-(-group.num_agents // cohort.programs.agents_per_block),
-            iteration=cohort.done,
-            num_iterations=group.num_iterations,
-            share=self.clock.share,
-            steps_per_second=self.clock.steps_per_second,
-            seconds_left=self.clock.seconds_left,
-        )
+        for block, where in zip(blocks, slices, strict=True):
+            self.folder.write_results(block, self._columns(block, {name: v[where] for name, v in outcome.items()}))
 
     def _columns(self, block: Block, outcome: dict[str, np.ndarray]) -> dict[str, Any]:
         """A block's rows as the columns of its Parquet file."""

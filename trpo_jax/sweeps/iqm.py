@@ -27,7 +27,7 @@ def stratified_bootstrap(
     """Percentile interval of the IQM over all runs of all tasks, seeds drawn anew within each task (stratum).
 
     Args:
-      scores: one array of scores a task, [seeds] each.
+      scores: one array of scores per task, [seeds] each.
       confidence: probability that the interval is meant to have.
       resamples: bootstrap samples.
       seed: of the resampling, so that a report is the same each time it is made.

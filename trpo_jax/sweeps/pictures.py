@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from trpo_jax.runs.learning_curve import label_steps, make_figure
 from trpo_jax.sweeps.reports import Row, text_of
 
 _CURVES = 8  # best points whose learning curves are drawn
@@ -23,11 +24,7 @@ def png(figure: Any) -> bytes:
 
 
 def _figure(width: float, height: float) -> Any:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.use("Agg")
-    return Figure(figsize=(min(width, _LARGEST), min(height, _LARGEST)), layout="constrained")
+    return make_figure(min(width, _LARGEST), min(height, _LARGEST))
 
 
 def _plain(text: str) -> str:
@@ -43,14 +40,10 @@ def draw_curves(env: str, rows: Sequence[Row]) -> Any:
         label = ", ".join(f"{name}={text_of(value)}" for name, value in row.settings.items()) or "all"
         alone = np.isfinite(row.curve).sum() == 1  # a line through one point is none
         axes.plot(row.steps, row.curve, linewidth=1.5, label=_plain(label), marker="o" if alone else "")
-    if not any(np.isfinite(row.curve).any() for row in rows[:_CURVES]):
-        axes.text(0.5, 0.5, "no episode has ended", ha="center", va="center", transform=axes.transAxes)
+    any_episode = any(np.isfinite(row.curve).any() for row in rows[:_CURVES])
     best = f", the {_CURVES} best of {len(rows)} points" if len(rows) > _CURVES else ""
-    axes.set(
-        title=_plain(f"{env}{best}"), xlabel="environment steps per agent", ylabel="training return, IQM over seeds"
-    )
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
-    axes.grid(alpha=0.3)
+    title, ylabel = _plain(f"{env}{best}"), "training return, IQM over seeds"
+    label_steps(axes, any_episode, title=title, xlabel="environment steps per agent", ylabel=ylabel)
     if len(rows) > 1:
         axes.legend(fontsize=7, loc="best")
     return figure
@@ -109,15 +102,8 @@ def _draw_heat_map(env: str, rows: Sequence[Row], names: Sequence[str]) -> Any:
     middle = (known.min() + known.max()) / 2 if known.size else 0.0
     for i, j in np.ndindex(*grid.shape) if max(grid.shape) <= _LARGEST else ():
         color = "white" if grid[i, j] <= middle else "black"
-        axes.text(
-            j,
-            i,
-            f"{grid[i, j]:.0f}" if 100 <= abs(grid[i, j]) < 1e5 else f"{grid[i, j]:.2g}",
-            ha="center",
-            va="center",
-            color=color,
-            fontsize=8,
-        )
+        text = f"{grid[i, j]:.0f}" if 100 <= abs(grid[i, j]) < 1e5 else f"{grid[i, j]:.2g}"
+        axes.text(j, i, text, ha="center", va="center", color=color, fontsize=8)
     for set_ticks, values in ((axes.set_yticks, ordered[0]), (axes.set_xticks, ordered[1])):
         shown = range(0, len(values), -(-len(values) // _LARGEST))
         set_ticks(shown, [_plain(text_of(values[i])) for i in shown])

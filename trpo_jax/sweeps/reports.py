@@ -33,7 +33,8 @@ class Row:
       num_failed: those of them that met a number that was not finite.
       scores: every score, [num_seeds].
       steps: environment steps of the learning curve, [iterations].
-      curve: training return an iteration, IQM over seeds; NaN before the first episode ended.
+      curve: training return per iteration, IQM over seeds; an iteration in which no episode ended repeats the one
+        before; NaN before the first one.
     """
 
     env: str
@@ -94,14 +95,10 @@ def make_report(path: str | os.PathLike[str]) -> Report:
         raise UsageError(f"{path} has no finished agents yet; `trpo-jax sweep` with --output {path} continues it.")
     missing = [name for name in needed if table[name].null_count]
     if missing:
-        raise UsageError(
-            f"results in {path} lack {', '.join(missing)}; restore them, or sweep anew into another folder."
-        )
+        raise UsageError(f"results in {path} lack {', '.join(missing)}; restore them, or sweep into another folder.")
     curves = table["episode_return"]
-    columns = {
-        name: np.array(table[name].to_pylist(), dtype=object)
-        for name in {*needed, *outcomes, *SETTINGS} - {"episode_return"}
-    }
+    names = {*needed, *outcomes, *SETTINGS} - {"episode_return"}
+    columns = {name: np.array(table[name].to_pylist(), dtype=object) for name in names}
     score = columns["final_return" if episodes else "training_return"].astype(np.float64)
     crossed = {name for section in ("grid", "random") for name in _section(description, section)}
     rows: dict[str, list[Row]] = {}
@@ -146,7 +143,7 @@ def _make_row(
         num_failed=num_failed,
         scores=scores,
         steps=per_iteration * np.arange(1, returns.shape[1] + 1),
-        curve=_curve(returns),
+        curve=interquartile_mean(fill_forward(returns.T), axis=1),
     )
 
 
@@ -174,11 +171,6 @@ def _follows(columns: Mapping[str, np.ndarray], here: np.ndarray, name: str, var
     return len({(columns["num_envs"][i], columns["num_steps"][i], columns[name][i]) for i in here}) == len(sizes)
 
 
-def _curve(returns: np.ndarray) -> np.ndarray:
-    """IQM over seeds of [seeds, iterations]; an iteration in which no episode ended repeats the one before."""
-    return interquartile_mean(fill_forward(returns.T), axis=1)
-
-
 def _overall(rows: Mapping[str, Sequence[Row]]) -> list[tuple[dict[str, Any], float, tuple[float, float]]]:
     """Points by their scores in all environments, each scaled from its worst point's IQM (0) to its best's (1)."""
     if len(rows) < 2:
@@ -192,9 +184,8 @@ def _overall(rows: Mapping[str, Sequence[Row]]) -> list[tuple[dict[str, Any], fl
     found = []
     for key in shared:
         scores = [table[key][1] for table in tables]
-        found.append(
-            (tables[0][key][0], float(interquartile_mean(np.concatenate(scores))), stratified_bootstrap(scores))
-        )
+        iqm = float(interquartile_mean(np.concatenate(scores)))
+        found.append((tables[0][key][0], iqm, stratified_bootstrap(scores)))
     return sorted(found, key=lambda entry: -np.nan_to_num(entry[1], nan=-np.inf)) if len(found) > 1 else []
 
 

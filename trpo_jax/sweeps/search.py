@@ -8,7 +8,6 @@ what is stopped early is really saved.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
 import json
 import os
@@ -22,6 +21,7 @@ import numpy as np
 from trpo_jax.config import UsageError, counted
 from trpo_jax.files import write_atomically
 from trpo_jax.runs.descriptions import made_by
+from trpo_jax.runs.runner import agent_keys
 from trpo_jax.settings import is_whole, settings_of
 from trpo_jax.sweeps.cohorts import Cohort, failed_iteration, join, training_return
 from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, make_point, static_part
@@ -32,6 +32,7 @@ from trpo_jax.training.agents import make_agent
 
 _RUNGS = 0.25, 0.5, 1.0  # shares of the iterations after which the worse half stops
 _KEPT_PROGRAMS = 8  # compiled ones that wait for their next use; each is some 2,000 of the 65,530 maps of a process
+_CONTINUES = "what is told is safe, and the same command continues when the folder can be written to"
 _NO_EPISODE = "no episode ended"
 _NOT_FINITE = "a number was not finite"
 
@@ -98,29 +99,30 @@ def tune(
     space = {name: values for name, values in spec.random.items() if name not in ("count", "seed")}
     if not space or spec.grid or spec.zip:
         raise UsageError("tune searches the distributions in [random], and takes neither [grid] nor [zip].")
-    lower = {name: _lowest(values) for name, values in space.items()}
+    lower = {name: values[0] for name, distribution in space.items() for values in distribution.values()}
     make_agent(make_point(spec.base, lower).config)  # bad input shows before anything is written
     programs: dict[Any, Programs] = {}
     count = spec.random["count"]
     with open_study(path, spec, storage, made_by()) as study:
         file = Path(path) / "best.toml"
-        with study.at_work():
-            told, best = study.num_told(), study.best()
-        while told < count:
-            with study.at_work():
-                trials = [_make_trial(asked, spec, space) for asked in study.ask(min(batch, count - told))]
-            pruned = _run_batch(study, spec, trials, programs)
+        trials: list[Trial] = []
+        pruned, nothing = 0, float("nan")
+        while True:
             with study.at_work():
                 told, best = study.num_told(), study.best()
             if best:
                 _write_best(file, spec, best, told)
-            scores = [trial.score for trial in trials if np.isfinite(trial.score)]
-            nothing = float("nan")
-            found = (best.value, best.params) if best else (nothing, {})
-            report(Batch(told, count, pruned, max(scores, default=nothing), *found))
+            if trials:
+                scores = [trial.score for trial in trials if np.isfinite(trial.score)]
+                found = (best.value, best.params) if best else (nothing, {})
+                report(Batch(told, count, pruned, max(scores, default=nothing), *found))
+            if told >= count:
+                break
+            with study.at_work():
+                trials = [_make_trial(asked, spec, space) for asked in study.ask(min(batch, count - told))]
+            pruned = _run_batch(study, spec, trials, programs)
         if not best:
             raise UsageError(_blame(study, path, told))
-        _write_best(file, spec, best, told)
     return file, best.value
 
 
@@ -128,11 +130,7 @@ def _write_best(file: Path, spec: Spec, best: Any, told: int) -> None:
     config = make_point(spec.base, best.params).config
     lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in settings_of(config).items()]
     score = f"# score {best.value:.6g} on {counted(spec.num_seeds, 'tuning seed')}, best of {counted(told, 'trial')}\n"
-    write_atomically(
-        file,
-        score + "\n".join(lines) + "\n",
-        "what is told is safe, and the same command continues when the folder can be written to",
-    )
+    write_atomically(file, score + "\n".join(lines) + "\n", _CONTINUES)
 
 
 def _blame(study: Study, path: str | os.PathLike[str], told: int) -> str:
@@ -145,11 +143,6 @@ def _blame(study: Study, path: str | os.PathLike[str], told: int) -> str:
         _NOT_FINITE: "move the distributions in [random] to smaller steps, or see what the environment gives",
     }.get(reasons[0][0] if reasons else "", "move the distributions in [random]")
     return f"no trial in {path} has a score: {happened}; {mend}, and choose another --output."
-
-
-def _lowest(distribution: Mapping[str, Any]) -> Any:
-    ((_, values),) = distribution.items()
-    return values[0]
 
 
 def _make_trial(asked: Any, spec: Spec, space: Mapping[str, Any]) -> Trial:
@@ -181,7 +174,8 @@ def _run_batch(study: Study, spec: Spec, trials: list[Trial], programs: dict[Any
         for trial in alive:
             if rung < 1:
                 trial.score = float(interquartile_mean(training_return(trial.cut.metrics)))
-            trial.why = "" if np.isfinite(trial.score) else _why(trial)
+            why = _NOT_FINITE if failed_iteration(trial.cut.metrics).any() else _NO_EPISODE
+            trial.why = "" if np.isfinite(trial.score) else why
         with study.at_work():
             for trial in alive:
                 if np.isfinite(trial.score):
@@ -199,10 +193,6 @@ def _run_batch(study: Study, spec: Spec, trials: list[Trial], programs: dict[Any
                 trial.asked.set_user_attr("why", trial.why)
         study.tell([(t.asked, t.score if t.asked.number in done else None) for t in trials])
     return len(trials) - len(alive)
-
-
-def _why(trial: Trial) -> str:
-    return _NOT_FINITE if failed_iteration(trial.cut.metrics).any() else _NO_EPISODE
 
 
 def _train_groups(spec: Spec, alive: list[Trial], rung: float, num_rungs: int, programs: dict[Any, Programs]) -> None:
@@ -247,15 +237,10 @@ def _compile(spec: Spec, group: list[Trial], num_rungs: int) -> Programs:
     return fit_programs(group[0].config, most, spec.num_episodes, devices)
 
 
-@functools.lru_cache(maxsize=1)
-def _tuning_keys(first: int, count: int) -> jax.Array:
-    return jax.jit(jax.vmap(jax.random.key))(TUNING_SEEDS + first + np.arange(count))
-
-
 def _train_until(programs: Programs, spec: Spec, group: list[Trial], rung: float) -> None:
     """Train every trial of a group to a share of its iterations; score it when that is all."""
     seeds = spec.num_seeds
-    keys = _tuning_keys(spec.seed, seeds)[np.tile(np.arange(seeds), len(group))]
+    keys = agent_keys(TUNING_SEEDS + spec.seed, seeds)[np.tile(np.arange(seeds), len(group))]
     configs = [trial.config for trial in group for _ in range(seeds)]
     before = join([trial.cut for trial in group]) if group[0].cut else None
     cuts, scores = [], []

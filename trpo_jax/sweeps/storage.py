@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,7 +156,6 @@ class Folder:
         write_atomically(self._result_file(block), sealed(data.getvalue()), _CONTINUES)
         self._finished.add(block)
         self._checkpoints(block).drop()
-        shutil.rmtree(self._old_checkpoints(block), ignore_errors=True)
 
     def read_results(self, columns: list[str] | None = None) -> Any:
         """All finished rows as a pyarrow table, in the order of groups and agents; None if there are none.
@@ -199,10 +197,6 @@ class Folder:
         folder, kind = self.path / "checkpoints", "sweep or another block"
         return Checkpoints(folder, self._mark(block), kind, prefix=f"{block}-", mend=_CONTINUES)
 
-    def _old_checkpoints(self, block: Block) -> Path:
-        """Where an earlier version kept the checkpoints of a block."""
-        return self.path / "checkpoints" / str(block)
-
     def save(self, block: Block, cut: Cut) -> None:
         """Save a block at work; the checkpoint before it goes when the new one is whole."""
         self._checkpoints(block).save(cut, cut.done)
@@ -212,18 +206,12 @@ class Folder:
 
         What is passed over is said.
         """
-        reason = ""
         try:
             saved = self._checkpoints(block).newest(lambda done: blank(states, block.size, done))
-            if saved:
-                return Cut(*saved.state)
         except UsageError as error:
-            reason = without_mend(error)
-        if not reason and self._old_checkpoints(block).is_dir():
-            reason = f"{self._old_checkpoints(block)} was saved by an earlier version"
-        if reason:
-            say(f"{reason}; its agents are trained anew.")
-        return None
+            say(f"{without_mend(error)}; its agents are trained anew.")
+            return None
+        return Cut(*saved.state) if saved else None
 
 
 def _read_rows(file: Path, columns: list[str] | None = None) -> Any:

@@ -31,6 +31,7 @@ from trpo_jax.runs.descriptions import check_equal, write_table
 from trpo_jax.sweeps.grids import Spec
 
 _ASKED_FOR = "sweep"  # attribute of a study: what was asked for, without the number of trials
+_MEND = "restore it, or choose another --output"
 _SECONDS = 60  # that a connection waits for one that writes
 
 
@@ -95,10 +96,8 @@ class Study:
         for trial in self._finished():
             score = trial.value if trial.state.name == "COMPLETE" else None
             if trial.user_attrs.get("checksum", _checksum(trial, score)) != _checksum(trial, score):
-                raise UsageError(
-                    f"{self._where} is damaged (trial {trial.number} was changed since it was told); restore it, or "
-                    "choose another --output."
-                )
+                what = f"trial {trial.number} was changed since it was told"
+                raise UsageError(f"{self._where} is damaged ({what}); {_MEND}.")
 
     def num_told(self) -> int:
         """Trials that came to an end."""
@@ -162,15 +161,10 @@ def open_study(path: str | os.PathLike[str], spec: Spec, storage: str | None, ma
         except (UsageError, MemoryError):
             raise
         except Exception as error:
-            raise UsageError(
-                f"the study in {where} cannot be opened ({_cause(error)}); restore it, or choose another --output."
-            ) from error
+            raise UsageError(f"the study in {where} cannot be opened ({_cause(error)}); {_MEND}.") from error
         found = study.user_attrs[_ASKED_FOR]
         if not isinstance(found, dict):
-            raise UsageError(
-                f"the study in {where} is damaged (its description is {shown(found)}); restore it, or choose another "
-                "--output."
-            )
+            raise UsageError(f"the study in {where} is damaged (its description is {shown(found)}); {_MEND}.")
         check_equal(folder, "search", description, found)
         try:
             read_json(folder / "search.json", "")
@@ -211,10 +205,7 @@ def _check_database(file: Path) -> None:
     except (sqlite3.Error, OSError, ValueError) as error:  # a name within may be garbled
         fault = first_line(error)
     if fault != "ok":
-        raise UsageError(
-            f"{file} is damaged, or no study of `trpo-jax tune` ({fault.splitlines()[0]}); restore it, or choose "
-            "another --output."
-        )
+        raise UsageError(f"{file} is damaged, or no study of `trpo-jax tune` ({fault.splitlines()[0]}); {_MEND}.")
 
 
 def _load(folder: Path, storage: str | None, description: Mapping[str, Any]) -> Any:

@@ -27,7 +27,7 @@ _FORMAT = 2  # the shape of `TrainState` is part of it
 def save(path: str | os.PathLike[str], state: PyTree, *, note: Any = None, mend: str = WRITABLE) -> None:
     """Write a pytree of arrays to `path`, atomically: the file is either the old one or the new one.
 
-    The file is an npz archive with one array a leaf, named by its path in the tree, each under a checksum; typed PRNG
+    The file is an npz archive with one array per leaf, named by its path in the tree, each under a checksum; typed PRNG
     keys are stored as their raw data and the name of their implementation.
 
     Args:
