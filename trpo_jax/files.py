@@ -92,10 +92,11 @@ def write_atomically(
     Raises:
       UsageError: if the file cannot be written; nothing is left of it then.
     """
-    write = content if callable(content) else lambda sink: sink.write(_bytes(content))
+    data = content.encode() if isinstance(content, str) else content
+    write = data if callable(data) else lambda sink: sink.write(data)
     file = file.resolve() if file.is_symlink() else file
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
+    with _writing(file, mend):
         if file.exists() and not (file.is_file() or file.is_dir()):
             with open(file, "wb") as device:
                 write(device)
@@ -115,12 +116,15 @@ def write_atomically(
             raise
         _sync_folder(file.parent)
         remove_temporaries(file.parent, name=glob.escape(file.name))
+
+
+@contextlib.contextmanager
+def _writing(file: Path, mend: str) -> Iterator[None]:
+    """Make what the system answers to writing a file one sentence."""
+    try:
+        yield
     except OSError as error:
         raise UsageError(f"cannot write {file}: {error.strerror or error}; {mend}.") from error
-
-
-def _bytes(content: Any) -> bytes:
-    return content.encode() if isinstance(content, str) else content
 
 
 def _publish(temporary: Path, file: Path, first: bool) -> None:
@@ -150,13 +154,10 @@ def _sync_folder(folder: Path) -> None:
 
 def append(file: Path, text: str, mend: str = WRITABLE) -> None:
     """Write at the end of a file, through to the disk; raise `UsageError` if that fails."""
-    try:
-        with open(file, "ab") as sink:
-            sink.write(text.encode())
-            sink.flush()
-            os.fsync(sink.fileno())
-    except OSError as error:
-        raise UsageError(f"cannot write {file}: {error.strerror or error}; {mend}.") from error
+    with _writing(file, mend), open(file, "ab") as sink:
+        sink.write(text.encode())
+        sink.flush()
+        os.fsync(sink.fileno())
 
 
 def sealed(data: bytes) -> bytes:
@@ -188,8 +189,7 @@ def locked(
     the lock. On a file system without locks nothing is held.
 
     Args:
-      folder: the folder.
-      within: folders in it whose leftovers go too.
+      folder: the folder; `within` are folders in it whose leftovers go too.
       name: of the lock.
       mend: the end of the sentence where another process holds it.
 

@@ -17,8 +17,7 @@ from trpo_jax.config_pytree import Config
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.sweeps.cohorts import training_return
 from trpo_jax.sweeps.iqm import interquartile_mean, stratified_bootstrap
-from trpo_jax.sweeps.pages import _file_name, write_report
-from trpo_jax.sweeps.pictures import _draw_heat_map
+from trpo_jax.sweeps.pages import _draw_heat_map, _file_name, write_report
 from trpo_jax.sweeps.reports import Row, make_report, table_of
 from trpo_jax.sweeps.storage import Block, Folder
 

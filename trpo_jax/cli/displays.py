@@ -153,21 +153,21 @@ def print_outline(console: Console, file: str, outline: Sequence[Outline]) -> No
     ]
     rows = [
         [
-            group.env,
-            str(group.num_points),
-            f"{group.num_agents:,}",
-            f"{group.num_devices} x {group.agents_per_block}",
-            str(group.num_runs),
-            f"{group.env_steps:,}",
-            f"{group.memory / 2**20:,.1f} MiB",
-            duration(group.seconds),
-            ", ".join(f"{name}={value}" for name, value in group.static.items()),
+            str(entry.group.configs[0].env),
+            str(len(entry.group.points)),
+            f"{entry.group.num_agents:,}",
+            f"{entry.programs.num_devices} x {entry.programs.agents_per_block}",
+            str(entry.num_runs),
+            f"{entry.group.num_agents * entry.group.steps_per_agent:,}",
+            f"{entry.programs.memory / 2**20:,.1f} MiB",
+            duration(entry.seconds),
+            ", ".join(f"{name}={value}" for name, value in entry.static.items()),
         ]
-        for group in outline
+        for entry in outline
     ]
     print_table(console, f"{file}: {counted(len(rows), 'program')}", [*titles, "static settings"], rows)
     console.print(
-        f"Training would take about {duration(sum(group.seconds for group in outline))} here: iterations times the "
+        f"Training would take about {duration(sum(entry.seconds for entry in outline))} here: iterations times the "
         "time that one took just now; compiling, evaluation and files are not included.",
         soft_wrap=True,
     )

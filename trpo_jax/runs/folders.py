@@ -23,7 +23,7 @@ from trpo_jax.config_pytree import Config
 from trpo_jax.files import command, locked
 from trpo_jax.runs.descriptions import check_equal, is_begun, made_by, origin, read_table, restore_or_anew, write_table
 from trpo_jax.runs.metrics import MetricsFile, last_mean, rows_of
-from trpo_jax.runs.runner import CAPACITY, Chunk, Clock, Program, advance, agent_keys, interrupts
+from trpo_jax.runs.runner import CAPACITY, Chunk, Clock, advance, agent_keys, interrupts
 from trpo_jax.runs.sinks import Sink
 from trpo_jax.settings import checked_settings, settings_of
 from trpo_jax.training.checkpoints import Checkpoints, Saved
@@ -181,7 +181,7 @@ def _restore(run: Run, file: MetricsFile, checkpoints: Checkpoints) -> Saved | N
     return saved
 
 
-def _compile(run: Run, states: TrainState | None) -> tuple[Program, Any]:
+def _compile(run: Run, states: TrainState | None) -> tuple[Any, Any]:
     """The program of a run, and its states: those given, or those before the first iteration."""
     start = jax.jit(_for_each_agent(init, run.num_seeds))
     train = _for_each_agent(functools.partial(train_chunk, capacity=CAPACITY), run.num_seeds)

@@ -22,9 +22,6 @@ from trpo_jax.training.state import TrainState
 CAPACITY = 256  # iterations that a chunk can hold
 _CHUNK_SECONDS = 0.5  # aimed at: often enough to watch and to lose little, rare enough to cost nothing
 
-Program = Callable[[Config, TrainState, np.int32], Any]
-"""`program(configs, states, length)` -> (states, `Metrics` of [A, capacity]) after `length` ≤ capacity iterations."""
-
 
 @functools.lru_cache(maxsize=4)
 def agent_keys(seed: int, num_agents: int) -> jax.Array:
@@ -33,31 +30,22 @@ def agent_keys(seed: int, num_agents: int) -> jax.Array:
 
 
 class Chunk(NamedTuple):
-    """What one call of the program gave.
-
-    Attributes:
-      states: of the agents after it, [A, ...].
-      metrics: of its iterations, {name: [A, length]}.
-      done: iterations done after it.
-    """
+    """What a call of the program gave: states [A, ...], metrics {name: [A, length]}, and iterations done after it."""
 
     states: TrainState
     metrics: dict[str, np.ndarray]
+    length: int
     done: int
-
-    @property
-    def length(self) -> int:
-        """Iterations of this call."""
-        return next(iter(self.metrics.values())).shape[1]
 
 
 def advance(
-    program: Program, configs: Config, states: TrainState, done: int, until: int, on_chunk: Callable[[Chunk], bool]
+    program: Any, configs: Config, states: TrainState, done: int, until: int, on_chunk: Callable[[Chunk], bool]
 ) -> int:
     """Train agents from iteration `done` until iteration `until`; return how many are done.
 
     Args:
-      program: the compiled program; it may take over the memory of the states it is given.
+      program: the compiled program (configs, states, length) -> (states, `Metrics` of [A, capacity]) of so many
+        iterations ≤ capacity; it may take over the memory of the states.
       configs: its settings.
       states: of the agents, [A, ...].
       done: iterations that they have behind them.
@@ -71,22 +59,15 @@ def advance(
         states, metrics = jax.block_until_ready(program(configs, states, np.int32(length)))
         seconds = time.perf_counter() - started
         done += length
-        going = on_chunk(
-            Chunk(states, {name: np.asarray(getattr(metrics, name))[:, :length] for name in METRICS}, done)
-        )
+        table = {name: np.asarray(getattr(metrics, name))[:, :length] for name in METRICS}
+        going = on_chunk(Chunk(states, table, length, done))
         # At most doubled from one to the next, so that one slow measurement cannot starve the display.
         length = max(1, min(2 * length, int(length * _CHUNK_SECONDS / seconds)))
     return done
 
 
 class Clock:
-    """How fast the work goes, and how long the rest of it takes.
-
-    Attributes:
-      total: env steps of all the work.
-      done: those that are done, also before this process.
-      seconds: at work so far, compiling apart.
-    """
+    """How fast the work goes, of `total` env steps of which some are done; `seconds` are at work, compiling apart."""
 
     def __init__(self, total: float, done: float = 0.0):
         self.total, self.done, self.seconds = total, done, 0.0

@@ -20,12 +20,7 @@ _LAST_SHARE = 0.1  # of the iterations count for the training return
 
 
 class Cut(NamedTuple):
-    """Agents on their way, on the host.
-
-    Attributes:
-      states: NumPy arrays [A, ...], typed PRNG keys as their raw data.
-      metrics: of the iterations done, {name: [A, iterations]}.
-    """
+    """Agents on their way, on the host: states [A, ...] from `to_host`, metrics {name: [A, iterations done]}."""
 
     states: TrainState
     metrics: dict[str, np.ndarray]
@@ -46,13 +41,9 @@ def join(cuts: Sequence[Cut]) -> Cut:
 
 
 class Cohort:
-    """At most D·U agents at work. What fills the programs up repeats the last one, and its results are dropped.
+    """At most D·U agents at work, each with its settings and its key, from a cut or from the start.
 
-    Args:
-      programs: those of the group.
-      configs: the settings of each agent, [A].
-      keys: the PRNG key of each agent, [A].
-      cut: where they stand; None: at the start.
+    What fills the programs up repeats the last one, and its results are dropped.
     """
 
     def __init__(self, programs: Programs, configs: Sequence[Config], keys: Any, cut: Cut | None = None):

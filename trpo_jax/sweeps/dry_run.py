@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -15,36 +14,25 @@ from trpo_jax.sweeps.grids import Group, Spec, plan
 from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs
 
 
-@dataclasses.dataclass(frozen=True)
-class Outline:
+class Outline(NamedTuple):
     """What a group of agents that share a program would run.
 
     Attributes:
-      env: environment.
-      num_points: points.
-      num_agents: A.
-      num_devices: D.
-      agents_per_block: U, agents a device takes at a time.
-      env_steps: of all its agents.
-      memory: bytes that the largest of its programs needs on each device.
+      group: the agents.
+      programs: their sizes, without the compiled programs.
       seconds: that training takes, as many times as one iteration took; compiling and evaluation apart.
       static: the settings by which it differs from other groups.
     """
 
-    env: str
-    num_points: int
-    num_agents: int
-    num_devices: int
-    agents_per_block: int
-    env_steps: int
-    memory: int
+    group: Group
+    programs: Programs
     seconds: float
     static: dict[str, Any]
 
     @property
     def num_runs(self) -> int:
         """How often the devices are filled."""
-        return -(-self.num_agents // (self.agents_per_block * self.num_devices))
+        return -(-self.group.num_agents // self.programs.width)
 
 
 def outline(
@@ -59,28 +47,17 @@ def outline(
     """
     points, groups = plan(spec)
     devices = jax.local_devices()
-    varied = [name for name in SETTINGS if len({str(getattr(p.config, name)) for p in points}) > 1]
+    varied = [name for name in SETTINGS if name != "env" and len({str(getattr(p.config, name)) for p in points}) > 1]
     found = []
     for number, group in enumerate(groups):
         report(number, len(groups))
         most = min(agents_per_block(group.num_agents, len(devices)), most_agents or group.num_agents)
         programs = fit_programs(group.configs[0], most, spec.num_episodes, devices)
-        config = group.configs[0]
-        runs = -(-group.num_agents // programs.width)
-        static = [n for n in varied if n != "env" and len({str(getattr(c, n)) for c in group.configs}) == 1]
-        found.append(
-            Outline(
-                env=str(config.env),
-                num_points=len(group.points),
-                num_agents=group.num_agents,
-                num_devices=len(devices),
-                agents_per_block=programs.agents_per_block,
-                env_steps=group.num_agents * group.num_iterations * config.steps_per_iteration,
-                memory=programs.memory,
-                seconds=runs * group.num_iterations * _seconds_per_iteration(programs, group),
-                static={name: getattr(config, name) for name in static},
-            )
-        )
+        seconds = _seconds_per_iteration(programs, group) * group.num_iterations
+        same = [name for name in varied if len({str(getattr(config, name)) for config in group.configs}) == 1]
+        static = {name: getattr(group.configs[0], name) for name in same}
+        entry = Outline(group, programs._replace(start=None, train=None, evaluate=None), seconds, static)
+        found.append(entry._replace(seconds=seconds * entry.num_runs))
     return found
 
 

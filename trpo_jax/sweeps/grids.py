@@ -67,6 +67,11 @@ class Group:
         """A."""
         return len(self.configs)
 
+    @property
+    def steps_per_agent(self) -> int:
+        """Env steps of every agent."""
+        return self.num_iterations * self.configs[0].steps_per_iteration
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -253,14 +258,10 @@ def group_by_program(points: Sequence[Point]) -> list[list[int]]:
 
 def make_groups(points: Sequence[Point], keys: Any) -> list[Group]:
     """The groups of a sweep; agent (point, seed) gets `keys[seed]`, so points are compared on equal seeds."""
-    num_seeds = keys.shape[0]
-    seeds: Any = np.asarray(jax.random.key_data(keys))
-    impl = jax.random.key_impl(keys)
-    groups = []
+    seeds, groups = np.arange(keys.shape[0]), []
     for members in group_by_program(points):
-        configs = [points[i].config for i in members for _ in range(num_seeds)]
-        data: Any = np.tile(seeds, (len(members), *[1] * (seeds.ndim - 1)))
-        groups.append(Group(members, configs, jax.random.wrap_key_data(data, impl=impl)))
+        configs = [points[i].config for i in members for _ in seeds]
+        groups.append(Group(members, configs, keys[np.tile(seeds, len(members))]))
     return groups
 
 

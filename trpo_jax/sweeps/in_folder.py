@@ -24,16 +24,7 @@ from trpo_jax.sweeps.storage import Block, Folder, cut_into_blocks
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a sweep is.
-
-    Attributes:
-      group: the group at work and the number of groups.
-      blocks: the blocks at work.
-      num_blocks: blocks of the group.
-      iteration: iterations those blocks have done, of `num_iterations`.
-      num_iterations: iterations of each agent of the group.
-      clock: of all env steps of this process.
-    """
+    """How far a sweep is: which group of how many, which of its blocks, how many of their iterations; and the time."""
 
     group: tuple[int, int]
     blocks: list[Block]
@@ -73,7 +64,7 @@ def run_sweep(
     folder = Folder(path)
     with folder.locked(process[0]), interrupts() as interrupted:
         folder.describe(dataclasses.asdict(spec), made_by())
-        clock = Clock(sum(map(_steps_of, groups)) / process[1])
+        clock = Clock(sum(group.num_agents * group.steps_per_agent for group in groups) / process[1])
         work = _Work(folder, spec, points, groups, process, checkpoint_seconds, most_agents, clock, interrupted, report)
         for number in range(len(groups)):
             work.train_group(number)
@@ -82,15 +73,6 @@ def run_sweep(
     numbers = range(len(groups))
     complete = all(folder.is_finished(block) for number in numbers for block in work.blocks(number))
     return "complete" if complete else "shared"
-
-
-def _steps_of(group: Group) -> int:
-    """Env steps of all agents of a group."""
-    return group.num_agents * _steps_per_agent(group)
-
-
-def _steps_per_agent(group: Group) -> int:
-    return group.num_iterations * group.configs[0].steps_per_iteration
 
 
 @dataclasses.dataclass
@@ -122,13 +104,13 @@ class _Work:
     def train_group(self, number: int) -> None:
         """Train what is left of a group's blocks."""
         group, settled = self.groups[number], self.folder.program(number)
-        mine = _steps_of(group) / self.process[1]
+        mine = group.num_agents * group.steps_per_agent / self.process[1]
         if settled and not self._pending(number):
             self.clock.done += mine
             return
         programs = self._settle(number, settled)
         pending = self._pending(number)
-        self.clock.done += mine - sum(block.size for block in pending) * _steps_per_agent(group)
+        self.clock.done += mine - sum(block.size for block in pending) * group.steps_per_agent
         self.clock.start()
         found = {block: self.folder.restore(block, programs.states) for block in pending}
         cuts = {block: cut for block, cut in found.items() if cut}

@@ -95,7 +95,7 @@ def make_report(path: str | os.PathLike[str]) -> Report:
         raise UsageError(f"{path} has no finished agents yet; `trpo-jax sweep` with --output {path} continues it.")
     missing = [name for name in needed if table[name].null_count]
     if missing:
-        raise UsageError(f"results in {path} lack {', '.join(missing)}; restore them, or sweep into another folder.")
+        raise UsageError(f"results in {path} lack {', '.join(missing)}; restore them, or sweep anew elsewhere.")
     curves = table["episode_return"]
     names = {*needed, *outcomes, *SETTINGS} - {"episode_return"}
     columns = {name: np.array(table[name].to_pylist(), dtype=object) for name in names}

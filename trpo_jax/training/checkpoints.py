@@ -167,15 +167,8 @@ class Saved(NamedTuple):
 class Checkpoints:
     """The checkpoints of one piece of work: FOLDER/PREFIX00000012.npz is its state after 12 iterations.
 
-    Each bears whose it is, so that none is taken for another's.
-
-    Args:
-      folder: where they are.
-      owner: whose they are: equal for equal work, see `files.origin`.
-      kind: what the work is, for sentences.
-      prefix: how the names of the files begin.
-      kept: how many of the newest that were saved here stay.
-      mend: the end of the sentence where none can be written.
+    Each bears its `owner`, equal for equal work, so that none is taken for another's; `kind` names the work in
+    sentences, `mend` ends the one about a file that cannot be written. The newest `kept` that were saved here stay.
     """
 
     def __init__(self, folder: Path, owner: str, kind: str, *, prefix: str = "", kept: int = 1, mend: str = WRITABLE):
@@ -207,11 +200,8 @@ class Checkpoints:
     ) -> Saved | None:
         """The newest checkpoint that can be used; None if there is none at all.
 
-        What is passed over on the way to an older one is said.
-
-        Args:
-          like: what the state is like after so many iterations, see `load`.
-          check: raises `UsageError` if what a checkpoint stands on is not as it was.
+        `like(iterations)` is what the state is like, see `load`; `check` raises `UsageError` if what a checkpoint
+        stands on is not as it was. What is passed over on the way to an older one is said.
 
         Raises:
           UsageError: if there are some and none can be used: why the newest one cannot.
