@@ -145,7 +145,7 @@ def _add_env(parser: argparse.ArgumentParser) -> None:
 def _add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, Any] | None = None) -> None:
     """Add one flag for each setting of `Config`: name, default, help and type come from there."""
     group = parser.add_argument_group("settings")
-    types: dict[str, Any] = {"int": _whole, "float": float, "str": str}
+    types: dict[str, Any] = {"int": _whole, "float": float}
     for field in dataclasses.fields(Config):
         meta = field.metadata
         if not meta["flag"]:
@@ -156,7 +156,7 @@ def _add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, Any] |
         if field.type == "bool":
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = types[str(field.type)]
+            options["type"] = types.get(str(field.type), str)
             options["metavar"] = "|".join(meta.get("choices", ())) or {"int": "N", "float": "X"}.get(str(field.type))
         group.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
