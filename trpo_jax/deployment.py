@@ -16,7 +16,7 @@ from trpo_jax.config import UsageError, first_line
 from trpo_jax.config_pytree import Config
 from trpo_jax.environments.base import Box, Environment
 from trpo_jax.environments.checks import one_sentence
-from trpo_jax.environments.gymnasium import action_space, observation_space
+from trpo_jax.environments.gymnasium import host_action_space, observation_space
 from trpo_jax.files import write_atomically
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.agents import make_agent, with_normalization
@@ -221,7 +221,7 @@ def _interface(environment: Environment, world: Any, env: str) -> tuple[Callable
             f"{env} observes {world.observation_space}, but the policy was trained on observations of shape "
             f"{environment.observation_shape}; choose another --env."
         )
-    ours, (theirs, to_world) = environment.action_space, action_space(world.action_space, env)
+    ours, (theirs, to_world) = environment.action_space, host_action_space(world.action_space, env)
     same = theirs.shape == ours.shape if isinstance(ours, Box) and isinstance(theirs, Box) else theirs == ours
     if not same:
         raise UsageError(f"{env} takes actions of {world.action_space}, but the policy was trained to give {ours}.")

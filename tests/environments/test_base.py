@@ -54,6 +54,11 @@ def test_boxes_take_scalar_and_array_bounds():
     box = make_box(-1, np.array([[1.0, 2.0]]), (1, 2))
     np.testing.assert_array_equal(box.low, [-1, -1])
     np.testing.assert_array_equal(box.high, [1, 2])
+    own = Box(-1.0, np.ones((1, 2)))  # of one's own, in whatever shape
+    assert own.shape == (2,) and own.low.tolist() == [-1, -1] and own.low.dtype == np.float32
+    for low, high in ((np.zeros(2), np.ones(3)), ("low", 1)):
+        with pytest.raises(UsageError, match=r"^bounds of a Box must be numbers, or arrays of one shape, got "):
+            Box(low, high)
     assert str(box) == "Box(2) mixed bounds" and str(make_box(-2, 2, (1,))) == "Box(1) [-2, 2]"
     assert str(Discrete(3)) == "Discrete(3)" and str(MultiDiscrete((2, 3))) == "MultiDiscrete(2, 3)"
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+from trpo_jax.config import UsageError, shown
 
 Array = jax.Array
 PyTree = Any
@@ -49,12 +50,21 @@ class Box:
     """A box of real actions. The policy sees it flat, [D]; the environment gets it in its own shape.
 
     Attributes:
-      low: lower bounds, float32 [D]; −inf where there is none.
+      low: lower bounds, float32 [D]; −inf where there is none. A number, or an array of any shape, becomes that.
       high: upper bounds, float32 [D].
     """
 
     low: np.ndarray
     high: np.ndarray
+
+    def __post_init__(self) -> None:
+        try:
+            bounds = np.broadcast_arrays(*(np.asarray(bound, np.float32) for bound in (self.low, self.high)))
+        except (TypeError, ValueError):
+            found = f"{shown(self.low)} and {shown(self.high)}"
+            raise UsageError(f"bounds of a Box must be numbers, or arrays of one shape, got {found}.") from None
+        for name, bound in zip(("low", "high"), bounds, strict=True):
+            object.__setattr__(self, name, bound.ravel())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -131,8 +141,7 @@ RawStep = Callable[[Array, PyTree, Array], tuple[Array, PyTree, Array, Array, Ar
 
 def make_box(low: Any, high: Any, shape: tuple[int, ...]) -> Box:
     """A Box from scalar or array bounds of an environment's own shape."""
-    size = math.prod(shape)
-    return Box(*(np.broadcast_to(np.asarray(bound, np.float32), shape).reshape(size) for bound in (low, high)))
+    return Box(np.broadcast_to(low, shape), np.broadcast_to(high, shape))
 
 
 def key_shape() -> Any:
@@ -143,24 +152,3 @@ def key_shape() -> Any:
 def zero_action(space: Space) -> np.ndarray:
     """An action of the right shape and dtype, for tracing."""
     return np.zeros(space.shape, np.float32 if isinstance(space, Box) else np.int32)
-
-
-def picture_scale(dtype: Any, shape: tuple[int, ...], low: Any = None, high: Any = None) -> float:
-    """What a declared observation is divided by, so that bytes arrive in [0, 1]; 1 for all that are not bytes.
-
-    Bytes are what is of dtype uint8, and what has three axes and bounds of 0 and 255.
-
-    Args:
-      dtype: of the observation.
-      shape: of the observation.
-      low: its least values, if they are known.
-      high: its greatest.
-    """
-    try:
-        bounds = np.asarray(low, np.float64), np.asarray(high, np.float64)
-    except (TypeError, ValueError):  # traced, say
-        bounds = np.full((), np.nan), np.full((), np.nan)
-    greatest = np.max(bounds[1], initial=0.0)
-    if np.dtype(dtype) == np.uint8:
-        return max(float(greatest), 1.0) if np.isfinite(greatest) else 255.0
-    return 255.0 if len(shape) == 3 and (bounds[0] == 0).all() and (bounds[1] == 255).all() else 1.0

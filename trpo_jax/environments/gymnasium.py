@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from trpo_jax.config import UsageError, first_line, nearest
-from trpo_jax.environments import base
-from trpo_jax.environments.base import Discrete, Environment, MultiDiscrete, Space
+from trpo_jax.environments.base import Box, Environment, Space
 from trpo_jax.environments.host import Host, pure_functions
+from trpo_jax.environments.spaces import action_space, picture_scale
 from trpo_jax.environments.suites import call_constructor, quiet_mujoco, require
 
 
@@ -40,43 +40,32 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
     if not limits:
         raise UsageError(f"{full_name} has no time limit; set one: make_environment({full_name!r}, max_steps=1000).")
     limit = min(limits)
-    space, act = action_space(first.action_space, full_name)
+    space, act = host_action_space(first.action_space, full_name)
     shape, observe = observation_space(first.observation_space, full_name)
     first.close()
     host = Host(full_name, lambda: instance(max_episode_steps=limit), observe, act, shape)
     return Environment(full_name, shape, space, limit, *pure_functions(host, space, limit))
 
 
-def action_space(space: Any, name: str) -> tuple[Space, Callable[[Any], Any]]:
-    """Our space, and the function from an action in it to one of theirs."""
-    spaces = require("gymnasium", "gymnasium").spaces
-    start = getattr(space, "start", 0)
-    if isinstance(space, spaces.Discrete):
-        return Discrete(int(space.n)), lambda action: space.dtype.type(int(action) + start)
-    if isinstance(space, (spaces.MultiDiscrete, spaces.MultiBinary)):
-        sizes = np.broadcast_to(getattr(space, "nvec", 2), space.shape).ravel()
+def host_action_space(space: Any, name: str) -> tuple[Space, Callable[[Any], Any]]:
+    """Our space, and the function from an action in it to one of theirs, in its own dtype."""
+    ours, arrange = action_space(space, name)
 
-        def choose(action: Any) -> Any:
-            return (np.asarray(action).reshape(space.shape) + start).astype(space.dtype)
+    def act(action: Any) -> Any:
+        action = np.asarray(action)
+        if isinstance(ours, Box):  # within bounds in its own dtype: float32 rounds 0.1 up
+            action = np.clip(action.astype(np.float64).reshape(space.shape), space.low, space.high)
+        action = arrange(action)
+        return action if isinstance(action, tuple) else action.astype(space.dtype)
 
-        return MultiDiscrete(tuple(int(n) for n in sizes)), choose
-    if isinstance(space, spaces.Box):
-        whole = not np.issubdtype(space.dtype, np.floating)
-
-        def place(action: Any) -> Any:
-            # Within bounds in its own dtype: float32 rounds 0.1 up. Of whole numbers the nearest.
-            action = np.asarray(action, np.float64).reshape(space.shape)
-            return np.clip(np.rint(action) if whole else action, space.low, space.high).astype(space.dtype)
-
-        return base.make_box(space.low, space.high, space.shape), place
-    raise UsageError(f"actions of {name} lie in {space}; Discrete, MultiDiscrete, MultiBinary and Box can be trained.")
+    return ours, act
 
 
 def observation_space(space: Any, name: str) -> tuple[tuple[int, ...], Callable[[Any], np.ndarray]]:
     """Shape of an observation as float32, and the function that makes it one; all but a Box is one flat vector."""
     spaces = require("gymnasium", "gymnasium").spaces
     if isinstance(space, spaces.Box):
-        scale = np.float32(base.picture_scale(space.dtype, space.shape, space.low, space.high))
+        scale = np.float32(picture_scale(space.dtype, space.shape, space.low, space.high))
         return tuple(space.shape), lambda observation: np.asarray(observation, np.float32) / scale
     if not space.is_np_flattenable:
         raise UsageError(f"observations of {name} lie in {space}, which has no fixed size.")
@@ -92,7 +81,7 @@ def _scales(space: Any) -> list[np.ndarray]:
         parts = space.spaces.values() if isinstance(space, spaces.Dict) else space.spaces
         return [scale for part in parts for scale in _scales(part)]
     is_box = isinstance(space, spaces.Box)
-    scale = base.picture_scale(space.dtype, space.shape, space.low, space.high) if is_box else 1.0
+    scale = picture_scale(space.dtype, space.shape, space.low, space.high) if is_box else 1.0
     return [np.full(spaces.flatdim(space), scale)]
 
 

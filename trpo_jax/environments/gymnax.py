@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config import UsageError, first_line, nearest
-from trpo_jax.environments import base
-from trpo_jax.environments.base import Array, Discrete, Environment, MultiDiscrete, PyTree, Space, picture_scale
+from trpo_jax.environments.base import Array, Environment, PyTree
 from trpo_jax.environments.checks import one_sentence
+from trpo_jax.environments.spaces import action_space, is_choice, picture_scale
 from trpo_jax.environments.suites import assemble
 
 
@@ -78,7 +78,7 @@ def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Envi
     params = _complete(params, getattr(env, "default_params", None), name)
     extra = () if params is None else (params,)
     with one_sentence(f"action_space of {name}"):
-        space, to_env = _action_space(env.action_space(*extra), name)
+        space, to_env = action_space(env.action_space(*extra), name)
     with one_sentence(f"observation_space of {name}"):
         observe = _observer(_declared_observations(env, extra), name)
     limit: Any = getattr(params, "max_steps_in_episode", None)
@@ -149,7 +149,7 @@ def _inherits_gymnax_step(env: Any) -> bool:
 
 def _observer(declared: Any, name: str) -> Callable[[Any], Array]:
     """The function from an observation to float32: an index among categories is a unit vector, bytes lie in [0, 1]."""
-    categories = int(declared.n) if _is_choice(declared) else None
+    categories = int(declared.n) if is_choice(declared) else None
 
     def observe(observation: Any) -> Array:
         if not isinstance(observation, (jax.Array, np.ndarray, np.generic, int, float)):
@@ -168,38 +168,6 @@ def _observer(declared: Any, name: str) -> Callable[[Any], Array]:
         return jnp.asarray(observation, jnp.float32) / scale if scale != 1 else jnp.asarray(observation, jnp.float32)
 
     return observe
-
-
-def _action_space(space: Any, name: str) -> tuple[Space, Callable[[Array], Any]]:
-    """Our space, and the function that turns the policy's action into the one that the environment takes."""
-    shape, dtype = tuple(getattr(space, "shape", None) or ()), getattr(space, "dtype", None) or np.float32
-    start, children = getattr(space, "start", 0), getattr(space, "spaces", None)
-    if _is_choice(space):
-        return Discrete(int(space.n)), lambda action: action + start
-    if hasattr(space, "nvec") or hasattr(space, "n"):  # a MultiDiscrete, or a MultiBinary of 0 and 1
-        sizes = np.asarray(getattr(space, "nvec", np.full(shape, 2)))
-        return MultiDiscrete(tuple(map(int, sizes.ravel()))), lambda action: action.reshape(sizes.shape) + start
-    if hasattr(space, "low") and hasattr(space, "high"):
-        box, whole = base.make_box(space.low, space.high, shape), jnp.issubdtype(dtype, jnp.integer)
-
-        def place(action: Array) -> Array:  # of whole numbers the nearest
-            action = action.reshape(shape)
-            return jnp.rint(action).astype(dtype) if whole else action
-
-        return box, place
-    if isinstance(children, (tuple, list)) and all(map(_is_choice, children)):
-        starts = [getattr(child, "start", 0) for child in children]
-        return MultiDiscrete(tuple(int(child.n) for child in children)), lambda action: tuple(
-            action[k] + first for k, first in enumerate(starts)
-        )
-    raise UsageError(
-        f"actions of {name} lie in {space!r}; Discrete, MultiDiscrete, a Tuple of Discrete, and Box can be trained."
-    )
-
-
-def _is_choice(space: Any) -> bool:
-    """Whether a space is one choice among n, of whichever library; a MultiBinary has an n, too."""
-    return hasattr(space, "n") and not getattr(space, "shape", None)
 
 
 def _declared_observations(env: Any, extra: tuple) -> Any:
