@@ -252,9 +252,9 @@ REFUSED = {
     "no actions": (NoActions(), r"^actions of NoActions lie in Discrete\(0\), in which there is no action"),
     "another state": (
         Changeable(),
-        r"^Changeable gives another state after a step than after a reset: \.state \(3,\) after \.state \(\)",
+        r"^Changeable gives another state after a step than after a reset: \.state \[3\] after \.state \[\]",
     ),
-    "another observation": (Growing(), r"^Growing gives another observation after .*: \(2,\) after \(1,\)"),
+    "another observation": (Growing(), r"^Growing gives another observation after .*: \[2\] after \[1\]"),
     "two rewards": (TwoRewards(), r"^TwoRewards must give one reward per step, got an array of shape \(2,\)"),
     "an error": (Broken(), r"^step of Broken fails \(\w+: .*, test_base\.py:\d+ in move\)"),
     "complex": (Imaginary(), r"^observations of Imaginary are complex"),
@@ -283,6 +283,12 @@ REFUSED = {
     "own Step of six": (
         own(step=six_values),
         r"^own\.step gives six values, but a step no longer resets itself: give ",
+    ),
+    "own state": (
+        own(
+            step=lambda key, state, action: Step(jnp.zeros(1), jnp.float32(0), *resets_itself(key, state, action)[2:5])
+        ),
+        r"^own\.step must keep the state that reset gives, of \.state int32\[\], got float32\[\]",
     ),
     "own restart": (
         own(restart=lambda key, state: (jnp.zeros(2), state)),

@@ -33,10 +33,10 @@ def fixed_dtypes(
     with one_sentence(f"step of {name}"):
         stepped = jax.eval_shape(lambda k: step(k, reset(k)[1], action), key)
     for what, first, after in (("observation", observation, stepped.observation), ("state", from_reset, stepped.state)):
-        if _shapes(first) != _shapes(after):
+        if differs := _difference(first, after):
             raise UsageError(
-                f"{name} gives another {what} after a step than after a reset: {_difference(first, after)}; it must "
-                "keep its structure and shapes."
+                f"{name} gives another {what} after a step than after a reset: {differs[1]} after {differs[0]}; it "
+                "must keep its structure and shapes."
             )
     dtypes = jax.tree.map(
         lambda a, b: a.dtype if a.dtype == b.dtype else jnp.promote_types(a, b), from_reset, stepped.state
@@ -56,17 +56,18 @@ def fixed_dtypes(
     return cast_reset, cast_step
 
 
-def _shapes(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
-    return jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)]
+def _difference(first: PyTree, second: PyTree, *, with_dtypes: bool = False) -> tuple[str, str] | None:
+    """The first place where two trees of shapes differ, as text in each of them; None where they do not."""
 
+    def places(tree: PyTree) -> list[str]:
+        named = ((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree))
+        return [f"{path} {leaf.dtype if with_dtypes else ''}{list(leaf.shape)}".strip() for path, leaf in named]
 
-def _difference(first: PyTree, after: PyTree) -> str:
-    """Of two trees of shapes that are not the same: the first place where they differ."""
-    named = [jax.tree_util.tree_leaves_with_path(tree) for tree in (first, after)]
-    found = [[f"{jax.tree_util.keystr(path)} {leaf.shape}".strip() for path, leaf in leaves] for leaves in named]
-    pairs = ((a, b) for a, b in zip(*found, strict=False) if a != b)
-    a, b = next(pairs, (f"{len(found[0])} arrays", f"{len(found[1])} in another structure"))
-    return f"{b} after {a}"
+    both = places(first), places(second)
+    if (both[0], jax.tree.structure(first)) == (both[1], jax.tree.structure(second)):
+        return None
+    different = (pair for pair in zip(*both, strict=False) if pair[0] != pair[1])
+    return next(different, (f"{len(both[0])} arrays", f"{len(both[1])} in another structure"))
 
 
 @contextlib.contextmanager
@@ -149,8 +150,8 @@ def check_environment(environment: Environment) -> None:
         checks.append(("restart must give an observation", start, observation))
         checks.append(("restart must keep the state that reset gives,", after, state))
     for what, found, expected in checks:
-        if _signature(found) != _signature(expected):
-            raise UsageError(f"{name}.{what} of {_signature(expected)}, got {_signature(found)}.")
+        if differs := _difference(expected, found, with_dtypes=True):
+            raise UsageError(f"{name}.{what} of {differs[0]}, got {differs[1]}.")
 
 
 def _eval_step(environment: Environment, key: Any, state: PyTree) -> Step:
@@ -168,8 +169,3 @@ def _eval_step(environment: Environment, key: Any, state: PyTree) -> Step:
             "state, reward, terminated, truncated) of what the action led to, and leave the reset to the trainer."
         )
     return Step(*result)
-
-
-def _signature(tree: Any) -> str:
-    leaves = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(tree)]
-    return leaves[0] if leaves and tree is jax.tree.leaves(tree)[0] else f"{jax.tree.structure(tree)} {leaves}"

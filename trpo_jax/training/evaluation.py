@@ -21,7 +21,7 @@ from trpo_jax.training.state import TrainState
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """One entry an episode, E episodes.
+    """Returns and lengths of E episodes, one entry per episode.
 
     Attributes:
       episode_return: undiscounted return, float32 [E].
