@@ -14,7 +14,7 @@ from trpo_jax.runs import runner
 from trpo_jax.runs.descriptions import write_table
 from trpo_jax.runs.folders import continue_run, open_run
 from trpo_jax.runs.metrics import METRICS
-from trpo_jax.sweeps.cohorts import Cut
+from trpo_jax.sweeps.cohorts import Snapshot
 from trpo_jax.sweeps.grids import read_spec
 from trpo_jax.sweeps.in_folder import run_sweep
 from trpo_jax.sweeps.storage import Block, Folder
@@ -286,14 +286,14 @@ def test_rows_of_another_sweep_or_block_are_not_taken_for_this_ones(sweep, tmp_p
 
 def test_the_state_of_another_block_is_not_taken_for_this_ones(tmp_path, capsys):
     write_table(tmp_path / "sweep.json", {"seed": 0})
-    cut = Cut(np.ones((1, 2)), {name: np.ones((1, 3), np.float32) for name in METRICS})
+    snapshot = Snapshot(np.ones((1, 2)), {name: np.ones((1, 3), np.float32) for name in METRICS})
     first, second = (Block(0, number, number, number + 1) for number in range(2))
     folder = Folder(tmp_path)
-    folder.save(first, cut)
-    assert np.array_equal(folder.restore(first, cut.states).states, cut.states)
+    folder.save(first, snapshot)
+    assert np.array_equal(folder.restore(first, snapshot.states).states, snapshot.states)
     (file,) = (tmp_path / "checkpoints").iterdir()
     swapped = file.rename(file.with_name(file.name.replace("00-0000", "00-0001")))
-    assert folder.restore(second, cut.states) is None
+    assert folder.restore(second, snapshot.states) is None
     check_sentence(capsys.readouterr().err, swapped)
 
 

@@ -62,7 +62,7 @@ def command(name: str, path: str | os.PathLike[str], *, env: Any = None) -> str:
 
 
 def say(sentence: str) -> None:
-    """One line for whoever started the process, on standard error; nothing if that cannot be written to."""
+    """Print one line on standard error; do nothing if that cannot be written to."""
     with contextlib.suppress(OSError):  # a name in it may have line breaks
         print(f"trpo-jax: {' '.join(sentence.splitlines())}", file=sys.stderr, flush=True)
 
@@ -161,13 +161,13 @@ def append(file: Path, text: str, mend: str = WRITABLE) -> None:
 
 
 def sealed(data: bytes) -> bytes:
-    """`data` with the checksum of everything else in place of the last `BLANK_SEAL` in it."""
+    """Return `data` with its checksum in place of the last `BLANK_SEAL` in it."""
     at = data.rindex(BLANK_SEAL.encode())
     return data[:at] + f"crc32:{zlib.crc32(data):08x}".encode() + data[at + len(BLANK_SEAL) :]
 
 
 def is_intact(data: bytes) -> bool:
-    """Whether what `sealed` gave is as it was; what never had a seal counts as intact."""
+    """Whether sealed data is unchanged; data without a seal counts as intact."""
     found = list(_SEAL.finditer(data))
     if not found:
         return True
@@ -183,7 +183,7 @@ def is_intact(data: bytes) -> bool:
 def locked(
     folder: Path, *within: str, name: str = ".lock", mend: str = "wait for it, or choose another folder"
 ) -> Iterator[None]:
-    """Hold a folder, made if need be, against a second process; a holder that is killed lets go by itself.
+    """Lock a folder, made if need be, against a second process; the lock of a killed one is released by the system.
 
     What killed processes left of files they were writing goes. A folder that was made for it and stays empty goes with
     the lock. On a file system without locks nothing is held.

@@ -23,7 +23,7 @@ from trpo_jax import UsageError
 from trpo_jax.cli import main
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.sweeps import search, studies
-from trpo_jax.sweeps.cohorts import Cut
+from trpo_jax.sweeps.cohorts import Snapshot
 from trpo_jax.sweeps.grids import TUNING_SEEDS, make_spec
 from trpo_jax.sweeps.search import tune
 
@@ -133,8 +133,8 @@ def scores_of(config):
 def train_nothing(spec, alive, rung, num_rungs, programs):
     for trial in alive:
         end = search._end(rung, trial.config.num_iterations)
-        trial.cut = Cut((), {name: np.ones((2, end), np.float32) for name in METRICS})
-        trial.cut.metrics["episode_return"] *= scores_of(trial.config)[:, None]
+        trial.snapshot = Snapshot((), {name: np.ones((2, end), np.float32) for name in METRICS})
+        trial.snapshot.metrics["episode_return"] *= scores_of(trial.config)[:, None]
         trial.score = float(search.interquartile_mean(scores_of(trial.config)))
 
 
@@ -440,8 +440,8 @@ def test_search_without_a_score_says_what_happened(rows, says, tmp_path, monkeyp
     def train_groups(spec, alive, rung, num_rungs, programs):
         for trial in alive:
             end = search._end(rung, trial.config.num_iterations)
-            trial.cut = Cut((), {name: np.full((2, end), rows.get(name, 1), np.float32) for name in METRICS})
-            trial.cut.metrics["episode_return"][:] = np.nan
+            trial.snapshot = Snapshot((), {name: np.full((2, end), rows.get(name, 1), np.float32) for name in METRICS})
+            trial.snapshot.metrics["episode_return"][:] = np.nan
             trial.score = float("nan")
 
     monkeypatch.setattr(search, "_train_groups", train_groups)
@@ -479,7 +479,7 @@ def test_programs_are_compiled_once_and_only_a_few_are_kept(monkeypatch, tmp_pat
         end = search._end(rung, group[0].config.num_iterations)
         for trial in group:
             metrics = {name: np.full((2, end), trial.config.num_steps, np.float32) for name in METRICS}
-            trial.cut = Cut((), metrics)
+            trial.snapshot = Snapshot((), metrics)
             trial.score = float(trial.config.num_steps)
 
     monkeypatch.setattr(search, "_compile", compile_programs)

@@ -68,7 +68,7 @@ def check_equal(
 
 
 def origin(file: Path) -> str:
-    """A checksum of what a description asks for, whoever wrote it: what was made for it bears it.
+    """The checksum of what a description asks for, which stamps the files that are made for it.
 
     Equal descriptions have equal ones, so that a folder may be copied, moved and renamed.
     """

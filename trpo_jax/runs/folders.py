@@ -177,7 +177,7 @@ def _restore(run: Run, file: MetricsFile, checkpoints: Checkpoints) -> Saved | N
         raise UsageError(
             f"{run.path} has rows in metrics.csv and no checkpoints; restore those, or train anew into another folder."
         )
-    file.cut(saved.note if saved else {})
+    file.truncate(saved.note if saved else {})
     return saved
 
 

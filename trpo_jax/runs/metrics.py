@@ -58,7 +58,7 @@ class MetricsFile:
                 "another folder."
             )
 
-    def cut(self, note: Mapping[str, Any]) -> None:
+    def truncate(self, note: Mapping[str, Any]) -> None:
         """Drop the rows after those that a checkpoint stands on; without one, all of them."""
         kept = self._found[: note["rows"][0]] if note else _HEADER
         if kept != self._found:

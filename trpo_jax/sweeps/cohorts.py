@@ -1,4 +1,4 @@
-"""Cohorts: agents side by side in the programs of their group, from wherever they stand."""
+"""Training agents side by side in the compiled programs of their group, from the start or from a snapshot."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from trpo_jax.training.state import TrainState
 _LAST_SHARE = 0.1  # of the iterations count for the training return
 
 
-class Cut(NamedTuple):
-    """Agents on their way, on the host: states [A, ...] from `to_host`, metrics {name: [A, iterations done]}."""
+class Snapshot(NamedTuple):
+    """Agents in the midst of training, on the host: states [A, ...] of `to_host`, metrics {name: [A, iterations]}."""
 
     states: TrainState
     metrics: dict[str, np.ndarray]
@@ -30,29 +30,32 @@ class Cut(NamedTuple):
         """Iterations that the agents have behind them."""
         return self.metrics["finite"].shape[1]
 
-    def take(self, at: Any) -> Cut:
+    def take(self, at: Any) -> Snapshot:
         """Some of the agents, by a slice or an array of indices."""
         return jax.tree.map(lambda leaf: leaf[at], self)
 
 
-def join(cuts: Sequence[Cut]) -> Cut:
-    """All agents of several cuts after the same number of iterations."""
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *cuts)
+def join(snapshots: Sequence[Snapshot]) -> Snapshot:
+    """All agents of several snapshots after the same number of iterations."""
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *snapshots)
 
 
 class Cohort:
-    """At most D·U agents at work, each with its settings and its key, from a cut or from the start.
+    """At most D·U agents at work, each with its settings and its key, from a snapshot or from the start.
 
     What fills the programs up repeats the last one, and its results are dropped.
     """
 
-    def __init__(self, programs: Programs, configs: Sequence[Config], keys: Any, cut: Cut | None = None):
+    def __init__(self, programs: Programs, configs: Sequence[Config], keys: Any, snapshot: Snapshot | None = None):
         self.programs, self.size = programs, len(configs)
         at = np.minimum(np.arange(programs.width), self.size - 1)
         self.configs = stack_configs([configs[i] for i in at])
-        self.done = cut.done if cut else 0
-        self._metrics = [cut.metrics if cut else {name: np.empty((self.size, 0), np.float32) for name in METRICS}]
-        self.states = from_host(cut.take(at).states, programs.states) if cut else programs.start(self.configs, keys[at])
+        if snapshot:
+            self.done, self._metrics = snapshot.done, [snapshot.metrics]
+            self.states = from_host(snapshot.take(at).states, programs.states)
+        else:
+            self.done, self._metrics = 0, [{name: np.empty((self.size, 0), np.float32) for name in METRICS}]
+            self.states = programs.start(self.configs, keys[at])
 
     def train(self, until: int, on_chunk: Callable[[int], bool] = lambda length: True) -> None:
         """Train until an iteration; after each chunk `on_chunk(its length)` says whether to go on."""
@@ -78,9 +81,9 @@ class Cohort:
             return np.full(self.size, np.nan, np.float32)
         return np.asarray(self.programs.evaluate(self.configs, self.states), np.float32)[: self.size]
 
-    def cut(self) -> Cut:
+    def snapshot(self) -> Snapshot:
         """Where the agents stand."""
-        return Cut(jax.tree.map(lambda leaf: leaf[: self.size], to_host(self.states)), self.metrics)
+        return Snapshot(jax.tree.map(lambda leaf: leaf[: self.size], to_host(self.states)), self.metrics)
 
 
 def to_host(states: TrainState) -> TrainState:
@@ -98,14 +101,14 @@ def from_host(states: TrainState, like: TrainState) -> TrainState:
     return jax.tree.map(restore, states, like)
 
 
-def blank(states: TrainState, num_agents: int, done: int) -> Cut:
-    """A cut of so many agents after so many iterations, of no content; `states` gives shapes, [A, ...]."""
+def blank(states: TrainState, num_agents: int, done: int) -> Snapshot:
+    """A snapshot of so many agents after so many iterations, of no content; `states` gives shapes, [A, ...]."""
 
     def empty(leaf: Any) -> np.ndarray:
         shape = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
         return np.empty((num_agents, *shape.shape[1:]), shape.dtype)
 
-    return Cut(jax.tree.map(empty, states), {name: np.empty((num_agents, done), np.float32) for name in METRICS})
+    return Snapshot(jax.tree.map(empty, states), {name: np.empty((num_agents, done), np.float32) for name in METRICS})
 
 
 def failed_iteration(metrics: Mapping[str, np.ndarray]) -> np.ndarray:

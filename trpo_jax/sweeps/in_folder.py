@@ -16,7 +16,7 @@ from trpo_jax.files import say
 from trpo_jax.runs.descriptions import made_by
 from trpo_jax.runs.runner import Clock, interrupts
 from trpo_jax.settings import SETTINGS
-from trpo_jax.sweeps.cohorts import Cohort, Cut, failed_iteration, join, training_return
+from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, training_return
 from trpo_jax.sweeps.grids import Group, Point, Spec, plan
 from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs
 from trpo_jax.sweeps.storage import Block, Folder, cut_into_blocks
@@ -113,14 +113,14 @@ class _Work:
         self.clock.done += mine - sum(block.size for block in pending) * group.steps_per_agent
         self.clock.start()
         found = {block: self.folder.restore(block, programs.states) for block in pending}
-        cuts = {block: cut for block, cut in found.items() if cut}
+        snapshots = {block: snapshot for block, snapshot in found.items() if snapshot}
         while pending and not self.interrupted():
             # Blocks that stand at one iteration run together, the furthest first.
-            stands = {block: cuts[block].done if block in cuts else 0 for block in pending}
+            stands = {block: snapshots[block].done if block in snapshots else 0 for block in pending}
             most = max(stands.values())
             together = [block for block in pending if stands[block] == most][: programs.num_devices]
             pending = [block for block in pending if block not in together]
-            self._train_blocks(programs, together, [cuts.pop(block) for block in together] if most else None)
+            self._train_blocks(programs, together, [snapshots.pop(block) for block in together] if most else None)
 
     def _settle(self, number: int, settled: dict[str, Any] | None) -> Programs:
         """Compile a group's programs, and settle how many agents they take."""
@@ -140,7 +140,7 @@ class _Work:
             )
         return programs
 
-    def _train_blocks(self, programs: Programs, blocks: list[Block], cuts: Sequence[Cut] | None) -> None:
+    def _train_blocks(self, programs: Programs, blocks: list[Block], snapshots: Sequence[Snapshot] | None) -> None:
         """Train at most D blocks, one per device, from where all of them stand; write their results.
 
         An interrupt saves them after the chunk at work.
@@ -148,7 +148,7 @@ class _Work:
         group = self.groups[blocks[0].group]
         members = [i for block in blocks for i in range(block.first, block.last)]
         keys = group.keys[np.array(members)]
-        cohort = Cohort(programs, [group.configs[i] for i in members], keys, join(cuts) if cuts else None)
+        cohort = Cohort(programs, [group.configs[i] for i in members], keys, join(snapshots) if snapshots else None)
         at, num_blocks = (blocks[0].group, len(self.groups)), -(-group.num_agents // programs.agents_per_block)
         steps = len(members) * group.configs[0].steps_per_iteration  # of an iteration
         self.clock.done += steps * cohort.done
@@ -162,9 +162,9 @@ class _Work:
             self.report(Progress(at, blocks, num_blocks, cohort.done, group.num_iterations, self.clock))
             stop, late = self.interrupted(), time.monotonic() - saved >= self.checkpoint_seconds
             if (stop or late) and cohort.done < group.num_iterations:
-                cut = cohort.cut()
+                snapshot = cohort.snapshot()
                 for block, where in zip(blocks, slices, strict=True):
-                    self.folder.save(block, cut.take(where))
+                    self.folder.save(block, snapshot.take(where))
                 saved = time.monotonic()
             return not stop
 
@@ -193,7 +193,7 @@ class _Work:
 
 
 def _check_rounding(folder: Folder) -> None:
-    """Hold what decides the last bits against what the sweep was started with: refuse another pool, tell the rest."""
+    """Raise `UsageError` where last bits would differ from those of the sweep so far; say what else may round."""
     begun, here = folder.description().get("made_by", {}), made_by()
     for name, mend in (("threads", "set NPROC={}, and --num-devices to no more"), ("devices", "give --num-devices {}")):
         if name in begun and name in here and begun[name] != here[name]:

@@ -44,14 +44,14 @@ class Trial:
     Attributes:
       asked: Optuna's trial.
       config: its `Config`; None where its settings do not go together.
-      cut: where its S agents stand, a `Cut`; None before the first iteration, and where it stopped.
+      snapshot: of its S agents; None before the first iteration, and where it stopped.
       score: IQM over its agents after the last stage that it reached.
       why: it has no score, if it has none.
     """
 
     asked: Any
     config: Any
-    cut: Any = None
+    snapshot: Any = None
     score: float = float("nan")
     why: str = ""
 
@@ -170,21 +170,21 @@ def _run_batch(study: Study, spec: Spec, trials: list[Trial], programs: dict[Any
     rungs = _distinct_rungs(min((trial.config.num_iterations for trial in alive), default=1))
     for rung in rungs:
         _train_groups(spec, alive, rung, len(rungs), programs)
-        alive = [trial for trial in alive if trial.cut]
+        alive = [trial for trial in alive if trial.snapshot]
         for trial in alive:
             if rung < 1:
-                trial.score = float(interquartile_mean(training_return(trial.cut.metrics)))
-            why = _NOT_FINITE if failed_iteration(trial.cut.metrics).any() else _NO_EPISODE
+                trial.score = float(interquartile_mean(training_return(trial.snapshot.metrics)))
+            why = _NOT_FINITE if failed_iteration(trial.snapshot.metrics).any() else _NO_EPISODE
             trial.why = "" if np.isfinite(trial.score) else why
         with study.at_work():
             for trial in alive:
                 if np.isfinite(trial.score):
-                    trial.asked.report(trial.score, step=trial.cut.done)
+                    trial.asked.report(trial.score, step=trial.snapshot.done)
         if rung < 1 and any(np.isfinite(trial.score) for trial in alive):  # else nothing is known yet
             alive.sort(key=lambda trial: -np.nan_to_num(trial.score, nan=-np.inf))
             keep = -(-len(alive) // 2)
             for trial in alive[keep:]:
-                trial.cut = None
+                trial.snapshot = None
             alive = alive[:keep]
     done = {trial.asked.number for trial in alive if np.isfinite(trial.score)}
     with study.at_work():
@@ -214,7 +214,7 @@ def _train_groups(spec: Spec, alive: list[Trial], rung: float, num_rungs: int, p
                 programs[shape] = _compile(spec, groups[shape], num_rungs)
             except UsageError as error:  # it does not fit into memory
                 for trial in groups[shape]:
-                    trial.why, trial.cut = str(error).rstrip("."), None
+                    trial.why, trial.snapshot = str(error).rstrip("."), None
                 continue
         programs[shape] = programs.pop(shape)  # the newest is the last
         _train_until(programs[shape], spec, groups[shape], rung)
@@ -242,18 +242,18 @@ def _train_until(programs: Programs, spec: Spec, group: list[Trial], rung: float
     seeds = spec.num_seeds
     keys = agent_keys(TUNING_SEEDS + spec.seed, seeds)[np.tile(np.arange(seeds), len(group))]
     configs = [trial.config for trial in group for _ in range(seeds)]
-    before = join([trial.cut for trial in group]) if group[0].cut else None
-    cuts, scores = [], []
+    before = join([trial.snapshot for trial in group]) if group[0].snapshot else None
+    snapshots, scores = [], []
     for first in range(0, len(configs), programs.width):
         part = slice(first, first + programs.width)
         cohort = Cohort(programs, configs[part], keys[part], before.take(part) if before else None)
         cohort.train(_end(rung, group[0].config.num_iterations))
-        cuts.append(cohort.cut())
+        snapshots.append(cohort.snapshot())
         if rung == 1:
             scores.append(cohort.evaluate() if spec.num_episodes else training_return(cohort.metrics))
-    after = join(cuts)
+    after = join(snapshots)
     for i, trial in enumerate(group):
         mine = slice(i * seeds, (i + 1) * seeds)
-        trial.cut = after.take(mine)
+        trial.snapshot = after.take(mine)
         if rung == 1:
             trial.score = float(interquartile_mean(np.concatenate(scores)[mine]))

@@ -23,7 +23,7 @@ import numpy as np
 from trpo_jax.config import UsageError, counted, first_line
 from trpo_jax.files import BLANK_SEAL, is_intact, locked, say, sealed, write_atomically
 from trpo_jax.runs.descriptions import check_equal, is_begun, origin, read_table, restore_or_anew, write_table
-from trpo_jax.sweeps.cohorts import Cut, blank
+from trpo_jax.sweeps.cohorts import Snapshot, blank
 from trpo_jax.training.checkpoints import Checkpoints, without_mend
 from trpo_jax.training.state import TrainState
 
@@ -85,7 +85,7 @@ class Folder:
         return found
 
     def _mark(self, block: Block | str) -> str:
-        """What the files of a block bear: of which sweep they are, and of which block."""
+        """The stamp in each file of a block: of which sweep it is, and of which block."""
         self._origin = self._origin or origin(self.path / "sweep.json")
         return f"{self._origin} {block}"
 
@@ -95,7 +95,7 @@ class Folder:
         return (rows.schema.metadata or {}).get(b"of", ours) == ours
 
     def program(self, group: int) -> dict[str, Any] | None:
-        """What was settled about a group's program, if it was."""
+        """What is settled about a group's program; None if nothing is yet."""
         file = self.path / "programs" / f"{group:02d}.json"
         if not file.exists():
             return None
@@ -105,14 +105,14 @@ class Folder:
         return program
 
     def settle_program(self, group: int, program: dict[str, Any]) -> dict[str, Any]:
-        """Settle a group's program; where several processes try, the first one's counts for all."""
+        """Settle a group's program, and return what counts: where several processes try, what the first one wrote."""
         file = self.path / "programs" / f"{group:02d}.json"
         write_table(file, program, first=True)
         return read_table(file, "sweep")
 
     @contextlib.contextmanager
     def locked(self, process: int) -> Iterator[None]:
-        """Hold the folder against a second process of the same number; a killed holder lets go by itself."""
+        """Lock the folder against a second process of the same number."""
         is_begun(self.path / "sweep.json", "sweep")  # nothing is written into a folder of something else
         mend = "wait for it, or give each process a number of its own with --num-processes and --process-id"
         with locked(self.path, "programs", "results", "checkpoints", name=f".lock{process}", mend=mend):
@@ -197,11 +197,11 @@ class Folder:
         folder, kind = self.path / "checkpoints", "sweep or another block"
         return Checkpoints(folder, self._mark(block), kind, prefix=f"{block}-", mend=_CONTINUES)
 
-    def save(self, block: Block, cut: Cut) -> None:
+    def save(self, block: Block, snapshot: Snapshot) -> None:
         """Save a block at work; the checkpoint before it goes when the new one is whole."""
-        self._checkpoints(block).save(cut, cut.done)
+        self._checkpoints(block).save(snapshot, snapshot.done)
 
-    def restore(self, block: Block, states: TrainState) -> Cut | None:
+    def restore(self, block: Block, states: TrainState) -> Snapshot | None:
         """Where a block stands by its newest sound checkpoint, None if it is to begin; `states` gives shapes, [A, ...].
 
         What is passed over is said.
@@ -211,7 +211,7 @@ class Folder:
         except UsageError as error:
             say(f"{without_mend(error)}; its agents are trained anew.")
             return None
-        return Cut(*saved.state) if saved else None
+        return Snapshot(*saved.state) if saved else None
 
 
 def _read_rows(file: Path, columns: list[str] | None = None) -> Any:

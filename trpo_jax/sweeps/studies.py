@@ -46,18 +46,15 @@ class Study:
         self._study, self._where, self._owner, self._seed = study, where, owner, seed
 
     def ask(self, number: int) -> list[Any]:
-        """So many new trials of Optuna's, to suggest values and report to.
+        """Ask Optuna for so many new trials.
 
         The sampler is seeded anew for each, by the search's seed and the trial's index: the number of trials before it,
         those apart that a killed process left. So a search that is cut anywhere proposes what it would have uncut.
         """
         import optuna
 
-        used = {
-            trial.user_attrs.get("index", trial.number)
-            for trial in self._study.get_trials(deepcopy=False)
-            if trial.state != optuna.trial.TrialState.FAIL
-        }
+        known = [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.name != "FAIL"]
+        used = {trial.user_attrs.get("index", trial.number) for trial in known}
         indices = (index for index in itertools.count() if index not in used)
         trials = []
         for index in itertools.islice(indices, number):
@@ -113,22 +110,12 @@ class Study:
         return Counter(trial.user_attrs["why"] for trial in self._finished() if "why" in trial.user_attrs)
 
     def _finished(self) -> list[Any]:
-        from optuna.trial import TrialState
+        return [t for t in self._study.get_trials(deepcopy=False) if t.state.name in ("COMPLETE", "PRUNED")]
 
-        return self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.PRUNED])
-
-    @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
+    def at_work(self) -> contextlib.AbstractContextManager[None]:
         """Turn whatever a database answers into one sentence."""
-        try:
-            yield
-        except UsageError:
-            raise
-        except Exception as error:  # each database has errors of its own
-            raise UsageError(
-                f"cannot use the study in {self._where} ({_cause(error)}); what is told is safe, and the same command "
-                "continues when it can be read and written."
-            ) from error
+        mend = "what is told is safe, and the same command continues when it can be read and written"
+        return _said(f"cannot use the study in {self._where}", mend)
 
 
 @contextlib.contextmanager
@@ -156,12 +143,8 @@ def open_study(path: str | os.PathLike[str], spec: Spec, storage: str | None, ma
     _check(folder, storage)
     with locked(folder, mend="wait for it, or choose another --output"):
         where = storage or folder / "study.db"
-        try:
+        with _said(f"the study in {where} cannot be opened", _MEND):
             study = _load(folder, storage, description)
-        except (UsageError, MemoryError):
-            raise
-        except Exception as error:
-            raise UsageError(f"the study in {where} cannot be opened ({_cause(error)}); {_MEND}.") from error
         found = study.user_attrs[_ASKED_FOR]
         if not isinstance(found, dict):
             raise UsageError(f"the study in {where} is damaged (its description is {shown(found)}); {_MEND}.")
@@ -254,8 +237,15 @@ def _checksum(trial: Any, score: float | None) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _cause(error: BaseException) -> str:
-    """The first line of what lies at the bottom of an error."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return first_line(error)
+@contextlib.contextmanager
+def _said(what: str, mend: str) -> Iterator[None]:
+    """Turn an error into one sentence with its first cause."""
+    try:
+        yield
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:  # each database has errors of its own
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise UsageError(f"{what} ({first_line(cause)}); {mend}.") from error
