@@ -59,33 +59,19 @@ def checked(name: str, value: Any, source: str) -> Any:
     value = cast(name, value)
     if name == TOTAL_STEPS:
         check_limits({name: value}, source)
-    elif name == "env":
-        check_env_name(value, source)
-    else:
+    elif name == "env" and not isinstance(value, str):
+        raise UsageError(f"env in {source} must be the name of an environment, got {shown(value)}.")
+    elif name == "env" and ":" in value:  # Gymnasium would import the module: a file must not run code
+        raise UsageError(
+            f"env in {source} names a module to import, {shown(value)}, which only the command line may; give it there."
+        )
+    elif name != "env":
         check_setting(name, value, source)
     return value
 
 
-def check_env_name(name: Any, source: str) -> None:
-    """Refuse what is no environment's name, and one that has Gymnasium import a module: a file must not run code."""
-    if not isinstance(name, str):
-        raise UsageError(f"env in {source} must be the name of an environment, got {shown(name)}.")
-    if ":" in name:
-        raise UsageError(
-            f"env in {source} names a module to import, {shown(name)}, which only the command line may; give it there."
-        )
-
-
 def checked_settings(table: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Settings as a file has them, as `Config` has them, each known and checked by itself.
-
-    Args:
-      table: names and values.
-      source: the file, for the sentence.
-
-    Raises:
-      UsageError: with one sentence.
-    """
+    """The settings in a file, `source`, as `Config` has them; `UsageError` with one sentence about a wrong one."""
     check_names(table, source)
     return {name: checked(name, value, source) for name, value in table.items()}
 
@@ -98,18 +84,6 @@ def check_names(names: Iterable[str], source: str) -> None:
             raise UsageError(f"{source} has no setting {shown(name)}{nearest(name, known)}")
 
 
-def iterations_within(total_steps: int, config: Config) -> int:
-    """How many iterations take at most `total_steps` environment steps; raise `UsageError` if none does."""
-    check_limits({TOTAL_STEPS: total_steps})
-    iterations = total_steps // config.steps_per_iteration
-    if iterations < 1:
-        raise UsageError(
-            f"{TOTAL_STEPS}={total_steps} is less than one iteration of num_envs x num_steps = "
-            f"{config.steps_per_iteration}; raise it, or lower num_envs or num_steps."
-        )
-    return iterations
-
-
 def with_length(settings: Mapping[str, Any], base: Config) -> Config:
     """`base` with some settings changed, among which `total_steps` may stand for `num_iterations`, if not both do."""
     if TOTAL_STEPS not in settings:
@@ -117,4 +91,11 @@ def with_length(settings: Mapping[str, Any], base: Config) -> Config:
     if "num_iterations" in settings:
         raise UsageError("total_steps and num_iterations both set the length of a run; give one of them.")
     config = base.replace(**{name: value for name, value in settings.items() if name != TOTAL_STEPS})
-    return config.replace(num_iterations=iterations_within(settings[TOTAL_STEPS], config))
+    check_limits({TOTAL_STEPS: settings[TOTAL_STEPS]})
+    iterations = settings[TOTAL_STEPS] // config.steps_per_iteration
+    if iterations < 1:
+        raise UsageError(
+            f"{TOTAL_STEPS}={settings[TOTAL_STEPS]} is less than one iteration of num_envs x num_steps = "
+            f"{config.steps_per_iteration}; raise it, or lower num_envs or num_steps."
+        )
+    return config.replace(num_iterations=iterations)
