@@ -7,7 +7,7 @@ import optax
 import pytest
 from scipy.optimize import brentq
 
-from trpo_jax import Categorical, DiagonalGaussian
+from trpo_jax import Batch, Categorical, DiagonalGaussian
 from trpo_jax.steps.first_order import clipped_objective, first_order_update, penalized_objective, surrogate_objective
 
 
@@ -70,6 +70,27 @@ def test_one_plain_step_is_the_policy_gradient(x64):
     np.testing.assert_allclose(info.mean_kl, kl, rtol=1e-12)
     np.testing.assert_allclose(info.surrogate_gain, gain, rtol=1e-10)
     assert info.accepted and info.step_fraction == 1 and info.divergence == info.mean_kl
+
+
+def test_samples_of_another_policy_count_by_their_ratio(x64):
+    """With a behaviour policy the step is along the gradient of mean[π_θ/π_b · A], and its gain is that objective's."""
+    params, observation, action, advantage = make_problem()
+    behaviour = categorical(jax.tree.map(lambda leaf: leaf + 0.3, params), observation).log_prob(action)
+    batch = Batch(observation, action, advantage, behaviour)
+    optimizer = optax.sgd(1e-4)
+    new, _, info = jax.jit(
+        lambda params: first_order_update(categorical, params, optimizer.init(params), batch, optimizer=optimizer)
+    )(params)
+
+    def objective(p):
+        weight = jnp.exp(categorical(p, observation).log_prob(action) - behaviour)
+        return jnp.mean(weight * advantage), weight.sum() ** 2 / (len(weight) * (weight**2).sum())
+
+    gradient = jax.grad(lambda p: objective(p)[0])(params)
+    for name, leaf in params.items():
+        np.testing.assert_allclose(new[name] - leaf, 1e-4 * gradient[name], rtol=1e-8, atol=1e-16)
+    np.testing.assert_allclose(info.surrogate_gain, objective(new)[0] - objective(params)[0], rtol=1e-6)
+    np.testing.assert_allclose(info.effective_sample_fraction, objective(new)[1], rtol=1e-8)
 
 
 def test_the_bandit_step_is_the_one_by_hand(x64):

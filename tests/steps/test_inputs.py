@@ -114,6 +114,9 @@ def test_a_line_search_by_name_is_refused():
 
 PARTIAL = "line_search=functools.partial(backtracking_line_search, "
 MOVED = {
+    "observation": "it without its name, or one Batch",
+    "action": "it without its name, or one Batch",
+    "advantage": "it without its name, or one Batch",
     "cg_damping": "solver=Solver(damping=…)",
     "cg_iterations": "solver=Solver(iterations=…)",
     "cg_tolerance": "solver=Solver(tolerance=…)",

@@ -18,7 +18,14 @@ from trpo_jax.steps import trees
 from trpo_jax.steps.distributions import Distribution
 from trpo_jax.steps.minibatches import minibatch_descent
 from trpo_jax.steps.objectives import entropy_bonus
-from trpo_jax.steps.policy_updates import Batch, UpdateInfo, finite_info, make_evaluate, surrogate_gradient
+from trpo_jax.steps.policy_updates import (
+    Batch,
+    UpdateInfo,
+    finite_info,
+    make_evaluate,
+    of_old_policy,
+    surrogate_gradient,
+)
 from trpo_jax.steps.types import Array, PolicyApply, PyTree, Scalar
 
 if TYPE_CHECKING:
@@ -100,6 +107,7 @@ def first_order_update(
     gradient, old_distribution = surrogate_gradient(
         policy_apply, params, batch, entropy_coefficient=entropy_coefficient
     )
+    batch, untouched = of_old_policy(batch, old_distribution)
     old_log_prob = old_distribution.log_prob(batch.action)
 
     def loss_fn(new: PyTree, observation: PyTree, action: Array, advantage: Array, old_log_prob: Array) -> Array:
@@ -136,7 +144,7 @@ def first_order_update(
         maximum_kl=maximum_kl,
         entropy=jnp.mean(old_distribution.entropy()),
         step_fraction=moved.astype(gain.dtype),
-        effective_sample_fraction=jnp.where(moved, evaluation[4], 1),
+        effective_sample_fraction=jnp.where(moved, evaluation[4], untouched),
         gradient_norm=norm,
         cg_residual=jnp.zeros_like(gain),
     )

@@ -118,7 +118,7 @@ def surrogate_gradient(
         log_prob = trees.widened(old_distribution).log_prob(action)
         chex.assert_equal_shape([log_prob, advantage], custom_message="log_prob(action) and advantage differ in shape")
         if behaviour:
-            advantage = reweighted(advantage, log_prob, *behaviour)
+            advantage = _reweighted(advantage, log_prob, *behaviour)
 
         def objective(distribution: Any) -> Array:
             distribution = trees.widened(distribution)
@@ -136,8 +136,20 @@ def surrogate_gradient(
     return gradient, old_distribution
 
 
-def reweighted(advantage: Array, log_prob: Array, behaviour_log_prob: Array) -> Array:
-    """π_old/π_b · A, since π_θ/π_b · A = π_θ/π_old · (π_old/π_b · A): the update on other advantages."""
+def of_old_policy(batch: Batch, old_distribution: Distribution) -> tuple[Batch, Any]:
+    """A batch as if θ_old had taken its actions, and the effective sample fraction before any step.
+
+    π_θ/π_b · A = π_θ/π_old · (π_old/π_b · A): the update on other advantages.
+    """
+    if batch.behaviour_log_prob is None:
+        return batch, 1.0
+    old = trees.widened(old_distribution)
+    advantage = _reweighted(batch.advantage, old.log_prob(batch.action), batch.behaviour_log_prob)
+    fraction = effective_sample_fraction(old, batch.behaviour_log_prob, batch.action)
+    return dataclasses.replace(batch, advantage=advantage), fraction
+
+
+def _reweighted(advantage: Array, log_prob: Array, behaviour_log_prob: Array) -> Array:
     return jnp.exp(log_prob - behaviour_log_prob) * advantage
 
 
@@ -166,7 +178,9 @@ def make_evaluate(
         kl = old_distribution.kl(distribution)
         gain = surrogate_gain(distribution, old_log_prob, batch.action, batch.advantage)
         gain += entropy_coefficient * jnp.mean(entropy_bonus(distribution) - old_bonus)
+        divergence = constraint(old_distribution, distribution)
+        chex.assert_shape(divergence, (), custom_message="constraint must give one number for the whole batch")
         fraction = effective_sample_fraction(distribution, behaviour, batch.action)
-        return gain, constraint(old_distribution, distribution), jnp.mean(kl), jnp.max(kl), fraction
+        return gain, divergence, jnp.mean(kl), jnp.max(kl), fraction
 
     return evaluate

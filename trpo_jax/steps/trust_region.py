@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from trpo_jax.steps import defaults, trees
 from trpo_jax.steps.curvature import curvature_sample, fisher_vector_product
 from trpo_jax.steps.line_searches import Evaluate, backtracking_line_search
-from trpo_jax.steps.objectives import effective_sample_fraction, mean_kl
+from trpo_jax.steps.objectives import mean_kl
 from trpo_jax.steps.policy_updates import (
     Batch,
     Divergence,
     UpdateInfo,
     finite_info,
     make_evaluate,
-    reweighted,
+    of_old_policy,
     surrogate_gradient,
 )
 from trpo_jax.steps.solvers import Solver, conjugate_gradient
@@ -36,6 +36,7 @@ _MOVED = {
     **{f"cg_{name}": f"solver=Solver({name}=…)" for name in Solver._fields},
     "line_search_shrink": "line_search=functools.partial(backtracking_line_search, shrink=…)",
     "line_search_steps": "line_search=functools.partial(backtracking_line_search, max_steps=…)",
+    **dict.fromkeys(("observation", "action", "advantage"), "it without its name, or one Batch"),
     **{name: f"Batch(observation, action, advantage, {name}=…)" for name in ("behaviour_log_prob", "sample_ndim")},
 }
 
@@ -156,8 +157,8 @@ def trpo_update(
       The new parameters and an `UpdateInfo` of scalars.
 
     Raises:
-      ValueError: if `fisher_fraction` is a number outside (0, 1], `constraint` or `line_search` is no function, or a
-        leaf of `params` is not an array of floats.
+      ValueError: if `fisher_fraction` is a number outside (0, 1], `constraint` or `line_search` is no function,
+        `solver` is no `Solver`, or a leaf of `params` is not an array of floats.
       TypeError: if there is no such option, or no batch.
       AssertionError: if the log-probabilities of the actions do not have the shape of the advantages.
 
@@ -166,17 +167,14 @@ def trpo_update(
     _refuse_moved("trpo_update", moved)
     _check_function("constraint", constraint, "mean_kl, maximum_kl or reverse_kl")
     _check_function("line_search", line_search, "backtracking_line_search, parallel_line_search or full_step")
+    if not isinstance(solver, Solver):
+        raise ValueError(f"solver must be a Solver(damping, iterations, tolerance), got {solver!r}")
     trees.check_parameters(params)
     batch = Batch.of(*parts)
     gradient, old_distribution = surrogate_gradient(
         policy_apply, params, batch, entropy_coefficient=entropy_coefficient
     )
-    untouched: Any = 1.0
-    if (behaviour := batch.behaviour_log_prob) is not None:
-        old = trees.widened(old_distribution)
-        advantage = reweighted(batch.advantage, old.log_prob(batch.action), behaviour)
-        batch = dataclasses.replace(batch, advantage=advantage)
-        untouched = effective_sample_fraction(old, behaviour, batch.action)
+    batch, untouched = of_old_policy(batch, old_distribution)
     evaluate = make_evaluate(
         policy_apply, old_distribution, batch, entropy_coefficient=entropy_coefficient, constraint=constraint
     )
