@@ -15,10 +15,10 @@ from trpo_jax import Config
 from trpo_jax.benchmarks import report
 from trpo_jax.benchmarks.measure import (
     PARTS,
-    TimeToThreshold,
     measure_many,
     measure_one,
     measure_policy_update,
+    measure_time_to,
     setting,
     time_in_turn,
 )
@@ -52,8 +52,7 @@ def result():
     config = small_config(Countdown())
     one, many = measure_one(config, 3), measure_many(config, 32, 2)
     update = measure_policy_update(config, 64, 2)
-    learner = TimeToThreshold(config, 1e9, 2 * config.steps_per_iteration)
-    reached = {"threshold": 1e9, **report.threshold_summary([learner.run(0)])}
+    reached = measure_time_to(1e9, config, 1, 2 * config.steps_per_iteration)
     parts = {"one_agent": one, "many_agents": many, "policy_update": update, "time_to_threshold": reached}
     return {"setting": setting(), "settings": settings_of(config), "repetitions": 2, **parts}
 
@@ -93,7 +92,7 @@ def test_a_return_out_of_reach_is_never_and_costs_no_more_than_allowed(result):
 
 def test_a_return_within_reach_takes_one_iteration():
     config = small_config(Countdown())
-    reached = TimeToThreshold(config, -1e9, 10 * config.steps_per_iteration).run(3)
+    reached = measure_time_to(-1e9, config, 1, 10 * config.steps_per_iteration)
     assert reached["env_steps"] == config.steps_per_iteration and 0 < reached["seconds"] < 10
 
 

@@ -7,6 +7,7 @@ one process so that a drift of the machine meets them all, the median of several
 from __future__ import annotations
 
 import functools
+import math
 import os
 import platform
 import time
@@ -34,10 +35,10 @@ from trpo_jax.training.estimates import normalize_weights
 from trpo_jax.training.evaluation import evaluate
 from trpo_jax.training.learner import Estimates, Prepared, estimate, fit_value, prepare, value_and_input
 from trpo_jax.training.loop import init, train_step
-from trpo_jax.training.memory import compile_agents, predict_memory, program_memory
+from trpo_jax.training.memory import predict_memory, program_memory
 from trpo_jax.training.recurrence import outputs_of
 from trpo_jax.training.rollouts import rollout
-from trpo_jax.training.state import LearnerState, TrainState, Transition
+from trpo_jax.training.state import LearnerState, Metrics, TrainState, Transition
 
 WARM_UP_ITERATIONS = 20  # trained before anything is timed: short first episodes reset more often than later ones
 _ITERATIONS_TOGETHER = 4
@@ -77,27 +78,31 @@ def setting() -> dict[str, Any]:
 
 
 class Trainer:
-    """The compiled iterations of one agent, warmed up; `run` trains on and returns the seconds it took."""
+    """Compiled iterations of one agent, or of K in one program, warmed up; `run` trains on and returns the seconds."""
 
-    def __init__(self, config: Config, seed: int = 0, iterations: int = 20):
-        self.config, self.iterations = config, iterations
-        scan = jax.jit(
-            lambda config, state: jax.lax.scan(
-                lambda state, _: train_step(config, state), state, None, length=iterations
-            )
-        )
-        self.state = jax.jit(init)(config, jax.random.key(seed))
+    def __init__(self, config: Config, num_agents: int | None = None, iterations: int = 20):
+        self.config, self.per_run = config, iterations * (num_agents or 1)
+        begin: Any = init
+        step: Any = train_step
+        if num_agents:
+            begin, step = (jax.vmap(function, in_axes=(None, 0)) for function in (init, train_step))
+        key = jax.random.key(0)
+        self.state = jax.jit(begin)(config, jax.random.split(key, num_agents) if num_agents else key)
+
+        def run(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
+            return jax.lax.scan(lambda state, _: step(config, state), state, None, length=iterations)
+
         start = time.perf_counter()
-        self.program = scan.lower(config, self.state).compile()
+        self.program = jax.jit(run, donate_argnums=1).lower(config, self.state).compile()
         self.compile_seconds = time.perf_counter() - start
         for _ in range(-(-WARM_UP_ITERATIONS // iterations)):
             self.run()
 
     def run(self) -> float:
-        """Train `iterations` iterations; the seconds of one of them."""
+        """Train all iterations of the program once; the seconds per iteration and agent."""
         start = time.perf_counter()
         self.state, _ = jax.block_until_ready(self.program(self.config, self.state))
-        return (time.perf_counter() - start) / self.iterations
+        return (time.perf_counter() - start) / self.per_run
 
 
 def measure_parts(config: Config, state: TrainState, repetitions: int) -> dict[str, np.ndarray]:
@@ -243,31 +248,11 @@ def measure_policy_update(config: Config, samples: int, repetitions: int) -> dic
     }
 
 
-class Agents:
-    """The compiled iterations of K agents in one program, warmed up; `run` trains on and returns an agent's seconds."""
-
-    def __init__(self, config: Config, num_agents: int):
-        self.config, self.num_agents = config, num_agents
-        keys = jax.random.split(jax.random.key(1), num_agents)
-        self.states = jax.jit(jax.vmap(init, in_axes=(None, 0)))(config, keys)
-        start = time.perf_counter()
-        self.program = compile_agents(config, num_agents, _ITERATIONS_TOGETHER)
-        self.compile_seconds = time.perf_counter() - start
-        for _ in range(WARM_UP_ITERATIONS // _ITERATIONS_TOGETHER):
-            self.run()
-
-    def run(self) -> float:
-        """Train a few iterations; the seconds spent on one iteration of one agent: of all, divided by K."""
-        start = time.perf_counter()
-        self.states, _ = jax.block_until_ready(self.program(self.config, self.states))
-        return (time.perf_counter() - start) / (self.num_agents * _ITERATIONS_TOGETHER)
-
-
 def measure_many(config: Config, num_agents: int, repetitions: int) -> dict[str, Any]:
     """Throughput and memory of K agents in one program, in turn with one agent alone."""
-    alone, agents = Trainer(config), Agents(config, num_agents)
-    # The lone agent runs for as long as the others do, so that a disturbance of the machine meets both alike.
-    runs = max(1, num_agents * _ITERATIONS_TOGETHER // alone.iterations)
+    alone, agents = Trainer(config), Trainer(config, num_agents, _ITERATIONS_TOGETHER)
+    # The lone agent runs for as long as the others do, so that a disturbance of the machine affects both alike.
+    runs = max(1, agents.per_run // alone.per_run)
     pairs = [(np.mean([alone.run() for _ in range(runs)]), agents.run()) for _ in range(repetitions)]
     one, together = np.array(pairs).T
     memory, predicted = program_memory(agents.program), predict_memory(config, num_agents, _ITERATIONS_TOGETHER)
@@ -284,38 +269,31 @@ def measure_many(config: Config, num_agents: int, repetitions: int) -> dict[str,
     }
 
 
-class TimeToThreshold:
+def measure_time_to(threshold: float, config: Config, num_seeds: int, max_steps: int) -> dict[str, Any]:
     """Seconds and env steps of training until the mean return of 32 sampled episodes reaches a threshold.
 
-    One agent at a time, judged after every iteration by the policy as it acts while training; only training is timed,
-    compiled ahead. A seed that does not reach it within `max_steps` env steps counts as infinite.
+    One agent at a time, evaluated after every iteration by the policy as it acts while training; only training is
+    timed, compiled ahead. A seed that does not reach it within `max_steps` env steps counts as infinite.
+
+    Returns:
+      The interquartile mean over seeds of seconds and env steps, beside every seed's own.
     """
+    begin = jax.jit(init)
+    step = jax.jit(train_step).lower(config, begin(config, jax.random.key(0))).compile()
+    sampled = functools.partial(evaluate, num_episodes=_EVALUATION_EPISODES, deterministic=False)
+    mean_return = jax.jit(lambda config, state, key: sampled(config, state, key).episode_return.mean())
+    jax.block_until_ready(step(config, begin(config, jax.random.key(0))))
 
-    def __init__(self, config: Config, threshold: float, max_steps: int):
-        self.config, self.threshold, self.max_steps = config, threshold, max_steps
-        self.init = jax.jit(init)
-        first = self.init(config, jax.random.key(0))
-        self.advance = jax.jit(train_step).lower(config, first).compile()
-        judge = functools.partial(evaluate, num_episodes=_EVALUATION_EPISODES, deterministic=False)
-        self.judge = jax.jit(lambda config, state, key: judge(config, state, key).episode_return.mean())
-        jax.block_until_ready(self.advance(config, first))
-
-    def run(self, seed: int) -> dict[str, float]:
-        """Train the agent of one seed."""
-        state, seconds, steps = self.init(self.config, jax.random.key(seed)), 0.0, 0
-        while steps < self.max_steps:
+    def train_seed(seed: int) -> dict[str, float]:
+        state, seconds, steps = begin(config, jax.random.key(seed)), 0.0, 0
+        while steps < max_steps:
             start = time.perf_counter()
-            state, _ = jax.block_until_ready(self.advance(self.config, state))
-            seconds, steps = seconds + time.perf_counter() - start, steps + self.config.steps_per_iteration
-            if self.judge(self.config, state, jax.random.key(steps)) >= self.threshold:
+            state, _ = jax.block_until_ready(step(config, state))
+            seconds, steps = seconds + time.perf_counter() - start, steps + config.steps_per_iteration
+            if mean_return(config, state, jax.random.key(steps)) >= threshold:
                 return {"seed": seed, "seconds": seconds, "env_steps": steps}
-        return {"seed": seed, "seconds": float("inf"), "env_steps": float("inf")}
+        return {"seed": seed, "seconds": math.inf, "env_steps": math.inf}
 
-
-def threshold_summary(results: list[dict[str, float]]) -> dict[str, Any]:
-    """The interquartile mean over seeds of seconds and env steps, beside every seed's own."""
-    return {
-        "seconds": float(interquartile_mean([result["seconds"] for result in results])),
-        "env_steps": float(interquartile_mean([result["env_steps"] for result in results])),
-        "seeds": results,
-    }
+    seeds = [train_seed(seed) for seed in range(num_seeds)]
+    means = {name: float(interquartile_mean([seed[name] for seed in seeds])) for name in ("seconds", "env_steps")}
+    return {"threshold": threshold, **means, "seeds": seeds}

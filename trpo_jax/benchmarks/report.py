@@ -7,12 +7,11 @@ from typing import Any
 
 from trpo_jax.benchmarks.measure import (
     PARTS,
-    TimeToThreshold,
     measure_many,
     measure_one,
     measure_policy_update,
+    measure_time_to,
     setting,
-    threshold_summary,
 )
 from trpo_jax.config import counted
 from trpo_jax.config_pytree import Config
@@ -55,9 +54,7 @@ def run_benchmark(
     result["many_agents"] = measure_many(config, num_agents, repetitions)
     if threshold is not None:
         report(f"time to a return of {threshold:g}")
-        learner = TimeToThreshold(config, threshold, max_steps)
-        reached = threshold_summary([learner.run(seed) for seed in range(num_seeds)])
-        result["time_to_threshold"] = {"threshold": threshold, **reached}
+        result["time_to_threshold"] = measure_time_to(threshold, config, num_seeds, max_steps)
     return result
 
 
@@ -75,7 +72,7 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         [
             f"{many['num_agents']} agents",
             *(_range(many[key], 1) for key in ("env_steps_per_second", "updates_per_second")),
-            f"{_range(many['iteration_of_an_agent_ms'], 1)} an agent",
+            f"{_range(many['iteration_of_an_agent_ms'], 1)} per agent",
         ],
     ]
     found = [(title, ["", "env steps/s", "updates/s", "iteration, ms"], rows)]
