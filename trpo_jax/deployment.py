@@ -1,4 +1,4 @@
-"""Taking a trained policy away: playing it in Gymnasium's own environments, and exporting it as StableHLO."""
+"""Using a trained policy elsewhere: playing it in Gymnasium's own environments, and exporting it as StableHLO."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def play(
     seed: int = 0,
     gif: Path | None = None,
 ) -> np.ndarray:
-    """Play whole episodes in an environment of Gymnasium: the same policy, another implementation of the world.
+    """Play whole episodes in an environment of Gymnasium: the same policy, another implementation.
 
     Args:
       config: the settings the state was trained with.
@@ -95,7 +95,7 @@ def play(
       env: Gymnasium's id of the environment, such as "CartPole-v1".
       num_episodes: episodes, one after the other.
       seed: of the first reset.
-      gif: file for a moving picture of the first episode (at most 500 frames).
+      gif: file for an animation of the first episode (at most 500 frames).
 
     Returns:
       Undiscounted returns, [num_episodes].

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `trpo-jax`.
 
     Returns:
-      The exit status: 0; 1 where an agent of a run met a number that was not finite; 2 for bad input; 130 after Ctrl-C.
+      The exit status: 0; 1 if an agent of a run met a number that was not finite; 2 for bad input; 130 after Ctrl-C.
     """
     _settle_streams()
     try:
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sentence_about(error: Exception) -> str:
-    """What JAX and the machine have to do with an exception, in one sentence; empty if nothing is known."""
+    """The sentence for an exception that JAX or the machine caused; empty if the cause is not known."""
     _, ours, sentence = str(error).partition("UsageError: ")
     if ours:  # of what fails in Python in the middle of a program, JAX keeps the text
         return sentence.splitlines()[0]
@@ -92,7 +92,7 @@ def _sentence_about(error: Exception) -> str:
 
 
 def _settle_streams() -> None:
-    """A terminal without Greek letters shows question marks, and a stream that was closed swallows what is said."""
+    """Let a terminal without Greek letters show question marks, and a closed stream discard its text."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

@@ -184,7 +184,7 @@ def flags_of(parser: argparse.ArgumentParser, command: str) -> list[str]:
 
 
 def check_arguments(namespace: argparse.Namespace) -> None:
-    """Check what can be checked of any command: the numbers that are no settings, and that no text holds a NUL."""
+    """Check the arguments that are not settings: the range of numbers, and that no text contains a NUL."""
     check_limits(vars(namespace))
     for name, value in vars(namespace).items():
         if isinstance(value, str) and "\0" in value:
@@ -192,7 +192,7 @@ def check_arguments(namespace: argparse.Namespace) -> None:
 
 
 def config_of(namespace: argparse.Namespace, file: Mapping[str, Any] | None = None) -> Config:
-    """The `Config` of the defaults, a file of settings, and the flags, of which the latter count.
+    """The `Config` of the defaults, overridden by a file of settings, overridden by the flags.
 
     Raises:
       UsageError: if a setting is out of its range, or a flag has no effect beside the others.
@@ -212,7 +212,7 @@ def config_of(namespace: argparse.Namespace, file: Mapping[str, Any] | None = No
 
 
 def tell_idle(names: Iterable[str], configs: Iterable[Config], source: str) -> None:
-    """Say of each setting in a file that changes nothing in any of the configurations."""
+    """Print a note for each setting of a file that has no effect in any of the configurations."""
     configs = list(configs)
     for name in names:
         reasons = [without_effect(config, name) for config in configs] if name in SETTINGS else []

@@ -1,4 +1,4 @@
-"""The commands that train one run and use what it has learned, and those about environments and speed."""
+"""The commands that train a run and use its agents, and those that list environments and measure speed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def train(namespace: argparse.Namespace) -> int:
-    """Train agents in a new folder, or go on with the same ones in theirs."""
+    """Train agents in a new folder, or continue with the same ones in theirs."""
     file = _settings_from(namespace)
     config = config_of(namespace, file)
     validate(config)
@@ -45,13 +45,13 @@ def _settings_from(namespace: argparse.Namespace) -> dict[str, Any]:
 
 
 def resume(namespace: argparse.Namespace) -> int:
-    """Continue a run that was stopped."""
+    """Continue a run that was interrupted."""
     start_quickly()
     return _continue(_run_of(namespace), namespace.log)
 
 
 def _run_of(namespace: argparse.Namespace) -> Run:
-    """The run in the folder that a command was given, whose environment --env names once more, if it does."""
+    """The run in the folder that a command was given; --env may name its environment again."""
     from trpo_jax.runs.folders import open_run
 
     run = open_run(namespace.path, namespace.env)
@@ -244,7 +244,7 @@ def benchmark(namespace: argparse.Namespace) -> int:
 
 
 def envs(_: argparse.Namespace) -> int:
-    """List what can be trained, with spaces and limits."""
+    """List the environments, with their spaces and time limits."""
     from rich.table import Table
 
     from trpo_jax.cli.displays import make_console

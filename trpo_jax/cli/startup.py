@@ -1,4 +1,4 @@
-"""What is settled before a command starts JAX: its cache of compiled programs, and its devices on a CPU."""
+"""What a command sets before it starts JAX: the cache of compiled programs, and the devices of a CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trpo_jax.files import read_json
 
 
 def start_quickly() -> None:
-    """Let JAX keep what it compiles in the user's cache folder, unless it was told of another or of none."""
+    """Let JAX keep compiled programs in the user's cache folder, unless another one, or none, is set."""
     import gc
     import hashlib
 
@@ -44,7 +44,7 @@ def start_quickly() -> None:
 
 
 def use_every_core(file: Path, num_devices: int | None) -> None:
-    """On a CPU, make each core a device; what is there already goes on with as many threads as its file says."""
+    """On a CPU, make each core a device; a sweep that exists continues with the number of threads in its file."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = None
     with contextlib.suppress(OSError, KeyError, TypeError, UsageError):  # new, or damaged and reported in its place
