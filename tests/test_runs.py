@@ -17,7 +17,8 @@ from trpo_jax.files import locked
 from trpo_jax.runs.descriptions import write_table
 from trpo_jax.runs.folders import continue_run, create_run, newest_state, open_run
 from trpo_jax.runs.learning_curve import plot_learning_curve
-from trpo_jax.runs.metrics import failures, read_metrics
+from trpo_jax.runs.metrics import METRICS, failures, read_metrics
+from trpo_jax.runs.runner import CAPACITY, Clock, advance
 
 SMALL = Config(num_envs=2, num_steps=8, cg_iterations=2)
 LONG = ["--num-envs", "2", "--num-steps", "8", "--cg-iterations", "2", "--num-iterations", "1000", "--num-seeds", "2"]
@@ -233,3 +234,45 @@ def test_kills_and_interrupts_leave_no_mark(tmp_path):
         assert ours.files == theirs.files
         for name in ours.files:
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def count(lengths):
+    """A program that only counts iterations, and notes the length of each call."""
+
+    def program(_, states, length):
+        lengths.append(int(length))
+        return states + length, Metrics(*[np.full((1, CAPACITY), states + length)] * len(METRICS))
+
+    return program
+
+
+def test_chunks_double_up_to_their_capacity_and_end_where_asked():
+    lengths, chunks = [], []
+    assert advance(count(lengths), None, np.zeros(1), 3, 1000, lambda chunk: not chunks.append(chunk)) == 1000
+    assert lengths == [1, 2, 4, 8, 16, 32, 64, 128, 256, 256, 230]
+    assert [chunk.done for chunk in chunks] == [3 + sum(lengths[: i + 1]) for i in range(len(lengths))]
+    assert all(chunk.metrics["finite"].shape == (1, chunk.length) for chunk in chunks)
+    assert int(chunks[-1].states[0]) == 997
+    assert advance(count([]), None, np.zeros(1), 0, 1000, lambda chunk: chunk.done < 5) == 7
+    assert advance(count([]), None, np.zeros(1), 9, 9, lambda chunk: pytest.fail()) == 9
+
+
+def test_slow_iterations_are_chunks_of_their_own(monkeypatch):
+    monkeypatch.setattr("trpo_jax.runs.runner._CHUNK_SECONDS", 0)
+    lengths = []
+    assert advance(count(lengths), None, np.zeros(1), 0, 9, lambda chunk: True) == 9
+    assert lengths == [1] * 9
+
+
+def test_time_left_is_that_of_the_rest_at_the_speed_so_far(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("trpo_jax.runs.runner.time.perf_counter", lambda: now[0])
+    clock = Clock(total=1000, done=200)
+    assert clock.seconds_left == float("inf")
+    now[0] += 50.0  # compiling
+    clock.start()
+    now[0] += 4.0
+    clock.count(400)
+    assert (clock.seconds, clock.steps_per_second, clock.seconds_left) == (4.0, 100.0, 4.0)
+    clock.count(400)
+    assert clock.done == clock.total and clock.seconds_left == 0

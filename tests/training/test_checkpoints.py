@@ -13,6 +13,7 @@ import pytest
 from probes import same_bits, small_config
 
 from trpo_jax import Categorical, UsageError, init, load, save
+from trpo_jax.training.checkpoints import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +193,7 @@ def test_foreign_files(tmp_path, config):
 
 
 def test_other_settings(path, config):
-    assert ".env_state in" in refusal(path, config.replace(num_envs=8))
+    assert ".actor.env_state" in refusal(path, config.replace(num_envs=8))
     three = probes.linear_policy(actions=3)  # and two of them used
     two = three._replace(apply=lambda *inputs: Categorical(three.apply(*inputs).logits[..., :2]))
     wide = config.replace(policy=two)
@@ -250,3 +251,39 @@ def test_saving_makes_folders_and_replaces(tmp_path, config, state):
     save(path, state)
     assert same_bits(load(path, config), state)
     assert os.listdir(path.parent) == ["state.npz"]
+
+
+def refuse(saved):
+    raise UsageError("rows are lost; restore them.")
+
+
+def test_the_newest_sound_checkpoint_is_used_and_what_is_passed_over_is_said(tmp_path, capsys):
+    tree = {"w": np.arange(3.0)}
+    ours = Checkpoints(tmp_path, "ours", "run", prefix="a-", kept=2)
+    for done in (1, 2, 3):
+        ours.save({"w": tree["w"] + done}, done, rows=done)
+    assert [file.name for file in ours.files()] == ["a-00000003.npz", "a-00000002.npz"]
+    saved = ours.newest(lambda done: tree)
+    assert saved.done == saved.note["rows"] == 3 and np.array_equal(saved.state["w"], tree["w"] + 3)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "a-00000003.npz").write_bytes(b"")
+    assert ours.newest(lambda done: tree).done == 2
+    assert "a-00000003.npz is damaged" in (said := capsys.readouterr().err) and "is used, a-00000002.npz." in said
+    with pytest.raises(UsageError, match=r"a-00000003\.npz is damaged"):
+        ours.newest(lambda done: tree, refuse)
+    assert Checkpoints(tmp_path, "ours", "run", prefix="b-").newest(lambda done: tree) is None
+
+
+def test_checkpoints_of_other_work_or_another_iteration_are_not_taken(tmp_path):
+    tree = {"w": np.arange(3.0)}
+    Checkpoints(tmp_path, "theirs", "run").save(tree, 4)
+    ours = Checkpoints(tmp_path, "ours", "run")
+    with pytest.raises(UsageError, match=r"00000004\.npz is of another run; restore the right one, or train anew"):
+        ours.newest(lambda done: tree)
+    ours.save(tree, 5)
+    assert [file.name for file in ours.files()] == ["00000005.npz"]  # what is older goes
+    (tmp_path / "00000005.npz").rename(tmp_path / "00000009.npz")
+    with pytest.raises(UsageError, match=r"00000009\.npz is of iteration 5, which its name denies"):
+        ours.newest(lambda done: tree)
+    ours.drop()
+    assert ours.newest(lambda done: tree) is None
