@@ -9,7 +9,7 @@ import jax
 from trpo_jax.config import UsageError
 from trpo_jax.environments import base
 from trpo_jax.environments.base import Array, Environment, PyTree
-from trpo_jax.environments.suites import assemble, call_constructor, check_name, quiet_mujoco, require
+from trpo_jax.environments.suites import assemble, check_name, quiet_mujoco, require
 
 # Brax has no time limit of its own; its results are of episodes of this length.
 MAX_STEPS = 1000
@@ -27,11 +27,9 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
         if backend not in BACKENDS:
             raise UsageError(f"brax has no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
         options = {"backend": backend, **options}
-    full_name = f"brax/{name}"
-    envs = require("brax.envs", "brax")
     with quiet_mujoco():
-        env = call_constructor(full_name, lambda: envs.get_environment(own_name, **options))
-    return from_brax(env, full_name, MAX_STEPS if max_steps is None else max_steps)
+        env = require("brax.envs", "brax").get_environment(own_name, **options)
+    return from_brax(env, f"brax/{name}", MAX_STEPS if max_steps is None else max_steps)
 
 
 def from_brax(env: Any, name: str, max_steps: int | None = None) -> Environment:

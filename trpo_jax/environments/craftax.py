@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from trpo_jax.environments.base import Array, Discrete, Environment, PyTree
-from trpo_jax.environments.suites import assemble, call_constructor, check_name, require
+from trpo_jax.environments.suites import assemble, check_name, require
 
 _FOREVER = jnp.iinfo(jnp.int32).max
 
@@ -21,10 +21,8 @@ def names() -> list[str]:
 def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environment:
     """Build `craftax/{name}`; `options` replace fields of its parameters."""
     check_name(name, "craftax", names())
-    full_name = f"craftax/{name}"
-    module = require("craftax.craftax_env", "craftax")
-    env = call_constructor(full_name, lambda: module.make_craftax_env_from_name(name, auto_reset=False))
-    params = call_constructor(full_name, lambda: env.default_params.replace(**options))
+    env = require("craftax.craftax_env", "craftax").make_craftax_env_from_name(name, auto_reset=False)
+    params = env.default_params.replace(**options)
     limits = [int(params.max_timesteps)] + ([] if max_steps is None else [max_steps])
     # Its own limit looks like a death.
     params = params.replace(max_timesteps=_FOREVER)
@@ -37,4 +35,4 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
         return observation, state, reward, dead, False
 
     space = Discrete(int(env.action_space(params).n))
-    return assemble(full_name, space, reset, step, max_steps=min(limits), costly_reset=True)
+    return assemble(f"craftax/{name}", space, reset, step, max_steps=min(limits), costly_reset=True)

@@ -11,7 +11,7 @@ from trpo_jax.config import UsageError, first_line, nearest
 from trpo_jax.environments.base import Box, Environment, Space
 from trpo_jax.environments.host import Host, pure_functions
 from trpo_jax.environments.spaces import action_space, picture_scale
-from trpo_jax.environments.suites import call_constructor, quiet_mujoco, require
+from trpo_jax.environments.suites import quiet_mujoco, require
 
 
 def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environment:
@@ -35,7 +35,7 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
                 f"there is no environment {full_name}{nearest(name, names())} `trpo-jax envs` lists them."
             ) from error
 
-    first = call_constructor(full_name, instance)
+    first = instance()
     limits = [limit for limit in (own_limit or first.spec.max_episode_steps, max_steps) if limit is not None]
     if not limits:
         raise UsageError(f"{full_name} has no time limit; set one: make_environment({full_name!r}, max_steps=1000).")

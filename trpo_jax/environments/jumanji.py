@@ -10,7 +10,7 @@ import numpy as np
 
 from trpo_jax.config import UsageError
 from trpo_jax.environments.base import Array, Discrete, Environment, MultiDiscrete, PyTree, Space
-from trpo_jax.environments.suites import assemble, call_constructor, check_name, flat, require
+from trpo_jax.environments.suites import assemble, check_name, flat, require
 
 
 def names() -> list[str]:
@@ -22,9 +22,7 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
     """Build `jumanji/{name}`; `options` are keyword arguments of its constructor."""
     jumanji = require("jumanji", "jumanji")
     check_name(name, "jumanji", names())
-    full_name = f"jumanji/{name}"
-    env = call_constructor(full_name, lambda: jumanji.make(name, **options))
-    return from_timesteps(env, full_name, max_steps)
+    return from_timesteps(jumanji.make(name, **options), f"jumanji/{name}", max_steps)
 
 
 def from_timesteps(env: Any, name: str, max_steps: int | None) -> Environment:

@@ -61,11 +61,11 @@ def _build(env: Any, params: Any, max_steps: int | None) -> Environment:
 
 
 def _of_name(name: str, params: Any, max_steps: int | None) -> Environment:
-    suite, slash, own_name = name.partition("/")
+    suite, slash, _ = name.partition("/")
     if slash and suite in suites.SUITES:
         if not isinstance(params, (dict, type(None))):
             raise UsageError(f"params of {name} must be a dict of keyword arguments, got {params!r}.")
-        return suites.adapter(suite).make(own_name, params or {}, max_steps)
+        return suites.make_by_name(name, params or {}, max_steps)
     if slash:
         raise UsageError(f"there is no suite {suite!r}{nearest(suite, suites.SUITES)} `trpo-jax envs` lists them.")
     env, defaults = gymnax.make_by_name(name)

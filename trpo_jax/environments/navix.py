@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from trpo_jax.environments.base import Array, Discrete, Environment, PyTree
-from trpo_jax.environments.suites import assemble, call_constructor, check_name, one_hot_layers, require
+from trpo_jax.environments.suites import assemble, check_name, one_hot_layers, require
 
 # Kinds of object, colours, and states (open, closed, locked, or one of four directions), as in MiniGrid.
 _KINDS = (11, 6, 4)
@@ -22,10 +22,8 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
     """Build `navix/{name}`; `options` are keyword arguments of its constructor, such as `observation_fn`."""
     navix = require("navix", "navix")
     check_name(name, "navix", names())
-    full_name = f"navix/{name}"
-    env = call_constructor(full_name, lambda: navix.make(name, **options))
+    env = navix.make(name, **options)
     symbolic = env.observation_fn in (navix.observations.symbolic, navix.observations.symbolic_first_person)
-
     picture = env.observation_fn in (navix.observations.rgb, navix.observations.rgb_first_person)
 
     def observe(timestep: PyTree) -> Array:
@@ -42,4 +40,4 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
         return observe(timestep), timestep, timestep.reward, timestep.is_termination(), timestep.is_truncation()
 
     space = Discrete(int(env.action_space.n))
-    return assemble(full_name, space, reset, step, limit=int(env.max_steps), max_steps=max_steps)
+    return assemble(f"navix/{name}", space, reset, step, limit=int(env.max_steps), max_steps=max_steps)

@@ -7,7 +7,7 @@ from typing import Any
 from trpo_jax.config import UsageError, first_line
 from trpo_jax.environments.base import Environment
 from trpo_jax.environments.brax import from_brax
-from trpo_jax.environments.suites import call_constructor, check_name, quiet_mujoco, require
+from trpo_jax.environments.suites import check_name, quiet_mujoco, require
 from trpo_jax.environments.wrappers import limit_steps, repeat_actions
 
 
@@ -21,22 +21,19 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
     if "impl" not in config and "impl" not in options:
         del overrides["impl"]
 
-    def load() -> Any:
-        try:
-            with quiet_mujoco():
-                return registry.load(name, config_overrides=overrides)
-        except OSError as error:
-            raise UsageError(f"{full_name} cannot be made ({first_line(error)}).") from error
-        except Exception as error:
-            # Robots' models are not in the package: a git clone fetches them when they are first needed.
-            if type(error).__name__ != "CalledProcessError":
-                raise
-            raise UsageError(
-                f"{full_name} needs robot models (mujoco_menagerie) that could not be downloaded; make it once with "
-                "a connection, and they stay."
-            ) from error
-
-    env = call_constructor(full_name, load)
+    try:
+        with quiet_mujoco():
+            env = registry.load(name, config_overrides=overrides)
+    except OSError as error:
+        raise UsageError(f"{full_name} cannot be made ({first_line(error)}).") from error
+    except Exception as error:
+        # Robots' models are not in the package: a git clone fetches them when they are first needed.
+        if type(error).__name__ != "CalledProcessError":
+            raise
+        raise UsageError(
+            f"{full_name} needs robot models (mujoco_menagerie) that could not be downloaded; make it once with a "
+            "connection, and they stay."
+        ) from error
     config = env._config  # with the overrides
     environment = repeat_actions(from_brax(env, full_name), int(config.action_repeat))
     limit = int(config.episode_length) // int(config.action_repeat)

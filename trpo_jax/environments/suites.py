@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -55,14 +55,15 @@ def check_name(name: str, suite: str, names: Iterable[str]) -> None:
         raise UsageError(f"there is no environment {suite}/{name}{nearest(name, names)} `trpo-jax envs` lists them.")
 
 
-def call_constructor(name: str, make: Callable[[], Any]) -> Any:
-    """`make()`; a failure of any kind is one sentence."""
+def make_by_name(name: str, options: dict[str, Any], max_steps: int | None) -> Environment:
+    """Build `suite/own_name`; a failure of any kind is one sentence."""
+    suite, _, own_name = name.partition("/")
     try:
         with _quiet():
-            return make()
+            return adapter(suite).make(own_name, options, max_steps)
     except UsageError:
         raise
-    except Exception as error:
+    except Exception as error:  # of the suite's constructors, as they may fail in any way
         raise UsageError(f"{name} cannot be made ({type(error).__name__}: {first_line(error)}).") from error
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from trpo_jax.environments.base import Array, Discrete, Environment, PyTree
-from trpo_jax.environments.suites import assemble, call_constructor, check_name, one_hot_layers, require
+from trpo_jax.environments.suites import assemble, check_name, one_hot_layers, require
 
 
 def names() -> list[str]:
@@ -20,8 +20,7 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
     xminigrid = require("xminigrid", "xminigrid")
     constants = require("xminigrid.core.constants", "xminigrid")
     check_name(name, "xminigrid", names())
-    full_name = f"xminigrid/{name}"
-    env, params = call_constructor(full_name, lambda: xminigrid.make(name, **options))
+    env, params = xminigrid.make(name, **options)
     kinds = (int(constants.NUM_TILES), int(constants.NUM_COLORS))
 
     def reset(key: Array) -> tuple[Array, PyTree]:
@@ -35,4 +34,4 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
         return observation, timestep, timestep.reward, last & ~goes_on, last & goes_on
 
     space = Discrete(int(env.num_actions(params)))
-    return assemble(full_name, space, reset, step, limit=int(params.max_steps), max_steps=max_steps)
+    return assemble(f"xminigrid/{name}", space, reset, step, limit=int(params.max_steps), max_steps=max_steps)
