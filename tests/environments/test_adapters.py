@@ -113,7 +113,7 @@ def test_the_default_policy_takes_legal_actions_only(env, space, mask_shape, nor
     assert environment.action_space == space and environment.observation_shape == (int(np.prod(mask_shape)) + 1,)
     config = Config(env=environment, num_envs=2, num_steps=12, fisher_fraction=1.0, normalize_observations=normalize)
     state = init(config, jax.random.key(0))
-    observation = state.observation[0]
+    observation = state.actor.observation[0]
     expected = env.allowed(jnp.int32(0)).ravel()
     np.testing.assert_array_equal(environment.action_mask(observation), expected)
 
