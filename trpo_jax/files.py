@@ -55,7 +55,7 @@ def read_limited(path: str | os.PathLike[str]) -> bytes:
 
 
 def command(name: str, path: str | os.PathLike[str], *, env: Any = None) -> str:
-    """A command on a folder as a shell takes it, for a sentence; `env` is named where it has a module imported."""
+    """A shell command on a folder, quoted for a message; `env` is part of it where its name has a module imported."""
     path = os.fspath(path)
     words = ["trpo-jax", name, f"./{path}" if path.startswith("-") else path]
     return f"`{shlex.join([*words, '--env', env] if isinstance(env, str) and ':' in env else words)}`"
@@ -68,7 +68,7 @@ def say(sentence: str) -> None:
 
 
 def drop_output() -> None:
-    """Send what is still to be printed nowhere, so that Python's exit does not stumble over it again."""
+    """Discard what is still to be printed, so that Python's exit does not fail on it again."""
     with contextlib.suppress(OSError, ValueError):  # no file is behind it, as where a program calls `main`
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -81,7 +81,7 @@ def drop_output() -> None:
 def write_atomically(
     file: Path, content: str | bytes | Callable[[IO[bytes]], Any], mend: str = WRITABLE, *, first: bool = False
 ) -> None:
-    """Write a file, with its folder, so that it is the old one or the new one after a kill or a power cut.
+    """Write a file and make its folder; after a kill or a power cut the file is the old one or the new one.
 
     Args:
       file: where to. A device or a pipe is written to as it is.
@@ -120,7 +120,7 @@ def write_atomically(
 
 @contextlib.contextmanager
 def _writing(file: Path, mend: str) -> Iterator[None]:
-    """Make what the system answers to writing a file one sentence."""
+    """Turn an `OSError` while a file is written into one sentence."""
     try:
         yield
     except OSError as error:
@@ -128,7 +128,7 @@ def _writing(file: Path, mend: str) -> Iterator[None]:
 
 
 def _publish(temporary: Path, file: Path, first: bool) -> None:
-    """Give a finished file its name; with `first`, unless another one bears it."""
+    """Rename a finished temporary file; with `first`, keep a file that is there already."""
     if first:
         try:
             with contextlib.suppress(FileExistsError):
@@ -143,7 +143,7 @@ def _publish(temporary: Path, file: Path, first: bool) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
+    """Flush the entries of a folder to the disk, where the system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -153,7 +153,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def append(file: Path, text: str, mend: str = WRITABLE) -> None:
-    """Write at the end of a file, through to the disk; raise `UsageError` if that fails."""
+    """Append to a file and flush it to the disk; raise `UsageError` if that fails."""
     with _writing(file, mend), open(file, "ab") as sink:
         sink.write(text.encode())
         sink.flush()
@@ -245,7 +245,7 @@ def _lock(file: IO[bytes]) -> bool:
 
 
 def _is_at(file: Path, opened: IO[bytes]) -> bool:
-    """Whether an open file is still the one that bears the name."""
+    """Whether an open file is still the one at its path."""
     try:
         return os.path.samestat(os.stat(file), os.fstat(opened.fileno()))
     except FileNotFoundError:
@@ -253,7 +253,7 @@ def _is_at(file: Path, opened: IO[bytes]) -> bool:
 
 
 def is_fresh(folder: Path, first: str) -> bool:
-    """Whether a folder is not there, or holds nothing but what a kill leaves of the beginning of its first file."""
+    """Whether a folder is missing, or holds only what a process leaves that is killed as it writes its first file."""
     try:
         entries = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -264,7 +264,7 @@ def is_fresh(folder: Path, first: str) -> bool:
 
 
 def remove_temporaries(*folders: Path, name: str = "*") -> None:
-    """Remove what killed processes left of files they were writing; the files of those at work are locked, and stay.
+    """Remove the temporary files of killed processes; those that are being written are locked, and stay.
 
     Args:
       folders: where; not in folders below them.

@@ -60,7 +60,7 @@ def is_begun(file: Path, kind: str) -> bool:
 def check_equal(
     folder: Path, kind: str, asked: Mapping[str, Any], found: Mapping[str, Any], mend: str = "choose another --output"
 ) -> None:
-    """Raise `UsageError` if something else is asked of a folder than is found there."""
+    """Raise `UsageError` if a folder was made for something else than is asked of it."""
     asked = json.loads(json.dumps(asked))  # as JSON has them: a tuple is a list there
     changed = [name for name in {**asked, **found} if found.get(name) != asked.get(name)]
     if changed:

@@ -66,7 +66,7 @@ class MetricsFile:
         self._length, self._checksum, self._found = len(kept), zlib.crc32(kept), b""
 
     def append(self, rows: list[Row], mend: str) -> None:
-        """Write rows, through to the disk."""
+        """Append rows and flush them to the disk."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         for *numbers, metrics in rows:
@@ -77,7 +77,7 @@ class MetricsFile:
 
 
 def rows_of(metrics: Mapping[str, np.ndarray], done: int, steps_per_iteration: int, seed: int) -> Iterator[Row]:
-    """The rows of some iterations, {name: [agents, length]}, of which the last one is number `done`."""
+    """The rows of the iterations up to `done`, from their metrics {name: [agents, length]}."""
     agents, length = next(iter(metrics.values())).shape
     for i in range(length):
         iteration = done - length + i + 1

@@ -82,7 +82,7 @@ class Cohort:
         return np.asarray(self.programs.evaluate(self.configs, self.states), np.float32)[: self.size]
 
     def snapshot(self) -> Snapshot:
-        """Where the agents stand."""
+        """The agents as they are now."""
         return Snapshot(jax.tree.map(lambda leaf: leaf[: self.size], to_host(self.states)), self.metrics)
 
 
@@ -92,7 +92,7 @@ def to_host(states: TrainState) -> TrainState:
 
 
 def from_host(states: TrainState, like: TrainState) -> TrainState:
-    """States that the programs take, from what `to_host` gave; `like` says where the keys are."""
+    """States for the programs from the copies of `to_host`; `like` says which leaves are keys."""
     impls = {jax.random.key(0, impl=name).dtype: name for name in ("threefry2x32", "rbg", "unsafe_rbg")}
 
     def restore(array: Any, leaf: Any) -> Any:

@@ -64,7 +64,7 @@ def write_report(path: str | os.PathLike[str], report: Report) -> Path:
 
 
 def _file_name(name: str) -> str:
-    """A name as a part of a file's name. Where it cannot stand as it is, a checksum keeps it apart from its like."""
+    """A name as part of a file's name. Where characters must be replaced, a checksum keeps it apart from others."""
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         return name
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:48]
@@ -142,7 +142,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _plain(text: str) -> str:
-    """Text in which a dollar begins no formula."""
+    """Escape dollars, which would begin a formula."""
     return text.replace("$", r"\$")
 
 

@@ -52,7 +52,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Everything a sweep's folder says.
+    """The results of a sweep, summarized.
 
     Attributes:
       rows: {environment: its rows, best first}.

@@ -122,7 +122,7 @@ def tune(
                 trials = [_make_trial(asked, spec, space) for asked in study.ask(min(batch, count - told))]
             pruned = _run_batch(study, spec, trials, programs)
         if not best:
-            raise UsageError(_blame(study, path, told))
+            raise UsageError(_why_no_score(study, path, told))
     return file, best.value
 
 
@@ -133,8 +133,8 @@ def _write_best(file: Path, spec: Spec, best: Any, told: int) -> None:
     write_atomically(file, score + "\n".join(lines) + "\n", _CONTINUES)
 
 
-def _blame(study: Study, path: str | os.PathLike[str], told: int) -> str:
-    """The sentence about a search in which no trial has a score: what happened, and what to do about the most of it."""
+def _why_no_score(study: Study, path: str | os.PathLike[str], told: int) -> str:
+    """The message about a search in which no trial has a score: what happened, and what to do about it."""
     with study.at_work():
         reasons = study.reasons().most_common()
     happened = ", ".join(f"{why} ({number} of {told})" for why, number in reasons) or f"all {told} stopped early"

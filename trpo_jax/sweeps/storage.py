@@ -90,7 +90,7 @@ class Folder:
         return f"{self._origin} {block}"
 
     def _is_ours(self, rows: Any, block: Block | str) -> bool:
-        """Whether rows are of this sweep and block, as far as they say; an earlier version's say nothing."""
+        """Whether rows bear the stamp of this sweep and block; those of an earlier version bear none, and pass."""
         ours = self._mark(block).encode()
         return (rows.schema.metadata or {}).get(b"of", ours) == ours
 
@@ -121,7 +121,7 @@ class Folder:
     # Results
 
     def is_finished(self, block: Block) -> bool:
-        """Whether a block's rows are there; a damaged file is said to be, and counts as missing.
+        """Whether a block's results are there; a damaged file is reported and counts as missing.
 
         Raises:
           UsageError: if the file holds other agents than it should.
@@ -160,7 +160,7 @@ class Folder:
     def read_results(self, columns: list[str] | None = None) -> Any:
         """All finished rows as a pyarrow table, in the order of groups and agents; None if there are none.
 
-        A damaged file is left out, and said to be; a column that another version did not write is null.
+        A damaged file is left out and reported; a column that another version did not write is null.
         """
         import pyarrow as pa
 
@@ -202,9 +202,9 @@ class Folder:
         self._checkpoints(block).save(snapshot, snapshot.done)
 
     def restore(self, block: Block, states: TrainState) -> Snapshot | None:
-        """Where a block stands by its newest sound checkpoint, None if it is to begin; `states` gives shapes, [A, ...].
+        """The snapshot in a block's newest sound checkpoint, None if there is none; `states` gives shapes, [A, ...].
 
-        What is passed over is said.
+        What is passed over is reported.
         """
         try:
             saved = self._checkpoints(block).newest(lambda done: blank(states, block.size, done))

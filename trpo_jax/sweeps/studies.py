@@ -113,14 +113,14 @@ class Study:
         return [t for t in self._study.get_trials(deepcopy=False) if t.state.name in ("COMPLETE", "PRUNED")]
 
     def at_work(self) -> contextlib.AbstractContextManager[None]:
-        """Turn whatever a database answers into one sentence."""
+        """Turn any error of the database into one sentence."""
         mend = "what is told is safe, and the same command continues when it can be read and written"
         return _said(f"cannot use the study in {self._where}", mend)
 
 
 @contextlib.contextmanager
 def open_study(path: str | os.PathLike[str], spec: Spec, storage: str | None, made_by: Mapping[str, Any]) -> Any:
-    """Hold a folder and give its `Study`: a new one, or the one that is there.
+    """Lock a folder and yield its `Study`: a new one, or the one that is there.
 
     Args:
       path: the folder.
@@ -232,14 +232,14 @@ def _make_database(file: Path, name: str, description: Mapping[str, Any]) -> Non
 
 
 def _checksum(trial: Any, score: float | None) -> int:
-    """Of all that the sampler and the best settings take from a trial."""
+    """Checksum of everything about a trial that the sampler and the best settings use."""
     content = [trial.number, trial.user_attrs.get("index"), trial.params, trial.intermediate_values, score]
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 @contextlib.contextmanager
 def _said(what: str, mend: str) -> Iterator[None]:
-    """Turn an error into one sentence with its first cause."""
+    """Turn any error into one sentence that names its first cause."""
     try:
         yield
     except (UsageError, MemoryError):

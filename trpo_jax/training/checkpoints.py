@@ -52,7 +52,7 @@ def save(path: str | os.PathLike[str], state: PyTree, *, note: Any = None, mend:
 
 
 def _write(sink: IO[bytes], arrays: dict[str, np.ndarray]) -> None:
-    """What `np.savez` writes, but for the time of day: equal arrays are equal files."""
+    """Write what `np.savez` writes, without the time of day: equal arrays give equal files."""
     with zipfile.ZipFile(sink, "w") as archive:
         for name, array in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
@@ -141,7 +141,7 @@ def _check_format(path: Path, found: str) -> None:
 
 
 def _example(folder: Path) -> str:
-    """The newest checkpoint within a folder, where there is one, for a sentence."""
+    """The newest checkpoint in a folder, if there is one, as an example for a message."""
     files = sorted(folder.glob("*.npz")) or sorted(folder.glob("checkpoints/*.npz"))
     return f", such as {files[-1]}" if files else " in it"
 
@@ -235,5 +235,5 @@ class Checkpoints:
 
 
 def without_mend(error: UsageError) -> str:
-    """What is wrong, for a sentence that says what is done about it."""
+    """The first part of an error's message: what is wrong, without what to do about it."""
     return str(error).rstrip(".").split("; ")[0]
