@@ -120,19 +120,13 @@ def evaluate(namespace: argparse.Namespace) -> int:
 
     import jax
     import numpy as np
-    from rich.table import Table
 
-    from trpo_jax.cli.displays import make_console
-    from trpo_jax.runs.folders import newest_state
+    from trpo_jax.cli.displays import make_console, print_table
     from trpo_jax.training import evaluation
     from trpo_jax.training.memory import check_episodes, free_memory
 
     run = _run_of(namespace)
-    state = newest_state(run)
-    if state is None:
-        raise UsageError(
-            f"{run.path} has no checkpoint yet; {command('resume', run.path, env=run.config.env)} trains it first."
-        )
+    state = _state_of(run)
     check_episodes(run.config, run.num_seeds, namespace.num_episodes, free_memory(jax.local_devices()[:1]))
     run_episodes = functools.partial(
         evaluation.evaluate, num_episodes=namespace.num_episodes, deterministic=not namespace.stochastic
@@ -140,21 +134,16 @@ def evaluate(namespace: argparse.Namespace) -> int:
     keys = jax.random.split(jax.random.key(namespace.seed), run.num_seeds)
     result = jax.jit(jax.vmap(run_episodes, in_axes=(None, 0, 0)))(run.config, state, keys)
     returns, lengths = np.asarray(result.episode_return), np.asarray(result.episode_length)
-    how = "sampled actions" if namespace.stochastic else "deterministic actions"
-    steps = int(state.iteration[0]) * run.config.steps_per_iteration
-    episodes = counted(namespace.num_episodes, "episode")
-    table = Table(title=f"{run.config.env} after {counted(steps, 'step')}, {episodes} per agent, {how}")
-    for column in ("seed", "return", "std", "min", "max", "length"):
-        table.add_column(column, justify="right")
-    for agent in range(run.num_seeds):
-        r = returns[agent]
-        cells = (r.mean(), r.std(), r.min(), r.max(), lengths[agent].mean())
-        table.add_row(str(run.seed + agent), *(f"{cell:.1f}" for cell in cells))
+    means = [(r.mean(), r.std(), r.min(), r.max(), length.mean()) for r, length in zip(returns, lengths, strict=True)]
+    names = [str(run.seed + agent) for agent in range(run.num_seeds)]
     if run.num_seeds > 1:
-        table.add_section()
-        cells = (returns.mean(), returns.mean(axis=1).std(), returns.min(), returns.max(), lengths.mean())
-        table.add_row("all", *(f"{cell:.1f}" for cell in cells))
-    make_console().print(table)
+        names.append("all")
+        means.append((returns.mean(), returns.mean(axis=1).std(), returns.min(), returns.max(), lengths.mean()))
+    how = "sampled actions" if namespace.stochastic else "deterministic actions"
+    steps = counted(int(state.iteration[0]) * run.config.steps_per_iteration, "step")
+    title = f"{run.config.env} after {steps}, {counted(namespace.num_episodes, 'episode')} per agent, {how}"
+    rows = [[name, *(f"{cell:.1f}" for cell in cells)] for name, cells in zip(names, means, strict=True)]
+    print_table(make_console(), title, ("seed", "return", "std", "min", "max", "length"), rows)
     unfinished = int((~np.asarray(result.finished)).sum())
     if unfinished:
         print(
@@ -164,22 +153,27 @@ def evaluate(namespace: argparse.Namespace) -> int:
     return 0
 
 
-def _agent_of(namespace: argparse.Namespace) -> tuple[Run, TrainState]:
-    """A run and one of its trained agents."""
-    start_quickly()
-    import jax
-
+def _state_of(run: Run) -> TrainState:
+    """The newest state of a run's agents."""
     from trpo_jax.runs.folders import newest_state
 
-    run = _run_of(namespace)
-    if not 0 <= namespace.agent < run.num_seeds:
-        raise UsageError(f"agent must lie in 0 … {run.num_seeds - 1} for this run, got {namespace.agent}.")
     state = newest_state(run)
     if state is None:
         raise UsageError(
             f"{run.path} has no checkpoint yet; {command('resume', run.path, env=run.config.env)} trains it first."
         )
-    return run, jax.tree.map(lambda leaf: leaf[namespace.agent], state)
+    return state
+
+
+def _agent_of(namespace: argparse.Namespace) -> tuple[Run, TrainState]:
+    """A run and one of its trained agents."""
+    start_quickly()
+    import jax
+
+    run = _run_of(namespace)
+    if not 0 <= namespace.agent < run.num_seeds:
+        raise UsageError(f"agent must lie in 0 … {run.num_seeds - 1} for this run, got {namespace.agent}.")
+    return run, jax.tree.map(lambda leaf: leaf[namespace.agent], _state_of(run))
 
 
 def play(namespace: argparse.Namespace) -> int:
