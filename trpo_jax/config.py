@@ -142,7 +142,7 @@ class Config:
     )
     fisher_fraction: float = _traced(
         defaults.FISHER_FRACTION,
-        "share of the batch that curvature is estimated from; as an array it is traced, and saves no work",
+        "share of the batch that curvature is estimated from",
         interval="(0, 1]",
         static=True,
         used=_CURVATURE,
@@ -383,6 +383,10 @@ def check_setting(name: str, value: Any, source: str = "") -> None:
     field = _FIELDS[name]
     meta, label = field.metadata, f"{name} in {source}" if source else name
     if "interval" in meta:
+        if meta["static"] and not isinstance(value, numbers.Real):
+            raise UsageError(
+                f"{label} must be a number in {meta['interval']}, which shapes the program, got {shown(value)}."
+            )
         check_number(label, value, whole=field.type == "int", interval=meta["interval"])
     elif meta.get("choices"):
         own = name in ("update", "value_fit") and callable(value)  # a function that makes one, see algorithms/base.py

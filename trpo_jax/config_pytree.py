@@ -18,8 +18,7 @@ def _flatten_config(config: Config) -> tuple[tuple[tuple[Any, Any], ...], tuple[
     leaves, static = {}, []
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
-        # A static float given as an array is traced after all: `trpo_update` takes a traced fisher_fraction too.
-        if field.metadata["static"] and not isinstance(value, (jax.Array, np.ndarray)):
+        if field.metadata["static"]:
             static.append((field.name, value if _is_hashable(value) else _ByIdentity(value)))
         else:
             leaves[field.name] = value

@@ -182,7 +182,7 @@ def test_other_numbers_of_parts_are_refused(step, number):
 
 
 def test_curvature_is_estimated_from_whole_sequences_where_one_axis_tells_samples_apart():
-    """Of a policy that needs whole sequences, [N, T]: half of 6 sequences, as a number and as an array."""
+    """Of a policy that needs whole sequences, [N, T]: half of 6 sequences is three of them, whole."""
     rng = np.random.default_rng(0)
     observation, advantage = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((6, 5, 3), (6, 5)))
     params, seen = problem()[0], set()
@@ -193,10 +193,8 @@ def test_curvature_is_estimated_from_whole_sequences_where_one_axis_tells_sample
 
     batch = Batch(observation, jnp.asarray(rng.integers(0, 4, (6, 5))), advantage, sample_ndim=1)
     options = {"solver": Solver(tolerance=0.0), "max_kl": 0.01}
-    new, info = jax.jit(lambda: trpo_update(remembering, params, batch, fisher_fraction=0.5, **options))()
+    _, info = jax.jit(lambda: trpo_update(remembering, params, batch, fisher_fraction=0.5, **options))()
     assert info.accepted and seen == {(6, 5, 3), (3, 5, 3)}
-    same, _ = jax.jit(lambda f: trpo_update(remembering, params, batch, fisher_fraction=f, **options))(0.5)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), new, same)
 
 
 @pytest.mark.parametrize("dtype", [int, bool, jnp.float16], ids=str)
@@ -368,6 +366,10 @@ def test_a_step_of_zero_is_not_accepted_for_the_rounding_of_its_gain():
             "^max_steps of a line search must be a whole number",
         ),
         ({"fisher_fraction": "x"}, r"^fisher_fraction must lie in \(0, 1\], got 'x'$"),
+        (
+            {"fisher_fraction": jnp.float32(0.5)},
+            r"^fisher_fraction must lie in \(0, 1\], got Array\(0.5, dtype=float32\)$",
+        ),
         ({"fisher_fraction": None}, r"^fisher_fraction must lie in \(0, 1\], got None$"),
     ],
 )

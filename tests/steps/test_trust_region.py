@@ -19,7 +19,7 @@ from trpo_jax import (
 )
 from trpo_jax.steps.curvature import curvature_sample
 
-DEFAULTS = {"max_kl": 0.01, "damping": 0.1, "shrink": 0.8, "fisher_fraction": 1.0}
+DEFAULTS = {"max_kl": 0.01, "damping": 0.1, "shrink": 0.8}
 
 
 def categorical(params, observation):
@@ -96,7 +96,7 @@ def compiled(**static):
             categorical,
             *problem,
             max_kl=settings["max_kl"],
-            fisher_fraction=settings["fisher_fraction"],
+            fisher_fraction=1.0,
             solver=Solver(settings["damping"], tolerance=0.0),
             line_search=functools.partial(backtracking_line_search, shrink=settings["shrink"]),
         )
@@ -106,7 +106,7 @@ def compiled(**static):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_kl", 0.03), ("damping", 0.01), ("shrink", 0.5), ("fisher_fraction", 0.3)],
+    [("max_kl", 0.03), ("damping", 0.01), ("shrink", 0.5)],
 )
 def test_a_python_number_and_a_traced_array_give_one_answer(name, value):
     problem = make_problem()
@@ -119,19 +119,16 @@ def test_a_python_number_and_a_traced_array_give_one_answer(name, value):
         assert np.abs(traced["out"] - default["out"]).max() > 1e-3
 
 
-def test_a_number_and_an_array_choose_the_same_samples():
+def test_a_fraction_counts_as_float32_has_it():
     # At ½ the rounding of the product decides: .59 · 50 is 29.5 in float64 and below it in float32.
     for batch_size in (10, 50, 75, 150, 1000):
         observation = np.arange(batch_size)
         for fraction in np.arange(1, 100) / 100:
-            chosen, _ = curvature_sample(observation, (batch_size,), float(fraction))
+            chosen = curvature_sample(observation, (batch_size,), float(fraction))
             count = np.clip(np.round(np.float32(fraction) * np.float32(batch_size)), 1, batch_size)
             assert len(chosen) == count
-    for fraction in (0.59, 0.3, 0.001):
-        chosen, _ = curvature_sample(np.arange(50), (50,), fraction)
-        _, weight = curvature_sample(np.arange(50), (50,), jnp.float32(fraction))
-        np.testing.assert_array_equal(np.flatnonzero(weight), chosen)
-        np.testing.assert_allclose(weight[chosen], 50 / len(chosen), rtol=1e-6)
+    few, more = (set(curvature_sample(np.arange(50), (50,), fraction).tolist()) for fraction in (0.3, 0.59))
+    assert few < more
 
 
 @pytest.mark.parametrize("entry", [3, (3, 1)])

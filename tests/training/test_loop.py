@@ -260,16 +260,6 @@ def test_radii_by_axes_and_by_closure_are_separate_runs():
     assert (kl <= radii[:, None]).all() and (kl[2] > kl[0]).all()
 
 
-def test_fisher_fractions_as_arrays_are_runs_with_the_number():
-    fractions = jnp.array([0.25, 0.5, 1.0])
-    key = jax.random.key(0)
-    swept = jax.jit(jax.vmap(lambda fraction: train(BASE.replace(fisher_fraction=fraction), key)))(fractions)
-    for i in (0, 2):
-        alone = trainers()[0](BASE.replace(fisher_fraction=float(fractions[i])), key)
-        assert_trees_close(lane(swept, i), alone, rtol=1e-3, atol=1e-4)  # weighted sums against sums of fewer terms
-    assert not np.allclose(swept[1].mean_kl[0], swept[1].mean_kl[2], rtol=1e-3)
-
-
 # --- Continuing is exact -----------------------------------------------------------------------------------------
 
 LONG = small_config(probes.Countdown(), num_iterations=7, normalize_observations=True)
@@ -450,7 +440,7 @@ def test_anything_but_one_typed_key_is_refused(key):
             function(BASE, key)
 
 
-@pytest.mark.parametrize("name", ["gamma", "max_kl", "fisher_fraction"])
+@pytest.mark.parametrize("name", ["gamma", "max_kl"])
 def test_several_values_of_a_setting_for_one_agent_are_refused(name):
     with pytest.raises(UsageError, match=rf"^{name} must be one number for one agent, got an array of shape \(2,\)"):
         jax.eval_shape(lambda key: train(small_config(**{name: jnp.array([0.5, 0.9])}), key), jax.random.key(0))

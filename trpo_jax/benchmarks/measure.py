@@ -136,8 +136,8 @@ def measure_parts(config: Config, state: TrainState, repetitions: int) -> dict[s
 
     @jax.jit
     def curvature(theta: Any, gradient: Any, batch: Batch) -> Any:
-        sample, weight = curvature_sample(batch.observation, batch.sample_shape, config.fisher_fraction)
-        options: dict[str, Any] = {"max_kl": config.max_kl, "solver": solver, "weight": weight}
+        sample = curvature_sample(batch.observation, batch.sample_shape, config.fisher_fraction)
+        options: dict[str, Any] = {"max_kl": config.max_kl, "solver": solver}
         return natural_gradient(lambda p: policy(p, sample), theta, gradient, **options)[0]
 
     @jax.jit

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.steps.types import Array, DistributionFn, Matvec, PyTree, Scalar
@@ -58,37 +57,24 @@ def fisher_vector_product(
     return matvec
 
 
-def curvature_sample(
-    observation: PyTree, batch_shape: tuple[int, ...], fraction: Scalar
-) -> tuple[PyTree, Array | None]:
-    """Choose an evenly spread fraction of a batch to estimate the curvature from.
+def curvature_sample(observation: PyTree, batch_shape: tuple[int, ...], fraction: float) -> PyTree:
+    """An evenly spread fraction of a batch, to estimate the curvature from.
 
     Args:
       observation: [*batch_shape, ...], an array or a pytree of arrays.
       batch_shape: shape of the batch.
-      fraction: in (0, 1]. As a Python number, the chosen observations are cut out; as a traced array, all of them come
-        back with weights that choose the very same ones.
-
-    Returns:
-      Observations and the `weight` for `fisher_vector_product` (None where all count the same).
+      fraction: in (0, 1], a Python number (static). A larger one contains the samples of a smaller one.
 
     Raises:
-      ValueError: if `fraction` is a number outside (0, 1].
+      ValueError: if `fraction` is not a number in (0, 1].
     """
-    batch_size = math.prod(batch_shape)
-    is_number = isinstance(fraction, (int, float, np.number))
-    if not (0 < fraction <= 1 if is_number else isinstance(fraction, (jax.Array, np.ndarray))):
+    if not isinstance(fraction, (int, float, np.number)) or not 0 < fraction <= 1:
         raise ValueError(f"fisher_fraction must lie in (0, 1], got {fraction!r}")
-    if is_number and fraction == 1:
-        return observation, None
-    # Ranked by the golden-ratio sequence, the first n samples are spread evenly for every n, and a larger fraction
-    # contains a smaller one; periodic choices would alias with the number of environments.
+    if fraction == 1:
+        return observation
+    batch_size = math.prod(batch_shape)
+    # Ranked by the golden-ratio sequence, the first n samples are spread evenly for every n; periodic choices would
+    # alias with the number of environments.
     rank = np.argsort(np.argsort(np.arange(batch_size) * 0.6180339887498949 % 1.0))
-    if is_number:
-        # Rounded in the arithmetic of a traced fraction: .59 · 50 gives 30 in float64 and 29 in float32.
-        share = np.multiply(fraction, batch_size, dtype=jnp.result_type(float))
-        chosen = np.flatnonzero(rank < max(1, round(float(share))))
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(batch_shape) :])[chosen], observation), None
-    count = jnp.clip(jnp.round(fraction * batch_size), 1, batch_size)
-    weight = jnp.where(rank < count, batch_size / count, 0)
-    return observation, weight.reshape(batch_shape)
+    chosen = np.flatnonzero(rank < max(1, round(float(np.float32(fraction) * np.float32(batch_size)))))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(batch_shape) :])[chosen], observation)

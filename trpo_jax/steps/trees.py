@@ -69,11 +69,6 @@ def add_scaled(a: PyTree, factor: Array, b: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: x + (factor * y).astype(x.dtype), a, b)
 
 
-def broadcast_from_left(x: Array, shape: tuple[int, ...]) -> Array:
-    """An array whose axes are the first ones of `shape`, repeated along the others."""
-    return jnp.broadcast_to(x.reshape(x.shape + (1,) * (len(shape) - x.ndim)), shape)
-
-
 def select(condition: Array, a: PyTree, b: PyTree) -> PyTree:
     """a where the scalar condition holds, else b, bit for bit (also if the other one is NaN)."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)

@@ -123,7 +123,7 @@ def trpo_update(
     *parts: Any,
     max_kl: Scalar = defaults.MAX_KL,
     constraint: Divergence = mean_kl,
-    fisher_fraction: Scalar = defaults.FISHER_FRACTION,
+    fisher_fraction: float = defaults.FISHER_FRACTION,
     solver: Solver = _SOLVER,
     line_search: Callable[..., Any] = backtracking_line_search,
     entropy_coefficient: Scalar = 0.0,
@@ -145,8 +145,7 @@ def trpo_update(
       max_kl: δ > 0, a bound on the divergence (not a target), nats.
       constraint: the divergence that δ bounds, `constraint(old_distribution, distribution)` -> a scalar: `mean_kl`;
         `maximum_kl`, which the theory asks for; `reverse_kl`; or another that equals the KL to second order.
-      fisher_fraction: share of the batch that the Fisher matrix is estimated from, in (0, 1]. As a Python number
-        it saves the work; as a traced array it weights the very same samples, at full cost.
+      fisher_fraction: share of the batch that the Fisher matrix is estimated from, in (0, 1] (static).
       solver: how (F + λ_d I) x = g is solved. λ_d damps the direction, not the length of the step.
       line_search: `backtracking_line_search`, `parallel_line_search`, or `full_step`, the natural gradient method;
         `functools.partial(backtracking_line_search, shrink=α, max_steps=n)` for other candidates.
@@ -178,12 +177,8 @@ def trpo_update(
     evaluate = make_evaluate(
         policy_apply, old_distribution, batch, entropy_coefficient=entropy_coefficient, constraint=constraint
     )
-    sample, weight = curvature_sample(batch.observation, batch.sample_shape, fisher_fraction)
-    if weight is not None:
-        weight = trees.broadcast_from_left(weight, batch.advantage.shape)
-    step, solve = natural_gradient(
-        lambda p: policy_apply(p, sample), params, gradient, max_kl=max_kl, solver=solver, weight=weight
-    )
+    sample = curvature_sample(batch.observation, batch.sample_shape, fisher_fraction)
+    step, solve = natural_gradient(lambda p: policy_apply(p, sample), params, gradient, max_kl=max_kl, solver=solver)
     if constraint is not mean_kl:  # for which the step has its length
         step, solve = _shortened(evaluate, params, step, solve, max_kl)
     new_params, search = line_search(evaluate, params, step, max_kl=max_kl)

@@ -16,7 +16,7 @@ from trpo_jax.steps.line_searches import backtracking_line_search
 from trpo_jax.steps.minibatches import minibatch_descent
 from trpo_jax.steps.solvers import Solver, conjugate_gradient
 from trpo_jax.steps.statistics import varies
-from trpo_jax.steps.trees import broadcast_from_left, check_parameters
+from trpo_jax.steps.trees import check_parameters
 from trpo_jax.steps.types import Array, PyTree, Scalar, at_least_float32
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def gauss_newton_fit(
     target: Array,
     *,
     solver: Solver = _SOLVER,
-    fisher_fraction: Scalar = defaults.FISHER_FRACTION,
+    fisher_fraction: float = defaults.FISHER_FRACTION,
     sample_ndim: int | None = None,
 ) -> tuple[PyTree, Array]:
     """One damped Gauss–Newton step on ½ mean_n[(V(s_n) − target_n)²], by the machinery of the policy's step.
@@ -69,17 +69,15 @@ def gauss_newton_fit(
     values, ascent = forward_and_gradient(value_apply, params, observation, cotangent, target)
     error = target - values
     sample_shape = target.shape[:sample_ndim]
-    sample, weight = curvature_sample(observation, sample_shape, fisher_fraction)
-    if weight is not None:
-        weight = broadcast_from_left(weight, target.shape)
+    sample = curvature_sample(observation, sample_shape, fisher_fraction)
     share = min(1.0, _TRIED_ON / target.size)
-    (tried, tried_target, tried_error), _ = curvature_sample((observation, target, error), sample_shape, share)
+    tried, tried_target, tried_error = curvature_sample((observation, target, error), sample_shape, share)
     loss = jnp.mean(tried_error**2)
 
     def distribution_fn(params: PyTree) -> DiagonalGaussian:
         return DiagonalGaussian(value_apply(params, sample)[..., None], jnp.zeros(1, values.dtype))
 
-    matvec = fisher_vector_product(distribution_fn, params, damping=solver.damping, weight=weight)
+    matvec = fisher_vector_product(distribution_fn, params, damping=solver.damping)
     step, _ = conjugate_gradient(matvec, ascent, num_iterations=solver.iterations, tolerance=solver.tolerance)
 
     def evaluate(candidate: PyTree) -> tuple[Array, Array]:
