@@ -383,10 +383,8 @@ def check_setting(name: str, value: Any, source: str = "") -> None:
     field = _FIELDS[name]
     meta, label = field.metadata, f"{name} in {source}" if source else name
     if "interval" in meta:
-        if meta["static"] and not isinstance(value, numbers.Real):
-            raise UsageError(
-                f"{label} must be a number in {meta['interval']}, which shapes the program, got {shown(value)}."
-            )
+        if meta["static"] and field.type == "float" and not isinstance(value, numbers.Real):  # an array is traced
+            raise UsageError(f"{label} must be a number in {meta['interval']}, got {shown(value)}.")
         check_number(label, value, whole=field.type == "int", interval=meta["interval"])
     elif meta.get("choices"):
         own = name in ("update", "value_fit") and callable(value)  # a function that makes one, see algorithms/base.py

@@ -293,7 +293,7 @@ def test_multicategorical_and_batches_of_any_rank():
 def test_a_fraction_of_the_fisher_matrix_is_the_one_of_its_samples(fraction):
     """The step is the one by the matrix in which the samples that are chosen count alone, and those equally."""
     params, observation, action, advantage = mlp_problem()
-    new, info = update(bare_apply, params, observation, action, advantage, fisher_fraction=fraction)
+    _, info = update(bare_apply, params, observation, action, advantage, fisher_fraction=fraction)
     size = len(advantage)
     chosen = curvature_sample(np.arange(size), (size,), fraction)
     weight = jnp.zeros(size).at[chosen].set(size / len(chosen))
@@ -302,9 +302,8 @@ def test_a_fraction_of_the_fisher_matrix_is_the_one_of_its_samples(fraction):
     @jax.jit
     def by_weights(params):
         gradient, _ = surrogate_gradient(bare_apply, params, batch)
-        return natural_gradient(
-            lambda p: bare_apply(p, observation), params, gradient, max_kl=0.01, solver=EXACT, weight=weight
-        )
+        options = {"max_kl": 0.01, "solver": EXACT, "weight": weight}
+        return natural_gradient(lambda p: bare_apply(p, observation), params, gradient, **options)
 
     _, solve = by_weights(params)
     np.testing.assert_allclose(info.predicted_gain, solve.predicted_gain, rtol=2e-3)
@@ -328,6 +327,7 @@ def test_one_trace_serves_all_floats_and_vmap_equals_separate_calls():
             max_kl=max_kl,
             solver=Solver(damping),
             line_search=functools.partial(backtracking_line_search, shrink=shrink),
+            fisher_fraction=1.0,
         )
 
     cases = [(0.01, 0.1, 0.8), (0.1, 0.01, 0.5), (0.001, 1.0, 0.9)]
