@@ -128,25 +128,28 @@ def first_order_update(
         key=key,
         max_grad_norm=max_grad_norm,
     )
-    step = jax.tree.map(jnp.subtract, new_params, params)
-    evaluation = make_evaluate(policy_apply, old_distribution, batch, entropy_coefficient=entropy_coefficient)(
-        new_params
-    )
+    evaluate = make_evaluate(policy_apply, old_distribution, batch, entropy_coefficient=entropy_coefficient)
+    evaluation, step = evaluate(new_params), jax.tree.map(jnp.subtract, new_params, params)
+    info = _info(gradient, step, evaluation, jnp.mean(old_distribution.entropy()), untouched)
+    params, optimizer_state = trees.select(info.accepted, (new_params, new_state), (params, optimizer_state))
+    return params, optimizer_state, finite_info(info)
+
+
+def _info(gradient: PyTree, step: PyTree, evaluation: tuple[Array, ...], entropy: Array, untouched: Any) -> UpdateInfo:
+    """What there is to tell of a step that was taken if all of it is finite."""
     predicted, norm = trees.dot(gradient, step), trees.norm(gradient)
     moved = (trees.max_abs(step) > 0) & trees.all_finite((evaluation, predicted, norm))
     gain, divergence, mean_kl, maximum_kl = (jnp.where(moved, value, 0) for value in evaluation[:4])
-    info = UpdateInfo(
+    return UpdateInfo(
         accepted=moved,
         surrogate_gain=gain,
         predicted_gain=jnp.where(moved, predicted, 0),
         divergence=divergence,
         mean_kl=mean_kl,
         maximum_kl=maximum_kl,
-        entropy=jnp.mean(old_distribution.entropy()),
+        entropy=entropy,
         step_fraction=moved.astype(gain.dtype),
         effective_sample_fraction=jnp.where(moved, evaluation[4], untouched),
         gradient_norm=norm,
         cg_residual=jnp.zeros_like(gain),
     )
-    params, optimizer_state = trees.select(moved, (new_params, new_state), (params, optimizer_state))
-    return params, optimizer_state, finite_info(info)
