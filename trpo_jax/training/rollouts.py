@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +34,7 @@ def rollout(
 
     policy = with_normalization(agent.config, learner.statistics, agent.policy)
 
-    def step(carry: tuple[ActorState, EpisodeTotals], keys: Array) -> tuple[Any, Transition]:
-        actor, totals = carry
+    def step(actor: ActorState, keys: Array) -> tuple[ActorState, Transition]:
         key_action, key_step = keys
         policy_carry, distribution = policy.step(learner.policy_params, actor.carry.policy, actor.observation)
         action = distribution.sample(key_action)
@@ -46,27 +44,26 @@ def rollout(
         )
         done = result.done
         episode_return, episode_length = actor.episode_return + result.reward, actor.episode_length + 1
-        totals = EpisodeTotals(
-            totals.count + done,
-            totals.total_return + jnp.where(done, episode_return, 0),
-            totals.total_length + jnp.where(done, episode_length, 0),
-        )
-        actor = dataclasses.replace(
-            actor,
+        actor = ActorState(
             env_state=env_state,
             observation=observation,
             carry=actor.carry._replace(policy=restart(policy, done, policy_carry)),
             episode_return=jnp.where(done, 0, episode_return),
             episode_length=jnp.where(done, 0, episode_length),
+            ended=EpisodeTotals(
+                actor.ended.count + done,
+                actor.ended.total_return + jnp.where(done, episode_return, 0),
+                actor.ended.total_length + jnp.where(done, episode_length, 0),
+            ),
         )
-        return (actor, totals), transition
+        return actor, transition
 
     # Summed per environment until the end: a reduction per step would be a kernel per step.
-    start = actor, jax.tree.map(jnp.zeros_like, actor.ended)
-    (actor, totals), transitions = jax.lax.scan(step, start, jax.random.split(key, (agent.config.num_steps, 2)))
-    any_ended = jnp.sum(totals.count) > 0
-    ended = jax.tree.map(lambda new, old: jnp.where(any_ended, new, old), totals, actor.ended)
-    return dataclasses.replace(actor, ended=ended), transitions, totals
+    start = dataclasses.replace(actor, ended=jax.tree.map(jnp.zeros_like, actor.ended))
+    end, transitions = jax.lax.scan(step, start, jax.random.split(key, (agent.config.num_steps, 2)))
+    any_ended = jnp.sum(end.ended.count) > 0
+    ended = jax.tree.map(lambda new, old: jnp.where(any_ended, new, old), end.ended, actor.ended)
+    return dataclasses.replace(end, ended=ended), transitions, end.ended
 
 
 def init_actor(agent: Agent, key: Array) -> ActorState:
