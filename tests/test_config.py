@@ -10,8 +10,9 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from probes import small_config
 
 from trpo_jax import Config, Metrics, UsageError, train, train_step, validate
-from trpo_jax.config import check_limits, counted, without_effect
+from trpo_jax.sentences import check_limits, counted
 from trpo_jax.training import loop
+from trpo_jax.validation import without_effect
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 TRACED = [

@@ -20,7 +20,7 @@ import pytest
 from trpo_jax import Config, UsageError, train
 from trpo_jax.cli import main
 from trpo_jax.cli.arguments import make_parser
-from trpo_jax.config import shown
+from trpo_jax.sentences import shown
 from trpo_jax.training.agents import make_agent
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config) if field.metadata["flag"]}

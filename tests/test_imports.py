@@ -17,6 +17,8 @@ LAYERS = {
     "": 0,  # the package itself, whose names load on first use
     "backend": 0,
     "config": 0,
+    "sentences": 0,
+    "validation": 0,
     "files": 0,
     "settings": 0,
     "steps": 0,

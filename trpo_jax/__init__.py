@@ -11,8 +11,6 @@ TYPE_CHECKING = False  # as `typing` has it, which takes long to import: until t
 if TYPE_CHECKING:
     from trpo_jax.algorithms.base import Algorithm as Algorithm
     from trpo_jax.algorithms.base import ValueFit as ValueFit
-    from trpo_jax.config import UsageError as UsageError
-    from trpo_jax.config import validate as validate
     from trpo_jax.config_pytree import Config as Config
     from trpo_jax.environments.base import Box as Box
     from trpo_jax.environments.base import Discrete as Discrete
@@ -30,6 +28,7 @@ if TYPE_CHECKING:
     from trpo_jax.networks.default import make_policy as make_policy
     from trpo_jax.networks.default import make_value as make_value
     from trpo_jax.networks.recurrent import Network as Network
+    from trpo_jax.sentences import UsageError as UsageError
     from trpo_jax.steps.advantages import gae as gae
     from trpo_jax.steps.advantages import parallel_gae as parallel_gae
     from trpo_jax.steps.candidates import CandidateEstimate as CandidateEstimate
@@ -70,6 +69,7 @@ if TYPE_CHECKING:
     from trpo_jax.training.loop import train_step as train_step
     from trpo_jax.training.state import Metrics as Metrics
     from trpo_jax.training.state import TrainState as TrainState
+    from trpo_jax.validation import validate as validate
 
 __version__ = "0.1.0"
 
@@ -93,7 +93,7 @@ _HOME = {
     "SweepResult": "sweeps.in_memory",
     "TrainState": "training.state",
     "UpdateInfo": "steps.policy_updates",
-    "UsageError": "config",
+    "UsageError": "sentences",
     "ValueFit": "algorithms.base",
     "append_time": "environments.wrappers",
     "available_environments": "environments.make",
@@ -134,7 +134,7 @@ _HOME = {
     "train": "training.loop",
     "train_step": "training.loop",
     "trpo_update": "steps.trust_region",
-    "validate": "config",
+    "validate": "validation",
 }
 
 __all__ = sorted(_HOME)

@@ -7,19 +7,12 @@ own. Every other setting is a float that is *traced*: one program serves all its
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import numbers
-import struct
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from trpo_jax.sentences import UsageError, check_number, nearest, shown
 from trpo_jax.steps import defaults
-
-
-class UsageError(ValueError):
-    """A setting, file or environment cannot be used. The message is one sentence with the mend in it."""
-
 
 ALGORITHMS = {
     "trpo": "trpo_jax.algorithms.trpo",
@@ -267,17 +260,16 @@ class Config:
 
     def __post_init__(self) -> None:
         axes = any(getattr(self, name) is None for name in _TRACED)  # a tree of axes for `jax.vmap`: integers and None
-        for name, field in _FIELDS.items():
+        for name, field in FIELDS.items():
             value = getattr(self, name)
             if value is not field.default and not (axes and name in _TRACED):
                 check_setting(name, value)
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some settings changed."""
-        known = [field.name for field in dataclasses.fields(self)]
         for name in changes:
-            if name not in known:
-                raise UsageError(f"Config has no setting {name!r}{nearest(name, known)}")
+            if name not in FIELDS:
+                raise UsageError(f"Config has no setting {name!r}{nearest(name, FIELDS)}")
         return dataclasses.replace(self, **changes)
 
     @property
@@ -286,101 +278,13 @@ class Config:
         return self.num_envs * self.num_steps
 
 
-_FIELDS = {field.name: field for field in dataclasses.fields(Config)}
-_TRACED = frozenset(name for name, field in _FIELDS.items() if not field.metadata["static"])
-_MOST_SAMPLES = 2**31 - 1  # what an int32 can index
-_REFUSED = "constraint", "radius_rule", "reuse", "value_clip"  # these ask for a method of their own
-
-SEEDS = 2**31  # seeds lie below it: larger ones would train the agents of smaller ones
-LIMITS: dict[str, tuple[bool, str]] = {
-    "agent": (True, "[0, 999999]"),
-    "agents_per_device": (True, "[1, 1000000]"),
-    "batch": (True, "[1, 10000]"),
-    "checkpoint_seconds": (False, "[0, 1e9]"),
-    "count": (True, "[1, 1000000]"),
-    "max_steps": (True, "[1, 2147483647]"),
-    "num_agents": (True, "[1, 1000000]"),
-    "num_devices": (True, "[1, 256]"),
-    "num_episodes": (True, "[1, 1000000]"),
-    "num_processes": (True, "[1, 1000000]"),
-    "num_seeds": (True, "[1, 1000000]"),
-    "num_trials": (True, "[1, 1000000]"),
-    "process_id": (True, "[0, 999999]"),
-    "repetitions": (True, "[1, 10000]"),
-    "seed": (True, f"[0, {SEEDS - 1}]"),
-    "threads": (True, "[1, 4096]"),
-    "threshold": (False, "[-1e30, 1e30]"),
-    "total_steps": (True, "[1, 1000000000000000]"),
-}
-"""Numbers beside the settings, on the command line and in files: whether they are whole, and their range."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: '; did you mean …?' with the closest known ones, or a full stop."""
-    lowered = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower()[:100], lowered, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(lowered[match] for match in close)}?" if close else "."
-
-
-def counted(number: int, noun: str) -> str:
-    """A number and what it counts: "1 episode", "2,000 episodes"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, on one line, short, and without a full stop."""
-    if isinstance(error, RecursionError):
-        return "it is nested too deep"
-    said = error.args[0] if isinstance(error, KeyError) and error.args else error  # the str() of a KeyError is quoted
-    text = str(said).strip().splitlines()
-    return text[0].rstrip(".")[:200] if text else type(error).__name__
-
-
-def shown(value: Any) -> str:
-    """A value within a sentence: on one line, and short."""
-    try:
-        text = " ".join((repr(value) if isinstance(value, str) else str(value)).split())
-    except Exception:  # more digits than Python prints, or an object whose text fails
-        text = "a number too long to be shown" if isinstance(value, int) else f"an object of {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:60]} …"
-
-
-def validate(config: Config) -> None:
-    """Check every setting with a concrete value, and whether they go together; raise `UsageError` with one sentence.
-
-    Traced values cannot be looked at and pass. Arrays of values (a sweep) are checked value by value.
-    """
-    for name in _FIELDS:
-        check_setting(name, getattr(config, name))
-    for name, used in (
-        ("value_minibatches", config.value_fit == "adam"),
-        ("policy_minibatches", config.update in ("ppo", "kl-penalty")),
-    ):
-        if used and config.steps_per_iteration % getattr(config, name):
-            raise UsageError(
-                f"{name}={getattr(config, name)} does not divide the batch of num_envs x num_steps = "
-                f"{config.num_envs} x {config.num_steps} = {config.steps_per_iteration}; choose a divisor of it."
-            )
-    if (samples := config.steps_per_iteration * config.reuse) > _MOST_SAMPLES:
-        raise UsageError(
-            f"num_envs x num_steps x reuse = {samples:,} samples per update are more than {_MOST_SAMPLES:,}; lower one "
-            "of them."
-        )
-    low, high = config.smallest_max_kl, config.largest_max_kl
-    if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low > high:
-        raise UsageError(f"smallest_max_kl must not be above largest_max_kl, got {low} and {high}.")
-    for name in _REFUSED:
-        value, default = getattr(config, name), _FIELDS[name].default
-        if isinstance(value, (int, float, str)) and value != default and (why := without_effect(config, name)):
-            raise UsageError(f"{name}={value} {why}.")
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+_TRACED = frozenset(name for name, field in FIELDS.items() if not field.metadata["static"])
 
 
 def check_setting(name: str, value: Any, source: str = "") -> None:
-    """Raise `UsageError` unless a setting may have this value; a traced one cannot be looked at.
-
-    The one sentence names the setting and `source`, the file that it comes from.
-    """
-    field = _FIELDS[name]
+    """Raise `UsageError` unless a setting, from the file `source`, may have this value; traced ones all pass."""
+    field = FIELDS[name]
     meta, label = field.metadata, f"{name} in {source}" if source else name
     if "interval" in meta:
         if meta["static"] and field.type == "float" and not isinstance(value, numbers.Real):  # an array is traced
@@ -394,99 +298,3 @@ def check_setting(name: str, value: Any, source: str = "") -> None:
         raise UsageError(f"{label} must be True or False, got {shown(value)}.")
     elif name in ("policy", "value") and value is not None and not hasattr(value, "initial_carry"):
         raise UsageError(f"{label} must be None or a trpo_jax.Network(init, apply), got {shown(value)}.")
-
-
-def check_number(name: str, value: Any, *, whole: bool, interval: str) -> None:
-    """Compare a number, or every number of a concrete array, with an interval such as "(0, 1]", as float32 has it.
-
-    What float32 cannot tell from a bound lies on it: programs compute in float32, and a subnormal number is 0 to them.
-
-    Raises:
-      UsageError: with one sentence.
-    """
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
-    if whole:
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
-            raise UsageError(f"{name} must be a whole number from {low:,.0f} to {high:,.0f}, got {shown(value)}.")
-        return
-    if _is_abstract(value):
-        return
-    is_scalar = isinstance(value, (int, float)) and not isinstance(value, bool)
-    for extreme in (_as_float32(value),) if is_scalar else _extremes(name, value, interval):  # NaN compares as false
-        above = extreme >= low if interval[0] == "[" else extreme > low
-        below = extreme <= high if interval[-1] == "]" else extreme < high
-        if not (above and below):
-            rounded = is_scalar and value != extreme and extreme in (0, 1)
-            note = f", which is {extreme:g} in float32" if rounded else ""
-            raise UsageError(f"{name} must lie in {interval}, got {shown(value)}{note}.")
-
-
-def _is_abstract(value: Any) -> bool:
-    """Whether a value cannot be looked at: traced, only a shape, or on other hosts."""
-    jax = sys.modules.get("jax")  # without it there are no such values
-    if jax is None or not hasattr(value, "dtype"):
-        return False
-    if isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct)):
-        return True
-    return isinstance(value, jax.Array) and not value.is_fully_addressable
-
-
-def _as_float32(value: float) -> float:
-    try:
-        (single,) = struct.unpack("f", struct.pack("f", value))
-    except (OverflowError, struct.error):  # the second for a whole number of more than 308 digits
-        return float("inf") if value > 0 else float("-inf")
-    return 0.0 if abs(single) < 2.0**-126 else single
-
-
-def _extremes(name: str, value: Any, interval: str) -> tuple[float, ...]:
-    """The least and the greatest number of an array, both NaN if one is."""
-    import numpy as np  # deferred: `trpo-jax --help` needs no NumPy
-
-    try:
-        if not hasattr(value, "dtype") or np.dtype(value.dtype).kind in "bcOSUmM":
-            raise TypeError
-        array = np.asarray(value)
-        return tuple(_as_float32(float(number)) for number in (array.min(), array.max())) if array.size else ()
-    except (TypeError, ValueError):
-        raise UsageError(f"{name} must be a number in {interval}, got {shown(value)}.") from None
-
-
-def check_limits(values: Mapping[str, Any], source: str = "") -> None:
-    """Check the numbers among `values` that are no settings, see `LIMITS`; None is not given.
-
-    Raises:
-      UsageError: with one sentence, which names `source`, a file.
-    """
-    for name, (whole, interval) in LIMITS.items():
-        if (value := values.get(name)) is not None:
-            check_number(f"{name} in {source}" if source else name, value, whole=whole, interval=interval)
-    seed, number = values.get("seed"), values.get("num_seeds")
-    if seed is not None and number is not None and seed + number > SEEDS:
-        raise UsageError(
-            f"seed={seed} and the num_seeds={number} after it reach beyond {SEEDS - 1}, the largest seed; lower one."
-        )
-
-
-def without_effect(config: Config, name: str) -> str:
-    """Why a setting changes nothing beside the others: "needs update=ppo; with …"; empty if it has an effect."""
-    alternatives = _FIELDS[name].metadata["used"]
-    missing: list[str] = []
-    for conditions in alternatives:
-        chosen = {n: getattr(config, n) for n in conditions}
-        unmet = [
-            n
-            for n, values in conditions.items()
-            if (chosen[n] not in values and not callable(chosen[n])) or without_effect(config, n)
-        ]
-        if not unmet:
-            return ""
-        missing.append(unmet[0])
-    if not alternatives:
-        return ""
-    needs = " or ".join(
-        f"{unmet}={' or '.join(map(str, conditions[unmet]))}"
-        for unmet, conditions in zip(missing, alternatives, strict=True)
-    )
-    found = " and ".join(f"{unmet}={getattr(config, unmet)}" for unmet in dict.fromkeys(missing))
-    return f"needs {needs}; with {found} it has no effect"

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.config import UsageError, first_line
 from trpo_jax.config_pytree import Config
 from trpo_jax.environments.base import Box, Environment
 from trpo_jax.environments.checks import one_sentence
 from trpo_jax.environments.gymnasium import host_action_space, observation_space
 from trpo_jax.files import write_atomically
+from trpo_jax.sentences import UsageError, first_line
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.agents import make_agent, with_normalization
 from trpo_jax.training.recurrence import initial_carries

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from trpo_jax.config import UsageError, first_line
+from trpo_jax.sentences import UsageError, first_line
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # of `write_atomically`: .NAME.PROCESS.tmp
 _SEAL = re.compile(rb"crc32:([0-9a-f]{8})")

@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from trpo_jax.config import Config, UsageError, check_limits, check_setting, first_line, nearest, shown
+from trpo_jax.config import Config, check_setting
 from trpo_jax.files import read_limited
+from trpo_jax.sentences import UsageError, check_limits, first_line, nearest, shown
 
 _KINDS = {field.name: str(field.type) for field in dataclasses.fields(Config) if field.metadata["flag"]}
 SETTINGS = ("env", *_KINDS)  # what a file can name; networks and environments of one's own it cannot

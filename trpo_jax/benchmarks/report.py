@@ -13,8 +13,8 @@ from trpo_jax.benchmarks.measure import (
     measure_time_to,
     setting,
 )
-from trpo_jax.config import counted
 from trpo_jax.config_pytree import Config
+from trpo_jax.sentences import counted
 from trpo_jax.settings import settings_of
 
 # Returns at which Gymnasium's registry calls these tasks solved.

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from trpo_jax.cli import commands, sweep_commands
 from trpo_jax.cli.arguments import check_arguments, flags_of, make_parser
-from trpo_jax.config import UsageError, first_line, nearest, shown
 from trpo_jax.files import drop_output, say
+from trpo_jax.sentences import UsageError, first_line, nearest, shown
 
 _COMMANDS = {
     "train": commands.train,

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from trpo_jax import __version__
-from trpo_jax.config import Config, UsageError, check_limits, without_effect
+from trpo_jax.config import Config
 from trpo_jax.files import say
+from trpo_jax.sentences import UsageError, check_limits
 from trpo_jax.settings import SETTINGS, TOTAL_STEPS, with_length
+from trpo_jax.validation import without_effect
 
 _BENCHMARK = {"num_envs": 64}  # what `benchmark` has other than `Config`
 

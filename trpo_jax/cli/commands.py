@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from trpo_jax.cli.arguments import config_of, tell_idle
 from trpo_jax.cli.startup import start_quickly
-from trpo_jax.config import UsageError, counted, shown, validate, without_effect
 from trpo_jax.files import command, say, write_atomically
+from trpo_jax.sentences import UsageError, counted, shown
 from trpo_jax.settings import checked_settings, read_toml
+from trpo_jax.validation import validate, without_effect
 
 if TYPE_CHECKING:
     from trpo_jax.runs.folders import Progress, Run

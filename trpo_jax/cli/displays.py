@@ -13,8 +13,9 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column, Table
 
-from trpo_jax.config import Config, counted
+from trpo_jax.config import Config
 from trpo_jax.files import drop_output, say
+from trpo_jax.sentences import counted
 
 if TYPE_CHECKING:
     from trpo_jax.runs.folders import Progress as RunProgress

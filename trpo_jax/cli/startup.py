@@ -8,8 +8,8 @@ import platform
 import warnings
 from pathlib import Path
 
-from trpo_jax.config import UsageError, check_limits
 from trpo_jax.files import read_json
+from trpo_jax.sentences import UsageError, check_limits
 
 
 def start_quickly() -> None:

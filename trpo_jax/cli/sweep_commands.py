@@ -8,8 +8,8 @@ from pathlib import Path
 
 from trpo_jax.cli.arguments import tell_idle
 from trpo_jax.cli.startup import start_quickly, use_every_core
-from trpo_jax.config import counted
 from trpo_jax.files import command
+from trpo_jax.sentences import counted
 
 
 def sweep(namespace: argparse.Namespace) -> int:

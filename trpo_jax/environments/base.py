@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from trpo_jax.config import UsageError, shown
+from trpo_jax.sentences import UsageError, shown
 
 Array = jax.Array
 PyTree = Any

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 
-from trpo_jax.config import UsageError
 from trpo_jax.environments import base
 from trpo_jax.environments.base import Array, Environment, PyTree
 from trpo_jax.environments.suites import assemble, check_name, quiet_mujoco, require
+from trpo_jax.sentences import UsageError
 
 # Brax has no time limit of its own; its results are of episodes of this length.
 MAX_STEPS = 1000

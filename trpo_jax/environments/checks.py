@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.config import UsageError, first_line
 from trpo_jax.environments import base
 from trpo_jax.environments.base import Array, Box, Discrete, Environment, MultiDiscrete, PyTree, RawReset, Step
+from trpo_jax.sentences import UsageError, first_line
 
 
 def fixed_dtypes(

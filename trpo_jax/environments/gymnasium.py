@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from trpo_jax.config import UsageError, first_line, nearest
 from trpo_jax.environments.base import Box, Environment, Space
 from trpo_jax.environments.host import Host, pure_functions
 from trpo_jax.environments.spaces import action_space, picture_scale
 from trpo_jax.environments.suites import quiet_mujoco, require
+from trpo_jax.sentences import UsageError, first_line, nearest
 
 
 def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environment:

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.config import UsageError, first_line, nearest
 from trpo_jax.environments.base import Array, Environment, PyTree
 from trpo_jax.environments.checks import one_sentence
 from trpo_jax.environments.spaces import action_space, is_choice, picture_scale
 from trpo_jax.environments.suites import assemble
+from trpo_jax.sentences import UsageError, first_line, nearest
 
 
 @functools.cache

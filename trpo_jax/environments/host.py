@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.config import UsageError
 from trpo_jax.environments.base import Array, Box, Space, Step, zero_action
 from trpo_jax.environments.checks import describe_error
+from trpo_jax.sentences import UsageError
 
 # Instances that one environment may keep alive at most (about 1 MB each with MuJoCo), or four times its largest batch;
 # and those that all others together may keep while it is at work.

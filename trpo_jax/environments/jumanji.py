@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.config import UsageError
 from trpo_jax.environments.base import Array, Discrete, Environment, MultiDiscrete, PyTree, Space
 from trpo_jax.environments.suites import assemble, check_name, flat, require
+from trpo_jax.sentences import UsageError
 
 
 def names() -> list[str]:

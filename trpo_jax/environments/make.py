@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 
-from trpo_jax.config import UsageError, check_limits, nearest, shown
 from trpo_jax.environments import gymnax, suites
 from trpo_jax.environments.base import Environment
 from trpo_jax.environments.checks import check_environment, check_space
+from trpo_jax.sentences import UsageError, check_limits, nearest, shown
 
 _sound: weakref.WeakSet[Environment] = weakref.WeakSet()  # checked, or built here
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from trpo_jax.config import UsageError, first_line
 from trpo_jax.environments.base import Environment
 from trpo_jax.environments.brax import from_brax
 from trpo_jax.environments.suites import check_name, quiet_mujoco, require
 from trpo_jax.environments.wrappers import limit_steps, repeat_actions
+from trpo_jax.sentences import UsageError, first_line
 
 
 def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environment:

@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.config import UsageError, shown
 from trpo_jax.environments.base import Discrete, MultiDiscrete, Space, make_box
+from trpo_jax.sentences import UsageError, shown
 
 
 def action_space(space: Any, name: str) -> tuple[Space, Callable[[Any], Any]]:

@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trpo_jax.config import UsageError, first_line, nearest
 from trpo_jax.environments import base
 from trpo_jax.environments.base import Array, Environment, PyTree, Space, Step
 from trpo_jax.environments.checks import fixed_dtypes, outcome
 from trpo_jax.environments.wrappers import limit_steps
+from trpo_jax.sentences import UsageError, first_line, nearest
 
 # An adapter is the module of this package that bears the suite's name; so is the extra that installs the suite. It has
 # `make(name, options, max_steps) -> Environment`, its name without the prefix, and `names() -> list[str]`.

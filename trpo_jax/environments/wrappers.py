@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.config import UsageError, check_number, shown
 from trpo_jax.environments.base import Array, Environment, PyTree, Step
+from trpo_jax.sentences import UsageError, check_number, shown
 
 
 def limit_steps(environment: Environment, max_steps: int) -> Environment:

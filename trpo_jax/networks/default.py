@@ -8,10 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.config import UsageError
 from trpo_jax.environments.base import Box, Discrete, Environment
 from trpo_jax.networks.modules import CNN, GRU, MLP
 from trpo_jax.networks.recurrent import Network, RecurrentNetwork, lift, lower, with_output
+from trpo_jax.sentences import UsageError
 from trpo_jax.steps.distributions import Categorical, DiagonalGaussian, MultiCategorical
 from trpo_jax.steps.types import Array, PyTree, Scalar
 

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 
 from trpo_jax import __version__
-from trpo_jax.config import UsageError
 from trpo_jax.files import BLANK_SEAL, is_fresh, is_intact, read_json, read_limited, sealed, write_atomically
+from trpo_jax.sentences import UsageError
 
 _PACKAGES = "jax", "jaxlib", "gymnax", "flax", "optax"
 

@@ -18,18 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.config import UsageError, check_limits, shown, validate
 from trpo_jax.config_pytree import Config
 from trpo_jax.files import command, locked
 from trpo_jax.runs.descriptions import check_equal, is_begun, made_by, origin, read_table, restore_or_anew, write_table
 from trpo_jax.runs.metrics import MetricsFile, last_mean, rows_of
 from trpo_jax.runs.runner import CAPACITY, Chunk, Clock, advance, agent_keys, interrupts
 from trpo_jax.runs.sinks import Sink
+from trpo_jax.sentences import UsageError, check_limits, shown
 from trpo_jax.settings import checked_settings, settings_of
 from trpo_jax.training.checkpoints import Checkpoints, Saved
 from trpo_jax.training.loop import init, train_chunk
 from trpo_jax.training.memory import check_memory, free_memory
 from trpo_jax.training.state import TrainState
+from trpo_jax.validation import validate
 
 _CONTINUES = "what is done is safe, and `trpo-jax resume` continues when the folder can be written to"
 

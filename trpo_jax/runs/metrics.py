@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from trpo_jax.config import UsageError, counted
 from trpo_jax.files import append, write_atomically
+from trpo_jax.sentences import UsageError, counted
 from trpo_jax.training.state import Metrics
 
 METRICS = tuple(field.name for field in dataclasses.fields(Metrics))

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trpo_jax.config import UsageError
 from trpo_jax.files import write_atomically
+from trpo_jax.sentences import UsageError
 
 Sink = Callable[[int, int, Mapping[str, float]], None]
 """`sink(seed, env_steps, metrics)`, called once per iteration and agent; nothing is written before the first call."""

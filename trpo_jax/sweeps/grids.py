@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from trpo_jax.config import UsageError, check_limits, check_number, counted, nearest, shown, validate
 from trpo_jax.config_pytree import Config
 from trpo_jax.runs.runner import agent_keys
+from trpo_jax.sentences import UsageError, check_limits, check_number, counted, nearest, shown
 from trpo_jax.settings import (
     SETTINGS,
     TOTAL_STEPS,
@@ -27,6 +27,7 @@ from trpo_jax.settings import (
     with_length,
 )
 from trpo_jax.training.agents import make_agent
+from trpo_jax.validation import validate
 
 TUNING_SEEDS = 2**30  # `tune` takes its seeds from here on, sweeps theirs from below
 _DISTRIBUTIONS = ("uniform", "log_uniform", "choice")

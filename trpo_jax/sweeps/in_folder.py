@@ -11,10 +11,10 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from trpo_jax.config import UsageError, counted
 from trpo_jax.files import say
 from trpo_jax.runs.descriptions import made_by
 from trpo_jax.runs.runner import Clock, interrupts
+from trpo_jax.sentences import UsageError, counted
 from trpo_jax.settings import SETTINGS
 from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, training_return
 from trpo_jax.sweeps.grids import Group, Point, Spec, plan

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from trpo_jax.config import UsageError, shown
 from trpo_jax.config_pytree import Config
 from trpo_jax.runs.metrics import METRICS
+from trpo_jax.sentences import UsageError, shown
 from trpo_jax.sweeps.cohorts import Cohort, failed_iteration
 from trpo_jax.sweeps.grids import Spec, check_numbers, make_groups, make_points
 from trpo_jax.sweeps.placement import agents_per_block, fit_programs

@@ -18,9 +18,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trpo_jax import backend
-from trpo_jax.config import UsageError
 from trpo_jax.config_pytree import Config
 from trpo_jax.runs.runner import CAPACITY
+from trpo_jax.sentences import UsageError
 from trpo_jax.training import evaluation
 from trpo_jax.training.loop import init, train_chunk
 from trpo_jax.training.memory import check_memory, free_memory, program_memory

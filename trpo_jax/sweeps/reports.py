@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from trpo_jax.config import UsageError, counted
 from trpo_jax.runs.metrics import fill_forward
+from trpo_jax.sentences import UsageError, counted
 from trpo_jax.settings import SETTINGS
 from trpo_jax.sweeps.iqm import interquartile_mean, stratified_bootstrap
 from trpo_jax.sweeps.storage import Folder

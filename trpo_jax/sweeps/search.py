@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from trpo_jax.config import UsageError, counted
 from trpo_jax.files import write_atomically
 from trpo_jax.runs.descriptions import made_by
 from trpo_jax.runs.runner import agent_keys
+from trpo_jax.sentences import UsageError, counted
 from trpo_jax.settings import is_whole, settings_of
 from trpo_jax.sweeps.cohorts import Cohort, failed_iteration, join, training_return
 from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, make_point, static_part

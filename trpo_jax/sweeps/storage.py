@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trpo_jax.config import UsageError, counted, first_line
 from trpo_jax.files import BLANK_SEAL, is_intact, locked, say, sealed, write_atomically
 from trpo_jax.runs.descriptions import check_equal, is_begun, origin, read_table, restore_or_anew, write_table
+from trpo_jax.sentences import UsageError, counted, first_line
 from trpo_jax.sweeps.cohorts import Snapshot, blank
 from trpo_jax.training.checkpoints import Checkpoints, without_mend
 from trpo_jax.training.state import TrainState

@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from trpo_jax.config import UsageError, first_line, shown
 from trpo_jax.files import is_fresh, locked, read_json, write_atomically
 from trpo_jax.runs.descriptions import check_equal, write_table
+from trpo_jax.sentences import UsageError, first_line, shown
 from trpo_jax.sweeps.grids import Spec
 
 _ASKED_FOR = "sweep"  # attribute of a study: what was asked for, without the number of trials

@@ -10,16 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.algorithms.base import Algorithm, ValueFit, make_algorithm, make_value_fit
-from trpo_jax.config import Config, UsageError, validate, without_effect
+from trpo_jax.config import Config
 from trpo_jax.environments.base import Box, Discrete, Environment, key_shape
 from trpo_jax.environments.make import make_environment
 from trpo_jax.networks.default import make_policy, make_value, make_value_head
 from trpo_jax.networks.recurrent import RecurrentNetwork, lift
+from trpo_jax.sentences import UsageError
 from trpo_jax.steps.distributions import Categorical, MultiCategorical
 from trpo_jax.steps.statistics import RunningStatistics, normalize
 from trpo_jax.steps.trees import check_parameters
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.recurrence import initial_carries
+from trpo_jax.validation import minibatches, validate
 
 
 class Agent(NamedTuple):
@@ -91,9 +93,8 @@ def _check_sequences(config: Config) -> None:
     """A network with a memory needs whole sequences: an environment's steps are one sample."""
     if config.reuse > 1:
         raise UsageError(f"reuse={config.reuse} needs networks without a memory, such as network=mlp.")
-    for name in ("policy_minibatches", "value_minibatches"):
-        number = getattr(config, name)
-        if config.num_envs % number and not without_effect(config, name):
+    for name, number in minibatches(config):
+        if config.num_envs % number:
             raise UsageError(f"{name}={number} must divide num_envs={config.num_envs} where a network has a memory.")
 
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.config import UsageError
 from trpo_jax.config_pytree import Config
 from trpo_jax.files import WRITABLE, say, write_atomically
+from trpo_jax.sentences import UsageError
 from trpo_jax.steps.types import PyTree
 from trpo_jax.training.loop import init
 

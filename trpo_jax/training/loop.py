@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from trpo_jax import backend
-from trpo_jax.config import UsageError
 from trpo_jax.config_pytree import Config
+from trpo_jax.sentences import UsageError
 from trpo_jax.steps.statistics import init_statistics, update_statistics
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.agents import Agent, make_agent

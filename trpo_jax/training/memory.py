@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from trpo_jax import backend
-from trpo_jax.config import UsageError
 from trpo_jax.config_pytree import Config
+from trpo_jax.sentences import UsageError
 from trpo_jax.training.agents import make_agent
 from trpo_jax.training.loop import init, train_step
 from trpo_jax.training.rollouts import rollout

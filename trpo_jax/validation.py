@@ -1,0 +1,69 @@
+"""Whether settings go together, and which of them have an effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from trpo_jax.config import FIELDS, Config, check_setting
+from trpo_jax.sentences import UsageError
+
+_MOST_SAMPLES = 2**31 - 1  # what an int32 can index
+_REFUSED = "constraint", "radius_rule", "reuse", "value_clip"  # these ask for a method of their own
+
+
+def validate(config: Config) -> None:
+    """Check every setting with a concrete value, and whether they go together; raise `UsageError` with one sentence.
+
+    Traced values cannot be looked at and pass. Arrays of values (a sweep) are checked value by value.
+    """
+    for name in FIELDS:
+        check_setting(name, getattr(config, name))
+    for name, number in minibatches(config):
+        if config.steps_per_iteration % number:
+            raise UsageError(
+                f"{name}={number} does not divide the batch of num_envs x num_steps = {config.num_envs} x "
+                f"{config.num_steps} = {config.steps_per_iteration}; choose a divisor of it."
+            )
+    if (samples := config.steps_per_iteration * config.reuse) > _MOST_SAMPLES:
+        raise UsageError(
+            f"num_envs x num_steps x reuse = {samples:,} samples per update are more than {_MOST_SAMPLES:,}; lower one "
+            "of them."
+        )
+    low, high = config.smallest_max_kl, config.largest_max_kl
+    if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low > high:
+        raise UsageError(f"smallest_max_kl must not be above largest_max_kl, got {low} and {high}.")
+    for name in _REFUSED:
+        value, default = getattr(config, name), FIELDS[name].default
+        if isinstance(value, (int, float, str)) and value != default and (why := without_effect(config, name)):
+            raise UsageError(f"{name}={value} {why}.")
+
+
+def minibatches(config: Config) -> Iterator[tuple[str, int]]:
+    """Name and number of the minibatches that are cut by these settings; a method from outside may cut none."""
+    for name, method in (("value_minibatches", config.value_fit), ("policy_minibatches", config.update)):
+        if isinstance(method, str) and not without_effect(config, name):
+            yield name, getattr(config, name)
+
+
+def without_effect(config: Config, name: str) -> str:
+    """Why a setting changes nothing beside the others: "needs update=ppo; with …"; empty if it has an effect."""
+    alternatives = FIELDS[name].metadata["used"]
+    missing: list[str] = []
+    for conditions in alternatives:
+        chosen = {n: getattr(config, n) for n in conditions}
+        unmet = [
+            n
+            for n, values in conditions.items()
+            if (chosen[n] not in values and not callable(chosen[n])) or without_effect(config, n)
+        ]
+        if not unmet:
+            return ""
+        missing.append(unmet[0])
+    if not alternatives:
+        return ""
+    needs = " or ".join(
+        f"{unmet}={' or '.join(map(str, conditions[unmet]))}"
+        for unmet, conditions in zip(missing, alternatives, strict=True)
+    )
+    found = " and ".join(f"{unmet}={getattr(config, unmet)}" for unmet in dict.fromkeys(missing))
+    return f"needs {needs}; with {found} it has no effect"
