@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from exact_problems import bandit, random_logits, random_mdps, two_state
 
-from trpo_jax import Categorical, natural_gradient
+from trpo_jax import Categorical, Solver, natural_gradient
 from trpo_jax.theory import (
     TabularMDP,
     best_policy_within,
@@ -83,7 +83,7 @@ def test_the_update_for_samples_takes_the_exact_step(problem):
     logits, mdp = problem()
     density = (1 - mdp.gamma) * visitation(softmax_policy(logits), mdp)
     gradient = exact_gradient(logits, mdp)
-    options = {"max_kl": 0.01, "cg_damping": 0.0, "cg_tolerance": 0.0, "weight": density * density.size}
+    options = {"max_kl": 0.01, "solver": Solver(damping=0.0, tolerance=0.0), "weight": density * density.size}
     step, _ = jax.jit(lambda g: natural_gradient(Categorical, logits, g, **options))(gradient)
     direction = exact_natural_gradient(logits, mdp)
     expected = direction * np.sqrt(0.02 / np.sum(gradient * direction))

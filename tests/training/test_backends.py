@@ -19,13 +19,8 @@ FORMS = {
 }
 
 
-@pytest.fixture(scope="module")
-def on_cpu():
-    """One iteration of two agents in the form for a CPU, of every configuration: (states, metrics)."""
-    return {name: iteration(config) for name, config in FORMS.items()}
-
-
 def iteration(config):
+    """One iteration of two agents: (states, metrics)."""
     keys = jax.random.split(jax.random.key(0), 2)
 
     @jax.jit
@@ -36,17 +31,22 @@ def iteration(config):
     return run(keys)
 
 
-def test_an_iteration_is_the_same_in_either_form(on_cpu, accelerator):
-    for name, config in FORMS.items():
-        (states, metrics), (expected, expected_metrics) = iteration(config), on_cpu[name]
-        np.testing.assert_array_equal(metrics.accepted, expected_metrics.accepted, err_msg=name)
-        np.testing.assert_array_equal(metrics.num_episodes, expected_metrics.num_episodes, err_msg=name)
-        assert_trees_close(states.actor.observation, expected.actor.observation, rtol=1e-4, atol=1e-5)
-        assert_trees_close(states.learner.policy_params, expected.learner.policy_params, rtol=1e-2, atol=2e-3)
-        np.testing.assert_allclose(metrics.value_loss, expected_metrics.value_loss, rtol=1e-2, err_msg=name)
-        np.testing.assert_allclose(
-            metrics.surrogate_gain, expected_metrics.surrogate_gain, rtol=2e-2, atol=1e-4, err_msg=name
-        )
+QUICK = "many environments", "reuse"
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FORMS]
+)
+def test_an_iteration_is_the_same_in_either_form(name, request):
+    expected, expected_metrics = iteration(FORMS[name])
+    request.getfixturevalue("accelerator")
+    states, metrics = iteration(FORMS[name])
+    np.testing.assert_array_equal(metrics.accepted, expected_metrics.accepted)
+    np.testing.assert_array_equal(metrics.num_episodes, expected_metrics.num_episodes)
+    assert_trees_close(states.actor.observation, expected.actor.observation, rtol=1e-4, atol=1e-5)
+    assert_trees_close(states.learner.policy_params, expected.learner.policy_params, rtol=1e-2, atol=2e-3)
+    np.testing.assert_allclose(metrics.value_loss, expected_metrics.value_loss, rtol=1e-2)
+    np.testing.assert_allclose(metrics.surrogate_gain, expected_metrics.surrogate_gain, rtol=2e-2, atol=1e-4)
 
 
 def branches():

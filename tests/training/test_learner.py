@@ -1,6 +1,7 @@
 """The stages of learning from a batch, each called alone."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -59,15 +60,14 @@ def test_the_stages_one_by_one_are_the_iteration(name):
 
 def test_learning_from_a_batch_builds_no_environment(monkeypatch):
     config = small_config(probes.Countdown())
-    agent, state = make_agent(config), init(config, jax.random.key(0))
-    _, batch, _ = rollout(agent, state.learner, state.actor, jax.random.key(1))
+    agent, state = make_agent(config), jax.jit(init)(config, jax.random.key(0))
+    _, batch, _ = jax.jit(functools.partial(rollout, agent))(state.learner, state.actor, jax.random.key(1))
 
     def forbidden(*arguments, **options):
         raise AssertionError("an environment was asked for")
 
     monkeypatch.setattr(agents, "make_environment", forbidden)
     broken = dataclasses.replace(agent.environment, reset=forbidden, step=forbidden)
-    learner, _, info = update_learner(
-        agent._replace(environment=broken), state.learner, batch, state.actor.carry, jnp.int32(0), jax.random.key(2)
-    )
+    learn = jax.jit(functools.partial(update_learner, agent._replace(environment=broken)))
+    learner, _, info = learn(state.learner, batch, state.actor.carry, jnp.int32(0), jax.random.key(2))
     assert info.update.accepted and not probes.same_bits(learner.policy_params, state.learner.policy_params)

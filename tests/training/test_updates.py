@@ -268,7 +268,7 @@ def one_iteration(**changes):
     """`update_learner` on one batch, as a function of the key that shuffles: the parameters of both networks."""
     config = small_config(num_envs=8, **changes)
     state = init(config, jax.random.key(0))
-    batch, learn = newest_batch(config, state), functools.partial(update_learner, make_agent(config))
+    batch, learn = newest_batch(config, state), jax.jit(functools.partial(update_learner, make_agent(config)))
 
     def parameters(seed):
         new, _, _ = learn(state.learner, batch, state.actor.carry, state.iteration, jax.random.key(seed))
@@ -291,7 +291,7 @@ def test_what_shuffles_follows_from_the_key_of_the_run_and_the_number_of_the_ite
     config = small_config(num_envs=8, policy_learning_rate=0.1, **OPTIONS["PPO"])
     state = init(config, jax.random.key(0))
     for _ in range(2):
-        batch, learn = newest_batch(config, state), functools.partial(update_learner, make_agent(config))
+        batch, learn = newest_batch(config, state), jax.jit(functools.partial(update_learner, make_agent(config)))
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.iteration), 2**32 - 2)
         expected, other = (
             learn(state.learner, batch, state.actor.carry, state.iteration, k)[0].policy_params
