@@ -292,6 +292,14 @@ def test_the_steps_have_the_defaults_of_config():
             assert parameters[name].default == value, (step, name)
 
 
+def test_what_is_widened_is_arrays_of_half_precision_alone():
+    tree = {"half": jnp.float16(1), "single": jnp.float32(2), "count": jnp.int8(3), "number": 4.0, "flag": True}
+    wide = trees.widened(tree)
+    assert wide["half"].dtype == jnp.float32 and wide["count"].dtype == jnp.int8
+    assert wide["single"] is tree["single"] or wide["single"].dtype == jnp.float32
+    assert (wide["number"], wide["flag"]) == (4.0, True)
+
+
 def test_a_bonus_counts_only_so_much_of_a_deviation():
     log_std = jnp.array([-0.5, 1.0, 5.0])
     wide = DiagonalGaussian(jnp.zeros((2, 3)), log_std, (2.0, 2.0, 2.0))

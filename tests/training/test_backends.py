@@ -6,7 +6,15 @@ import probes
 import pytest
 from probes import assert_trees_close, small_config
 
-from trpo_jax import Config, init, train_step
+from trpo_jax import (
+    Config,
+    backtracking_line_search,
+    full_step,
+    init,
+    parallel_line_search,
+    train_step,
+)
+from trpo_jax.algorithms.trpo import line_search_of
 
 FORMS = {
     "a time limit": small_config(probes.CutShort()),
@@ -47,6 +55,22 @@ def test_an_iteration_is_the_same_in_either_form(name, request):
     assert_trees_close(states.learner.policy_params, expected.learner.policy_params, rtol=1e-2, atol=2e-3)
     np.testing.assert_allclose(metrics.value_loss, expected_metrics.value_loss, rtol=1e-2)
     np.testing.assert_allclose(metrics.surrogate_gain, expected_metrics.surrogate_gain, rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "platform, chosen", [("cpu", backtracking_line_search), ("gpu", parallel_line_search)], ids=["cpu", "gpu"]
+)
+def test_the_line_search_is_the_one_that_suits_the_backend_or_that_was_asked_for(platform, chosen, monkeypatch):
+    monkeypatch.setattr("trpo_jax.backend.platform", lambda: platform)
+    named = {
+        "auto": chosen,
+        "backtracking": backtracking_line_search,
+        "parallel": parallel_line_search,
+        "none": full_step,
+    }
+    for name, search in named.items():
+        found = line_search_of(Config(line_search=name, line_search_shrink=0.5, line_search_steps=3))
+        assert found.func is search and found.keywords == {"shrink": 0.5, "max_steps": 3}
 
 
 def branches():
