@@ -12,7 +12,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from probes import lane, same_bits, small_config, stack
 
-from trpo_jax import Config, Network, UsageError, gae, init, load, save, train, train_step, validate
+from trpo_jax import Batch, Categorical, Config, Network, UsageError, gae, init, load, save, train, train_step, validate
 from trpo_jax.algorithms.base import Experience, annealed
 from trpo_jax.algorithms.radius_rules import RADIUS_RULES
 from trpo_jax.steps.statistics import init_statistics
@@ -187,6 +187,28 @@ def test_a_refused_step_shrinks_the_radius_and_a_zero_gradient_does_not(rule):
     assert radius_after(config, Outcome(jnp.bool_(False), gradient_norm=0.0)) == pytest.approx(0.01)
     assert radius_after(config, Outcome(jnp.bool_(False), gradient_norm=float("nan"))) == pytest.approx(0.01)
     assert radius_after(config, Outcome(jnp.bool_(True))) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("ratio, factor", [(-0.5, 0.25), (0.2, 0.25), (0.3, 1.0), (0.5, 1.0), (0.7, 1.0), (0.9, 2.0)])
+def test_the_radius_follows_the_measured_ratio(ratio, factor):
+    """All actions alike and of one advantage: the way back costs b = (1 − π_last/π) A, without any noise."""
+    rule, config = RADIUS_RULES["ratio"], Config(radius_rule="ratio", max_kl=0.01)
+    last, now, gain = jnp.zeros(1), jnp.full(1, 0.1), 0.3
+    cost = 1 - 0.5 * (1 + np.exp(-0.1))
+    advantage = jnp.full(4, (2 * ratio - 1) * gain / cost)
+
+    def apply(params, observation):
+        return Categorical(observation * jnp.array([0.0, 1.0]) * params)
+
+    batch = Batch(jnp.ones((4, 1)), jnp.ones(4, int), advantage)
+    statistics = init_statistics((1,))
+    experience = Experience(batch, advantage, jnp.float32(1), 4, jnp.int32(1), statistics, lambda statistics: apply)
+    state = rule.init(config, last, statistics)
+    assert np.isnan(rule.before(config, apply, now, state, experience)[2])  # nothing was promised yet
+    previous = state.previous._replace(gain=jnp.float32(gain), at_boundary=jnp.bool_(True))
+    _, radius, found = rule.before(config, apply, now, state._replace(previous=previous), experience)
+    np.testing.assert_allclose(found, ratio, atol=1e-4)
+    np.testing.assert_allclose(radius, factor * 0.01, rtol=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.1])
