@@ -90,6 +90,15 @@ def test_environments_are_resampled_whole(estimate):
     assert (whole.high - whole.low) > 5 * (flat.high - flat.low)
 
 
+def test_the_divergence_is_that_of_the_distributions(estimate):
+    state, action, advantage = batch(jax.random.key(7), (200,))
+    (candidate,) = candidates(1, 0.3)
+    found = estimate(candidate, jax.random.key(0), state, action, advantage)
+    kl = policy_apply(OLD, state).kl(policy_apply(candidate, state))
+    np.testing.assert_allclose([found.mean_kl, found.maximum_kl], [kl.mean(), kl.max()], rtol=1e-4)
+    assert kl.max() > 1.1 * kl.mean() > 0
+
+
 def test_candidates_are_ranked_as_by_the_exact_return():
     near = candidates(60, 0.1)
     data = batch(jax.random.key(6), (20_000,))
