@@ -156,9 +156,8 @@ def echo(monkeypatch):
     return requests
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if i else ()) for i, n in enumerate(peers.PEERS)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", peers.PEERS)
 def test_a_comparison_has_every_figure_of_both_sides(name, echo):
     config = Config(num_envs=2, num_steps=16, gamma=0.9, cg_iterations=2)
     found = compare.compare(name, config, repetitions=1, num_agents=2, threshold=-1.0, seeds=range(1))

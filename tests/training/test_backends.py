@@ -39,7 +39,7 @@ def iteration(config):
     return run(keys)
 
 
-QUICK = "many environments", "reuse"
+QUICK = ("reuse",)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "a memory")) for n in SETTINGS])
 def test_the_stages_one_by_one_are_the_iteration(name):
     config = small_config(probes.Countdown(), **SETTINGS[name])
     agent, state = make_agent(config), jax.jit(lambda key: init(config, key))(jax.random.key(0))
