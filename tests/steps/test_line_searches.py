@@ -80,3 +80,13 @@ def test_traced_settings_under_vmap(search):
     max_kl, shrink = jnp.array([1.0, 0.6, 0.1, 1e-9]), jnp.array([0.5, 0.5, 0.8, 0.9])
     expected = [1.0, 0.5, 0.0, 0.0]  # 0.8⁷ = 0.21 is still above 0.1
     np.testing.assert_allclose(jax.jit(jax.vmap(run))(max_kl, shrink), expected)
+
+
+@pytest.mark.parametrize("search", [backtracking_line_search, parallel_line_search])
+@pytest.mark.parametrize("gain", [1.0, -1.0])
+def test_one_candidate_is_the_whole_step_or_none(search, gain):
+    new, info = search(
+        lambda p: (gain * jnp.ones(()), jnp.zeros(())), jnp.zeros(2), jnp.ones(2), max_kl=1.0, max_steps=1
+    )
+    np.testing.assert_array_equal(new, float(gain > 0))
+    assert info.accepted == (gain > 0) == info.step_fraction and info.num_rejected == (gain < 0)

@@ -118,6 +118,20 @@ def test_whole_sequences_are_shuffled():
     assert (np.diff(rows[:, 0]) < 0).any()
 
 
+def test_the_loss_is_the_mean_over_the_minibatches_of_the_last_epoch():
+    """Steps of 1 by a loss that is its parameter plus the sample: epochs start at 0 and at −4."""
+
+    def loss_fn(params, sample):
+        return params + jnp.mean(sample)
+
+    start, optimizer = jnp.float32(0), optax.sgd(1.0)
+    found = minibatch_descent(
+        loss_fn, start, optimizer.init(start), (jnp.arange(4.0),), (4,), optimizer=optimizer, epochs=2, minibatches=4
+    )
+    np.testing.assert_allclose(found[2], np.mean(-4 - np.arange(4) + np.arange(4)))
+    np.testing.assert_allclose(found[0], -8)
+
+
 # --- Clipping ------------------------------------------------------------------------------------------------------
 
 
