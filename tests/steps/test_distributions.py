@@ -336,3 +336,9 @@ def test_forbidden_actions_are_never_taken_and_cannot_be_un_or_newly_forbidden_f
     assert certain.entropy() == 0
     assert certain.log_prob(jnp.array(0)) == 0
     np.testing.assert_array_equal(certain.fisher_product(Categorical(jnp.array([1.0, jnp.inf, jnp.nan]))).logits, 0)
+
+
+def test_truth_values_are_actions_0_and_1():
+    distribution = Categorical(jnp.array([[0.0, 1.0], [2.0, -1.0], [0.5, 0.0]]))
+    action = jnp.array([True, False, True])
+    np.testing.assert_array_equal(distribution.log_prob(action), distribution.log_prob(action.astype(int)))

@@ -9,7 +9,7 @@ import probes
 import pytest
 from probes import linear_gaussian, linear_policy, linear_value, small_config
 
-from trpo_jax import Categorical, DiagonalGaussian, MultiCategorical, Network, UsageError, init, train
+from trpo_jax import Categorical, Config, DiagonalGaussian, MultiCategorical, Network, UsageError, init, train
 
 
 def multi(*sizes):
@@ -160,3 +160,11 @@ def test_networks_that_fit_are_let_in():
         (None, remembering(lambda c: c + 1)),
     ):
         jax.eval_shape(lambda env=env, policy=policy: init(small_config(env, policy=policy), jax.random.key(0)))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"policy": probes.linear_policy()}, {"value": probes.linear_policy()}], ids=["policy", "value"]
+)
+def test_one_network_from_outside_is_looked_at_beside_a_default_one(changes):
+    with pytest.raises(UsageError, match=r"policy chooses among 2 actions|value must give values"):
+        jax.eval_shape(lambda key: init(Config(env=probes.OneStep(), **changes), key), jax.random.key(0))
