@@ -39,16 +39,16 @@ _ADAM: _Used = ({"value_fit": ("adam",)},)
 
 
 def _static(
-    default: Any, help: str, *, low: int = 1, high: int = 10_000, choices: tuple[str, ...] = (), used: _Used = ()
+    default: Any, help: str, *, high: int = 10_000, interval: str = "", choices: tuple[str, ...] = (), used: _Used = ()
 ) -> Any:
     meta: dict[str, Any] = {"help": help, "static": True, "choices": choices, "flag": True, "used": used}
-    if type(default) is int:
-        meta["interval"] = f"[{low}, {high}]"
+    if interval or type(default) is int:
+        meta["interval"] = interval or f"[1, {high}]"
     return dataclasses.field(default=default, metadata=meta)
 
 
-def _traced(default: float, help: str, *, interval: str, static: bool = False, used: _Used = ()) -> Any:
-    meta = {"help": help, "static": static, "interval": interval, "flag": True, "used": used}
+def _traced(default: float, help: str, *, interval: str, used: _Used = ()) -> Any:
+    meta = {"help": help, "static": False, "interval": interval, "flag": True, "used": used}
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -133,11 +133,10 @@ class Config:
         interval="[0, 1)",
         used=_CURVATURE,
     )
-    fisher_fraction: float = _traced(
+    fisher_fraction: float = _static(
         defaults.FISHER_FRACTION,
         "share of the batch that curvature is estimated from",
         interval="(0, 1]",
-        static=True,
         used=_CURVATURE,
     )
     line_search: str = _static(

@@ -166,6 +166,7 @@ def _compare_learning(ask: Ask, env: str, threshold: float, seeds: range, max_st
 
 def make_learner(config: Config, threshold: float, max_steps: int) -> Any:
     """Return the function that trains one seed until 32 sampled episodes reach a threshold; only training is timed."""
+    # What `trpo-jax benchmark` does with all seeds in a row; here the peer's seeds come in between.
     begin = jax.jit(init)
     step = jax.jit(train_step).lower(config, begin(config, jax.random.key(0))).compile()
     judge = jax.jit(

@@ -130,7 +130,7 @@ def measure_parts(config: Config, state: TrainState, repetitions: int) -> dict[s
     batch = collect(learner, state.actor, key)[1]
     prepared, estimates = look_at(learner, batch)
     _, weight = normalize_weights(config, estimates.advantage)
-    flat = Batch(prepared.policy_input, prepared.action, weight, sample_ndim=1 if agent.has_memory else None)
+    flat = Batch(prepared.policy_input, prepared.action, weight, sample_ndim=agent.sample_ndim)
     gradient = jax.jit(lambda theta, batch: surrogate_gradient(policy, theta, batch))
     solver = Solver(config.cg_damping, config.cg_iterations, config.cg_tolerance)
 

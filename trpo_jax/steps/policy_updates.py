@@ -82,7 +82,7 @@ class UpdateInfo:
       effective_sample_fraction: (Σw)²/(B Σw²) of the new ratios w to the policies that took the actions.
       gradient_norm: ‖∇L‖₂ at θ_old.
       cg_residual: relative residual that conjugate gradient left.
-      extra: figures of its own that an algorithm adds, {name: scalar}.
+      extra: what an algorithm adds, {name: scalar}; of these, `radius`, `gain_ratio` and `penalty` become metrics.
     """
 
     accepted: Array

@@ -48,6 +48,11 @@ class Agent(NamedTuple):
         """Whether one of the networks has a memory, so that whole sequences are one sample each."""
         return self.policy.has_memory or self.value.has_memory
 
+    @property
+    def sample_ndim(self) -> int | None:
+        """How many axes of a batch tell samples apart, see `Batch`: with a memory, the steps of one belong together."""
+        return 1 if self.has_memory else None
+
 
 def make_agent(config: Config) -> Agent:
     """Build what a configuration names; raise `UsageError` for what cannot be."""

@@ -226,9 +226,7 @@ def update_policy(
     scale, weight = normalize_weights(config, weight, of=estimates.targets)
     log_prob = None if prepared.buffer is None else flatten_batch(prepared.buffer.log_prob)
     experience = Experience(
-        batch=Batch(
-            prepared.policy_input, prepared.action, weight, log_prob, sample_ndim=1 if agent.has_memory else None
-        ),
+        batch=Batch(prepared.policy_input, prepared.action, weight, log_prob, sample_ndim=agent.sample_ndim),
         advantage=estimates.advantage,
         scale=scale,
         num_new=config.steps_per_iteration,
@@ -256,8 +254,7 @@ def fit_value(
         value, inputs = agent.value, Sequence(outputs_of(trunk)(policy_params, prepared.policy_input), None, ())
     else:
         value, inputs = value_and_input(agent, learner, prepared)
-    sample_ndim = 1 if agent.has_memory else None
-    targets = Targets(inputs, estimates.targets, estimates.values, sample_ndim, iteration)
+    targets = Targets(inputs, estimates.targets, estimates.values, agent.sample_ndim, iteration)
     shuffled_by = key if agent.algorithm.shuffles else None
     return agent.value_fit.update(outputs_of(value), learner.value_params, learner.value_fit, targets, shuffled_by)
 
