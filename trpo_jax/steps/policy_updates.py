@@ -16,7 +16,14 @@ import jax.numpy as jnp
 from trpo_jax.steps import trees
 from trpo_jax.steps.blocks import forward_and_gradient
 from trpo_jax.steps.distributions import Distribution
-from trpo_jax.steps.objectives import effective_sample_fraction, entropy_bonus, mean_kl, surrogate, surrogate_gain
+from trpo_jax.steps.objectives import (
+    effective_sample_fraction,
+    entropy_bonus,
+    maximum_kl,
+    mean_kl,
+    surrogate,
+    surrogate_gain,
+)
 from trpo_jax.steps.types import Array, PolicyApply, PyTree, Scalar, at_least_float32
 
 Divergence = Callable[[Distribution, Distribution], Array]
@@ -178,9 +185,16 @@ def make_evaluate(
         kl = old_distribution.kl(distribution)
         gain = surrogate_gain(distribution, old_log_prob, batch.action, batch.advantage)
         gain += entropy_coefficient * jnp.mean(entropy_bonus(distribution) - old_bonus)
-        divergence = constraint(old_distribution, distribution)
+        mean, largest = jnp.mean(kl), jnp.max(kl)
+        # XLA does not see that a usual constraint reduces this same KL, and would compute it twice.
+        if constraint is mean_kl:
+            divergence = mean
+        elif constraint is maximum_kl:
+            divergence = largest
+        else:
+            divergence = constraint(old_distribution, distribution)
         chex.assert_shape(divergence, (), custom_message="constraint must give one number for the whole batch")
         fraction = effective_sample_fraction(distribution, behaviour, batch.action)
-        return gain, divergence, jnp.mean(kl), jnp.max(kl), fraction
+        return gain, divergence, mean, largest, fraction
 
     return evaluate
