@@ -21,6 +21,7 @@ from trpo_jax import (
     reverse_kl,
     trpo_update,
 )
+from trpo_jax.steps.policy_updates import make_evaluate
 
 EXACT = Solver(tolerance=0.0)
 CONSTRAINTS = [mean_kl, maximum_kl, reverse_kl]
@@ -117,6 +118,16 @@ def test_a_divergence_of_ones_own_is_bounded_and_met_at_once_where_it_is_quadrat
     assert info.step_fraction == 1
     np.testing.assert_allclose(info.divergence, 0.01, rtol=1e-12)
     np.testing.assert_allclose(info.mean_kl, 0.005, rtol=1e-12)
+
+
+@pytest.mark.parametrize("constraint, times", [(mean_kl, 1), (maximum_kl, 1), (reverse_kl, 2), (symmetric_kl, 3)])
+def test_the_kl_of_a_candidate_is_computed_once_where_the_constraint_is_made_of_it(constraint, times, monkeypatch):
+    calls, kl = [], Categorical.kl
+    params, *batch = make_problem()
+    monkeypatch.setattr(Categorical, "kl", lambda *both: calls.append(1) or kl(*both))
+    evaluate = make_evaluate(categorical, categorical(params, batch[0]), Batch(*batch), constraint=constraint)
+    jax.eval_shape(evaluate, params)
+    assert len(calls) == times
 
 
 def test_a_constraint_that_is_no_function_is_refused():

@@ -136,8 +136,12 @@ def test_interrupt_says_how_to_go_on(finished, tmp_path, start):
     printed, errors = child.communicate(timeout=60)
     assert child.returncode == 130, (printed, errors)
     assert "Stopped; the same command continues." in printed and "Traceback" not in errors
-    # It goes on from here as after a kill: from a checkpoint, or between two blocks, where nothing is in training.
+    # Between two blocks nothing is in training, so that there may be no checkpoint.
     assert list(out.glob(CHECKPOINTS)) or files(out)
+    child = start(*arguments)
+    _, errors = child.communicate(timeout=250)
+    assert child.returncode == 0, errors
+    assert files(out) == files(finished)
 
 
 def test_finished_sweep_is_not_run_again(finished, capsys):

@@ -24,18 +24,15 @@ def step_environments(
     cheap they are then not drawn at all. (Under `vmap` the branch becomes a selection, which costs what drawing always
     costs.) Costly ones are drawn a few at a time, everywhere; what resets itself has drawn them already.
     """
-
-    def own() -> Array:
-        return jax.random.split(key, action.shape[0])
-
     if environment.restart is not None:
-        step = jax.vmap(environment.step)(own(), state, action)
-        return step, _begin(step, jax.vmap(environment.restart)(own(), step.state))
+        own = jax.random.split(key, action.shape[0])
+        step = jax.vmap(environment.step)(own, state, action)
+        return step, _begin(step, jax.vmap(environment.restart)(own, step.state))
 
-    # The split that gymnax's own step makes, so that trajectories agree key by key. Each branch splits for itself: what
-    # only a reset needs is then not computed where none is drawn.
+    # The split that gymnax's own step makes, so that trajectories agree key by key. All of it is here, so that a branch
+    # which draws no first state does not compute keys for one.
     def keys(which: int) -> Array:
-        return jax.vmap(jax.random.split)(own())[:, which]
+        return jax.vmap(jax.random.split)(jax.random.split(key, action.shape[0]))[:, which]
 
     step = jax.vmap(environment.step)(keys(0), state, action)
     if environment.costly_reset:
