@@ -11,6 +11,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+from trpo_jax.env_args import EnvArgs, make_env_args
 from trpo_jax.sentences import UsageError, check_number, nearest, shown
 from trpo_jax.steps import defaults
 
@@ -66,6 +67,8 @@ class Config:
     """
 
     env: Any = _object("CartPole-v1", "a gymnax name, an Environment, or any object with gymnax's six-value step")
+    env_args: Any = _object(EnvArgs(), "settings of the environment by name: floats are traced, the others static")
+    max_steps: int = _static(0, "time limit of an episode, beside the environment's; 0: none", interval="[0, 2147483647]")
     policy: Any = _object(None, "a Network whose apply returns a distribution; None: see `network`")
     value: Any = _object(None, "a Network whose apply returns V, [...]; None: see `network`")
     num_envs: int = _static(16, "environments stepped in parallel, N", high=10_000_000)
@@ -263,6 +266,7 @@ class Config:
             value = getattr(self, name)
             if value is not field.default and not (axes and name in _TRACED):
                 check_setting(name, value)
+        object.__setattr__(self, "env_args", make_env_args(self.env_args, self.env))
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some settings changed."""
@@ -295,5 +299,7 @@ def check_setting(name: str, value: Any, source: str = "") -> None:
             raise UsageError(f"{label} must be one of {', '.join(meta['choices'])}, got {shown(value)}.")
     elif field.type == "bool" and not isinstance(value, bool):
         raise UsageError(f"{label} must be True or False, got {shown(value)}.")
+    elif name == "env_args":
+        make_env_args(value, None)
     elif name in ("policy", "value") and value is not None and not hasattr(value, "initial_carry"):
         raise UsageError(f"{label} must be None or a trpo_jax.Network(init, apply), got {shown(value)}.")

@@ -10,15 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config import Config
+from trpo_jax.env_args import EnvArgs
 
 __all__ = ["Config"]
+
+_ENV_ARG = "env_args."  # what begins the name of a leaf that is a setting of the environment
 
 
 def _flatten_config(config: Config) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, Any]]:
     leaves, static = {}, []
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
-        if field.metadata["static"]:
+        if field.name == "env_args":
+            static.append((field.name, tuple((name, type(own), own) for name, own in value.static)))
+            leaves |= {f"{_ENV_ARG}{name}": value[name] for name in value.traced}
+        elif field.metadata["static"]:
             static.append((field.name, value if _is_hashable(value) else _ByIdentity(value)))
         else:
             leaves[field.name] = value
@@ -41,7 +47,15 @@ def _as_float32(value: Any) -> Any:
 def _unflatten_config(names: tuple[Any, Any], leaves: Any) -> Config:
     static, traced = names
     config = object.__new__(Config)
-    for name, value in (*static, *zip(traced, leaves, strict=True)):
+    args: dict[str, Any] = {}
+    for name, value in zip(traced, leaves, strict=True):
+        if name.startswith(_ENV_ARG):
+            args[name.removeprefix(_ENV_ARG)] = value
+        else:
+            object.__setattr__(config, name, value)
+    for name, value in static:
+        if name == "env_args":
+            value = EnvArgs({**args, **{own: kept for own, _, kept in value}}, args)
         object.__setattr__(config, name, value.value if isinstance(value, _ByIdentity) else value)
     return config
 

@@ -28,6 +28,7 @@ LIMITS: dict[str, tuple[bool, str]] = {
     "seed": (True, f"[0, {SEEDS - 1}]"),
     "threads": (True, "[1, 4096]"),
     "threshold": (False, "[-1e30, 1e30]"),
+    "threshold_steps": (True, "[1, 2147483647]"),
     "total_steps": (True, "[1, 1000000000000000]"),
 }
 """Numbers beside the settings, on the command line and in files: whether they are whole, and their range."""

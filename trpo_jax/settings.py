@@ -9,17 +9,40 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trpo_jax.config import Config, check_setting
+from trpo_jax.env_args import PREFIX, check_env_arg
 from trpo_jax.files import read_limited
 from trpo_jax.sentences import UsageError, check_limits, first_line, nearest, shown
 
 _KINDS = {field.name: str(field.type) for field in dataclasses.fields(Config) if field.metadata["flag"]}
 SETTINGS = ("env", *_KINDS)  # what a file can name; networks and environments of one's own it cannot
+DISTRIBUTIONS = ("uniform", "log_uniform", "choice")  # that a search or a sweep draws values from
 TOTAL_STEPS = "total_steps"  # may stand for num_iterations wherever a setting may
 
 
 def settings_of(config: Config) -> dict[str, Any]:
     """The settings of a configuration, as files have them."""
-    return {name: getattr(config, name) for name in SETTINGS}
+    return {name: value_of(config, name) for name in setting_names([config])}
+
+
+def setting_names(configs: Iterable[Config]) -> tuple[str, ...]:
+    """The name of every setting that some configurations have, with those of their environments: "env.gravity"."""
+    return (*SETTINGS, *sorted({f"{PREFIX}{name}" for config in configs for name in config.env_args}))
+
+
+def value_of(config: Config, name: str) -> Any:
+    """The value of a setting; None for one of an environment that the configuration does not have."""
+    if name.startswith(PREFIX):
+        return config.env_args.get(name.removeprefix(PREFIX))
+    return getattr(config, name)
+
+
+def with_flat_names(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table of settings with each entry of a table `env` in it under a name of its own: "env.gravity"."""
+    own = table.get("env")
+    if not isinstance(own, Mapping) or set(own) <= set(DISTRIBUTIONS):
+        return dict(table)
+    flat = {f"{PREFIX}{name}": value for name, value in own.items()}
+    return {name: value for name, value in table.items() if name != "env"} | flat
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -60,6 +83,8 @@ def checked(name: str, value: Any, source: str) -> Any:
     value = cast(name, value)
     if name == TOTAL_STEPS:
         check_limits({name: value}, source)
+    elif name.startswith(PREFIX):
+        check_env_arg(name.removeprefix(PREFIX), value, source)
     elif name == "env" and not isinstance(value, str):
         raise UsageError(f"env in {source} must be the name of an environment, got {shown(value)}.")
     elif name == "env" and ":" in value:  # Gymnasium would import the module: a file must not run code
@@ -73,6 +98,7 @@ def checked(name: str, value: Any, source: str) -> Any:
 
 def checked_settings(table: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The settings in a file, `source`, as `Config` has them; `UsageError` with one sentence about a wrong one."""
+    table = with_flat_names(table)
     check_names(table, source)
     return {name: checked(name, value, source) for name, value in table.items()}
 
@@ -81,12 +107,19 @@ def check_names(names: Iterable[str], source: str) -> None:
     """Raise `UsageError` with one sentence if one of the names is no setting."""
     known = (*SETTINGS, TOTAL_STEPS)
     for name in names:
-        if name not in known:
+        if name not in known and not name.startswith(PREFIX):
             raise UsageError(f"{source} has no setting {shown(name)}{nearest(name, known)}")
 
 
 def with_length(settings: Mapping[str, Any], base: Config) -> Config:
-    """`base` with some settings changed, among which `total_steps` may stand for `num_iterations`, if not both do."""
+    """`base` with some settings changed, among which `total_steps` may stand for `num_iterations`, if not both do.
+
+    Settings of the environment, such as "env.gravity", are changed one by one.
+    """
+    own = {name.removeprefix(PREFIX): value for name, value in settings.items() if name.startswith(PREFIX)}
+    if own:
+        settings = {name: value for name, value in settings.items() if not name.startswith(PREFIX)}
+        settings["env_args"] = {**settings.get("env_args", base.env_args), **own}
     if TOTAL_STEPS not in settings:
         return base.replace(**settings)
     if "num_iterations" in settings:

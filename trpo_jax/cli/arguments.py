@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 
 from trpo_jax import __version__
 from trpo_jax.config import Config
+from trpo_jax.env_args import PREFIX
 from trpo_jax.files import say
 from trpo_jax.sentences import UsageError, check_limits
 from trpo_jax.settings import SETTINGS, TOTAL_STEPS, with_length
@@ -63,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     benchmark.number("--repetitions", 7, "times each figure is taken")
     benchmark.add_argument("--threshold", type=float, help="return to train to (default: Gymnasium's, if it names one)")
     benchmark.number("--num-seeds", 16, "agents trained until they reach it")
-    benchmark.number("--max-steps", 500_000, "env steps after which a seed counts as never")
+    benchmark.number("--threshold-steps", 500_000, "env steps after which a seed counts as never")
     benchmark.add_argument("--compare", "--peer-environments", type=_moved, help=argparse.SUPPRESS)
     _add_settings(benchmark, _BENCHMARK)
 
@@ -147,6 +149,14 @@ def _add_env(parser: argparse.ArgumentParser) -> None:
 def _add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, Any] | None = None) -> None:
     """Add one flag for each setting of `Config`: name, default, help and type come from there."""
     group = parser.add_argument_group("settings")
+    group.add_argument(
+        "--env-arg",
+        action="append",
+        default=[],
+        type=_env_arg,
+        metavar="NAME=VALUE",
+        help="setting of the environment, such as gravity=20; may be repeated",
+    )
     types: dict[str, Any] = {"int": _whole, "float": float}
     for field in dataclasses.fields(Config):
         meta = field.metadata
@@ -175,6 +185,17 @@ def _whole(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a whole number")
 
 
+def _env_arg(text: str) -> tuple[str, Any]:
+    """Name and value of an environment's setting: a number, true or false, or a word."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not NAME=VALUE, such as gravity=20")
+    for read in (int, float):
+        with contextlib.suppress(ValueError):
+            return f"{PREFIX}{name}", read(value)
+    return f"{PREFIX}{name}", {"true": True, "false": False}.get(value.lower(), value)
+
+
 def _moved(_: str) -> NoReturn:
     raise argparse.ArgumentTypeError("other libraries are compared by `python experiments/throughput/run.py` instead")
 
@@ -187,7 +208,7 @@ def flags_of(parser: argparse.ArgumentParser, command: str) -> list[str]:
 
 def check_arguments(namespace: argparse.Namespace) -> None:
     """Check the arguments that are not settings: the range of numbers, and that no text contains a NUL."""
-    check_limits(vars(namespace))
+    check_limits({name: value for name, value in vars(namespace).items() if name not in SETTINGS})
     for name, value in vars(namespace).items():
         if isinstance(value, str) and "\0" in value:
             raise UsageError(f"{name} must not contain the character NUL, got {value[:60]!r}.")
@@ -201,14 +222,14 @@ def config_of(namespace: argparse.Namespace, file: Mapping[str, Any] | None = No
     """
     flags = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(Config) if f.metadata["flag"]}
     flags |= {"env": namespace.env, TOTAL_STEPS: getattr(namespace, TOTAL_STEPS, None)}
-    given = {name: value for name, value in flags.items() if value is not None}
+    given = {name: value for name, value in flags.items() if value is not None} | dict(namespace.env_arg)
     length = (TOTAL_STEPS, "num_iterations")
     over = length if any(name in given for name in length) else ()
     base = {**_BENCHMARK} if namespace.command == "benchmark" else {}
     base |= {name: value for name, value in (file or {}).items() if name not in over}
     config = with_length({**base, **given}, Config())
     for name in given:
-        if name != TOTAL_STEPS and (why := without_effect(config, name)):
+        if name in SETTINGS and (why := without_effect(config, name)):
             raise UsageError(f"{name} {why}; leave it out.")
     return config
 

@@ -27,9 +27,11 @@ def train(namespace: argparse.Namespace) -> int:
     validate(config)
     start_quickly()
     from trpo_jax.environments.base import Box
+    from trpo_jax.environments.make import settle
     from trpo_jax.runs.folders import create_run
     from trpo_jax.training.agents import make_agent
 
+    config = settle(config)
     for name in ("initial_log_std", "state_dependent_std"):
         if getattr(namespace, name) and not isinstance(make_agent(config).environment.action_space, Box):
             raise UsageError(
@@ -216,8 +218,10 @@ def benchmark(namespace: argparse.Namespace) -> int:
 
     from trpo_jax.benchmarks.report import THRESHOLDS, run_benchmark, tables
     from trpo_jax.cli.displays import make_console, print_table
+    from trpo_jax.environments.make import settle
     from trpo_jax.training.agents import make_agent
 
+    config = settle(config)
     if make_agent(config).has_memory or config.update != "trpo":
         raise UsageError("benchmark takes an iteration of update=trpo apart, with networks without a memory.")
     console = make_console()
@@ -227,7 +231,7 @@ def benchmark(namespace: argparse.Namespace) -> int:
         repetitions=namespace.repetitions,
         threshold=THRESHOLDS.get(config.env) if namespace.threshold is None else namespace.threshold,
         num_seeds=namespace.num_seeds,
-        max_steps=namespace.max_steps,
+        max_steps=namespace.threshold_steps,
         report=lambda what: console.print(f"Measuring {what} …", soft_wrap=True),
     )
     if output:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -9,7 +10,7 @@ import importlib.util
 import math
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -63,6 +64,13 @@ def make_by_name(name: str) -> tuple[Any, Any]:
         raise UsageError(f"{name} cannot be made{data} ({type(error).__name__}: {first_line(error)}).") from error
 
 
+@functools.lru_cache(maxsize=64)
+def parameters(name: str) -> dict[str, Any]:
+    """The parameters of a registered environment, by name."""
+    with jax.ensure_compile_time_eval():
+        return _fields(make_by_name(name)[1])
+
+
 def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Environment:
     """Bring a gymnax-like object to the library's interface.
 
@@ -77,7 +85,7 @@ def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Envi
             )
     params = _complete(params, getattr(env, "default_params", None), name)
     extra = () if params is None else (params,)
-    with one_sentence(f"action_space of {name}"):
+    with one_sentence(f"action_space of {name}"), _known_bounds(name):
         space, to_env = action_space(env.action_space(*extra), name)
     with one_sentence(f"observation_space of {name}"):
         observe = _observer(_declared_observations(env, extra), name)
@@ -86,6 +94,17 @@ def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Envi
     functions = _raw_functions if _inherits_gymnax_step(env) else _public_functions
     reset, step, restart = functions(env, extra, observe, to_env, name)
     return assemble(name, space, reset, step, limit=limit, max_steps=max_steps, restart=restart)
+
+
+@contextlib.contextmanager
+def _known_bounds(name: str) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.TracerArrayConversionError:
+        raise UsageError(
+            f"bounds of the actions of {name} follow from a parameter that is traced, and must be known before; make it "
+            f"with that parameter: env=make_environment({name!r}, params=...)."
+        ) from None
 
 
 def _raw_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: str) -> tuple[Any, Any, None]:
@@ -193,9 +212,9 @@ def _complete(params: Any, defaults: Any, name: str) -> Any:
     for field, value in params.items():
         if field not in known:
             raise UsageError(f"{name} has no parameter {field!r}{nearest(str(field), known)}")
-        given, own = ("a number" if _is_number(v) else type(v).__name__ for v in (value, known[field]))
-        if own == "a number" and (given != own or np.shape(value) != np.shape(known[field])):
+        if not _is_like(value, known[field]):
             raise UsageError(f"parameter {field} of {name} must be like {known[field]!r}, got {value!r}.")
+    params = {field: float(v) if isinstance(known[field], float) and type(v) is int else v for field, v in params.items()}
     if isinstance(defaults, dict):
         return {**defaults, **params}
     if dataclasses.is_dataclass(defaults):
@@ -213,6 +232,16 @@ def _fields(params: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(params):
         return {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
     return params._asdict() if hasattr(params, "_asdict") else dict(vars(params))
+
+
+def _is_like(value: Any, own: Any) -> bool:
+    """Whether a value can stand for an environment's own: a number of the same kind and shape, a float may be whole."""
+    if not _is_number(own):
+        return True
+    if not _is_number(value) or np.shape(value) != np.shape(own):
+        return False
+    given, wanted = (jnp.result_type(v) for v in (value, own))
+    return wanted == given or (bool not in (given, wanted) and (jnp.issubdtype(wanted, jnp.floating) or jnp.issubdtype(given, jnp.integer)))
 
 
 def _is_number(value: Any) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from trpo_jax.config import Config
+from trpo_jax.env_args import EnvArgs
 from trpo_jax.environments import gymnax, suites
 from trpo_jax.environments.base import Environment
 from trpo_jax.environments.checks import check_environment, check_space
@@ -39,15 +41,26 @@ def make_environment(env: Any, *, params: Any = None, max_steps: int | None = No
             check_environment(env)
             _sound.add(env)
         return env
-    if isinstance(env, str) and params is None and max_steps is None:
-        return _by_name(env)
+    if isinstance(env, str) and (params is None or (isinstance(params, EnvArgs) and not params.traced)):
+        return _by_name(env, params, max_steps)
     return _build(env, params, max_steps)
 
 
 @functools.lru_cache(maxsize=64)
-def _by_name(name: str) -> Environment:
-    # Cached so that every trace of the same configuration closes over the same environment.
-    return _build(name, None, None)
+def _by_name(name: str, params: EnvArgs | None, max_steps: int | None) -> Environment:
+    # Cached so that every trace of the same configuration closes over the same environment. One with traced parameters
+    # is none to keep: it ends with its trace.
+    return _build(name, params, max_steps)
+
+
+def settle(config: Config) -> Config:
+    """`config` with a whole number in `env_args` as a float where the environment has one, so that it is traced."""
+    env, args = config.env, config.env_args
+    if not args or not isinstance(env, str) or "/" in env:
+        return config
+    floats = {name for name, own in gymnax.parameters(env).items() if isinstance(own, float)}
+    whole = {name for name, value in args.static if name in floats and type(value) is int}
+    return config.replace(env_args={name: float(v) if name in whole else v for name, v in args.items()})
 
 
 def _build(env: Any, params: Any, max_steps: int | None) -> Environment:

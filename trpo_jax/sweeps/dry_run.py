@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from trpo_jax.settings import SETTINGS
+from trpo_jax.settings import setting_names, value_of
 from trpo_jax.sweeps.cohorts import Cohort
 from trpo_jax.sweeps.grids import Group, Spec, plan
 from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs
@@ -47,15 +47,16 @@ def outline(
     """
     points, groups = plan(spec)
     devices = jax.local_devices()
-    varied = [name for name in SETTINGS if name != "env" and len({str(getattr(p.config, name)) for p in points}) > 1]
+    names = setting_names(point.config for point in points)
+    varied = [name for name in names if name != "env" and len({str(value_of(p.config, name)) for p in points}) > 1]
     found = []
     for number, group in enumerate(groups):
         report(number, len(groups))
         most = min(agents_per_block(group.num_agents, len(devices)), most_agents or group.num_agents)
         programs = fit_programs(group.configs[0], most, spec.num_episodes, devices)
         seconds = _seconds_per_iteration(programs, group) * group.num_iterations
-        same = [name for name in varied if len({str(getattr(config, name)) for config in group.configs}) == 1]
-        static = {name: getattr(group.configs[0], name) for name in same}
+        same = [name for name in varied if len({str(value_of(config, name)) for config in group.configs}) == 1]
+        static = {name: value_of(group.configs[0], name) for name in same}
         entry = Outline(group, programs._replace(start=None, train=None, evaluate=None), seconds, static)
         found.append(entry._replace(seconds=seconds * entry.num_runs))
     return found

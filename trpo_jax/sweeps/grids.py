@@ -13,9 +13,11 @@ import jax
 import numpy as np
 
 from trpo_jax.config_pytree import Config
+from trpo_jax.environments.make import settle
 from trpo_jax.runs.runner import agent_keys
 from trpo_jax.sentences import UsageError, check_limits, check_number, counted, nearest, shown
 from trpo_jax.settings import (
+    DISTRIBUTIONS,
     SETTINGS,
     TOTAL_STEPS,
     cast,
@@ -24,13 +26,13 @@ from trpo_jax.settings import (
     checked_settings,
     is_whole,
     read_toml,
+    with_flat_names,
     with_length,
 )
 from trpo_jax.training.agents import make_agent
 from trpo_jax.validation import validate
 
 TUNING_SEEDS = 2**30  # `tune` takes its seeds from here on, sweeps theirs from below
-_DISTRIBUTIONS = ("uniform", "log_uniform", "choice")
 _OF_RANDOM = ("count", "seed")  # what [random] holds beside settings
 _MOST_POINTS = 100_000  # each is a configuration of its own in this process's memory
 _MOST_AGENTS = 10_000_000
@@ -113,6 +115,7 @@ def make_spec(table: Mapping[str, Any], source: str = "the sweep") -> Spec:
     for name, section in sections.items():
         if not isinstance(section, Mapping):
             raise UsageError(f"{name} in {source} must be a table of settings, got {shown(section)}.")
+        sections[name] = with_flat_names(section)
     numbers = {name: table[name] for name in ("num_seeds", "seed", "num_episodes") if name in table}
     check_numbers(numbers, source)
     _check_none_twice(sections, source)
@@ -187,7 +190,7 @@ def check_distribution(name: str, distribution: Any, source: str) -> None:
     if not isinstance(distribution, Mapping) or len(distribution) != 1:
         raise UsageError(sentence)
     ((kind, values),) = distribution.items()
-    if kind not in _DISTRIBUTIONS or isinstance(values, str) or not isinstance(values, Sequence) or not values:
+    if kind not in DISTRIBUTIONS or isinstance(values, str) or not isinstance(values, Sequence) or not values:
         raise UsageError(sentence)
     if kind != "choice" and (len(values) != 2 or not all(map(_is_number, values)) or values[0] > values[1]):
         raise UsageError(sentence)
@@ -219,7 +222,7 @@ def make_points(spec: Spec) -> list[Point]:
 
 def make_point(base: Mapping[str, Any], varied: Mapping[str, Any]) -> Point:
     """The configuration of a point, checked; `total_steps` becomes `num_iterations`."""
-    config = with_length({name: cast(name, value) for name, value in {**base, **varied}.items()}, Config())
+    config = settle(with_length({name: cast(name, value) for name, value in {**base, **varied}.items()}, Config()))
     validate(config)
     return Point({name: cast(name, value) for name, value in varied.items()}, config)
 

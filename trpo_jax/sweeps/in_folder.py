@@ -11,11 +11,12 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from trpo_jax.config import Config
 from trpo_jax.files import say
 from trpo_jax.runs.descriptions import made_by
 from trpo_jax.runs.runner import Clock, interrupts
 from trpo_jax.sentences import UsageError, counted
-from trpo_jax.settings import SETTINGS
+from trpo_jax.settings import setting_names, value_of
 from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, training_return
 from trpo_jax.sweeps.grids import Group, Point, Spec, plan
 from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs
@@ -183,13 +184,19 @@ class _Work:
         return {
             "point": at,
             "seed": (self.spec.seed + agents % seeds).astype(np.int32),
-            **{name: [getattr(config, name) for config in configs] for name in SETTINGS},
+            **{name: self._values(name, configs) for name in setting_names(point.config for point in self.points)},
             "env_steps": np.array([c.num_iterations * c.steps_per_iteration for c in configs], np.int64),
             "final_return": outcome.pop("final_return"),
             "training_return": training_return(outcome),
             "failed_at": np.ma.masked_equal(failed_iteration(outcome), 0),
             **outcome,
         }
+
+    def _values(self, name: str, configs: Sequence[Config]) -> list[Any]:
+        """A setting in each configuration; as text where it is of several kinds in the sweep, as a column is of one."""
+        kinds = {type(value_of(point.config, name)) for point in self.points} - {type(None)}
+        values = [value_of(config, name) for config in configs]
+        return values if len(kinds) < 2 or kinds == {int, float} else [None if v is None else str(v) for v in values]
 
 
 def _check_rounding(folder: Folder) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from trpo_jax.env_args import PREFIX
 from trpo_jax.runs.metrics import fill_forward
 from trpo_jax.sentences import UsageError, counted
 from trpo_jax.settings import SETTINGS
@@ -90,14 +91,16 @@ def make_report(path: str | os.PathLike[str]) -> Report:
     episodes = max(0, description.get("num_episodes", 0))
     needed = ["point", "seed", "num_envs", "num_steps", "env", "episode_return"]
     outcomes = ["final_return", "training_return", "failed_at"]
-    table = folder.read_results(list({*needed, *outcomes, *SETTINGS}))
+    of_env = {n for s in ("grid", "zip", "random") for n in _section(description, s) if n.startswith(PREFIX)}
+    settings_known = (*SETTINGS, *sorted(of_env))
+    table = folder.read_results(list({*needed, *outcomes, *settings_known}))
     if table is None:
         raise UsageError(f"{path} has no finished agents yet; `trpo-jax sweep` with --output {path} continues it.")
     missing = [name for name in needed if table[name].null_count]
     if missing:
         raise UsageError(f"results in {path} lack {', '.join(missing)}; restore them, or sweep anew elsewhere.")
     curves = table["episode_return"]
-    names = {*needed, *outcomes, *SETTINGS} - {"episode_return"}
+    names = {*needed, *outcomes, *settings_known} - {"episode_return"}
     columns = {name: np.array(table[name].to_pylist(), dtype=object) for name in names}
     score = columns["final_return" if episodes else "training_return"].astype(np.float64)
     crossed = {name for section in ("grid", "random") for name in _section(description, section)}
@@ -106,7 +109,7 @@ def make_report(path: str | os.PathLike[str]) -> Report:
     for env in dict.fromkeys(columns["env"]):
         here = np.flatnonzero(columns["env"] == env)
         # What is crossed with the environments names a point in each of them, though a part of it be unfinished.
-        seen = {name: columns[name] if name in crossed else columns[name][here] for name in SETTINGS if name != "env"}
+        seen = {n: columns[n] if n in crossed else columns[n][here] for n in settings_known if n != "env"}
         varied = [name for name, values in seen.items() if len(set(values)) > 1]
         if "num_iterations" in varied and len(varied) > 1 and _follows(columns, here, "num_iterations", varied):
             varied.remove("num_iterations")  # total_steps was given: it follows from the sizes

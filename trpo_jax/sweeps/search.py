@@ -128,7 +128,8 @@ def tune(
 
 def _write_best(file: Path, spec: Spec, best: Any, told: int) -> None:
     config = make_point(spec.base, best.params).config
-    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in settings_of(config).items()]
+    quoted = {json.dumps(name) if "." in name else name: value for name, value in settings_of(config).items()}
+    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in quoted.items()]
     score = f"# score {best.value:.6g} on {counted(spec.num_seeds, 'tuning seed')}, best of {counted(told, 'trial')}\n"
     write_atomically(file, score + "\n".join(lines) + "\n", _CONTINUES)
 

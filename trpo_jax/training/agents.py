@@ -11,6 +11,7 @@ import numpy as np
 
 from trpo_jax.algorithms.base import Algorithm, ValueFit, make_algorithm, make_value_fit
 from trpo_jax.config import Config
+from trpo_jax.env_args import PREFIX
 from trpo_jax.environments.base import Box, Discrete, Environment, key_shape
 from trpo_jax.environments.make import make_environment
 from trpo_jax.networks.default import make_policy, make_value, make_value_head
@@ -58,7 +59,7 @@ def make_agent(config: Config) -> Agent:
     """Build what a configuration names; raise `UsageError` for what cannot be."""
     validate(config)
     _check_scalars(config)
-    environment = make_environment(config.env)
+    environment = make_environment(config.env, params=config.env_args or None, max_steps=config.max_steps or None)
     policy = config.policy or make_policy(
         environment,
         network=config.network,
@@ -78,11 +79,11 @@ def make_agent(config: Config) -> Agent:
 
 def _check_scalars(config: Config) -> None:
     """Raise `UsageError` if a setting has several values where one agent trains; within `vmap` it has but one."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name, value in (values | {f"{PREFIX}{name}": value for name, value in config.env_args.items()}).items():
         if isinstance(value, (jax.Array, np.ndarray)) and value.shape != ():
             raise UsageError(
-                f"{field.name} must be one number for one agent, got an array of shape {value.shape}; map over its "
+                f"{name} must be one number for one agent, got an array of shape {value.shape}; map over its "
                 "values by jax.vmap."
             )
 

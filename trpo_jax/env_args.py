@@ -1,0 +1,71 @@
+"""Settings of an environment, as `Config.env_args` holds them. Imports no JAX."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from trpo_jax.sentences import UsageError, check_number, shown
+
+PREFIX = "env."
+"""What begins the name of an environment's setting where it stands among others: "env.gravity"."""
+
+
+class EnvArgs(dict[str, Any]):
+    """Settings of an environment by name, in alphabetical order. Hashable, and not to be changed.
+
+    Attributes:
+      traced: names of those that are leaves of a `Config`; the others are static.
+    """
+
+    def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), traced: Iterable[str] = ()):
+        super().__init__(sorted(dict(values).items()))
+        self.traced = tuple(sorted(traced))
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+    @property
+    def static(self) -> tuple[tuple[str, Any], ...]:
+        """Names and values of those that are no leaves."""
+        return tuple((name, value) for name, value in self.items() if name not in self.traced)
+
+
+def make_env_args(values: Any, env: Any) -> EnvArgs:
+    """The settings of `env` as a `Config` holds them: floats are traced, whole numbers, truth values and words static.
+
+    A suite other than gymnax takes them as it builds the environment, so that all of them are static there.
+
+    Raises:
+      UsageError: if they are no mapping from names to such values.
+    """
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise UsageError(f"env_args must map names of an environment's settings to values, got {shown(values)}.")
+    suite = env if isinstance(env, str) and "/" in env else ""
+    known = set(values.traced) if isinstance(values, EnvArgs) else set()
+    traced = known | {name for name, value in values.items() if not _is_static(value)}
+    for name, value in values.items():
+        if value is None and not suite:  # among axes for `jax.vmap`
+            continue
+        check_env_arg(name, value)
+        if suite and name in traced and not isinstance(value, float):
+            raise UsageError(f"{PREFIX}{name} of {suite} must be one number, truth value or word, got {shown(value)}.")
+    return EnvArgs(values, () if suite else traced)
+
+
+def check_env_arg(name: str, value: Any, source: str = "") -> None:
+    """Raise `UsageError` unless an environment's setting, from the file `source`, may have this value."""
+    label = f"{PREFIX}{name} in {source}" if source else f"{PREFIX}{name}"
+    if not name.isidentifier():
+        raise UsageError(f"{shown(label)} must be {PREFIX}NAME with the name of a setting of the environment.")
+    if isinstance(value, str) or type(value).__name__ in ("bool", "bool_"):
+        return
+    if isinstance(value, (Mapping, list, tuple, bytes, type(None))):
+        raise UsageError(f"{label} must be one number, truth value or word, got {shown(value)}.")
+    whole = isinstance(value, numbers.Integral)
+    check_number(label, value, whole=whole, interval="[-2147483648, 2147483647]" if whole else "[-3e38, 3e38]")
+
+
+def _is_static(value: Any) -> bool:
+    return isinstance(value, (numbers.Integral, str)) or type(value).__name__ == "bool_"
