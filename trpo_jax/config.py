@@ -68,7 +68,9 @@ class Config:
 
     env: Any = _object("CartPole-v1", "a gymnax name, an Environment, or any object with gymnax's six-value step")
     env_args: Any = _object(EnvArgs(), "settings of the environment by name: floats are traced, the others static")
-    max_steps: int = _static(0, "time limit of an episode, beside the environment's; 0: none", interval="[0, 2147483647]")
+    max_steps: int = _static(
+        0, "time limit of an episode, beside the environment's; 0: none", interval="[0, 2147483647]"
+    )
     policy: Any = _object(None, "a Network whose apply returns a distribution; None: see `network`")
     value: Any = _object(None, "a Network whose apply returns V, [...]; None: see `network`")
     num_envs: int = _static(16, "environments stepped in parallel, N", high=10_000_000)

@@ -18,7 +18,8 @@ _ENV_ARG = "env_args."  # what begins the name of a leaf that is a setting of th
 
 
 def _flatten_config(config: Config) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, Any]]:
-    leaves, static = {}, []
+    leaves: dict[str, Any] = {}
+    static: list[tuple[str, Any]] = []
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
         if field.name == "env_args":

@@ -92,7 +92,8 @@ def play(
     Args:
       config: the settings the state was trained with.
       state: one agent.
-      env: Gymnasium's id of the environment, such as "CartPole-v1".
+      env: Gymnasium's id of the environment, such as "CartPole-v1". If it is the one of training, it is made with the
+        same `env_args`; another is played as it is.
       num_episodes: episodes, one after the other.
       seed: of the first reset.
       gif: file for an animation of the first episode (at most 500 frames).
@@ -111,7 +112,15 @@ def play(
         if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
             os.environ.setdefault("MUJOCO_GL", "egl")  # Gymnasium would take GLFW, which opens windows only
     try:
-        world = gymnasium.make(env, render_mode="rgb_array" if gif else None, disable_env_checker=True)
+        args = config.env_args if env == str(config.env).removeprefix("gymnasium/") else {}
+        world = gymnasium.make(env, render_mode="rgb_array" if gif else None, disable_env_checker=True, **args)
+    except TypeError as error:
+        if not args:
+            raise
+        raise UsageError(
+            f"Gymnasium's {env} cannot be made with {', '.join(args)} as in training ({first_line(error)}); "
+            f"evaluate the run instead, or name another environment by --env."
+        ) from error
     except Exception as error:  # of a name's form, of its module, or of the environment's own code
         raise UsageError(
             f"Gymnasium cannot make {env} ({first_line(error)}); name one of its environments by "

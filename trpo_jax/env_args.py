@@ -43,8 +43,10 @@ def make_env_args(values: Any, env: Any) -> EnvArgs:
     if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
         raise UsageError(f"env_args must map names of an environment's settings to values, got {shown(values)}.")
     suite = env if isinstance(env, str) and "/" in env else ""
-    known = set(values.traced) if isinstance(values, EnvArgs) else set()
-    traced = known | {name for name, value in values.items() if not _is_static(value)}
+    if isinstance(values, EnvArgs):
+        traced = set(values.traced)
+    else:
+        traced = {name for name, value in values.items() if not _is_static(value)}
     for name, value in values.items():
         if value is None and not suite:  # among axes for `jax.vmap`
             continue

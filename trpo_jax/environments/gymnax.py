@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trpo_jax.env_args import EnvArgs
 from trpo_jax.environments.base import Array, Environment, PyTree
 from trpo_jax.environments.checks import one_sentence
 from trpo_jax.environments.spaces import action_space, is_choice, picture_scale
@@ -71,6 +72,25 @@ def parameters(name: str) -> dict[str, Any]:
         return _fields(make_by_name(name)[1])
 
 
+@functools.lru_cache(maxsize=256)
+def is_traceable(name: str, parameter: str) -> bool:
+    """Whether a parameter of a registered environment can be traced: a float, and none that bounds its actions."""
+    if not isinstance(parameters(name).get(parameter), float):
+        return False
+    env, defaults = make_by_name(name)
+    try:
+        jax.eval_shape(
+            lambda value: _bounds(env.action_space(_complete({parameter: value}, defaults, name))), np.float32(1)
+        )
+    except jax.errors.TracerArrayConversionError:
+        return False
+    return True
+
+
+def _bounds(space: Any) -> list[Any]:
+    return [np.asarray(bound) for bound in (getattr(space, "low", 0), getattr(space, "high", 0))]
+
+
 def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Environment:
     """Bring a gymnax-like object to the library's interface.
 
@@ -102,8 +122,8 @@ def _known_bounds(name: str) -> Iterator[None]:
         yield
     except jax.errors.TracerArrayConversionError:
         raise UsageError(
-            f"bounds of the actions of {name} follow from a parameter that is traced, and must be known before; make it "
-            f"with that parameter: env=make_environment({name!r}, params=...)."
+            f"bounds of the actions of {name} follow from a parameter that is traced, and must be known before; make "
+            f"it with that parameter: env=make_environment({name!r}, params=...)."
         ) from None
 
 
@@ -206,6 +226,8 @@ def _is_known(limit: Any) -> bool:
 
 def _complete(params: Any, defaults: Any, name: str) -> Any:
     """All parameters of an environment: its own, those given, or its own with those in a dict in their place."""
+    if isinstance(params, EnvArgs) and defaults is None:
+        raise UsageError(f"{name} takes no settings, got {', '.join(params)}: it has no default_params.")
     if params is None or defaults is None or not isinstance(params, dict):
         return defaults if params is None else params
     known = _fields(defaults)
@@ -214,7 +236,9 @@ def _complete(params: Any, defaults: Any, name: str) -> Any:
             raise UsageError(f"{name} has no parameter {field!r}{nearest(str(field), known)}")
         if not _is_like(value, known[field]):
             raise UsageError(f"parameter {field} of {name} must be like {known[field]!r}, got {value!r}.")
-    params = {field: float(v) if isinstance(known[field], float) and type(v) is int else v for field, v in params.items()}
+    params = {
+        field: float(v) if isinstance(known[field], float) and type(v) is int else v for field, v in params.items()
+    }
     if isinstance(defaults, dict):
         return {**defaults, **params}
     if dataclasses.is_dataclass(defaults):
@@ -241,7 +265,9 @@ def _is_like(value: Any, own: Any) -> bool:
     if not _is_number(value) or np.shape(value) != np.shape(own):
         return False
     given, wanted = (jnp.result_type(v) for v in (value, own))
-    return wanted == given or (bool not in (given, wanted) and (jnp.issubdtype(wanted, jnp.floating) or jnp.issubdtype(given, jnp.integer)))
+    return wanted == given or (
+        bool not in (given, wanted) and (jnp.issubdtype(wanted, jnp.floating) or jnp.issubdtype(given, jnp.integer))
+    )
 
 
 def _is_number(value: Any) -> bool:

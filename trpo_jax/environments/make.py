@@ -54,13 +54,16 @@ def _by_name(name: str, params: EnvArgs | None, max_steps: int | None) -> Enviro
 
 
 def settle(config: Config) -> Config:
-    """`config` with a whole number in `env_args` as a float where the environment has one, so that it is traced."""
+    """`config` with those of its `env_args` traced that can be.
+
+    Those are the floats of the environment, though they be given as whole numbers, but what bounds its actions.
+    """
     env, args = config.env, config.env_args
     if not args or not isinstance(env, str) or "/" in env:
         return config
-    floats = {name for name, own in gymnax.parameters(env).items() if isinstance(own, float)}
-    whole = {name for name, value in args.static if name in floats and type(value) is int}
-    return config.replace(env_args={name: float(v) if name in whole else v for name, v in args.items()})
+    traced = {name for name in args if gymnax.is_traceable(env, name)}
+    values = {name: float(v) if name in traced and type(v) is int else v for name, v in args.items()}
+    return config.replace(env_args=EnvArgs(values, traced))
 
 
 def _build(env: Any, params: Any, max_steps: int | None) -> Environment:

@@ -19,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config_pytree import Config
+from trpo_jax.environments.make import settle
 from trpo_jax.files import command, locked
 from trpo_jax.runs.descriptions import check_equal, is_begun, made_by, origin, read_table, restore_or_anew, write_table
 from trpo_jax.runs.metrics import MetricsFile, last_mean, rows_of
 from trpo_jax.runs.runner import CAPACITY, Chunk, Clock, advance, agent_keys, interrupts
 from trpo_jax.runs.sinks import Sink
 from trpo_jax.sentences import UsageError, check_limits, shown
-from trpo_jax.settings import checked_settings, settings_of
+from trpo_jax.settings import checked_settings, settings_of, with_length
 from trpo_jax.training.checkpoints import Checkpoints, Saved
 from trpo_jax.training.loop import init, train_chunk
 from trpo_jax.training.memory import check_memory, free_memory
@@ -110,7 +111,7 @@ def open_run(path: str | os.PathLike[str], env: str | None = None) -> Run:
     try:
         numbers = {number: described.pop(number, None) for number in ("seed", "num_seeds")}
         check_limits({number: "nothing" if value is None else value for number, value in numbers.items()})
-        config = Config().replace(**checked_settings(described, "it"), **trusted)
+        config = settle(with_length({**checked_settings(described, "it"), **trusted}, Config()))
         validate(config)
     except UsageError as error:
         raise UsageError(f"{file} is damaged ({str(error).rstrip('.?')}); {restore_or_anew('run')}.") from error
