@@ -17,6 +17,7 @@ LAYERS = {
     "": 0,  # the package itself, whose names load on first use
     "backend": 0,
     "config": 0,
+    "env_args": 0,
     "sentences": 0,
     "validation": 0,
     "files": 0,
