@@ -41,16 +41,18 @@ def make_environment(env: Any, *, params: Any = None, max_steps: int | None = No
             check_environment(env)
             _sound.add(env)
         return env
-    if isinstance(env, str) and (params is None or (isinstance(params, EnvArgs) and not params.traced)):
+    if isinstance(env, str) and params is None and max_steps is None:
+        return _by_name(env, EnvArgs(), None)
+    if isinstance(env, str) and isinstance(params, EnvArgs) and not params.traced:  # of a `Config`
         return _by_name(env, params, max_steps)
     return _build(env, params, max_steps)
 
 
 @functools.lru_cache(maxsize=64)
-def _by_name(name: str, params: EnvArgs | None, max_steps: int | None) -> Environment:
+def _by_name(name: str, params: EnvArgs, max_steps: int | None) -> Environment:
     # Cached so that every trace of the same configuration closes over the same environment. One with traced parameters
     # is none to keep: it ends with its trace.
-    return _build(name, params, max_steps)
+    return _build(name, params or None, max_steps)
 
 
 def settle(config: Config) -> Config:

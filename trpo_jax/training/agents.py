@@ -59,7 +59,8 @@ def make_agent(config: Config) -> Agent:
     """Build what a configuration names; raise `UsageError` for what cannot be."""
     validate(config)
     _check_scalars(config)
-    environment = make_environment(config.env, params=config.env_args or None, max_steps=config.max_steps or None)
+    env_args = config.env_args if config.env_args or isinstance(config.env, str) else None
+    environment = make_environment(config.env, params=env_args, max_steps=config.max_steps or None)
     policy = config.policy or make_policy(
         environment,
         network=config.network,
