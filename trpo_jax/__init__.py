@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trpo_jax.environments.base import Environment as Environment
     from trpo_jax.environments.base import MultiDiscrete as MultiDiscrete
     from trpo_jax.environments.base import Step as Step
+    from trpo_jax.environments.contract import check_environment as check_environment
     from trpo_jax.environments.make import available_environments as available_environments
     from trpo_jax.environments.make import make_environment as make_environment
     from trpo_jax.environments.wrappers import append_time as append_time
@@ -98,6 +99,7 @@ _HOME = {
     "append_time": "environments.wrappers",
     "available_environments": "environments.make",
     "backtracking_line_search": "steps.line_searches",
+    "check_environment": "environments.contract",
     "clipped_objective": "steps.first_order",
     "conjugate_gradient": "steps.solvers",
     "estimate_candidate": "steps.candidates",

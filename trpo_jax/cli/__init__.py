@@ -24,6 +24,7 @@ _COMMANDS = {
     "report": sweep_commands.report,
     "tune": sweep_commands.tune,
     "benchmark": commands.benchmark,
+    "check": commands.check,
     "envs": commands.envs,
 }
 _TOO_LARGE = "there is not enough memory; lower num_envs, num_steps or the number of agents"
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `trpo-jax`.
 
     Returns:
-      The exit status: 0; 1 if an agent of a run met a number that was not finite; 2 for bad input; 130 after Ctrl-C.
+      The exit status: 0; 1 if an agent of a run met a number that was not finite, or an environment fails its check;
+      2 for bad input; 130 after Ctrl-C.
     """
     _settle_streams()
     try:

@@ -69,6 +69,9 @@ def make_parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--compare", "--peer-environments", type=_moved, help=argparse.SUPPRESS)
     _add_settings(benchmark, _BENCHMARK)
 
+    check = commands.add_parser("check", help="run an environment through the contract, and say what is wrong with it")
+    check.add_argument("env", help="environment")
+
     commands.add_parser("envs", help="list the environments, with their spaces and time limits")
     return parser
 

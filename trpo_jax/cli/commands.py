@@ -242,6 +242,21 @@ def benchmark(namespace: argparse.Namespace) -> int:
     return 0
 
 
+def check(namespace: argparse.Namespace) -> int:
+    """Run an environment through the contract, and say what is wrong with it."""
+    start_quickly()
+    from trpo_jax.environments.contract import check_environment
+    from trpo_jax.environments.make import make_environment
+
+    environment = make_environment(namespace.env)  # an unknown name is bad input
+    wrong = check_environment(namespace.env)
+    for sentence in wrong:
+        print(f"{environment.name}: {sentence}")
+    if not wrong:
+        print(f"{environment.name}: nothing is wrong.")
+    return 1 if wrong else 0
+
+
 def envs(_: argparse.Namespace) -> int:
     """List the environments, with their spaces and time limits."""
     from rich.table import Table

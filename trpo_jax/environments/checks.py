@@ -121,7 +121,7 @@ def check_space(space: Any, name: str) -> None:
         raise UsageError(f"actions of {name} lie in {space}, in which there is no action; give it bounds in order.")
 
 
-def check_environment(environment: Environment) -> None:
+def check_declaration(environment: Environment) -> None:
     """Check an `Environment` that was not built here against its own declaration, without running it.
 
     Raises:

@@ -12,7 +12,7 @@ from trpo_jax.config import Config
 from trpo_jax.env_args import EnvArgs
 from trpo_jax.environments import gymnax, suites
 from trpo_jax.environments.base import Environment
-from trpo_jax.environments.checks import check_environment, check_space
+from trpo_jax.environments.checks import check_declaration, check_space
 from trpo_jax.sentences import UsageError, check_limits, nearest, shown
 
 _sound: weakref.WeakSet[Environment] = weakref.WeakSet()  # checked, or built here
@@ -38,7 +38,7 @@ def make_environment(env: Any, *, params: Any = None, max_steps: int | None = No
         if params is not None or max_steps is not None:
             raise UsageError(f"{env.name} is an Environment already; give params and max_steps where it is made.")
         if env not in _sound:
-            check_environment(env)
+            check_declaration(env)
             _sound.add(env)
         return env
     if isinstance(env, str) and params is None and max_steps is None:
