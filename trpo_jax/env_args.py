@@ -35,14 +35,14 @@ class EnvArgs(dict[str, Any]):
 def make_env_args(values: Any, env: Any) -> EnvArgs:
     """The settings of `env` as a `Config` holds them: floats are traced, whole numbers, truth values and words static.
 
-    A suite other than gymnax takes them as it builds the environment, so that all of them are static there.
+    A suite other than gymnax, or a factory, takes them as it builds the environment: all of them are static there.
 
     Raises:
       UsageError: if they are no mapping from names to such values.
     """
     if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
         raise UsageError(f"env_args must map names of an environment's settings to values, got {shown(values)}.")
-    suite = env if isinstance(env, str) and "/" in env else ""
+    suite = env if isinstance(env, str) and ("/" in env or ":" in env) else ""
     if isinstance(values, EnvArgs):
         traced = set(values.traced)
     else:

@@ -211,3 +211,53 @@ def test_they_are_named_one_by_one_in_files():
     named = {name: value for name, value in settings_of(config).items() if "." in name}
     assert named == {"env.gravity": 20.0, "env.max_steps_in_episode": 3}
     assert settle(config) == config and config.env_args.traced == ("gravity",)
+
+
+FACTORY = """
+import probes
+from trpo_jax import make_environment
+
+def make_env(gravity=9.8):
+    return make_environment("CartPole-v1", params={"gravity": gravity})
+
+def make_object():
+    return probes.TwoSteps()
+
+def fail():
+    raise ValueError("no")
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A module of the user's in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_environments.py").write_text(FACTORY)
+
+
+def test_a_factory_is_named_on_the_command_line_and_never_in_files(own_module, capsys):
+    name = "own_environments:make_env"
+    tiny = [f"--{key.replace('_', '-')}={value}" for key, value in ({"num_envs": 2} | TINY).items()]
+    assert main(["train", name, *tiny, "--env-arg", "gravity=20.0", "--max-steps", "5", "--output", "run"]) == 0
+    assert main(["evaluate", "run"]) == 2
+    assert f"if you trust it, name it once more: --env '{name}'" in capsys.readouterr().err
+    assert main(["evaluate", "run", "--env", name, "--num-episodes", "1"]) == main(["check", name]) == 0
+    assert open_run("run", name).config.env_args == {"gravity": 20.0}
+    with pytest.raises(UsageError, match="names a module to import"):
+        make_spec({"base": {"env": name}})
+    assert make_agent(Config(env="own_environments:make_object")).environment.name == "TwoSteps"
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("own_environments:make_en", r"^own_environments has no function make_en; did you mean make_env"),
+        ("own_environments:fail", r"^own_environments:fail fails \(ValueError: no, own_environments\.py"),
+        ("nothing_here:make_env", r"^import of nothing_here fails \(ModuleNotFoundError"),
+        (":", r"^env must be MODULE:FACTORY to name a function that makes it, got ':'\.$"),
+    ],
+)
+def test_a_factory_that_cannot_be_used_is_one_sentence(own_module, name, message):
+    with pytest.raises(UsageError, match=message):
+        make_environment(name)

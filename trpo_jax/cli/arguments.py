@@ -44,7 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
 
     train = commands.add_parser("train", help="train agents; the folder keeps metrics, checkpoints and a plot")
-    train.add_argument("env", nargs="?", help="environment (default: CartPole-v1)")
+    train.add_argument(
+        "env", nargs="?", help="environment, or MODULE:FACTORY, a function of one's own (default: CartPole-v1)"
+    )
     train.add_argument("--output", help="folder of the run (default: runs/ENV)")
     train.add_argument("--config", help="TOML file of settings, such as `trpo-jax tune` writes; flags override it")
     train.number("--seed", 0, "seed of the first agent")
@@ -70,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_settings(benchmark, _BENCHMARK)
 
     check = commands.add_parser("check", help="run an environment through the contract, and say what is wrong with it")
-    check.add_argument("env", help="environment")
+    check.add_argument("env", help="environment, or MODULE:FACTORY, a function of one's own that makes it")
 
     commands.add_parser("envs", help="list the environments, with their spaces and time limits")
     return parser
@@ -145,7 +147,7 @@ def _add_sinks(parser: argparse.ArgumentParser) -> None:
 
 def _add_env(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--env", help="the environment of the run again, if it names a module to import (gymnasium/MODULE:NAME)"
+        "--env", help="the environment of the run again, if it names a module to import (MODULE:FACTORY)"
     )
 
 

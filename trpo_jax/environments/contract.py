@@ -124,7 +124,7 @@ def _values(environment: Environment, trace: Trace, length: int) -> list[str]:
 def _declared_bounds(env: Any, trace: Trace) -> list[str]:
     """Whether observations lie in the space that a gymnax environment declares for them."""
     if isinstance(env, str):
-        if "/" in env:
+        if "/" in env or ":" in env:
             return []
         env = gymnax.make_by_name(env)[0]
     if isinstance(env, Environment) or not callable(getattr(env, "observation_space", None)):

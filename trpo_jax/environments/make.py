@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import os
+import sys
 import weakref
 from typing import Any
 
@@ -12,7 +15,8 @@ from trpo_jax.config import Config
 from trpo_jax.env_args import EnvArgs
 from trpo_jax.environments import gymnax, suites
 from trpo_jax.environments.base import Environment
-from trpo_jax.environments.checks import check_declaration, check_space
+from trpo_jax.environments.checks import check_declaration, check_space, one_sentence
+from trpo_jax.environments.wrappers import limit_steps
 from trpo_jax.sentences import UsageError, check_limits, nearest, shown
 
 _sound: weakref.WeakSet[Environment] = weakref.WeakSet()  # checked, or built here
@@ -23,6 +27,7 @@ def make_environment(env: Any, *, params: Any = None, max_steps: int | None = No
 
     Args:
       env: a gymnax name such as "CartPole-v1"; the name of another suite's with its prefix, such as "brax/hopper";
+        "MODULE:FACTORY", a function that makes one, of keyword arguments `params`, from a module to be imported;
         an `Environment`, returned as it is; or an object with gymnax's `reset(key, params)`, six-value
         `step(key, state, action, params)` and `action_space(params)`.
       params: the environment's own parameters, or a dict of those that differ from its `default_params`. An object
@@ -61,7 +66,7 @@ def settle(config: Config) -> Config:
     Those are the floats of the environment, though they be given as whole numbers, but what bounds its actions.
     """
     env, args = config.env, config.env_args
-    if not args or not isinstance(env, str) or "/" in env:
+    if not args or not isinstance(env, str) or "/" in env or ":" in env:
         return config
     traced = {name for name in args if gymnax.is_traceable(env, name)}
     values = {name: float(v) if name in traced and type(v) is int else v for name, v in args.items()}
@@ -86,10 +91,32 @@ def _of_name(name: str, params: Any, max_steps: int | None) -> Environment:
         return suites.make_by_name(name, params or {}, max_steps)
     if slash:
         raise UsageError(f"there is no suite {suite!r}{nearest(suite, suites.SUITES)} `trpo-jax envs` lists them.")
+    if ":" in name:
+        return _of_factory(name, params or {}, max_steps)
     env, defaults = gymnax.make_by_name(name)
     if not isinstance(params, (dict, type(None), type(defaults))):
         raise UsageError(f"params of {name} must be a dict of those that differ, or all in one object, got {params!r}.")
     return gymnax.from_object(env, params, name, max_steps)
+
+
+def _of_factory(name: str, params: dict[str, Any], max_steps: int | None) -> Environment:
+    """What a function of the user's makes, `MODULE:FACTORY`; modules of the working directory are found, too."""
+    module_name, _, factory_name = name.partition(":")
+    if not (factory_name.isidentifier() and all(part.isidentifier() for part in module_name.split("."))):
+        raise UsageError(f"env must be MODULE:FACTORY to name a function that makes it, got {shown(name)}.")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    with one_sentence(f"import of {module_name}"):
+        module = importlib.import_module(module_name)
+    factory = getattr(module, factory_name, None)
+    if not callable(factory):
+        raise UsageError(f"{module_name} has no function {factory_name}{nearest(factory_name, vars(module))}")
+    with one_sentence(name):
+        made = factory(**params)
+    if not isinstance(made, Environment):
+        return _of_object(made, None, max_steps)
+    check_declaration(made)
+    return made if max_steps is None else limit_steps(made, max_steps)
 
 
 def _of_object(env: Any, params: Any, max_steps: int | None) -> Environment:
