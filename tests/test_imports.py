@@ -21,6 +21,7 @@ LAYERS = {
     "sentences": 0,
     "validation": 0,
     "files": 0,
+    "presets": 0,
     "settings": 0,
     "steps": 0,
     "algorithms": 1,

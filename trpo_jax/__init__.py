@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from trpo_jax.networks.default import make_policy as make_policy
     from trpo_jax.networks.default import make_value as make_value
     from trpo_jax.networks.recurrent import Network as Network
+    from trpo_jax.presets import Preset as Preset
+    from trpo_jax.presets import load_preset as load_preset
     from trpo_jax.sentences import UsageError as UsageError
     from trpo_jax.steps.advantages import gae as gae
     from trpo_jax.steps.advantages import parallel_gae as parallel_gae
@@ -89,6 +91,7 @@ _HOME = {
     "MultiCategorical": "steps.distributions",
     "MultiDiscrete": "environments.base",
     "Network": "networks.recurrent",
+    "Preset": "presets",
     "Solver": "steps.solvers",
     "Step": "environments.base",
     "SweepResult": "sweeps.in_memory",
@@ -116,6 +119,7 @@ _HOME = {
     "interquartile_mean": "sweeps.iqm",
     "limit_steps": "environments.wrappers",
     "load": "training.checkpoints",
+    "load_preset": "presets",
     "make_environment": "environments.make",
     "make_policy": "networks.default",
     "make_value": "networks.default",

@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import trpo_jax
-from trpo_jax import Environment, interquartile_mean, stratified_bootstrap
+from trpo_jax import Environment, Preset, interquartile_mean, load_preset, stratified_bootstrap
 
 HERE = Path(__file__).parent
 EPISODES = 32
@@ -40,12 +40,12 @@ def positions_only() -> Environment:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """An environment, env steps per agent, and a number to compare with."""
+    """An environment, a number to compare with, and env steps per agent if the preset does not name them."""
 
     env: Any
-    env_steps: int
     published: float | None = None
     optimal: float | None = None
+    env_steps: int | None = None
 
     @property
     def name(self) -> str:
@@ -57,134 +57,107 @@ class Suite:
     """Tasks that share one set of settings.
 
     Attributes:
-      settings: of TRPO.
+      presets: the presets whose settings are run, by the method's name.
       num_seeds: seeds 0, 1, …
       tasks: the environments.
       source: of the published numbers.
-      beside: settings of another method that is run at equal steps, by its name.
       sampled: judge the policy by sampled actions, as the suite's literature does, not by its mode.
       packages: whose versions are recorded beside those of the core.
     """
 
-    settings: dict[str, Any]
+    presets: dict[str, str]
     num_seeds: int
     tasks: list[Task]
     source: str = ""
-    beside: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     sampled: bool = False
     packages: tuple[str, ...] = ()
 
 
 def suites() -> dict[str, Suite]:
-    small = 100_000
-    learner = {"normalize_observations": True, "reuse": 2, "max_kl": 0.02, "gamma": 0.992}
-    grids = {"gae_lambda": 0.95, "normalize_observations": True}
-    ppo = {"num_envs": 64, "update": "ppo", "policy_epochs": 4, "entropy_coefficient": 0.01}
     minatar_tasks = [
-        Task("Breakout-MinAtar", 10_000_000, 28.0),
-        Task("Asterix-MinAtar", 10_000_000, 15.0),
-        Task("SpaceInvaders-MinAtar", 10_000_000, 131.0),
-        Task("Freeway-MinAtar", 10_000_000, 58.0),
+        Task("Breakout-MinAtar", 28.0),
+        Task("Asterix-MinAtar", 15.0),
+        Task("SpaceInvaders-MinAtar", 131.0),
+        Task("Freeway-MinAtar", 58.0),
+        Task("Seaquest-MinAtar"),
     ]
-    bodies = {
-        "normalize_observations": True,
-        "normalize_rewards": True,
-        "initial_log_std": -0.5,
-        "gae_lambda": 0.95,
-        "value_fit": "adam",
-        "value_learning_rate": 1e-3,
-    }
-    many = bodies | {"num_envs": 1024, "num_steps": 32, "value_epochs": 4, "value_minibatches": 32}
     return {
         "classic": Suite(
-            learner | {"num_steps": 100, "cg_damping": 0.05},
+            {"TRPO": "classic"},
             64,
             [
-                Task("CartPole-v1", 100_000, 500.0, 500.0),
-                Task("Acrobot-v1", 100_000, -83.1),
-                Task("MountainCar-v0", 100_000, -107.3),
-                Task("MountainCarContinuous-v0", 50_000, 92.5),
-                Task("Pendulum-v1", 100_000, -174.6),
+                Task("CartPole-v1", 500.0, 500.0),
+                Task("Acrobot-v1", -83.1),
+                Task("MountainCar-v0", -107.3),
+                Task("MountainCarContinuous-v0", 92.5),
+                Task("Pendulum-v1", -174.6),
             ],
             ZOO,
         ),
         "memory": Suite(
-            {"network": "gru", "max_kl": 0.02, "fisher_fraction": 1.0, "normalize_observations": True},
+            {"TRPO": "memory"},
             16,
-            [Task("MemoryChain-bsuite", small, optimal=1.0), Task(positions_only(), 2 * small, optimal=500.0)],
+            [Task("MemoryChain-bsuite", optimal=1.0), Task(positions_only(), optimal=500.0, env_steps=200_000)],
         ),
         "gymnax": Suite(
-            learner | {"network": "mlp"},
+            {"TRPO": "gymnax"},
             8,
             [
-                Task("CartPole-v1", small, 500.0, 500.0),
-                Task("Acrobot-v1", small, -80.0),
-                Task("Pendulum-v1", small, -130.0),
-                Task("MountainCar-v0", small, -118.0),
-                Task("MountainCarContinuous-v0", small, 92.0),
-                Task("Catch-bsuite", small, optimal=1.0),
-                Task("DeepSea-bsuite", small, optimal=0.99),
-                Task("DiscountingChain-bsuite", small, optimal=1.1),
-                Task("UmbrellaChain-bsuite", small, optimal=1.0),
-                Task("MemoryChain-bsuite", small, optimal=1.0),
-                Task("SimpleBandit-bsuite", small, optimal=0.5),
-                Task("FourRooms-misc", small, optimal=1.0),
-                Task("MetaMaze-misc", small, 32.0),
-                Task("PointRobot-misc", small, 10.0),
-                Task("BernoulliBandit-misc", small, 90.0),
-                Task("GaussianBandit-misc", small, 0.0),
-                Task("Reacher-misc", small),
-                Task("Swimmer-misc", small),
-                Task("FrozenLake-misc", small, optimal=0.74),
-                Task("Pong-misc", small),
-                Task("Asterix-MinAtar", small),
-                Task("Breakout-MinAtar", small),
-                Task("Freeway-MinAtar", small),
-                Task("SpaceInvaders-MinAtar", small),
-                Task("Seaquest-MinAtar", small),
+                Task("CartPole-v1", 500.0, 500.0),
+                Task("Acrobot-v1", -80.0),
+                Task("Pendulum-v1", -130.0),
+                Task("MountainCar-v0", -118.0),
+                Task("MountainCarContinuous-v0", 92.0),
+                Task("Catch-bsuite", optimal=1.0),
+                Task("DeepSea-bsuite", optimal=0.99),
+                Task("DiscountingChain-bsuite", optimal=1.1),
+                Task("UmbrellaChain-bsuite", optimal=1.0),
+                Task("MemoryChain-bsuite", optimal=1.0),
+                Task("SimpleBandit-bsuite", optimal=0.5),
+                Task("FourRooms-misc", optimal=1.0),
+                Task("MetaMaze-misc", 32.0),
+                Task("PointRobot-misc", 10.0),
+                Task("BernoulliBandit-misc", 90.0),
+                Task("GaussianBandit-misc", 0.0),
+                Task("Reacher-misc"),
+                Task("Swimmer-misc"),
+                Task("FrozenLake-misc", optimal=0.74),
+                Task("Pong-misc"),
+                Task("Asterix-MinAtar"),
+                Task("Breakout-MinAtar"),
+                Task("Freeway-MinAtar"),
+                Task("SpaceInvaders-MinAtar"),
+                Task("Seaquest-MinAtar"),
             ],
             GYMNAX,
         ),
         "minatar": Suite(
-            grids | {"num_envs": 256, "max_kl": 0.05, "network": "mlp"},
+            {"TRPO": "minatar", "PPO": "minatar-ppo"},
             3,
-            [*minatar_tasks, Task("Seaquest-MinAtar", 5_000_000)],
+            minatar_tasks,
             GYMNAX,
-            beside={"PPO": grids | ppo | {"network": "mlp"}},
             sampled=True,
         ),
         "minatar-cnn": Suite(
-            grids | {"num_envs": 64, "max_kl": 0.03, "cg_damping": 0.01, "entropy_coefficient": 0.01},
+            {"TRPO": "minatar-cnn", "PPO": "minatar-cnn-ppo"},
             3,
-            [*minatar_tasks, Task("Seaquest-MinAtar", 10_000_000)],
+            minatar_tasks,
             GYMNAX,
-            beside={"PPO": grids | ppo},
             sampled=True,
         ),
         "brax": Suite(
-            many | {"max_kl": 0.02, "anneal_max_kl": 0.9, "fisher_fraction": 0.3},
+            {"TRPO": "brax", "PPO": "brax-ppo"},
             5,
-            [Task("brax/hopper", 10_000_000), Task("brax/halfcheetah/spring", 10_000_000)],
-            beside={
-                "PPO": many
-                | {"update": "ppo", "policy_epochs": 4, "policy_minibatches": 32, "policy_learning_rate": 3e-4}
-            },
+            [Task("brax/hopper"), Task("brax/halfcheetah/spring")],
             packages=("brax",),
         ),
         "mujoco": Suite(
-            bodies
-            | {
-                "num_envs": 8,
-                "num_steps": 128,
-                "fisher_fraction": 1.0,
-                "value_epochs": 10,
-                "value_minibatches": 16,
-            },
+            {"TRPO": "mujoco"},
             5,
             [
-                Task("gymnasium/HalfCheetah-v5", 1_000_000, 4471.2),
-                Task("gymnasium/Hopper-v5", 1_000_000, 2046.0),
-                Task("gymnasium/Walker2d-v5", 1_000_000, 3826.7),
+                Task("gymnasium/HalfCheetah-v5", 4471.2),
+                Task("gymnasium/Hopper-v5", 2046.0),
+                Task("gymnasium/Walker2d-v5", 3826.7),
             ],
             TIANSHOU,
             packages=("gymnasium", "mujoco"),
@@ -201,15 +174,15 @@ def main() -> None:
     suite, file = suites()[arguments.suite], HERE / f"{arguments.suite}.json"
     record = json.loads(file.read_text()) if file.exists() and not arguments.fresh else {"tasks": []}
     done = {(task["name"], task["method"]) for task in record["tasks"]}
-    methods = {"TRPO": suite.settings, **suite.beside}
-    for task, (method, settings) in itertools.product(suite.tasks, methods.items()):
+    for task, (method, name) in itertools.product(suite.tasks, suite.presets.items()):
         if arguments.plot_only or (task.name, method) in done:
             continue
-        record["tasks"].append({"name": task.name, "method": method, **run_task(task, suite, settings)})
+        preset = load_preset(name)
+        record["tasks"].append({"name": task.name, "method": method, "preset": name, **run_task(task, suite, preset)})
         record |= {
             "device": jax.devices()[0].device_kind,
             **{name: version(name) for name in ("jax", "gymnax", "trpo_jax", *suite.packages)},
-            "settings": methods,
+            "settings": {method: load_preset(name).settings for method, name in suite.presets.items()},
             "source": suite.source,
         }
         file.write_text(json.dumps(record, indent=1) + "\n")
@@ -219,10 +192,10 @@ def main() -> None:
     sys.stdout.write(table(record))
 
 
-def run_task(task: Task, suite: Suite, settings: dict[str, Any]) -> dict[str, Any]:
+def run_task(task: Task, suite: Suite, preset: Preset) -> dict[str, Any]:
     """Train seeds 0, 1, … in one program, and judge each as it ended and as it began."""
-    config = trpo_jax.Config(env=task.env, **settings)
-    config = config.replace(num_iterations=task.env_steps // config.steps_per_iteration)
+    config = trpo_jax.Config(env=task.env, **preset.settings)
+    config = config.replace(num_iterations=(task.env_steps or preset.tasks[task.name]) // config.steps_per_iteration)
     judge = functools.partial(trpo_jax.evaluate, num_episodes=EPISODES, max_steps=5000)
 
     def run(seed: Any) -> Any:

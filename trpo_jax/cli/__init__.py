@@ -26,6 +26,7 @@ _COMMANDS = {
     "benchmark": commands.benchmark,
     "check": commands.check,
     "envs": commands.envs,
+    "presets": commands.presets,
 }
 _TOO_LARGE = "there is not enough memory; lower num_envs, num_steps or the number of agents"
 

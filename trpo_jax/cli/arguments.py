@@ -49,6 +49,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--output", help="folder of the run (default: runs/ENV)")
     train.add_argument("--config", help="TOML file of settings, such as `trpo-jax tune` writes; flags override it")
+    train.add_argument(
+        "--preset",
+        nargs="?",
+        const="",
+        metavar="NAME",
+        help="settings of a table of results, by default of the one that names the environment; a file and flags "
+        "override them",
+    )
     train.number("--seed", 0, "seed of the first agent")
     train.number("--num-seeds", 1, "agents trained side by side")
     train.add_argument(
@@ -75,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument("env", help="environment, or MODULE:FACTORY, a function of one's own that makes it")
 
     commands.add_parser("envs", help="list the environments, with their spaces and time limits")
+    commands.add_parser("presets", help="list the presets, with their settings and tasks")
     return parser
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trpo_jax.cli.arguments import config_of, tell_idle
 from trpo_jax.cli.startup import start_quickly
+from trpo_jax.config import Config
 from trpo_jax.files import command, say, write_atomically
+from trpo_jax.presets import available_presets, changed, load_preset, preset_of, with_preset
 from trpo_jax.sentences import UsageError, counted, shown
-from trpo_jax.settings import checked_settings, read_toml
+from trpo_jax.settings import read_toml
 from trpo_jax.validation import validate, without_effect
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 def train(namespace: argparse.Namespace) -> int:
     """Train agents in a new folder, or continue with the same ones in theirs."""
     file = _settings_from(namespace)
-    config = config_of(namespace, file)
+    config = config_of(namespace, _over_preset(namespace, file))
     validate(config)
     start_quickly()
     from trpo_jax.environments.base import Box
@@ -44,7 +46,15 @@ def train(namespace: argparse.Namespace) -> int:
 
 def _settings_from(namespace: argparse.Namespace) -> dict[str, Any]:
     """The settings in the TOML file of --config; none without it."""
-    return checked_settings(read_toml(namespace.config), namespace.config) if namespace.config else {}
+    return with_preset(read_toml(namespace.config), namespace.config) if namespace.config else {}
+
+
+def _over_preset(namespace: argparse.Namespace, file: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of a file over those of the preset that --preset names, or that names the environment."""
+    if namespace.preset is None:
+        return file
+    env = namespace.env or file.get("env", Config.env)
+    return changed(load_preset(namespace.preset) if namespace.preset else preset_of(env), file, env)
 
 
 def resume(namespace: argparse.Namespace) -> int:
@@ -278,4 +288,14 @@ def envs(_: argparse.Namespace) -> int:
     console.print(table)
     for sentence in missing:
         console.print(sentence, soft_wrap=True)
+    return 0
+
+
+def presets(_: argparse.Namespace) -> int:
+    """List the presets, with their settings and tasks."""
+    for preset in map(load_preset, available_presets()):
+        settings = ", ".join(f"{name}={value}" for name, value in preset.settings.items())
+        tasks = ", ".join(preset.tasks)
+        print(f"{preset.name}: {preset.about}\n  settings: {settings}\n  tasks: {tasks}\n")
+    print("`trpo-jax train ENV --preset NAME` trains by one; without NAME by the first that names the environment.")
     return 0

@@ -14,6 +14,7 @@ import numpy as np
 
 from trpo_jax.config_pytree import Config
 from trpo_jax.environments.make import settle
+from trpo_jax.presets import with_preset
 from trpo_jax.runs.runner import agent_keys
 from trpo_jax.sentences import UsageError, check_limits, check_number, counted, nearest, shown
 from trpo_jax.settings import (
@@ -23,7 +24,6 @@ from trpo_jax.settings import (
     cast,
     check_names,
     checked,
-    checked_settings,
     is_whole,
     read_toml,
     with_flat_names,
@@ -119,8 +119,9 @@ def make_spec(table: Mapping[str, Any], source: str = "the sweep") -> Spec:
     numbers = {name: table[name] for name in ("num_seeds", "seed", "num_episodes") if name in table}
     check_numbers(numbers, source)
     _check_none_twice(sections, source)
+    varied = {name for section in ("grid", "zip", "random") for name in sections[section]}
     spec = Spec(
-        base=checked_settings(sections["base"], f"[base] of {source}"),
+        base=with_preset(sections["base"], f"[base] of {source}", elsewhere=varied),
         grid=_check_lists(sections["grid"], f"[grid] of {source}"),
         zip=_check_lists(sections["zip"], f"[zip] of {source}"),
         random=_check_random(sections["random"], f"[random] of {source}"),
