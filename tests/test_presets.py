@@ -60,7 +60,7 @@ def test_the_first_table_that_names_an_environment_is_its_preset():
 
 @pytest.mark.parametrize("wrong", ["clasic", "", "../classic", 3, None, ["classic"]])
 def test_an_unknown_preset_is_one_sentence(wrong):
-    with pytest.raises(UsageError, match="there is no preset .*`trpo-jax presets` lists them"):
+    with pytest.raises(UsageError, match=r"there is no preset .*`trpo-jax presets` lists them"):
         load_preset(wrong)
     if wrong is not None:
         with pytest.raises(UsageError, match="there is no preset"):

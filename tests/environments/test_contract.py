@@ -62,7 +62,11 @@ def test_each_fault_is_one_sentence(environment, message):
     assert all(sentence.endswith(".") and "\n" not in sentence for sentence in wrong)
 
 
-@pytest.mark.parametrize("env", [make(), "CartPole-v1", "Pendulum-v1", probes.TwoSteps()], ids=str)
+@pytest.mark.parametrize(
+    "env",
+    [make(), "CartPole-v1", "Pendulum-v1", probes.TwoSteps()],
+    ids=["Environment", "CartPole", "Pendulum", "gymnax-like"],
+)
 def test_a_sound_one_passes(env):
     assert check_environment(env) == []
 
