@@ -22,6 +22,7 @@ from trpo_jax import Config
 from trpo_jax.cli import main
 from trpo_jax.cli.arguments import config_of, make_parser
 from trpo_jax.cli.displays import LiveLine, run_status
+from trpo_jax.fields import as_text
 from trpo_jax.runs.folders import Progress
 from trpo_jax.runs.runner import Clock
 from trpo_jax.settings import checked_settings
@@ -97,6 +98,10 @@ def snapshot(folder):
         ),
         (["train", "--value-epochs", "3"], "value_epochs needs value_fit=adam;"),
         (["train", "--clip-ratio", "0.3"], "clip_ratio needs update=ppo;"),
+        (["train", "--eval-every", "200"], "eval_every=200 is more than num_iterations=150, so that nothing would be"),
+        (["train", "--stop-at-return", "9"], "stop_at_return needs eval_every=1 or more; with eval_every=0 it has no"),
+        (["train", "--keep-every", "-1"], "keep_every must be a whole number from 0 to 10,000,000, got -1."),
+        (["benchmark", "--eval-every", "2"], "benchmark measures training alone; leave it out."),
         (["benchmark", "--target-kl", "0.3"], "target_kl needs radius_rule=divergence or update=kl-penalty;"),
         (["train", "--state-dependent-std"], "CartPole-v1 has discrete actions; leave it out."),
         (["train", "--output", "a" * 300, *TINY], "File name too long"),
@@ -194,7 +199,7 @@ def test_help_is_fast_and_complete(python):
         if field.metadata["flag"]:
             assert f"--{field.name.replace('_', '-')}" in text
             assert f"{' '.join(field.metadata['help'].split()[:3])}" in words
-            assert f"(default: {field.default}" in words
+            assert f"(default: {as_text(field.default)}" in words
 
 
 def test_default_environment_and_output(tiny_run):

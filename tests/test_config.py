@@ -9,10 +9,12 @@ import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 from probes import small_config
 
-from trpo_jax import Config, Metrics, UsageError, train, train_step, validate
+from trpo_jax import Config, Metrics, Network, UsageError, train, train_step, validate
+from trpo_jax.fields import as_text
 from trpo_jax.sentences import check_limits, counted
+from trpo_jax.settings import cast
 from trpo_jax.training import loop
-from trpo_jax.validation import without_effect
+from trpo_jax.validation import _OF_NETWORKS, _REFUSED, without_effect
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 TRACED = [
@@ -168,6 +170,19 @@ BAD = [
     ("initial_log_std", float("inf"), r"\[-20, 20\]"),
     ("max_kl", jnp.array([0.1, 0.0]), r"\(0, 1e6\]"),
     ("gamma", [0.5, 1.5], r"\[0, 1\]"),
+    ("hidden", 256, r"widths of layers such as 256,256 \(in files \[256, 256\]\) or auto, .* got 256"),
+    ("hidden", (64, 0), r"each from 1 to 65,536, 64 layers at most, got \(64, 0\)"),
+    ("hidden", [64, True], r"got \(64, True\)"),
+    ("hidden", "64,x", r"got '64,x'"),
+    ("hidden", "", r"got ''"),
+    ("hidden", [[64]], r"got \(\[64\],\)"),
+    ("hidden", (1,) * 65, r"64 layers at most"),
+    ("hidden", None, r"got None"),
+    ("value_hidden", {"a": 1}, r"widths of layers"),
+    ("channels", "auto", r"such as 256,256 \(in files \[256, 256\]\), each .* got 'auto'"),
+    ("activation", "elu", r"one of auto, tanh, relu, swish, gelu, got 'elu'"),
+    ("layer_norm", 1, r"True or False, got 1"),
+    ("initialisation", "zeros", r"one of orthogonal, lecun-normal, got 'zeros'"),
 ]
 
 
@@ -274,7 +289,7 @@ def test_every_number_has_bounds_and_keeps_to_them(name):
     whole, interval = FIELDS[name].type == "int", FIELDS[name].metadata["interval"]
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     assert np.isfinite([low, high]).all()
-    beyond = (int(low) - 1, int(high) + 1) if whole else (low - 1e-6, high + 1e-6 * max(1, high))
+    beyond = (int(low) - 1, int(high) + 1) if whole else (low - 1e-6 * max(1, -low), high + 1e-6 * max(1, high))
     for value in beyond:
         with pytest.raises(UsageError, match=name):
             Config(**{name: value})
@@ -300,6 +315,29 @@ def test_whether_settings_go_together_is_seen_at_use_so_that_they_can_be_replace
         validate(Config(num_envs=10**6, num_steps=10**5))
 
 
+OWN = Network(None, None)
+
+
+@pytest.mark.parametrize("given", [(64, 32), [64, 32], "64,32", "[64, 32]", "(64, 32)", [np.int64(64), 32], "64,32,"])
+def test_widths_are_one_tuple_however_they_are_given(given):
+    config = Config(hidden=given, channels=given)
+    assert config.hidden == config.channels == (64, 32) and config == Config(hidden=(64, 32), channels=(64, 32))
+    assert jax.tree.structure(config) == jax.tree.structure(Config(hidden=(64, 32), channels=(64, 32)))
+    assert cast("hidden", as_text(config.hidden)) == config.hidden
+
+
+@pytest.mark.parametrize("widths", [(), (1,), (64, 64), "auto"], ids=str)
+def test_the_text_of_widths_reads_as_they_are(widths):
+    assert Config(hidden=as_text(widths)).hidden == widths
+
+
+def test_settings_of_networks_are_refused_beside_networks_of_ones_own():
+    with pytest.raises(UsageError, match=r"^hidden=8,8 needs policy=None or value=None; .* has no effect\.$"):
+        validate(Config(policy=OWN, value=OWN, hidden=(8, 8)))
+    with pytest.raises(UsageError, match=r"^network=gru needs at least one width"):
+        validate(Config(network="gru", hidden=()))
+
+
 @pytest.mark.parametrize(
     "settings, name, why",
     [
@@ -314,6 +352,11 @@ def test_whether_settings_go_together_is_seen_at_use_so_that_they_can_be_replace
         ({"update": "ppo", "value_fit": "adam"}, "cg_tolerance", "needs update=trpo or value_fit=gauss-newton"),
         ({"update": "kl-penalty"}, "target_kl", ""),
         ({}, "gamma", ""),
+        ({"network": "mlp"}, "channels", "needs network=auto or cnn; with network=mlp it has no effect"),
+        ({"policy": OWN, "value": OWN}, "hidden", "needs policy=None or value=None; with policy=a Network and value=a"),
+        ({"policy": OWN, "value_hidden": (8,)}, "hidden", "needs policy=None or value_hidden=auto"),
+        ({"policy": OWN}, "hidden", ""),
+        ({"value": OWN}, "value_hidden", "needs value=None; with value=a Network it has no effect"),
     ],
 )
 def test_a_setting_without_effect_is_known(settings, name, why):
@@ -350,11 +393,11 @@ def test_settings_without_effect_leave_the_program_as_it_is(update, fit, monkeyp
     assert idle
     jaxpr = program(config)
     assert not {name for name in idle if name in TRACED} & used(jaxpr, TRACED)
-    others = {"bool": True, "int": 2}
+    others = {"bool": True, "int": 2, "float": 2.0, FIELDS["hidden"].type: (3,)}
     for name in idle:
         field = FIELDS[name]
-        if field.metadata["static"] and name not in ("constraint", "radius_rule", "reuse", "fisher_fraction"):
-            choices = field.metadata["choices"]
+        if field.metadata["static"] and name not in (*_REFUSED, *_OF_NETWORKS, "fisher_fraction"):
+            choices = field.metadata.get("choices")
             other = next(c for c in choices if c != field.default) if choices else others[field.type]
             assert str(program(config.replace(**{name: other}))) == str(jaxpr), name
 

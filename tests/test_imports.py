@@ -18,6 +18,7 @@ LAYERS = {
     "backend": 0,
     "config": 0,
     "env_args": 0,
+    "fields": 0,
     "sentences": 0,
     "validation": 0,
     "files": 0,

@@ -15,10 +15,12 @@ from trpo_jax import (
     Environment,
     MultiCategorical,
     Network,
+    UsageError,
     make_policy,
     make_value,
 )
 from trpo_jax.environments.base import Box, Discrete, MultiDiscrete, make_box
+from trpo_jax.networks.default import make_value_head
 from trpo_jax.networks.layers import convolution, orthogonal, product
 from trpo_jax.networks.recurrent import lift, lower
 
@@ -144,6 +146,79 @@ def test_layers_start_orthogonal_with_their_scales(make, scale):
         gain = np.sqrt(2) if kernel.shape[1] in (16, 8) else scale
         np.testing.assert_allclose(np.linalg.svd(kernel, compute_uv=False), gain, rtol=1e-4)
     assert all((bias == 0).all() for bias in biases)
+
+
+def shapes(network, observation_shape=(3,)):
+    """Of the kernels, by tracing alone."""
+    params = jax.eval_shape(lambda: start(network, observation_shape))
+    return sorted(leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim > 1)
+
+
+def test_each_network_has_the_layers_asked_for():
+    grid, flat = environment(Discrete(4), (10, 8, 3)), environment(Discrete(4))
+    mlp = make_policy(flat, hidden=(16, 8))
+    assert shapes(mlp) == sorted([(3, 16), (16, 8), (8, 4)])
+    assert shapes(make_policy(flat, hidden=())) == [(3, 4)]  # linear
+    cnn = make_policy(grid, channels=(5, 6), hidden=[7, 9])
+    assert shapes(cnn, (10, 8, 3)) == sorted([(3, 3, 3, 5), (3, 3, 5, 6), (10 * 8 * 6, 7), (7, 9), (9, 4)])
+    gru = make_policy(flat, network="gru", hidden=(5, 6))
+    assert gru.initial_carry().shape == (6,)
+    assert shapes(gru) == sorted([(3, 5), (5, 6), *6 * [(6, 6)], (6, 4)])
+    assert shapes(make_value_head((5,))) == [(3, 5), (5, 1)]
+
+
+@pytest.mark.parametrize("network, shape", [("mlp", (3,)), ("gru", (3,)), ("cnn", (4, 4, 2))])
+def test_auto_is_the_network_that_it_stands_for(network, shape):
+    space = environment(Discrete(2), shape)
+    hidden = {"mlp": (64, 64), "gru": (64,), "cnn": (128,)}[network]
+    activation = "relu" if network == "cnn" else "tanh"
+    auto = make_value(space, network=network)
+    named = make_value(space, network=network, hidden=hidden, channels=(16,), activation=activation)
+    params, observation = start(auto, shape), jax.random.normal(jax.random.key(1), (1, *shape))
+    carry = () if auto.initial_carry is None else (auto.initial_carry()[None],)
+    jax.tree.map(np.testing.assert_array_equal, params, start(named, shape))
+    outputs = [jax.tree.leaves(net.apply(params, *carry, observation))[-1] for net in (auto, named)]
+    np.testing.assert_array_equal(*outputs)
+
+
+FUNCTIONS = {
+    "tanh": np.tanh,
+    "relu": lambda x: np.maximum(x, 0),
+    "swish": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / 2**0.5)) / 2,
+}
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_layer_is_its_formula(name, layer_norm):
+    """V = b' + w'·f(n(W x + b)), with n the normalisation to mean 0 and variance 1 over the units."""
+    network = make_value(environment(Discrete(2)), hidden=(6,), activation=name, layer_norm=layer_norm)
+    observation = np.asarray(jax.random.normal(jax.random.key(1), (5, 3)))
+    layers = jax.tree.map(np.asarray, start(network))["params"]
+    x = observation @ layers["Dense_0"]["kernel"] + layers["Dense_0"]["bias"]
+    if layer_norm:
+        x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+        assert layers["LayerNorm_0"]["scale"].shape == (6,)
+    expected = FUNCTIONS[name](x) @ layers["Dense_1"]["kernel"][:, 0] + layers["Dense_1"]["bias"]
+    np.testing.assert_allclose(network.apply(start(network), observation), expected, atol=2e-3)  # gelu by tanh
+
+
+@pytest.mark.parametrize("network, shape", [("mlp", (300,)), ("gru", (300,)), ("cnn", (10, 10, 3))])
+def test_lecun_normal_has_variance_one_by_inputs(network, shape):
+    policy = make_policy(environment(Discrete(100), shape), network=network, initialisation="lecun-normal")
+    layers = start(policy, shape)["params"]
+    for name, scale in (("Dense_0", 1.0), (sorted(layers, key=lambda n: (n[:5] == "Dense", n))[-1], 0.01)):
+        kernel = layers[name]["kernel"]
+        inputs = np.prod(kernel.shape[:-1])
+        np.testing.assert_allclose(np.std(kernel) * np.sqrt(inputs), scale, rtol=0.05)
+
+
+def test_arguments_of_the_default_networks_are_checked():
+    with pytest.raises(UsageError, match=r"^activation must be one of auto, tanh"):
+        make_policy(environment(Discrete(2)), activation="elu")
+    with pytest.raises(UsageError, match=r"^hidden must be widths of layers"):
+        make_value(environment(Discrete(2)), hidden=(0,))
 
 
 def test_policy_and_value_share_nothing_and_seeds_differ():

@@ -58,7 +58,7 @@ max_kl = { log_uniform = [0.001, 0.1] }
 
 
 # Given after README's own flags, these count: nothing is trained for long.
-SHORTER = {"--total-steps": "4096", "--num-trials": "4"}
+SHORTER = {"--total-steps": "4096", "--num-trials": "4", "--num-iterations": "5"}
 
 
 def test_commands_run_in_order(tmp_path, monkeypatch, capsys):

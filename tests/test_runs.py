@@ -64,6 +64,21 @@ def test_folder_round_trip(run):
     assert state.iteration.shape == (2,) and int(state.iteration[0]) == run.config.num_iterations
 
 
+def test_networks_asked_for_are_those_of_the_folder(tmp_path):
+    asked = Config(hidden=(16, 8), value_hidden="4", channels=[3], activation="gelu", layer_norm=True)
+    made = create_run(tmp_path / "run", asked, 0, 1)
+    again = create_run(tmp_path / "run", asked, 0, 1)
+    assert open_run(tmp_path / "run").config == made.config == again.config == asked
+    with pytest.raises(UsageError, match="holds a run with another hidden; "):
+        create_run(tmp_path / "run", asked.replace(hidden=(16, 9)), 0, 1)
+
+
+def test_layers_beyond_the_memory_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UsageError, match=r"GiB are needed for so large .*hidden \(65,536\)"):
+        create_run(tmp_path / "run", Config(hidden=(2**16,) * 60), 0, 1)
+    assert not (tmp_path / "run").exists()
+
+
 def test_agent_depends_on_its_seed_alone(run, tmp_path):
     alone = create_run(tmp_path / "alone", run.config, seed=4, num_seeds=1)
     continue_run(alone, lambda _: None)
@@ -244,6 +259,15 @@ def count(lengths):
         return states + length, Metrics(*[np.full((1, CAPACITY), states + length)] * len(METRICS))
 
     return program
+
+
+def test_chunks_end_at_every_multiple_and_keep_their_pace():
+    lengths, chunks = [], []
+    assert (
+        advance(count(lengths), None, np.zeros(1), 3, 61, lambda c: not chunks.append(c.done), ends=(0, 20, 15)) == 61
+    )
+    assert {15, 20, 30, 40, 45, 60, 61} <= set(chunks)
+    assert lengths == [1, 2, 4, 5, 5, 10, 10, 5, 15, 1]  # doubled as without ends: 1, 2, 4, 8, 16 …
 
 
 def test_chunks_double_up_to_their_capacity_and_end_where_asked():

@@ -7,12 +7,13 @@ own. Every other setting is a float that is *traced*: one program serves all its
 from __future__ import annotations
 
 import dataclasses
-import numbers
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
+from trpo_jax import fields
 from trpo_jax.env_args import EnvArgs, make_env_args
-from trpo_jax.sentences import UsageError, check_number, nearest, shown
+from trpo_jax.fields import as_widths, check_value, own_object, static, traced, widths
+from trpo_jax.sentences import UsageError, nearest
 from trpo_jax.steps import defaults
 
 ALGORITHMS = {
@@ -26,35 +27,8 @@ ALGORITHMS = {
 VALUE_FITS = {"gauss-newton": "trpo_jax.algorithms.gauss_newton", "adam": "trpo_jax.algorithms.adam"}
 """Ways to fit a value function, each with the module that makes it."""
 
-_Used = tuple[Mapping[str, tuple[Any, ...]], ...]
-"""When a setting has an effect: where one of these holds, each named setting having one of the values; (): always."""
-
-_TRPO: _Used = ({"update": ("trpo",)},)
-_GRADIENT_STEPS: _Used = ({"update": ("policy-gradient", "ppo", "kl-penalty")},)
-_EPOCHS: _Used = ({"update": ("ppo", "kl-penalty")},)
-_SEARCH: _Used = ({"update": ("trpo",), "line_search": ("auto", "backtracking", "parallel")},)
-_ADAPTIVE: _Used = ({"radius_rule": ("ratio", "divergence")},)
-_CURVATURE: _Used = (*_TRPO, {"value_fit": ("gauss-newton",)})
-_GAUSS_NEWTON: _Used = ({"value_fit": ("gauss-newton",)},)
-_ADAM: _Used = ({"value_fit": ("adam",)},)
-
-
-def _static(
-    default: Any, help: str, *, high: int = 10_000, interval: str = "", choices: tuple[str, ...] = (), used: _Used = ()
-) -> Any:
-    meta: dict[str, Any] = {"help": help, "static": True, "choices": choices, "flag": True, "used": used}
-    if interval or type(default) is int:
-        meta["interval"] = interval or f"[1, {high}]"
-    return dataclasses.field(default=default, metadata=meta)
-
-
-def _traced(default: float, help: str, *, interval: str, used: _Used = ()) -> Any:
-    meta = {"help": help, "static": False, "interval": interval, "flag": True, "used": used}
-    return dataclasses.field(default=default, metadata=meta)
-
-
-def _object(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "static": True, "flag": False, "used": ()})
+NEVER = 1e30
+"""A `stop_at_return` that no agent reaches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,206 +40,252 @@ class Config:
     concrete; whether values go together is checked at use, by `validate`, so that they can be replaced one by one.
     """
 
-    env: Any = _object("CartPole-v1", "a gymnax name, an Environment, or any object with gymnax's six-value step")
-    env_args: Any = _object(EnvArgs(), "settings of the environment by name: floats are traced, the others static")
-    max_steps: int = _static(
+    env: Any = own_object("CartPole-v1", "a gymnax name, an Environment, or any object with gymnax's six-value step")
+    env_args: Any = own_object(EnvArgs(), "settings of the environment by name: floats are traced, the others static")
+    max_steps: int = static(
         0, "time limit of an episode, beside the environment's; 0: none", interval="[0, 2147483647]"
     )
-    policy: Any = _object(None, "a Network whose apply returns a distribution; None: see `network`")
-    value: Any = _object(None, "a Network whose apply returns V, [...]; None: see `network`")
-    num_envs: int = _static(16, "environments stepped in parallel, N", high=10_000_000)
-    num_steps: int = _static(128, "steps in each environment per iteration, T", high=10_000_000)
-    num_iterations: int = _static(150, "iterations (one rollout and one update each)", high=10_000_000)
-    gamma: float = _traced(0.99, "discount γ", interval="[0, 1]")
-    gae_lambda: float = _traced(0.98, "λ of generalized advantage estimation", interval="[0, 1]")
-    baseline: bool = _static(True, "weight actions by advantages; False: by returns, as REINFORCE without a baseline")
-    update: Any = _static(
+    policy: Any = own_object(None, "a Network whose apply returns a distribution; None: see `network`")
+    value: Any = own_object(None, "a Network whose apply returns V, [...]; None: see `network`")
+    num_envs: int = static(16, "environments stepped in parallel, N", high=10_000_000)
+    num_steps: int = static(128, "steps in each environment per iteration, T", high=10_000_000)
+    num_iterations: int = static(150, "iterations (one rollout and one update each)", high=10_000_000)
+    gamma: float = traced(0.99, "discount γ", interval="[0, 1]")
+    gae_lambda: float = traced(0.98, "λ of generalized advantage estimation", interval="[0, 1]")
+    baseline: bool = static(True, "weight actions by advantages; False: by returns, as REINFORCE without a baseline")
+    update: Any = static(
         "trpo",
         "how the policy is updated; all but trpo take gradient steps: one (policy-gradient), or epochs of minibatches "
         "on the clipped (ppo) or the penalised surrogate (kl-penalty)",
         choices=tuple(ALGORITHMS),
     )
-    max_kl: float = _traced(
+    max_kl: float = traced(
         defaults.MAX_KL,
         "trust-region radius δ: bound on the divergence of an update, nats; the first, if it adapts",
         interval="(0, 1e6]",
-        used=_TRPO,
+        used=fields.TRPO,
     )
-    constraint: str = _static(
+    constraint: str = static(
         "mean-kl",
         "the divergence that δ bounds: mean or maximum of KL(old‖new) over the batch, or the mean of KL(new‖old)",
         choices=("mean-kl", "max-kl", "reverse-kl"),
-        used=_TRPO,
+        used=fields.TRPO,
     )
-    radius_rule: str = _static(
+    radius_rule: str = static(
         "fixed",
         "ratio: δ grows while the realised gain, measured on the next batch, is near the predicted one, and shrinks "
         "where it is not; divergence: δ moves until the divergence is near target_kl",
         choices=("fixed", "ratio", "divergence"),
-        used=_TRPO,
+        used=fields.TRPO,
     )
-    smallest_max_kl: float = _traced(1e-5, "radius_rule: lower bound of δ, nats", interval="(0, 1e6]", used=_ADAPTIVE)
-    largest_max_kl: float = _traced(1.0, "radius_rule: upper bound of δ, nats", interval="(0, 1e6]", used=_ADAPTIVE)
-    target_kl: float = _traced(
+    smallest_max_kl: float = traced(
+        1e-5, "radius_rule: lower bound of δ, nats", interval="(0, 1e6]", used=fields.ADAPTIVE
+    )
+    largest_max_kl: float = traced(
+        1.0, "radius_rule: upper bound of δ, nats", interval="(0, 1e6]", used=fields.ADAPTIVE
+    )
+    target_kl: float = traced(
         0.01,
         "divergence that radius_rule=divergence and kl-penalty aim at",
         interval="(0, 1e6]",
         used=({"radius_rule": ("divergence",)}, {"update": ("kl-penalty",)}),
     )
-    anneal_max_kl: float = _traced(
+    anneal_max_kl: float = traced(
         0.0,
         "share of δ that is gone at the end of the run, linearly; 1: shrinks towards 0",
         interval="[0, 1]",
-        used=_TRPO,
+        used=fields.TRPO,
     )
-    reuse: int = _static(1, "batches an update learns from: the newest and reuse − 1 before it", used=_TRPO, high=1_000)
-    entropy_coefficient: float = _traced(
+    reuse: int = static(
+        1, "batches an update learns from: the newest and reuse − 1 before it", used=fields.TRPO, high=1_000
+    )
+    entropy_coefficient: float = traced(
         0.0,
         "weight of the policy's mean entropy in the objective; of a default Gaussian it asks for log σ up to 2 at "
         "most, in units of half the action range",
         interval="[0, 1e6]",
     )
-    cg_damping: float = _traced(
+    cg_damping: float = traced(
         defaults.CG_DAMPING,
         "damping λ_d of the Fisher matrix in conjugate gradient",
         interval="[0, 1e6]",
-        used=_TRPO,
+        used=fields.TRPO,
     )
-    cg_iterations: int = _static(defaults.CG_ITERATIONS, "conjugate-gradient iterations k at most", used=_TRPO)
-    cg_tolerance: float = _traced(
+    cg_iterations: int = static(defaults.CG_ITERATIONS, "conjugate-gradient iterations k at most", used=fields.TRPO)
+    cg_tolerance: float = traced(
         defaults.CG_TOLERANCE,
         "relative residual at which conjugate gradient stops before k; 0: never",
         interval="[0, 1)",
-        used=_CURVATURE,
+        used=fields.CURVATURE,
     )
-    fisher_fraction: float = _static(
+    fisher_fraction: float = static(
         defaults.FISHER_FRACTION,
         "share of the batch that curvature is estimated from",
         interval="(0, 1]",
-        used=_CURVATURE,
+        used=fields.CURVATURE,
     )
-    line_search: str = _static(
+    line_search: str = static(
         "auto",
         "one candidate after the other, or all in one batched pass; auto: parallel on accelerators; none: the full "
         "step is taken as it is, which is the natural gradient method",
         choices=("auto", "backtracking", "parallel", "none"),
-        used=_TRPO,
+        used=fields.TRPO,
     )
-    line_search_shrink: float = _traced(
+    line_search_shrink: float = traced(
         defaults.LINE_SEARCH_SHRINK,
         "factor α between candidates of the line search",
         interval="(0, 1)",
-        used=_SEARCH,
+        used=fields.SEARCH,
     )
-    line_search_steps: int = _static(
-        defaults.LINE_SEARCH_STEPS, "candidates that the line search tries", used=_SEARCH, high=1_000
+    line_search_steps: int = static(
+        defaults.LINE_SEARCH_STEPS, "candidates that the line search tries", used=fields.SEARCH, high=1_000
     )
-    policy_optimizer: str = _static(
+    policy_optimizer: str = static(
         "adam",
         "gradient steps: by Adam, or plain, θ + learning rate · gradient",
         choices=("adam", "sgd"),
-        used=_GRADIENT_STEPS,
+        used=fields.GRADIENT_STEPS,
     )
-    policy_learning_rate: float = _traced(
-        1e-3, "gradient steps: learning rate", interval="[0, 1e6]", used=_GRADIENT_STEPS
+    policy_learning_rate: float = traced(
+        1e-3, "gradient steps: learning rate", interval="[0, 1e6]", used=fields.GRADIENT_STEPS
     )
-    policy_epochs: int = _static(10, "ppo, kl-penalty: passes over the batch", used=_EPOCHS)
-    policy_minibatches: int = _static(
+    policy_epochs: int = static(10, "ppo, kl-penalty: passes over the batch", used=fields.EPOCHS)
+    policy_minibatches: int = static(
         8,
         "ppo, kl-penalty: minibatches per pass, shuffled anew in each; must divide the batch",
-        used=_EPOCHS,
+        used=fields.EPOCHS,
         high=10_000_000,
     )
-    clip_ratio: float = _traced(
+    clip_ratio: float = traced(
         0.2, "ppo: ε, the ratio counts within [1 − ε, 1 + ε]", interval="(0, 1e6]", used=({"update": ("ppo",)},)
     )
-    max_grad_norm: float = _traced(
+    max_grad_norm: float = traced(
         0.5,
         "ppo, kl-penalty: a longer gradient of a minibatch is scaled to this norm; 0: never",
         interval="[0, 1e6]",
-        used=_EPOCHS,
+        used=fields.EPOCHS,
     )
-    initial_penalty: float = _traced(
+    initial_penalty: float = traced(
         1.0,
         "kl-penalty: coefficient β of the KL at the start; adapts to target_kl",
         interval="(0, 1e6]",
         used=({"update": ("kl-penalty",)},),
     )
-    value_fit: Any = _static(
+    value_fit: Any = static(
         "gauss-newton",
         "how the value function is fitted: one damped Gauss-Newton step, or epochs of minibatches by Adam",
         choices=tuple(VALUE_FITS),
     )
-    value_damping: float = _traced(
+    value_damping: float = traced(
         defaults.VALUE_DAMPING,
         "gauss-newton: damping λ of the value function's matrix",
         interval="[0, 1e6]",
-        used=_GAUSS_NEWTON,
+        used=fields.GAUSS_NEWTON,
     )
-    value_cg_iterations: int = _static(
-        defaults.VALUE_CG_ITERATIONS, "gauss-newton: conjugate-gradient iterations at most", used=_GAUSS_NEWTON
+    value_cg_iterations: int = static(
+        defaults.VALUE_CG_ITERATIONS, "gauss-newton: conjugate-gradient iterations at most", used=fields.GAUSS_NEWTON
     )
-    value_learning_rate: float = _traced(3e-3, "adam: learning rate", interval="[0, 1e6]", used=_ADAM)
-    value_clip: float = _traced(
+    value_learning_rate: float = traced(3e-3, "adam: learning rate", interval="[0, 1e6]", used=fields.ADAM)
+    value_clip: float = traced(
         0.0,
         "adam: V counts within ± this of what it was, where that raises the loss; 0: everywhere",
         interval="[0, 1e12]",
-        used=_ADAM,
+        used=fields.ADAM,
     )
-    anneal_learning_rates: float = _traced(
+    anneal_learning_rates: float = traced(
         0.0,
         "share of both learning rates that is gone at the end of the run, linearly",
         interval="[0, 1]",
-        used=(*_GRADIENT_STEPS, *_ADAM),
+        used=(*fields.GRADIENT_STEPS, *fields.ADAM),
     )
-    value_epochs: int = _static(5, "adam: passes over the batch", used=_ADAM)
-    value_minibatches: int = _static(
+    value_epochs: int = static(5, "adam: passes over the batch", used=fields.ADAM)
+    value_minibatches: int = static(
         8,
         "adam: minibatches per pass; must divide num_envs x num_steps",
-        used=_ADAM,
+        used=fields.ADAM,
         high=10_000_000,
     )
-    normalize_advantages: bool = _static(
+    normalize_advantages: bool = static(
         True,
         "shift and scale the advantages of a batch to mean 0 and variance 1; with baseline=False only scale the "
         "returns, to a mean square of 1",
     )
-    normalize_observations: bool = _static(
+    normalize_observations: bool = static(
         False,
         "running normalisation of observations, frozen within an iteration; starts from a rollout that nothing is "
         "learned from",
     )
-    observation_clip: float = _traced(
+    observation_clip: float = traced(
         defaults.OBSERVATION_CLIP,
         "normalize_observations: clip to ± this many standard deviations",
         interval="(0, 1e6]",
         used=({"normalize_observations": (True,)},),
     )
-    normalize_rewards: bool = _static(
-        False, "divide rewards by the running standard deviation of the discounted return"
-    )
-    reward_clip: float = _traced(
+    normalize_rewards: bool = static(False, "divide rewards by the running standard deviation of the discounted return")
+    reward_clip: float = traced(
         0.0, "clip rewards to ± this, after their normalisation; 0: never", interval="[0, 1e12]"
     )
-    network: str = _static(
+    network: str = static(
         "auto",
         "what the default policy and value function are made of; auto: cnn for observations of rank 3, else mlp; gru "
         "remembers",
         choices=("auto", "mlp", "cnn", "gru"),
     )
-    shared_trunk: bool = _static(
+    hidden: Sequence[int] | str = widths(
+        "auto",
+        "widths of the layers, the last also a gru's units; auto: 64,64, of a gru 64, of a cnn 128",
+        used=fields.HIDDEN,
+    )
+    value_hidden: Sequence[int] | str = widths(
+        "auto", "those of the value function; auto: as hidden, or 64 on a shared trunk", used=fields.OWN_VALUE
+    )
+    channels: Sequence[int] | str = widths(
+        (16,), "cnn: filters of each convolution, of which the first spans grids of any size", used=fields.CONVOLUTIONS
+    )
+    activation: str = static(
+        "auto",
+        "what follows each layer but the last; auto: tanh, in a cnn relu",
+        choices=("auto", "tanh", "relu", "swish", "gelu"),
+        used=fields.OWN_NETWORK,
+    )
+    layer_norm: bool = static(
+        False, "normalise what each layer but the last gives, before its activation", used=fields.OWN_NETWORK
+    )
+    initialisation: str = static(
+        "orthogonal",
+        "weights at the start: orthogonal with a gain of √2, or lecun-normal; the policy's last layer times 0.01",
+        choices=("orthogonal", "lecun-normal"),
+        used=fields.OWN_NETWORK,
+    )
+    shared_trunk: bool = static(
         False,
         "the value function is a small network on what the policy's last layer sees; nothing below learns from it",
     )
-    state_dependent_std: bool = _static(False, "a Gaussian policy's σ depends on the observation")
-    initial_log_std: float = _traced(
+    state_dependent_std: bool = static(False, "a Gaussian policy's σ depends on the observation")
+    initial_log_std: float = traced(
         0.0, "log σ of a Gaussian policy at the start, in units of half the action range", interval="[-20, 20]"
+    )
+    eval_every: int = static(
+        0, "iterations from one evaluation during training to the next; 0: none", interval="[0, 10000000]"
+    )
+    eval_episodes: int = static(32, "episodes of an evaluation during training", used=fields.EVALUATED, high=1_000_000)
+    eval_stochastic: bool = static(
+        False, "evaluation during training samples actions instead of taking the mode", used=fields.EVALUATED
+    )
+    stop_at_return: float = static(
+        NEVER,
+        "mean return of an evaluation during training at which the agent's training ends; from 1e30 on: never",
+        interval="[-1e38, 1e38]",
+        used=fields.EVALUATED,
     )
 
     def __post_init__(self) -> None:
         axes = any(getattr(self, name) is None for name in _TRACED)  # a tree of axes for `jax.vmap`: integers and None
         for name, field in FIELDS.items():
             value = getattr(self, name)
+            if "widths" in field.metadata:
+                value = as_widths(value)
+                object.__setattr__(self, name, value)
             if value is not field.default and not (axes and name in _TRACED):
                 check_setting(name, value)
         object.__setattr__(self, "env_args", make_env_args(self.env_args, self.env))
@@ -289,19 +309,4 @@ _TRACED = frozenset(name for name, field in FIELDS.items() if not field.metadata
 
 def check_setting(name: str, value: Any, source: str = "") -> None:
     """Raise `UsageError` unless a setting, from the file `source`, may have this value; traced ones all pass."""
-    field = FIELDS[name]
-    meta, label = field.metadata, f"{name} in {source}" if source else name
-    if "interval" in meta:
-        if meta["static"] and field.type == "float" and not isinstance(value, numbers.Real):  # an array is traced
-            raise UsageError(f"{label} must be a number in {meta['interval']}, got {shown(value)}.")
-        check_number(label, value, whole=field.type == "int", interval=meta["interval"])
-    elif meta.get("choices"):
-        own = name in ("update", "value_fit") and callable(value)  # a function that makes one, see algorithms/base.py
-        if not own and (not isinstance(value, str) or value not in meta["choices"]):
-            raise UsageError(f"{label} must be one of {', '.join(meta['choices'])}, got {shown(value)}.")
-    elif field.type == "bool" and not isinstance(value, bool):
-        raise UsageError(f"{label} must be True or False, got {shown(value)}.")
-    elif name == "env_args":
-        make_env_args(value, None)
-    elif name in ("policy", "value") and value is not None and not hasattr(value, "initial_carry"):
-        raise UsageError(f"{label} must be None or a trpo_jax.Network(init, apply), got {shown(value)}.")
+    check_value(FIELDS[name], f"{name} in {source}" if source else name, value)

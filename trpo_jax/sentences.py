@@ -16,6 +16,8 @@ LIMITS: dict[str, tuple[bool, str]] = {
     "batch": (True, "[1, 10000]"),
     "checkpoint_seconds": (False, "[0, 1e9]"),
     "count": (True, "[1, 1000000]"),
+    "every": (True, "[1, 10000000]"),
+    "keep_every": (True, "[0, 10000000]"),
     "max_steps": (True, "[1, 2147483647]"),
     "num_agents": (True, "[1, 1000000]"),
     "num_devices": (True, "[1, 256]"),

@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from trpo_jax.config import Config, check_setting
+from trpo_jax.config import FIELDS, Config, check_setting
 from trpo_jax.env_args import PREFIX, check_env_arg
+from trpo_jax.fields import as_text, as_widths
 from trpo_jax.files import read_limited
 from trpo_jax.sentences import UsageError, check_limits, first_line, nearest, shown
 
@@ -21,7 +22,9 @@ TOTAL_STEPS = "total_steps"  # may stand for num_iterations wherever a setting m
 
 def settings_of(config: Config) -> dict[str, Any]:
     """The settings of a configuration, as files have them."""
-    return {name: value_of(config, name) for name in setting_names([config])}
+    own = {f"{PREFIX}{name}": value for name, value in config.env_args.items()}
+    values = {name: getattr(config, name) for name in SETTINGS} | own
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def setting_names(configs: Iterable[Config]) -> tuple[str, ...]:
@@ -30,10 +33,10 @@ def setting_names(configs: Iterable[Config]) -> tuple[str, ...]:
 
 
 def value_of(config: Config, name: str) -> Any:
-    """The value of a setting; None for one of an environment that the configuration does not have."""
+    """The value of a setting in a table; None for one of an environment that the configuration does not have."""
     if name.startswith(PREFIX):
         return config.env_args.get(name.removeprefix(PREFIX))
-    return getattr(config, name)
+    return as_text(getattr(config, name))
 
 
 def with_flat_names(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,7 +68,9 @@ def is_whole(name: str) -> bool:
 
 
 def cast(name: str, value: Any) -> Any:
-    """The value of a setting as `Config` has it: TOML writes 1 for 1.0, and 1e5 for a whole number."""
+    """The value of a setting as `Config` has it: TOML writes 1 for 1.0, 1e5 for a whole number, and lists of widths."""
+    if name in FIELDS and "widths" in FIELDS[name].metadata:
+        return as_widths(value)
     if type(value) is int and _KINDS.get(name) == "float":
         with contextlib.suppress(OverflowError):  # too large for any range
             return float(value)
@@ -75,7 +80,7 @@ def cast(name: str, value: Any) -> Any:
 
 
 def checked(name: str, value: Any, source: str) -> Any:
-    """The value of a setting in a file, cast and checked: one number, truth value or word.
+    """The value of a setting in a file, cast and checked: one number, truth value or word, or the widths of layers.
 
     Raises:
       UsageError: with one sentence that names the setting and the file.

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trpo_jax.config import FIELDS, Config, check_setting
+from trpo_jax.fields import as_text
 from trpo_jax.sentences import UsageError
 
 _MOST_SAMPLES = 2**31 - 1  # what an int32 can index
 _REFUSED = "constraint", "radius_rule", "reuse", "value_clip"  # these ask for a method of their own
+_OF_NETWORKS = (
+    "hidden",
+    "value_hidden",
+    "activation",
+    "layer_norm",
+    "initialisation",
+)  # one's own have layers of their own
 
 
 def validate(config: Config) -> None:
@@ -29,13 +37,20 @@ def validate(config: Config) -> None:
             f"num_envs x num_steps x reuse = {samples:,} samples per update are more than {_MOST_SAMPLES:,}; lower one "
             "of them."
         )
+    if config.eval_every > config.num_iterations:
+        raise UsageError(
+            f"eval_every={config.eval_every} is more than num_iterations={config.num_iterations}, so that nothing "
+            "would be evaluated; lower it."
+        )
     low, high = config.smallest_max_kl, config.largest_max_kl
     if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low > high:
         raise UsageError(f"smallest_max_kl must not be above largest_max_kl, got {low} and {high}.")
-    for name in _REFUSED:
+    for name in (*_REFUSED, *_OF_NETWORKS):
         value, default = getattr(config, name), FIELDS[name].default
-        if isinstance(value, (int, float, str)) and value != default and (why := without_effect(config, name)):
-            raise UsageError(f"{name}={value} {why}.")
+        if isinstance(value, (int, float, str, tuple)) and value != default and (why := without_effect(config, name)):
+            raise UsageError(f"{name}={as_text(value)} {why}.")
+    if config.network == "gru" and () in (config.hidden, config.shared_trunk or config.value_hidden):
+        raise UsageError("network=gru needs at least one width in hidden and value_hidden, its units.")
 
 
 def minibatches(config: Config) -> Iterator[tuple[str, int]]:
@@ -61,9 +76,13 @@ def without_effect(config: Config, name: str) -> str:
         missing.append(unmet[0])
     if not alternatives:
         return ""
-    needs = " or ".join(
+    needs = [
         f"{unmet}={' or '.join(map(str, conditions[unmet]))}"
         for unmet, conditions in zip(missing, alternatives, strict=True)
+    ]
+    found = " and ".join(
+        f"{unmet}={'a Network' if hasattr(chosen, 'initial_carry') else as_text(chosen)}"
+        for unmet in dict.fromkeys(missing)
+        for chosen in (getattr(config, unmet),)
     )
-    found = " and ".join(f"{unmet}={getattr(config, unmet)}" for unmet in dict.fromkeys(missing))
-    return f"needs {needs}; with {found} it has no effect"
+    return f"needs {' or '.join(dict.fromkeys(needs))}; with {found} it has no effect"

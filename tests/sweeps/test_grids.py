@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 
 from trpo_jax import Config, UsageError, sweep
-from trpo_jax.sweeps.grids import TUNING_SEEDS, group_by_program, make_points, make_spec, read_spec, stack_configs
+from trpo_jax.settings import value_of
+from trpo_jax.sweeps.grids import (
+    TUNING_SEEDS,
+    group_by_program,
+    make_point,
+    make_points,
+    make_spec,
+    read_spec,
+    stack_configs,
+)
+from trpo_jax.sweeps.search import _suggest
 
 
 def test_grid_zip_and_random_are_multiplied():
@@ -25,6 +35,33 @@ def test_grid_zip_and_random_are_multiplied():
     assert all(p.config.gamma == 1.0 and isinstance(p.config.gamma, float) for p in points)
     assert [p.config.cg_damping for p in points[:3]] == [p.config.cg_damping for p in points[-3:]]
     assert [p.varied for p in make_points(spec)] == [p.varied for p in points]
+
+
+def test_widths_of_layers_are_lists_in_a_list():
+    spec = make_spec(
+        {
+            "base": {"channels": [8]},
+            "grid": {"hidden": [[64, 64], [256], [], "auto"]},
+            "random": {"count": 2, "value_hidden": {"choice": [[8], "4,4"]}},
+        }
+    )
+    points = make_points(spec)
+    assert [point.config.hidden for point in points[::2]] == [(64, 64), (256,), (), "auto"]
+    assert {point.config.value_hidden for point in points} <= {(8,), (4, 4)}
+    assert all(point.config.channels == (8,) and point.varied["hidden"] == point.config.hidden for point in points)
+    assert [value_of(point.config, "hidden") for point in points[::2]] == ["64,64", "256", "[]", "auto"]
+    assert len(group_by_program(points)) == len({(p.config.hidden, p.config.value_hidden) for p in points})
+    with pytest.raises(UsageError, match=r"^hidden in \[grid\] of the sweep must be widths .* got 256\.$"):
+        make_spec({"grid": {"hidden": [256, 256]}})
+
+
+def test_a_search_names_widths_by_their_text():
+    """A database of trials keeps words and numbers only."""
+    optuna = pytest.importorskip("optuna")
+    asked = optuna.trial.FixedTrial({"hidden": "8,8"})
+    found = _suggest(asked, "hidden", {"choice": [[16], [8, 8], []]})
+    assert asked.distributions["hidden"].choices == ("16", "8,8", "[]")
+    assert make_point({}, {"hidden": found}).config.hidden == (8, 8)
 
 
 def test_random_draws_follow_their_distributions():
@@ -82,6 +119,7 @@ HALVES = ("gamma", "gae_lambda", "max_kl", "cg_damping")
         ("[base]\nmax_kll = 1", "[base] of {file} has no setting 'max_kll'; did you mean max_kl"),
         ("[base]\nmax_kl = -1", "max_kl in [base] of {file} must lie in (0, 1e6], got -1"),
         ("[base]\nenv = 'CartPol-v1'", "there is no environment 'CartPol-v1'; did you mean CartPole-v1"),
+        ("[base]\neval_every = 5", "evaluates each agent at the end, by num_episodes; leave it out."),
         ("[base]\ntotal_steps = 100", "total_steps=100 is less than one iteration"),
         ("[base]\ntotal_steps = 100_000\nnum_iterations = 3", "give one of them"),
         ("[grid]\nmax_kl = 0.1", "max_kl in [grid] of {file} must be a list of values, got 0.1."),

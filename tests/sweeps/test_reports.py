@@ -15,6 +15,7 @@ from trpo_jax import UsageError
 from trpo_jax.cli import main
 from trpo_jax.config_pytree import Config
 from trpo_jax.runs.metrics import METRICS
+from trpo_jax.settings import value_of
 from trpo_jax.sweeps.cohorts import training_return
 from trpo_jax.sweeps.iqm import interquartile_mean, stratified_bootstrap
 from trpo_jax.sweeps.pages import _draw_heat_map, _file_name, write_report
@@ -59,7 +60,7 @@ def sweep_folder(path, points, failed=(), num_episodes=4, **asked):
     folder.describe({"num_seeds": SEEDS, "num_episodes": num_episodes, **asked}, {"jax": "0"})
     for i, (settings, scores) in enumerate(points):
         config = Config(num_iterations=ITERATIONS).replace(**settings)
-        flags = {name: [getattr(config, name)] * SEEDS for name in ("env", *_flags())}
+        flags = {name: [value_of(config, name)] * SEEDS for name in ("env", *_flags())}
         rise = np.linspace(0.05, 1, ITERATIONS, dtype=np.float32)
         metrics = {name: np.ones((SEEDS, ITERATIONS), np.float32) for name in METRICS}
         metrics["episode_return"] = np.float32(scores)[:, None] * rise

@@ -191,7 +191,9 @@ def test_every_float_setting_was_swept():
 
 # Every static setting, a value for it, and the settings under which it matters.
 PPO, ADAM, DEFAULT_NETWORKS = {"update": "ppo"}, {"value_fit": "adam"}, {"policy": None, "value": None}
+EVALUATED = {"eval_every": 1}
 CHOICES = {
+    "max_steps": (3, {**DEFAULT_NETWORKS, "env": "CartPole-v1"}),
     "num_envs": (8, {}),
     "num_steps": (4, {}),
     "num_iterations": (4, {}),
@@ -215,14 +217,24 @@ CHOICES = {
     "normalize_observations": (True, {}),
     "normalize_rewards": (True, {}),
     "network": ("gru", DEFAULT_NETWORKS),
+    "hidden": ((64, 65), DEFAULT_NETWORKS),
+    "value_hidden": ((64, 65), DEFAULT_NETWORKS),
+    "channels": ((16, 16), {**DEFAULT_NETWORKS, "env": "Breakout-MinAtar"}),
+    "activation": ("gelu", DEFAULT_NETWORKS),
+    "layer_norm": (True, DEFAULT_NETWORKS),
+    "initialisation": ("lecun-normal", DEFAULT_NETWORKS),
     "shared_trunk": (True, DEFAULT_NETWORKS),
     "state_dependent_std": (True, DEFAULT_NETWORKS),
+    "eval_every": (2, {}),
+    "eval_episodes": (3, EVALUATED),
+    "eval_stochastic": (True, EVALUATED),
+    "stop_at_return": (1.0, EVALUATED),
 }
 
 
 @functools.cache
 def program(**changes):
-    config = small_config(probes.ReachTarget(), **{"policy": probes.linear_gaussian(), **changes})
+    config = small_config(**{"env": probes.ReachTarget(), "policy": probes.linear_gaussian(), **changes})
     return str(jax.make_jaxpr(lambda key: train(config, key))(jax.random.key(0)))
 
 
@@ -234,7 +246,7 @@ def test_every_static_setting_changes_the_program(name):
 
 def test_every_static_setting_was_tried():
     static = {field.name for field in dataclasses.fields(Config) if field.metadata["static"]}
-    assert static == {"env", "policy", "value", *CHOICES}
+    assert static == {"env", "env_args", "policy", "value", *CHOICES}
 
 
 @pytest.mark.parametrize("name", TRACED)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from trpo_jax import __version__
 from trpo_jax.config import Config
 from trpo_jax.env_args import PREFIX
+from trpo_jax.fields import as_text
 from trpo_jax.files import say
 from trpo_jax.sentences import UsageError, check_limits
 from trpo_jax.settings import SETTINGS, TOTAL_STEPS, with_length
@@ -62,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--total-steps", type=_whole, help="environment steps per agent at most, instead of --num-iterations"
     )
+    train.number("--keep-every", 0, "keep the checkpoint of every so many iterations; 0: of the newest two alone")
     _add_sinks(train)
     _add_settings(train)
 
@@ -94,6 +96,7 @@ def _add_run_commands(commands: Any) -> None:
     evaluate.number("--num-episodes", 64, "episodes per agent")
     evaluate.add_argument("--stochastic", action="store_true", help="sample actions instead of taking the mode")
     evaluate.number("--seed", 0, "seed of the episodes")
+    _add_checkpoint(evaluate)
     _add_env(evaluate)
 
     resume = commands.add_parser("resume", help="continue a run that was interrupted")
@@ -107,12 +110,14 @@ def _add_run_commands(commands: Any) -> None:
     play.number("--num-episodes", 10, "episodes")
     play.number("--seed", 0, "seed of the first episode")
     play.number("--agent", 0, "which agent of the run, from 0")
+    _add_checkpoint(play)
     play.add_argument("--gif", help="file for an animation of the first episode")
 
     export = commands.add_parser("export", help="write a trained policy as portable StableHLO")
     export.add_argument("path", help="folder of the run")
     export.add_argument("--output", help="folder of the export (default: RUN/policy)")
     export.number("--agent", 0, "which agent of the run, from 0")
+    _add_checkpoint(export)
     _add_env(export)
 
 
@@ -154,6 +159,16 @@ def _add_sinks(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        default="last",
+        metavar="last|best|N",
+        help="state to take: the last one, each agent's best by evaluation during training, or that after N iterations "
+        "(default: last)",
+    )
+
+
 def _add_env(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--env", help="the environment of the run again, if it names a module to import (MODULE:FACTORY)"
@@ -172,18 +187,21 @@ def _add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, Any] |
         help="setting of the environment, such as gravity=20; may be repeated",
     )
     types: dict[str, Any] = {"int": _whole, "float": float}
+    forms = {"int": "N", "float": "X"}
     for field in dataclasses.fields(Config):
         meta = field.metadata
         if not meta["flag"]:
             continue
         values = f"; in {meta['interval']}" if "interval" in meta else ""
-        text = f"{meta['help']} (default: {(defaults or {}).get(field.name, field.default)}{values})"
+        default = as_text((defaults or {}).get(field.name, field.default))
+        text = f"{meta['help']} (default: {default}{values})"
         options: dict[str, Any] = {"default": None, "dest": field.name, "help": text}
         if field.type == "bool":
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = types.get(str(field.type), str)
-            options["metavar"] = "|".join(meta.get("choices", ())) or {"int": "N", "float": "X"}.get(str(field.type))
+            form = "N,N" if "widths" in meta else forms.get(str(field.type))
+            options["metavar"] = "|".join(meta.get("choices", ())) or form
         group.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 

@@ -41,7 +41,9 @@ def train(namespace: argparse.Namespace) -> int:
             )
     tell_idle(file, [config], namespace.config)
     output = namespace.output or f"runs/{config.env}"
-    return _continue(create_run(output, config, namespace.seed, namespace.num_seeds), namespace.log)
+    return _continue(
+        create_run(output, config, namespace.seed, namespace.num_seeds, namespace.keep_every), namespace.log
+    )
 
 
 def _settings_from(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -76,7 +78,8 @@ def _run_of(namespace: argparse.Namespace) -> Run:
 
 
 def _continue(run: Run, sinks: Sequence[str]) -> int:
-    from trpo_jax.cli.displays import LiveLine, make_console, run_status
+    from trpo_jax.cli.displays import LiveLine, make_console, print_best, run_status
+    from trpo_jax.runs.evaluations import judge_best
     from trpo_jax.runs.folders import continue_run
     from trpo_jax.runs.learning_curve import plot_learning_curve
     from trpo_jax.runs.metrics import failures
@@ -113,6 +116,8 @@ def _continue(run: Run, sinks: Sequence[str]) -> int:
     elif complete:
         console.print("Every iteration is done already.")
     console.print(f"Learning curve: {plot}", soft_wrap=True)
+    if config.eval_every and complete:
+        print_best(console, judge_best(run), config.eval_episodes)
     if last is not None and math.isnan(last.metrics["episode_return"]):
         console.print("No episode has ended, so the learning curve is empty; more steps may show one.")
     if failed:
@@ -139,7 +144,7 @@ def evaluate(namespace: argparse.Namespace) -> int:
     from trpo_jax.training.memory import check_episodes, free_memory
 
     run = _run_of(namespace)
-    state = _state_of(run)
+    state = _state_of(run, namespace.checkpoint)
     check_episodes(run.config, run.num_seeds, namespace.num_episodes, free_memory(jax.local_devices()[:1]))
     run_episodes = functools.partial(
         evaluation.evaluate, num_episodes=namespace.num_episodes, deterministic=not namespace.stochastic
@@ -153,7 +158,8 @@ def evaluate(namespace: argparse.Namespace) -> int:
         names.append("all")
         means.append((returns.mean(), returns.mean(axis=1).std(), returns.min(), returns.max(), lengths.mean()))
     how = "sampled actions" if namespace.stochastic else "deterministic actions"
-    steps = counted(int(state.iteration[0]) * run.config.steps_per_iteration, "step")
+    first, last = (counted(int(f(state.iteration)) * run.config.steps_per_iteration, "step") for f in (min, max))
+    steps = last if first == last else f"{first} to {last}"
     title = f"{run.config.env} after {steps}, {counted(namespace.num_episodes, 'episode')} per agent, {how}"
     rows = [[name, *(f"{cell:.1f}" for cell in cells)] for name, cells in zip(names, means, strict=True)]
     print_table(make_console(), title, ("seed", "return", "std", "min", "max", "length"), rows)
@@ -166,11 +172,11 @@ def evaluate(namespace: argparse.Namespace) -> int:
     return 0
 
 
-def _state_of(run: Run) -> TrainState:
-    """The newest state of a run's agents."""
-    from trpo_jax.runs.folders import newest_state
+def _state_of(run: Run, which: str) -> TrainState:
+    """The state of a run's agents that --checkpoint names."""
+    from trpo_jax.runs.folders import chosen_state
 
-    state = newest_state(run)
+    state = chosen_state(run, which)
     if state is None:
         raise UsageError(
             f"{run.path} has no checkpoint yet; {command('resume', run.path, env=run.config.env)} trains it first."
@@ -186,7 +192,7 @@ def _agent_of(namespace: argparse.Namespace) -> tuple[Run, TrainState]:
     run = _run_of(namespace)
     if not 0 <= namespace.agent < run.num_seeds:
         raise UsageError(f"agent must lie in 0 … {run.num_seeds - 1} for this run, got {namespace.agent}.")
-    return run, jax.tree.map(lambda leaf: leaf[namespace.agent], _state_of(run))
+    return run, jax.tree.map(lambda leaf: leaf[namespace.agent], _state_of(run, namespace.checkpoint))
 
 
 def play(namespace: argparse.Namespace) -> int:
@@ -234,6 +240,8 @@ def benchmark(namespace: argparse.Namespace) -> int:
     config = settle(config)
     if make_agent(config).has_memory or config.update != "trpo":
         raise UsageError("benchmark takes an iteration of update=trpo apart, with networks without a memory.")
+    if config.eval_every:
+        raise UsageError("eval_every is of a single run, and benchmark measures training alone; leave it out.")
     console = make_console()
     result = run_benchmark(
         config,

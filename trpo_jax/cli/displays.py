@@ -18,6 +18,7 @@ from trpo_jax.files import drop_output, say
 from trpo_jax.sentences import counted
 
 if TYPE_CHECKING:
+    from trpo_jax.runs.evaluations import Best
     from trpo_jax.runs.folders import Progress as RunProgress
     from trpo_jax.runs.runner import Clock
     from trpo_jax.sweeps.dry_run import Outline
@@ -100,8 +101,9 @@ def run_status(progress: RunProgress, config: Config) -> str:
     metrics, done = progress.metrics, progress.iteration * config.steps_per_iteration
     ended = not math.isnan(metrics["episode_return"])
     outcome = f"return {metrics['episode_return']:8.1f}" if ended else "no episode ended yet"
+    judged = "" if math.isnan(progress.evaluation) else f"evaluation {progress.evaluation:8.1f}  "
     return (
-        f"{_pace(progress.clock)}  {counted(done, 'step'):>15}  {outcome}  "
+        f"{_pace(progress.clock)}  {counted(done, 'step'):>15}  {outcome}  {judged}"
         f"KL {metrics['mean_kl']:.4f}  step {metrics['step_fraction']:.2f}"
     )
 
@@ -138,6 +140,16 @@ def print_table(console: Console, title: str, titles: Sequence[str], rows: Seque
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def print_best(console: Console, best: Sequence[Best], num_episodes: int) -> None:
+    """Print the best policies by evaluation, judged anew: of many agents those of the highest return."""
+    rows = [
+        [f"{b.seed}", f"{b.iteration}", f"{b.mean:.1f}", f"{b.low:.1f} to {b.high:.1f}", f"{b.chosen_by:.1f}"]
+        for b in sorted(best, key=lambda b: b.mean, reverse=True)[:8]
+    ]
+    title = f"Best by evaluation, judged anew on {counted(num_episodes, 'episode')}"
+    print_table(console, title, ("seed", "iteration", "return", "95 % interval", "when chosen"), rows)
 
 
 def print_outline(console: Console, file: str, outline: Sequence[Outline]) -> None:

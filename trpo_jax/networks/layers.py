@@ -1,4 +1,4 @@
-"""Orthogonal initialisers, and matrix products and convolutions in the form whose gradient suits the backend."""
+"""Initialisers of kernels, and matrix products and convolutions in the form whose gradient suits the backend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from trpo_jax import backend
 from trpo_jax.steps.types import Array
@@ -102,7 +101,18 @@ def convolution(x: Array, kernel: Array, strides: Sequence[int], padding: str, *
     return products.reshape(samples, rows, columns, filters)
 
 
-def orthogonal_filters(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-    """Initialiser of filters [height, width, channels, filters], orthonormal as vectors, times √2."""
-    matrix = orthogonal(2**0.5)(key, (int(np.prod(shape[:-1])), shape[-1]), dtype)
-    return matrix.reshape(shape)
+@functools.cache
+def kernel_initializer(initialisation: str, gain: float) -> Callable[..., Array]:
+    """Initialiser of kernels [..., outputs], whose other axes are one: orthogonal or lecun-normal.
+
+    Orthogonal is times `gain`. LeCun's has variance 1 / inputs, and is times `gain` only where that is less than 1, as
+    it is in a policy's last layer: √2 is no part of it.
+    """
+
+    def initialise(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        if initialisation == "lecun-normal":
+            return min(gain, 1.0) * jax.nn.initializers.lecun_normal()(key, shape, dtype)
+        matrix = orthogonal(gain)(key, (math.prod(shape[:-1]), shape[-1]), dtype)
+        return matrix.reshape(shape)
+
+    return initialise

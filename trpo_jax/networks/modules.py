@@ -1,107 +1,146 @@
-"""The learned parts of the default networks, as linen modules: tanh MLPs, CNNs for grids, GRUs with a memory."""
+"""The learned parts of the default networks, as linen modules: MLPs, CNNs for grids, GRUs with a memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 
-from trpo_jax.networks.layers import convolution, orthogonal, orthogonal_filters, product
+from trpo_jax.networks.layers import convolution, kernel_initializer, product
 from trpo_jax.steps.types import Array
+
+ACTIVATIONS = {"tanh": nn.tanh, "relu": nn.relu, "swish": nn.swish, "gelu": nn.gelu}
 
 _GRID = 10  # filters along each side of a grid, at most
 
 
+class Style(NamedTuple):
+    """What the layers of a network have in common.
+
+    Attributes:
+      activation: a name among `ACTIVATIONS`.
+      layer_norm: whether what a layer gives is normalised over its units before the activation (Ba et al. 2016).
+      initialisation: of the kernels, see `kernel_initializer`.
+      last_scale: gain of the last layer.
+    """
+
+    activation: str = "tanh"
+    layer_norm: bool = False
+    initialisation: str = "orthogonal"
+    last_scale: float = 1.0
+
+
 class MLP(nn.Module):
-    """Dense tanh layers over flattened observations.
+    """Dense layers over flattened observations.
 
     Attributes:
       hidden: widths of the hidden layers.
       outputs: width of the last, linear layer; None: without it, on the same parameters.
-      last_scale: gain of the last layer's orthogonal initialisation.
+      style: activation, normalisation and initialisation.
       observation_ndim: rank of one observation, whose axes are flattened.
     """
 
     hidden: Sequence[int]
     outputs: int | None
-    last_scale: float
+    style: Style
     observation_ndim: int
 
     @nn.compact
     def __call__(self, observation: Array) -> Array:
         """[..., *observation_shape] -> [..., outputs]."""
         batch_shape = observation.shape[: observation.ndim - self.observation_ndim]
-        x = observation.reshape(*batch_shape, -1)
-        for width in self.hidden:
-            x = nn.tanh(nn.Dense(width, kernel_init=orthogonal(2**0.5), dot_general=product)(x))
-        return _last_layer(x, self.outputs, self.last_scale)
+        x = _hidden_layers(observation.reshape(*batch_shape, -1), self.hidden, self.style)
+        return _last_layer(x, self.outputs, self.style)
 
 
 class CNN(nn.Module):
-    """One convolution of 16 3 x 3 filters and a dense layer of 128, the network of MinAtar (Young & Tian 2019).
+    """Convolutions of 3 x 3 filters and dense layers; one of 16 and one of 128 is MinAtar's (Young & Tian 2019).
 
-    On grids larger than MinAtar's 10 x 10 the filters are further apart, and larger by as much, so that about 10 x 10
-    of them look at any grid: the dense layer would else grow with it to millions of parameters.
+    On grids larger than MinAtar's 10 x 10 the first filters are further apart, and larger by as much, so that about
+    10 x 10 of them look at any grid: the dense layer would else grow with it to millions of parameters.
 
     Attributes:
+      channels: filters of each convolution.
+      hidden: widths of the dense layers.
       outputs: width of the last, linear layer; None: without it, on the same parameters.
-      last_scale: gain of the last layer's orthogonal initialisation.
+      style: activation, normalisation (over the filters at each place) and initialisation.
     """
 
+    channels: Sequence[int]
+    hidden: Sequence[int]
     outputs: int | None
-    last_scale: float
+    style: Style
 
     @nn.compact
     def __call__(self, observation: Array) -> Array:
         """[..., height, width, channels] -> [..., outputs]."""
         batch_shape = observation.shape[:-3]
-        grid = observation.reshape(-1, *observation.shape[-3:])
-        strides = [-(-size // _GRID) for size in grid.shape[1:3]]
-        sizes = [2 * stride + 1 for stride in strides]
-        filters = nn.Conv(
-            16,
-            sizes,
-            strides,
-            padding="SAME",
-            kernel_init=orthogonal_filters,
-            conv_general_dilated=convolution,
-        )(grid)
-        x = nn.relu(filters).reshape(*batch_shape, -1)
-        x = nn.relu(nn.Dense(128, kernel_init=orthogonal(2**0.5), dot_general=product)(x))
-        return _last_layer(x, self.outputs, self.last_scale)
+        x = observation.reshape(-1, *observation.shape[-3:])
+        for channels in self.channels:
+            strides = [-(-size // _GRID) for size in x.shape[1:3]]  # 1 each after the first
+            x = nn.Conv(
+                channels,
+                [2 * stride + 1 for stride in strides],
+                strides,
+                padding="SAME",
+                kernel_init=kernel_initializer(self.style.initialisation, 2**0.5),
+                conv_general_dilated=convolution,
+            )(x)
+            x = _activate(x, self.style)
+        x = _hidden_layers(x.reshape(*batch_shape, -1), self.hidden, self.style)
+        return _last_layer(x, self.outputs, self.style)
 
 
 class GRU(nn.Module):
-    """A dense tanh layer, a gated recurrent unit (Cho et al. 2014), and a linear layer: one step of it.
+    """Dense layers, a gated recurrent unit (Cho et al. 2014), and a linear layer: one step of it.
 
     Attributes:
-      units: width of the first layer and of the memory.
+      hidden: widths of the dense layers, of which the last is that of the memory, too.
       outputs: width of the last, linear layer; None: without it, on the same parameters.
-      last_scale: gain of the last layer's orthogonal initialisation.
+      style: activation and normalisation of the dense layers, and initialisation; the memory's own are tanh and σ, and
+        its recurrent kernels orthogonal.
       observation_ndim: rank of one observation, whose axes are flattened.
     """
 
-    units: int
+    hidden: Sequence[int]
     outputs: int | None
-    last_scale: float
+    style: Style
     observation_ndim: int
 
     @nn.compact
     def __call__(self, carry: Array, observation: Array) -> tuple[Array, Array]:
         """Memory [..., units] and observation [..., *observation_shape] -> memory and [..., outputs]."""
         batch_shape = observation.shape[: observation.ndim - self.observation_ndim]
-        x = nn.tanh(
-            nn.Dense(self.units, kernel_init=orthogonal(2**0.5), dot_general=product)(
-                observation.reshape(*batch_shape, -1)
-            )
+        x = _hidden_layers(observation.reshape(*batch_shape, -1), self.hidden, self.style)
+        cell = nn.GRUCell(
+            self.hidden[-1],
+            kernel_init=kernel_initializer(self.style.initialisation, 1.0),
+            recurrent_kernel_init=kernel_initializer("orthogonal", 1.0),
         )
-        cell = nn.GRUCell(self.units, kernel_init=orthogonal(1.0), recurrent_kernel_init=orthogonal(1.0))
         carry, x = cell(carry, x)
-        return carry, _last_layer(x, self.outputs, self.last_scale)
+        return carry, _last_layer(x, self.outputs, self.style)
 
 
-def _last_layer(x: Array, outputs: int | None, scale: float) -> Array:
-    """A linear layer, of the module that calls it; None: `x` itself, the module's features."""
+# Layers of the module that calls these.
+
+
+def _hidden_layers(x: Array, widths: Sequence[int], style: Style) -> Array:
+    for width in widths:
+        kernel_init = kernel_initializer(style.initialisation, 2**0.5)
+        x = _activate(nn.Dense(width, kernel_init=kernel_init, dot_general=product)(x), style)
+    return x
+
+
+def _activate(x: Array, style: Style) -> Array:
+    if style.layer_norm:
+        x = nn.LayerNorm(use_fast_variance=False)(x)  # E x² − (E x)² would cancel
+    return ACTIVATIONS[style.activation](x)
+
+
+def _last_layer(x: Array, outputs: int | None, style: Style) -> Array:
+    """A linear layer; None: `x` itself, the module's features."""
     if outputs is None:
         return x
-    return nn.Dense(outputs, kernel_init=orthogonal(scale), dot_general=product)(x)
+    kernel_init = kernel_initializer(style.initialisation, style.last_scale)
+    return nn.Dense(outputs, kernel_init=kernel_init, dot_general=product)(x)

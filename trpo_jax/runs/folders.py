@@ -1,4 +1,4 @@
-"""A run's folder: config.json, metrics.csv, checkpoints/, learning_curve.png; and the training that fills it.
+"""A run's folder: config.json, metrics.csv, eval.csv, checkpoints/, learning_curve.png; and the training for them.
 
 After each chunk of iterations the metrics are appended, then the state is saved with the checksum of all rows so far. A
 run that is killed at any moment continues from its last chunk with the same bits.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,16 @@ from trpo_jax.config_pytree import Config
 from trpo_jax.environments.make import settle
 from trpo_jax.files import command, locked
 from trpo_jax.runs.descriptions import check_equal, is_begun, made_by, origin, read_table, restore_or_anew, write_table
-from trpo_jax.runs.metrics import MetricsFile, last_mean, rows_of
-from trpo_jax.runs.runner import CAPACITY, Chunk, Clock, advance, agent_keys, interrupts
+from trpo_jax.runs.evaluations import Judge, best_states
+from trpo_jax.runs.metrics import TableFile, last_mean, rows_of
+from trpo_jax.runs.runner import CAPACITY, Chunk, Clock, advance, agent_keys, for_each_agent, interrupts
 from trpo_jax.runs.sinks import Sink
 from trpo_jax.sentences import UsageError, check_limits, shown
 from trpo_jax.settings import checked_settings, settings_of, with_length
 from trpo_jax.training.checkpoints import Checkpoints, Saved
+from trpo_jax.training.evaluation import stops
 from trpo_jax.training.loop import init, train_chunk
-from trpo_jax.training.memory import check_memory, free_memory
+from trpo_jax.training.memory import check_episodes, check_memory, free_memory
 from trpo_jax.training.state import TrainState
 from trpo_jax.validation import validate
 
@@ -38,12 +41,16 @@ _CONTINUES = "what is done is safe, and `trpo-jax resume` continues when the fol
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A folder and what was asked of it. Agent i of a run is the one that `jax.random.key(seed + i)` trains."""
+    """A folder and what was asked of it. Agent i of a run is the one that `jax.random.key(seed + i)` trains.
+
+    Of every `keep_every`-th iteration the checkpoint stays; 0: of the newest two alone.
+    """
 
     path: Path
     config: Config
     seed: int
     num_seeds: int
+    keep_every: int = 0
 
     @property
     def keys(self) -> jax.Array:
@@ -53,32 +60,39 @@ class Run:
     @property
     def description(self) -> dict[str, Any]:
         """What decides the results, as config.json keeps it."""
-        return {**settings_of(self.config), "seed": self.seed, "num_seeds": self.num_seeds}
+        numbers = {name: getattr(self, name) for name in ("seed", "num_seeds", "keep_every")}
+        return {**settings_of(self.config), **numbers}
 
     @property
     def checkpoints(self) -> Checkpoints:
-        """Its checkpoints, of which the newest two stay."""
-        owner = origin(self.path / "config.json")
-        return Checkpoints(self.path / "checkpoints", owner, "run, whose settings differ", kept=2, mend=_CONTINUES)
+        """Its checkpoints."""
+        owner, kind = origin(self.path / "config.json"), "run, whose settings differ"
+        folder = self.path / "checkpoints"
+        return Checkpoints(folder, owner, kind, kept=2, every=self.keep_every, mend=_CONTINUES)
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a chunk reports: iterations done, the mean over agents of its last row, and the time that it takes."""
+    """What a chunk reports: iterations done, the mean over agents of its last row, the time that it takes, and the mean
+    of their last evaluations, NaN before the first."""
 
     iteration: int
     metrics: dict[str, float]
     clock: Clock
+    evaluation: float = math.nan
 
 
-def create_run(path: str | os.PathLike[str], config: Config, seed: int, num_seeds: int) -> Run:
+def create_run(path: str | os.PathLike[str], config: Config, seed: int, num_seeds: int, keep_every: int = 0) -> Run:
     """Make the folder and write config.json, or take up an equal run that is there already.
 
     Raises:
       UsageError: if the settings, the environment or the folder cannot be used; nothing is overwritten.
     """
-    check_memory(config, num_seeds, free_memory(jax.local_devices()[:1]))
-    run = Run(Path(path), config, seed, num_seeds)
+    free = free_memory(jax.local_devices()[:1])
+    check_memory(config, num_seeds, free)
+    if config.eval_every:
+        check_episodes(config, num_seeds, config.eval_episodes, free, "eval_episodes")
+    run = Run(Path(path), config, seed, num_seeds, keep_every)
     file = run.path / "config.json"
     if not is_begun(file, "run"):
         write_table(file, {**run.description, "made_by": made_by()}, first=True)
@@ -110,6 +124,7 @@ def open_run(path: str | os.PathLike[str], env: str | None = None) -> Run:
         )
     try:
         numbers = {number: described.pop(number, None) for number in ("seed", "num_seeds")}
+        numbers["keep_every"] = described.pop("keep_every", 0)
         check_limits({number: "nothing" if value is None else value for number, value in numbers.items()})
         config = settle(with_length({**checked_settings(described, "it"), **trusted}, Config()))
         validate(config)
@@ -126,6 +141,23 @@ def newest_state(run: Run) -> TrainState | None:
     """
     saved = run.checkpoints.newest(lambda done: run.config)
     return jax.tree.map(jnp.asarray, saved.state) if saved else None
+
+
+def chosen_state(run: Run, which: str) -> TrainState | None:
+    """The state of a run that is meant by "last", "best" (by evaluation during training) or a number of iterations.
+
+    Agents lie along the first axis; None if there is no checkpoint yet.
+
+    Raises:
+      UsageError: if there is no such checkpoint, or it cannot be used.
+    """
+    if which == "last":
+        return newest_state(run)
+    if which == "best":
+        return best_states(run)
+    if not (which.isascii() and which.isdigit() and len(which) < 9):
+        raise UsageError(f"checkpoint must be best, last or a number of iterations, got {shown(which)}.")
+    return jax.tree.map(jnp.asarray, run.checkpoints.at(int(which), run.config).state)
 
 
 def continue_run(run: Run, report: Callable[[Progress], None], sinks: Sequence[Sink] = ()) -> bool:
@@ -145,63 +177,84 @@ def continue_run(run: Run, report: Callable[[Progress], None], sinks: Sequence[S
       UsageError: if another process is at work on the folder, or it cannot be written to or continued.
     """
     with locked(run.path, "checkpoints"):
-        file, checkpoints = MetricsFile(run.path), run.checkpoints
-        saved = _restore(run, file, checkpoints)
-        done = saved.done if saved else 0
-        if done >= run.config.num_iterations:
+        file, judge, checkpoints = TableFile(run.path / "metrics.csv"), Judge(run, _CONTINUES), run.checkpoints
+        saved = _restore(run, file, judge, checkpoints)
+        done, until = saved.done if saved else 0, run.config.num_iterations
+        if done >= until or judge.stopped.all():
             return True
-        program, states = _compile(run, jax.tree.map(jnp.asarray, saved.state) if saved else None)
+        program, states = _compile(run, judge, jax.tree.map(jnp.asarray, saved.state) if saved else None)
         with interrupts() as interrupted:
             steps = run.num_seeds * run.config.steps_per_iteration  # of an iteration of all agents
-            clock = Clock(steps * run.config.num_iterations, steps * done)
+            clock = Clock(steps * until, steps * done)
 
             def on_chunk(chunk: Chunk) -> bool:
-                rows = list(rows_of(chunk.metrics, chunk.done, run.config.steps_per_iteration, run.seed))
+                metrics = _without_stopped(chunk.metrics, judge.stopped)
+                rows = list(rows_of(metrics, chunk.done, run.config.steps_per_iteration, run.seed))
                 file.append(rows, _CONTINUES)
+                judged = judge(chunk)
                 for sink in sinks:
-                    for _, env_steps, seed, metrics in rows:
-                        sink(seed, env_steps, metrics)
-                checkpoints.save(chunk.states, chunk.done, rows=file.note)
+                    for _, env_steps, seed, values in rows:
+                        sink(seed, env_steps, values)
+                    for _, env_steps, seed, values in judged:
+                        sink(seed, env_steps, {f"evaluation/{name}": value for name, value in values.items()})
+                checkpoints.save(chunk.states, chunk.done, rows=file.note, **judge.note)
                 clock.count(steps * chunk.length)
-                means = {name: last_mean(values) for name, values in chunk.metrics.items()}
-                report(Progress(chunk.done, means, clock))
-                return not interrupted()
+                means = {name: last_mean(values) for name, values in metrics.items()}
+                report(Progress(chunk.done, means, clock, float(judge.newest.mean())))
+                return not interrupted() and not judge.stopped.all()
 
-            done = advance(program, run.config, states, done, run.config.num_iterations, on_chunk)
-    return done >= run.config.num_iterations
+            ends = run.config.eval_every, run.keep_every
+            done = advance(program, run.config, states, done, until, on_chunk, ends=ends)
+    return done >= until or bool(judge.stopped.all())
 
 
-def _restore(run: Run, file: MetricsFile, checkpoints: Checkpoints) -> Saved | None:
+def _restore(run: Run, file: TableFile, judge: Judge, checkpoints: Checkpoints) -> Saved | None:
     """The checkpoint to go on from, if there is one; rows beyond it are dropped, as a kill left them."""
-    saved = checkpoints.newest(lambda done: run.config, lambda saved: file.check(saved.done, saved.note))
+
+    def check(saved: Saved) -> None:
+        for table in filter(None, (file, judge.file)):
+            table.check(saved.done, saved.note)
+
+    saved = checkpoints.newest(lambda done: run.config, check)
     # The first checkpoint is saved after one iteration, so its rows may be there without it.
     if saved is None and file.num_lines > 1 + run.num_seeds:
         raise UsageError(
             f"{run.path} has rows in metrics.csv and no checkpoints; restore those, or train anew into another folder."
         )
-    file.truncate(saved.note if saved else {})
+    note = saved.note if saved else {}
+    file.truncate(note)
+    judge.restore(note)
     return saved
 
 
-def _compile(run: Run, states: TrainState | None) -> tuple[Any, Any]:
-    """The program of a run, and its states: those given, or those before the first iteration."""
-    start = jax.jit(_for_each_agent(init, run.num_seeds))
-    train = _for_each_agent(functools.partial(train_chunk, capacity=CAPACITY), run.num_seeds)
+def _without_stopped(metrics: Mapping[str, np.ndarray], stopped: np.ndarray) -> dict[str, np.ndarray]:
+    """Metrics [A, length], of nothing where an agent had stopped before."""
+    absent = {name: 0 if name == "num_episodes" else np.nan for name in metrics}
+    return {name: np.where(stopped[:, None], absent[name], values) for name, values in metrics.items()}
+
+
+def _compile(run: Run, judge: Judge, states: TrainState | None) -> tuple[Any, Any]:
+    """The program of a run, see `advance`, and its states: those given, or those before the first iteration."""
+    start = jax.jit(for_each_agent(init, run.num_seeds))
+    chunk = functools.partial(train_chunk, capacity=CAPACITY)
+    train = jax.jit(for_each_agent(chunk, run.num_seeds), donate_argnums=1)
     with ThreadPoolExecutor(max_workers=1) as compiler:  # one program compiles while the next is traced
         started = compiler.submit(start.lower(run.config, run.keys).compile) if states is None else None
         like = jax.eval_shape(start, run.config, run.keys) if states is None else states
-        program = jax.jit(train, donate_argnums=1).lower(run.config, like, np.int32(1)).compile()
+        program = _compile_stopping(run, judge, like) if stops(run.config) else None
+        program = program or train.lower(run.config, like, np.int32(1)).compile()
         return program, states if started is None else started.result()(run.config, run.keys)
 
 
-def _for_each_agent(function: Callable[..., Any], num_agents: int) -> Callable[..., Any]:
-    """Map `function(config, x, *rest)` over the agents along the first axis of x."""
-    if num_agents > 1:
-        return lambda config, x, *rest: jax.vmap(lambda one: function(config, one, *rest))(x)
+def _compile_stopping(run: Run, judge: Judge, like: TrainState) -> Callable[..., Any]:
+    """The same where agents may stop before others: each has a number of iterations of its own, which is 0 then."""
 
-    def call_once(config: Config, x: Any, *rest: Any) -> Any:
-        # A batch of one would turn the branches that save a lone agent work into selections.
-        result = function(config, jax.tree.map(lambda leaf: leaf[0], x), *rest)
-        return jax.tree.map(lambda leaf: leaf[None], result)
+    def chunk(config: Config, x: tuple[TrainState, Any]) -> Any:
+        return train_chunk(config, *x, capacity=CAPACITY)
 
-    return call_once
+    def train(config: Config, states: TrainState, lengths: Any) -> Any:
+        return for_each_agent(chunk, run.num_seeds)(config, (states, lengths))
+
+    lengths = np.zeros(run.num_seeds, np.int32)
+    program = jax.jit(train, donate_argnums=1).lower(run.config, like, lengths).compile()
+    return lambda config, states, length: program(config, states, np.where(judge.stopped, np.int32(0), length))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from trpo_jax.files import write_atomically
+from trpo_jax.runs.evaluations import read_evaluations
 from trpo_jax.runs.folders import Run
 from trpo_jax.runs.metrics import fill_forward, read_metrics
 
@@ -29,15 +30,33 @@ def plot_learning_curve(run: Run) -> Path:
         axes.plot(steps, returns, color="tab:blue", alpha=0.25, linewidth=0.8)
         axes.fill_between(steps, mean - spread, mean + spread, color="tab:blue", alpha=0.2, label="± 1 std over seeds")
         axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {num_seeds} seeds")
-        axes.legend(loc="lower right")
     elif num_seeds:
-        axes.plot(steps, returns, color="tab:blue", linewidth=2)
+        axes.plot(steps, returns, color="tab:blue", linewidth=2, label="training")
+    judged = _plot_evaluations(axes, run)
+    if num_seeds > 1 or judged:
+        axes.legend(loc="lower right")
     method = run.config.update.replace("-", " ")
     title = f"{method.upper() if len(method) <= 4 else method} on {run.config.env}"
-    label_steps(axes, num_seeds > 0, title=title, xlabel="environment steps (each agent)", ylabel="episode return")
+    label_steps(
+        axes, num_seeds > 0 or judged, title=title, xlabel="environment steps (each agent)", ylabel="episode return"
+    )
     file = run.path / "learning_curve.png"
     write_atomically(file, lambda sink: figure.savefig(sink, dpi=150, format="png"))
     return file
+
+
+def _plot_evaluations(axes: Any, run: Run) -> bool:
+    """Draw the mean over agents of their last evaluations; whether there are any."""
+    rows = list(read_evaluations(run.path))
+    steps, at = np.unique([env_steps for _, env_steps, _, _ in rows], return_inverse=True)
+    means = np.full((len(steps), run.num_seeds), np.nan)
+    for i, (_, _, seed, values) in zip(at, rows, strict=True):
+        means[i, seed - run.seed] = values["mean"] if np.isfinite(values["mean"]) else np.nan
+    means = fill_forward(means)  # an agent that has reached its goal is evaluated no more
+    seen = ~np.isnan(means).any(axis=1)
+    if seen.any():
+        axes.plot(steps[seen], means[seen].mean(axis=1), color="tab:orange", marker=".", label="evaluation")
+    return bool(seen.any())
 
 
 def make_figure(width: float, height: float) -> Any:

@@ -1,4 +1,4 @@
-"""metrics.csv: one row per iteration and agent, and what is read from it."""
+"""metrics.csv, one row per iteration and agent, what is read from it, and how such tables are written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,29 @@ from trpo_jax.sentences import UsageError, counted
 from trpo_jax.training.state import Metrics
 
 METRICS = tuple(field.name for field in dataclasses.fields(Metrics))
-_COLUMNS = ("iteration", "env_steps", "seed", *METRICS)
-_HEADER = ",".join(_COLUMNS).encode() + b"\n"
+_NUMBERS = ("iteration", "env_steps", "seed")
+_COLUMNS = (*_NUMBERS, *METRICS)
 Row = tuple[int, int, int, dict[str, float]]
-"""Iteration, environment steps of the agent, its seed, and its metrics."""
+"""Iteration, environment steps of the agent, its seed, and its metrics (or what else a table has of it)."""
 
 
-class MetricsFile:
-    """metrics.csv of a run at work. Rows reach the disk before the state that comes after them.
+class TableFile:
+    """A table of a run at work, such as metrics.csv. Rows reach the disk before the state that comes after them.
 
-    So a checkpoint notes the length and the checksum of the rows it stands on; a kill may leave more than those.
+    So a checkpoint notes the length and the checksum of the rows it stands on, as `kept_as`; a kill may leave more than
+    those.
     """
 
-    def __init__(self, folder: Path):
-        self.path = folder / "metrics.csv"
+    def __init__(self, path: Path, columns: Sequence[str] = METRICS, kept_as: str = "rows"):
+        self.path, self.kept_as = path, kept_as
+        self._header = ",".join((*_NUMBERS, *columns)).encode() + b"\n"
         try:
             self._found = self.path.read_bytes()
         except FileNotFoundError:
             self._found = b""
         except OSError as error:
             raise UsageError(f"cannot read {self.path}: {error.strerror}; restore it.") from error
-        self._length, self._checksum = len(_HEADER), zlib.crc32(_HEADER)
+        self._length, self._checksum = len(self._header), zlib.crc32(self._header)
 
     @property
     def note(self) -> list[int]:
@@ -51,7 +53,7 @@ class MetricsFile:
 
     def check(self, done: int, note: Mapping[str, Any]) -> None:
         """Raise `UsageError` unless the rows that a checkpoint stands on are there, as they were."""
-        length, checksum = note["rows"]
+        length, checksum = note[self.kept_as]
         if len(self._found) < length or zlib.crc32(self._found[:length]) != checksum:
             raise UsageError(
                 f"{self.path} lacks rows of the {counted(done, 'iteration')} done; restore it, or train anew into "
@@ -60,7 +62,7 @@ class MetricsFile:
 
     def truncate(self, note: Mapping[str, Any]) -> None:
         """Drop the rows after those that a checkpoint stands on; without one, all of them."""
-        kept = self._found[: note["rows"][0]] if note else _HEADER
+        kept = self._found[: note[self.kept_as][0]] if note else self._header
         if kept != self._found:
             write_atomically(self.path, kept)
         self._length, self._checksum, self._found = len(kept), zlib.crc32(kept), b""

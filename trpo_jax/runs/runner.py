@@ -9,7 +9,7 @@ import contextlib
 import functools
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,8 +38,28 @@ class Chunk(NamedTuple):
     done: int
 
 
+def for_each_agent(function: Callable[..., Any], num_agents: int) -> Callable[..., Any]:
+    """Map `function(config, x, *rest)` over the agents along the first axis of x."""
+    if num_agents > 1:
+        return lambda config, x, *rest: jax.vmap(lambda one: function(config, one, *rest))(x)
+
+    def call_once(config: Config, x: Any, *rest: Any) -> Any:
+        # A batch of one would turn the branches that save a lone agent work into selections.
+        result = function(config, jax.tree.map(lambda leaf: leaf[0], x), *rest)
+        return jax.tree.map(lambda leaf: leaf[None], result)
+
+    return call_once
+
+
 def advance(
-    program: Any, configs: Config, states: TrainState, done: int, until: int, on_chunk: Callable[[Chunk], bool]
+    program: Any,
+    configs: Config,
+    states: TrainState,
+    done: int,
+    until: int,
+    on_chunk: Callable[[Chunk], bool],
+    *,
+    ends: Sequence[int] = (),
 ) -> int:
     """Train agents from iteration `done` until iteration `until`; return how many are done.
 
@@ -51,10 +71,11 @@ def advance(
       done: iterations that they have behind them.
       until: iterations that they shall have.
       on_chunk: called after each chunk; says whether to go on.
+      ends: every so many iterations, for each number above 0, a chunk ends.
     """
-    length, going = 1, True
+    pace, going = 1, True
     while done < until and going:
-        length = min(length, until - done, CAPACITY)
+        length = min(pace, until - done, CAPACITY, *(every - done % every for every in ends if every))
         started = time.perf_counter()
         states, metrics = jax.block_until_ready(program(configs, states, np.int32(length)))
         seconds = time.perf_counter() - started
@@ -62,7 +83,7 @@ def advance(
         table = {name: np.asarray(getattr(metrics, name))[:, :length] for name in METRICS}
         going = on_chunk(Chunk(states, table, length, done))
         # At most doubled from one to the next, so that one slow measurement cannot starve the display.
-        length = max(1, min(2 * length, int(length * _CHUNK_SECONDS / seconds)))
+        pace = max(1, min(2 * min(pace, CAPACITY), int(length * _CHUNK_SECONDS / seconds)))
     return done
 
 

@@ -14,7 +14,9 @@ from trpo_jax.files import write_atomically
 from trpo_jax.sentences import UsageError
 
 Sink = Callable[[int, int, Mapping[str, float]], None]
-"""`sink(seed, env_steps, metrics)`, called once per iteration and agent; nothing is written before the first call."""
+"""`sink(seed, env_steps, metrics)`, called once per iteration and agent, and once per evaluation of an agent.
+
+Nothing is written before the first call."""
 
 
 def open_sink(name: str, folder: Path, settings: Mapping[str, Any]) -> tuple[Sink, Callable[[], None]]:

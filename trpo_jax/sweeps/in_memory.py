@@ -15,8 +15,7 @@ from trpo_jax.sentences import UsageError, shown
 from trpo_jax.sweeps.cohorts import Cohort, failed_iteration
 from trpo_jax.sweeps.grids import Spec, check_numbers, make_groups, make_points
 from trpo_jax.sweeps.placement import agents_per_block, fit_programs
-from trpo_jax.training.loop import check_key
-from trpo_jax.training.state import Metrics
+from trpo_jax.training.state import Metrics, check_key
 
 
 def sweep(

@@ -18,11 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from trpo_jax.fields import as_text
 from trpo_jax.files import write_atomically
 from trpo_jax.runs.descriptions import made_by
 from trpo_jax.runs.runner import agent_keys
 from trpo_jax.sentences import UsageError, counted
-from trpo_jax.settings import is_whole, settings_of
+from trpo_jax.settings import cast, is_whole, settings_of
 from trpo_jax.sweeps.cohorts import Cohort, failed_iteration, join, training_return
 from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, make_point, static_part
 from trpo_jax.sweeps.iqm import interquartile_mean
@@ -159,7 +160,7 @@ def _make_trial(asked: Any, spec: Spec, space: Mapping[str, Any]) -> Trial:
 def _suggest(trial: Any, name: str, distribution: Mapping[str, Any]) -> Any:
     ((kind, values),) = distribution.items()
     if kind == "choice":
-        return trial.suggest_categorical(name, list(values))
+        return trial.suggest_categorical(name, [as_text(cast(name, value)) for value in values])
     if is_whole(name):
         return trial.suggest_int(name, *(round(value) for value in values), log=kind == "log_uniform")
     return trial.suggest_float(name, *values, log=kind == "log_uniform")

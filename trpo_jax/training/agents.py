@@ -14,8 +14,9 @@ from trpo_jax.config import Config
 from trpo_jax.env_args import PREFIX
 from trpo_jax.environments.base import Box, Discrete, Environment, key_shape
 from trpo_jax.environments.make import make_environment
+from trpo_jax.fields import AUTO
 from trpo_jax.networks.default import make_policy, make_value, make_value_head
-from trpo_jax.networks.recurrent import RecurrentNetwork, lift
+from trpo_jax.networks.recurrent import Network, RecurrentNetwork, lift
 from trpo_jax.sentences import UsageError
 from trpo_jax.steps.distributions import Categorical, MultiCategorical
 from trpo_jax.steps.statistics import RunningStatistics, normalize
@@ -61,21 +62,32 @@ def make_agent(config: Config) -> Agent:
     _check_scalars(config)
     env_args = config.env_args if config.env_args or isinstance(config.env, str) else None
     environment = make_environment(config.env, params=env_args, max_steps=config.max_steps or None)
-    policy = config.policy or make_policy(
-        environment,
-        network=config.network,
-        initial_log_std=config.initial_log_std,
-        state_dependent_std=config.state_dependent_std,
-    )
-    value = config.value
-    if value is None:
-        value = make_value_head() if config.shared_trunk else make_value(environment, network=config.network)
+    policy, value = _make_networks(config, environment)
     agent = Agent(config, environment, lift(policy), lift(value), make_algorithm(config), make_value_fit(config))
     if config.shared_trunk:
         _check_trunk(agent)
     if agent.has_memory:
         _check_sequences(config)
     return agent
+
+
+def _make_networks(config: Config, environment: Environment) -> tuple[Network, Network]:
+    """The policy and the value function: those given, or the default ones as the settings have them."""
+    style: dict[str, Any] = {name: getattr(config, name) for name in ("activation", "layer_norm", "initialisation")}
+    layers: dict[str, Any] = {"network": config.network, "channels": config.channels, **style}
+    policy = config.policy or make_policy(
+        environment,
+        hidden=config.hidden,
+        initial_log_std=config.initial_log_std,
+        state_dependent_std=config.state_dependent_std,
+        **layers,
+    )
+    if config.value is not None:
+        return policy, config.value
+    if config.shared_trunk:
+        return policy, make_value_head(config.value_hidden, **style)
+    hidden = config.hidden if config.value_hidden == AUTO else config.value_hidden
+    return policy, make_value(environment, hidden=hidden, **layers)
 
 
 def _check_scalars(config: Config) -> None:

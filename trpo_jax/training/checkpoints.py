@@ -168,11 +168,23 @@ class Checkpoints:
     """The checkpoints of one piece of work: FOLDER/PREFIX00000012.npz is its state after 12 iterations.
 
     Each bears its `owner`, equal for equal work, so that none is taken for another's; `kind` names the work in
-    sentences, `mend` ends the one about a file that cannot be written. The newest `kept` that were saved here stay.
+    sentences, `mend` ends the one about a file that cannot be written. The newest `kept` that were saved here stay, and
+    those of every `every`-th iteration.
     """
 
-    def __init__(self, folder: Path, owner: str, kind: str, *, prefix: str = "", kept: int = 1, mend: str = WRITABLE):
-        self.folder, self.owner, self.kind, self.prefix, self.kept, self.mend = folder, owner, kind, prefix, kept, mend
+    def __init__(
+        self,
+        folder: Path,
+        owner: str,
+        kind: str,
+        *,
+        prefix: str = "",
+        kept: int = 1,
+        every: int = 0,
+        mend: str = WRITABLE,
+    ):
+        self.folder, self.owner, self.kind, self.prefix, self.mend = folder, owner, kind, prefix, mend
+        self.kept, self.every = kept, every
         self._saved: list[Path] = []
 
     def files(self) -> list[Path]:
@@ -184,7 +196,8 @@ class Checkpoints:
         file = self.folder / f"{self.prefix}{done:08d}.npz"
         save(file, state, note={**note, "of": self.owner, "done": done}, mend=self.mend)
         self._saved = [*self._saved, file][-self.kept :]
-        self._remove(old for old in self.files() if old.name < file.name and old not in self._saved)
+        older = (old for old in self.files() if old.name < file.name and old not in self._saved)
+        self._remove(old for old in older if not self.every or _iterations(old) % self.every)
 
     def drop(self) -> None:
         """Remove all of them."""
@@ -223,8 +236,19 @@ class Checkpoints:
             raise passed[0]
         return None
 
+    def at(self, done: int, like: PyTree) -> Saved:
+        """The checkpoint after so many iterations; `UsageError` if there is none that can be used."""
+        file = self.folder / f"{self.prefix}{done:08d}.npz"
+        if not file.exists():
+            there = ", ".join(str(_iterations(file)) for file in sorted(self.files()))
+            raise UsageError(
+                f"{self.folder} has no checkpoint of iteration {done:,}; "
+                + (f"it has those of {there} (--keep-every keeps more)." if there else "train first.")
+            )
+        return self._open(file, lambda _: like)
+
     def _open(self, file: Path, like: Callable[[int], PyTree]) -> Saved:
-        done = int(file.stem[-8:])
+        done = _iterations(file)
         state, note = read(file, like(done))
         mend = "restore the right one, or train anew into another folder"
         if not isinstance(note, dict) or note.get("of") != self.owner:
@@ -232,6 +256,11 @@ class Checkpoints:
         if note.get("done") != done:
             raise UsageError(f"{file} is of iteration {note.get('done')}, which its name denies; {mend}.")
         return Saved(state, done, note)
+
+
+def _iterations(file: Path) -> int:
+    """The number in the name of a checkpoint."""
+    return int(file.stem[-8:])
 
 
 def without_mend(error: UsageError) -> str:

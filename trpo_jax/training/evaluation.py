@@ -7,15 +7,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from trpo_jax.config import NEVER
 from trpo_jax.config_pytree import Config
 from trpo_jax.environments.base import Environment
 from trpo_jax.sentences import check_limits
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.agents import make_agent, with_normalization
-from trpo_jax.training.loop import check_key
 from trpo_jax.training.recurrence import initial_carries
 from trpo_jax.training.resets import reset_environments
-from trpo_jax.training.state import TrainState
+from trpo_jax.training.state import TrainState, check_key
+
+_TO_JUDGE = 2**32 - 3  # folded into the run's key for evaluations during training; no iteration bears this number
+_TO_JUDGE_ANEW = 2**32 - 4  # for the evaluation of a state that was chosen by one of those
 
 
 @jax.tree_util.register_dataclass
@@ -92,6 +95,26 @@ def evaluate(
     start = jnp.int32(0), observation, initial_carries(policy, num_episodes), env_state, blank
     *_, evaluation = jax.lax.while_loop(unfinished, step, start)
     return evaluation
+
+
+def judge(config: Config, state: TrainState, *, anew: bool = False) -> Evaluation:
+    """The evaluation of a state during training, as `eval_episodes` and `eval_stochastic` have it.
+
+    Its key comes from the run's key and the iteration, so that it draws nothing from training and is the same wherever
+    it takes place. The best of many noisy evaluations overstates itself: with `anew` the episodes are others.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(state.key, _TO_JUDGE_ANEW if anew else _TO_JUDGE), state.iteration)
+    return evaluate(config, state, key, num_episodes=config.eval_episodes, deterministic=not config.eval_stochastic)
+
+
+def stops(config: Config) -> bool:
+    """Whether the training of an agent may end before the last iteration."""
+    return config.eval_every > 0 and config.stop_at_return < NEVER
+
+
+def has_reached(config: Config, evaluation: Evaluation) -> Array:
+    """Whether an evaluation ends the training of its agent: its mean return is `stop_at_return` or more."""
+    return jnp.mean(evaluation.episode_return) >= config.stop_at_return
 
 
 def _step_running(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,13 +13,14 @@ from jax.flatten_util import ravel_pytree
 
 from trpo_jax import backend
 from trpo_jax.config_pytree import Config
-from trpo_jax.sentences import UsageError
+from trpo_jax.sentences import UsageError, check_limits, shown
 from trpo_jax.steps.statistics import init_statistics, update_statistics
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.agents import Agent, make_agent
+from trpo_jax.training.evaluation import has_reached, judge, stops
 from trpo_jax.training.learner import TrainInfo, blank_buffer, init_learner, update_learner
 from trpo_jax.training.rollouts import init_actor, rollout
-from trpo_jax.training.state import ActorState, EpisodeTotals, LearnerState, Metrics, TrainState
+from trpo_jax.training.state import ActorState, EpisodeTotals, LearnerState, Metrics, TrainState, check_key
 
 _ENVS_TO_FILL_A_CORE = 32
 _BEFORE_FIRST = 2**32 - 1  # folded into the key for initialisation; no iteration bears this number
@@ -64,30 +65,90 @@ def _look_around(agent: Agent, learner: LearnerState, actor: ActorState, key: Ar
     return dataclasses.replace(learner, statistics=statistics, update=update)
 
 
-def check_key(key: Array) -> None:
-    """Raise `UsageError` unless `key` is a single typed PRNG key."""
-    if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key) or jnp.shape(key) != ():
-        raise UsageError("key must be one typed PRNG key, jax.random.key(seed); for several seeds vmap over keys.")
+Hook = Callable[[Config, TrainState, Metrics], PyTree]
+"""`hook(config, state, metrics)` -> a pytree of arrays, from the state after an iteration and what it was like."""
 
 
-def train(config: Config, key: Array) -> tuple[TrainState, Metrics]:
+def train(config: Config, key: Array, *, callback: Hook | None = None, every: int = 1) -> tuple[Any, ...]:
     """Train one agent for `config.num_iterations` iterations.
 
     A pure function of its arguments, for the caller to transform:
     `jax.jit(train)(config, key)`, `jax.jit(jax.vmap(train, in_axes=(None, 0)))(config, keys)`.
 
+    Neither a callback nor evaluation changes a bit of the training. Both take place within the program, when they are
+    due and only then, also under `vmap`.
+
     Args:
       config: the settings; its floats are traced, so one compiled program serves all their values.
       key: a typed PRNG key.
+      callback: called with the state and the metrics after every `every`-th iteration.
+      every: iterations from one call to the next, k.
 
     Returns:
-      The final state, and `Metrics` of [num_iterations] each.
+      The final state and `Metrics` of [num_iterations] each; then, where `config.eval_every` asks for it, an
+      `Evaluation` of [num_iterations // eval_every, eval_episodes]; then, with a callback, what its calls returned,
+      stacked along a first axis of [num_iterations // k]. An agent that has reached `config.stop_at_return` stays as it
+      is: `state.iteration` says when, metrics are NaN from there on, and evaluations repeat the last one.
 
     Raises:
-      UsageError: if a setting or the environment cannot be used.
+      UsageError: if a setting, the environment or `every` cannot be used.
     """
     state = init(config, key)
+    hooks: list[tuple[Hook, int]] = []
+    if config.eval_every:
+        hooks.append((lambda config, state, metrics: judge(config, state), config.eval_every))
+    if callback is not None:
+        check_limits({"every": every})
+        if not callable(callback):
+            raise UsageError(f"callback must be a function of (config, state, metrics), got {shown(callback)}.")
+        hooks.append((callback, every))
+    if hooks:
+        return _train_with(config, state, hooks)
     return jax.lax.scan(lambda s, _: train_step(config, s), state, None, length=config.num_iterations)
+
+
+def _train_with(config: Config, state: TrainState, hooks: Sequence[tuple[Hook, int]]) -> tuple[Any, ...]:
+    """The scan of `train` with hooks, each due so often, evaluation first: what `train` returns."""
+    iterations = config.num_iterations
+    after = jax.eval_shape(lambda s: train_step(config, s), state)
+
+    def blank(hook: Hook, every: int) -> PyTree:
+        shapes = jax.eval_shape(lambda after: hook(config, *after), after)
+        return jax.tree.map(lambda one: jnp.zeros((iterations // every, *one.shape), one.dtype), shapes)
+
+    def step(carry: tuple[TrainState, Array, list[PyTree]], i: Array) -> tuple[Any, Metrics]:
+        state, stopped, stacked = carry
+        state, metrics = _step_unless(stopped, config, state) if stops(config) else train_step(config, state)
+        stacked = [_record(*hook, i, one, config, state, metrics) for hook, one in zip(hooks, stacked, strict=True)]
+        if stops(config):
+            newest = jax.tree.map(lambda all: all[i // config.eval_every], stacked[0])
+            stopped |= ((i + 1) % config.eval_every == 0) & has_reached(config, newest)
+        return (state, stopped, stacked), metrics
+
+    start = state, jnp.array(False), [blank(*hook) for hook in hooks]
+    (state, _, stacked), metrics = jax.lax.scan(step, start, jnp.arange(iterations))
+    return state, metrics, *stacked
+
+
+def _step_unless(stopped: Array, config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
+    """`train_step`, or the state as it is and metrics of nothing."""
+    shapes = jax.eval_shape(lambda s: train_step(config, s)[1], state)
+    nothing = jax.tree.map(lambda m: jnp.full(m.shape, jnp.nan if m.dtype == jnp.float32 else 0, m.dtype), shapes)
+    return jax.lax.cond(stopped, lambda s: (s, nothing), lambda s: train_step(config, s), state)
+
+
+def _record(
+    hook: Hook, every: int, i: Array, stacked: PyTree, config: Config, state: TrainState, metrics: Metrics
+) -> PyTree:
+    """`stacked` [num_iterations // every, ...] with what the hook returns, if it is due after iteration i, from 0."""
+    if every > config.num_iterations:
+        return stacked  # it is never due
+    # The counter is the same for all agents under `vmap`, so that this stays a branch and is no selection.
+    blank = jax.tree.map(lambda all: jnp.zeros(all.shape[1:], all.dtype), stacked)
+    due = (i + 1) % every == 0
+    output = jax.lax.cond(due, lambda: jax.tree.map(jnp.asarray, hook(config, state, metrics)), lambda: blank)
+    # Until an output is due its place is blank, and there is none for iterations after the last one.
+    return jax.tree.map(lambda all, one: all.at[i // every].set(one, mode="drop"), stacked, output)
 
 
 def train_chunk(config: Config, state: TrainState, num_iterations: Array, capacity: int) -> tuple[TrainState, Metrics]:

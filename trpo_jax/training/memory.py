@@ -12,6 +12,7 @@ import numpy as np
 
 from trpo_jax import backend
 from trpo_jax.config_pytree import Config
+from trpo_jax.fields import AUTO
 from trpo_jax.sentences import UsageError
 from trpo_jax.training.agents import make_agent
 from trpo_jax.training.loop import init, train_step
@@ -20,6 +21,7 @@ from trpo_jax.training.state import Metrics, TrainState
 
 _PROBES = (8, 16), (256, 512)  # agents; fewer are programs of another form
 _NEGLIGIBLE = 2**26  # bytes
+_NARROW = 1024  # units of a layer
 
 
 def program_memory(compiled: Any) -> int:
@@ -68,18 +70,23 @@ def check_memory(config: Config, num_agents: int, free: int) -> None:
       UsageError: if it is more, with one sentence.
     """
     observation = 4 * int(np.prod(make_agent(config).environment.observation_shape))
-    if num_agents < 1_000 and observation * config.steps_per_iteration < _NEGLIGIBLE:
+    chosen = {name: getattr(config, name) for name in ("hidden", "value_hidden", "channels")}
+    layers = {
+        name: max(widths) for name, widths in chosen.items() if widths != AUTO and max(widths, default=0) > _NARROW
+    }
+    small = observation * config.steps_per_iteration < _NEGLIGIBLE and not layers
+    if num_agents < 1_000 and small:
         return  # tracing takes longer than it is worth
-    sizes = {"num_envs": config.num_envs, "num_steps": config.num_steps, "reuse": config.reuse}
+    sizes = {"num_envs": config.num_envs, "num_steps": config.num_steps, "reuse": config.reuse, **layers}
     _compare(least_memory(config, num_agents), free, {**sizes, "number of agents": num_agents})
 
 
-def check_episodes(config: Config, num_agents: int, num_episodes: int, free: int) -> None:
+def check_episodes(config: Config, num_agents: int, num_episodes: int, free: int, name: str = "num_episodes") -> None:
     """The same for episodes side by side, as `evaluate` runs them."""
     environment = make_agent(config).environment
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_episodes))
     states = jax.eval_shape(jax.vmap(environment.reset), keys)
-    _compare(num_agents * _bytes(states), free, {"num_episodes": num_episodes, "number of agents": num_agents})
+    _compare(num_agents * _bytes(states), free, {name: num_episodes, "number of agents": num_agents})
 
 
 def _compare(least: int, free: int, sizes: dict[str, int]) -> None:

@@ -9,7 +9,9 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from trpo_jax.sentences import UsageError
 from trpo_jax.steps.statistics import RunningStatistics
 from trpo_jax.steps.types import Array, PyTree
 
@@ -188,3 +190,9 @@ class Metrics:
     gain_ratio: Array
     penalty: Array
     finite: Array
+
+
+def check_key(key: Array) -> None:
+    """Raise `UsageError` unless `key` is a single typed PRNG key."""
+    if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key) or jnp.shape(key) != ():
+        raise UsageError("key must be one typed PRNG key, jax.random.key(seed); for several seeds vmap over keys.")

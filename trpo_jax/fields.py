@@ -1,0 +1,126 @@
+"""The kinds of settings that `Config` has: how each is declared, when it has an effect, and which values it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from trpo_jax.env_args import make_env_args
+from trpo_jax.sentences import UsageError, check_number, shown
+
+AUTO = "auto"
+_MOST_LAYERS = 64
+_WIDEST = 65_536
+
+Used = tuple[Mapping[str, tuple[Any, ...]], ...]
+"""When a setting has an effect: where one of these holds, each named setting having one of the values; (): always."""
+
+TRPO: Used = ({"update": ("trpo",)},)
+GRADIENT_STEPS: Used = ({"update": ("policy-gradient", "ppo", "kl-penalty")},)
+EPOCHS: Used = ({"update": ("ppo", "kl-penalty")},)
+SEARCH: Used = ({"update": ("trpo",), "line_search": ("auto", "backtracking", "parallel")},)
+ADAPTIVE: Used = ({"radius_rule": ("ratio", "divergence")},)
+CURVATURE: Used = (*TRPO, {"value_fit": ("gauss-newton",)})
+GAUSS_NEWTON: Used = ({"value_fit": ("gauss-newton",)},)
+ADAM: Used = ({"value_fit": ("adam",)},)
+OWN_VALUE: Used = ({"value": (None,)},)
+OWN_NETWORK: Used = ({"policy": (None,)}, *OWN_VALUE)
+HIDDEN: Used = ({"policy": (None,)}, {"value": (None,), "value_hidden": (AUTO,), "shared_trunk": (False,)})
+CONVOLUTIONS: Used = tuple({"network": ("auto", "cnn"), **one} for one in OWN_NETWORK)
+
+
+class _AtLeastOne(tuple[str]):
+    """Every whole number from 1 on, for a condition; in a sentence, what the tuple holds."""
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int) and value >= 1
+
+
+EVALUATED: Used = ({"eval_every": _AtLeastOne(("1 or more",))},)
+
+
+def static(
+    default: Any, help: str, *, high: int = 10_000, interval: str = "", choices: tuple[str, ...] = (), used: Used = ()
+) -> Any:
+    """Declare a setting of which each value is a program of its own: a whole number, a truth value or a word."""
+    meta: dict[str, Any] = {"help": help, "static": True, "choices": choices, "flag": True, "used": used}
+    if interval or type(default) is int:
+        meta["interval"] = interval or f"[1, {high}]"
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def traced(default: float, help: str, *, interval: str, used: Used = ()) -> Any:
+    """Declare a number of which one program serves all values."""
+    meta = {"help": help, "static": False, "interval": interval, "flag": True, "used": used}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def widths(default: Any, help: str, *, used: Used) -> Any:
+    """Declare the widths of layers, a tuple of whole numbers; where the default is "auto", that is allowed, too."""
+    meta = {"help": help, "static": True, "widths": True, "flag": True, "used": used}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def own_object(default: Any, help: str) -> Any:
+    """Declare a setting that no flag and no file can name."""
+    return dataclasses.field(default=default, metadata={"help": help, "static": True, "flag": False, "used": ()})
+
+
+def as_widths(value: Any) -> Any:
+    """Widths as `Config` has them, a tuple or "auto": of a list, or of text such as "256,256"; "[]" is no layer.
+
+    What is neither comes back as it is, for `check_value` to refuse.
+    """
+    if isinstance(value, str) and value.strip() not in ("", AUTO):
+        inner = value.strip().removeprefix("[").removeprefix("(").rstrip("])").strip().removesuffix(",")
+        try:
+            return tuple(int(part) for part in inner.split(",")) if inner else ()
+        except ValueError:
+            return value
+    if isinstance(value, (list, tuple)):
+        return tuple(int(width) if _is_whole(width) else width for width in value)
+    return value.strip() if isinstance(value, str) else value
+
+
+def as_text(value: Any) -> Any:
+    """A setting as a flag, a cell of a table or a database has it: widths are text, "256,256"; others stay."""
+    return (",".join(map(str, value)) or "[]") if isinstance(value, tuple) else value
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_value(field: Any, label: str, value: Any) -> None:
+    """Raise `UsageError` unless a field of `Config` may have this value, called `label`; traced ones all pass."""
+    meta = field.metadata
+    if "interval" in meta:
+        if meta["static"] and field.type == "float" and not isinstance(value, numbers.Real):  # an array is traced
+            raise UsageError(f"{label} must be a number in {meta['interval']}, got {shown(value)}.")
+        check_number(label, value, whole=field.type == "int", interval=meta["interval"])
+    elif "widths" in meta:
+        _check_widths(field, label, value)
+    elif meta.get("choices"):
+        own = field.name in ("update", "value_fit") and callable(value)  # a function that makes one, algorithms/base.py
+        if not own and (not isinstance(value, str) or value not in meta["choices"]):
+            raise UsageError(f"{label} must be one of {', '.join(meta['choices'])}, got {shown(value)}.")
+    elif field.type == "bool" and not isinstance(value, bool):
+        raise UsageError(f"{label} must be True or False, got {shown(value)}.")
+    elif field.name == "env_args":
+        make_env_args(value, None)
+    elif field.name in ("policy", "value") and value is not None and not hasattr(value, "initial_carry"):
+        raise UsageError(f"{label} must be None or a trpo_jax.Network(init, apply), got {shown(value)}.")
+
+
+def _check_widths(field: Any, label: str, value: Any) -> None:
+    if isinstance(value, str) and value == AUTO == field.default:
+        return
+    sound = isinstance(value, tuple) and len(value) <= _MOST_LAYERS
+    if not sound or not all(_is_whole(width) and 1 <= width <= _WIDEST for width in value):
+        default = f" or {AUTO}" if field.default == AUTO else ""
+        raise UsageError(
+            f"{label} must be widths of layers such as 256,256 (in files [256, 256]){default}, each from 1 to "
+            f"{_WIDEST:,}, {_MOST_LAYERS} layers at most, got {shown(value)}."
+        )
