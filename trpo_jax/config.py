@@ -16,20 +16,6 @@ from trpo_jax.fields import as_widths, check_value, own_object, static, traced, 
 from trpo_jax.sentences import UsageError, nearest
 from trpo_jax.steps import defaults
 
-ALGORITHMS = {
-    "trpo": "trpo_jax.algorithms.trpo",
-    "policy-gradient": "trpo_jax.algorithms.policy_gradient",
-    "ppo": "trpo_jax.algorithms.ppo",
-    "kl-penalty": "trpo_jax.algorithms.kl_penalty",
-}
-"""Ways to update a policy, each with the module that makes it."""
-
-VALUE_FITS = {"gauss-newton": "trpo_jax.algorithms.gauss_newton", "adam": "trpo_jax.algorithms.adam"}
-"""Ways to fit a value function, each with the module that makes it."""
-
-NEVER = 1e30
-"""A `stop_at_return` that no agent reaches."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -57,7 +43,7 @@ class Config:
         "trpo",
         "how the policy is updated; all but trpo take gradient steps: one (policy-gradient), or epochs of minibatches "
         "on the clipped (ppo) or the penalised surrogate (kl-penalty)",
-        choices=tuple(ALGORITHMS),
+        choices=tuple(fields.ALGORITHMS),
     )
     max_kl: float = traced(
         defaults.MAX_KL,
@@ -174,7 +160,7 @@ class Config:
     value_fit: Any = static(
         "gauss-newton",
         "how the value function is fitted: one damped Gauss-Newton step, or epochs of minibatches by Adam",
-        choices=tuple(VALUE_FITS),
+        choices=tuple(fields.VALUE_FITS),
     )
     value_damping: float = traced(
         defaults.VALUE_DAMPING,
@@ -273,7 +259,7 @@ class Config:
         False, "evaluation during training samples actions instead of taking the mode", used=fields.EVALUATED
     )
     stop_at_return: float = static(
-        NEVER,
+        fields.NEVER,
         "mean return of an evaluation during training at which the agent's training ends; from 1e30 on: never",
         interval="[-1e38, 1e38]",
         used=fields.EVALUATED,

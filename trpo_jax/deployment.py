@@ -111,17 +111,15 @@ def play(
         os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
         if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
             os.environ.setdefault("MUJOCO_GL", "egl")  # Gymnasium would take GLFW, which opens windows only
+    args = config.env_args if env == str(config.env).removeprefix("gymnasium/") else {}
     try:
-        args = config.env_args if env == str(config.env).removeprefix("gymnasium/") else {}
         world = gymnasium.make(env, render_mode="rgb_array" if gif else None, disable_env_checker=True, **args)
-    except TypeError as error:
-        if not args:
-            raise
-        raise UsageError(
-            f"Gymnasium's {env} cannot be made with {', '.join(args)} as in training ({first_line(error)}); "
-            f"evaluate the run instead, or name another environment by --env."
-        ) from error
     except Exception as error:  # of a name's form, of its module, or of the environment's own code
+        if args and isinstance(error, TypeError):
+            raise UsageError(
+                f"Gymnasium's {env} cannot be made with {', '.join(args)} as in training ({first_line(error)}); "
+                f"evaluate the run instead, or name another environment by --env."
+            ) from error
         raise UsageError(
             f"Gymnasium cannot make {env} ({first_line(error)}); name one of its environments by "
             "--env, or install what it needs: pip install '.[play]'."

@@ -10,6 +10,20 @@ from typing import Any
 from trpo_jax.env_args import make_env_args
 from trpo_jax.sentences import UsageError, check_number, shown
 
+ALGORITHMS = {
+    "trpo": "trpo_jax.algorithms.trpo",
+    "policy-gradient": "trpo_jax.algorithms.policy_gradient",
+    "ppo": "trpo_jax.algorithms.ppo",
+    "kl-penalty": "trpo_jax.algorithms.kl_penalty",
+}
+"""Ways to update a policy, each with the module that makes it."""
+
+VALUE_FITS = {"gauss-newton": "trpo_jax.algorithms.gauss_newton", "adam": "trpo_jax.algorithms.adam"}
+"""Ways to fit a value function, each with the module that makes it."""
+
+NEVER = 1e30
+"""A `stop_at_return` that no agent reaches."""
+
 AUTO = "auto"
 _MOST_LAYERS = 64
 _WIDEST = 65_536

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from trpo_jax.config import ALGORITHMS, VALUE_FITS, Config
+from trpo_jax.config import Config
+from trpo_jax.fields import ALGORITHMS, VALUE_FITS
 from trpo_jax.steps.policy_updates import Batch, UpdateInfo
 from trpo_jax.steps.statistics import RunningStatistics
 from trpo_jax.steps.types import Array, PolicyApply, PyTree

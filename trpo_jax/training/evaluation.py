@@ -7,9 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from trpo_jax.config import NEVER
 from trpo_jax.config_pytree import Config
 from trpo_jax.environments.base import Environment
+from trpo_jax.fields import NEVER
 from trpo_jax.sentences import check_limits
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.agents import make_agent, with_normalization
