@@ -119,7 +119,7 @@ HALVES = ("gamma", "gae_lambda", "max_kl", "cg_damping")
         ("[base]\nmax_kll = 1", "[base] of {file} has no setting 'max_kll'; did you mean max_kl"),
         ("[base]\nmax_kl = -1", "max_kl in [base] of {file} must lie in (0, 1e6], got -1"),
         ("[base]\nenv = 'CartPol-v1'", "there is no environment 'CartPol-v1'; did you mean CartPole-v1"),
-        ("[base]\neval_every = 5", "evaluates each agent at the end, by num_episodes; leave it out."),
+        ("[base]\neval_every = 500", "eval_every=500 is more than num_iterations=150"),
         ("[base]\ntotal_steps = 100", "total_steps=100 is less than one iteration"),
         ("[base]\ntotal_steps = 100_000\nnum_iterations = 3", "give one of them"),
         ("[grid]\nmax_kl = 0.1", "max_kl in [grid] of {file} must be a list of values, got 0.1."),

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,16 @@ from trpo_jax.files import command, locked
 from trpo_jax.runs.descriptions import check_equal, is_begun, made_by, origin, read_table, restore_or_anew, write_table
 from trpo_jax.runs.evaluations import Judge, best_states
 from trpo_jax.runs.metrics import TableFile, last_mean, rows_of
-from trpo_jax.runs.runner import CAPACITY, Chunk, Clock, advance, agent_keys, for_each_agent, interrupts
+from trpo_jax.runs.runner import (
+    CAPACITY,
+    Chunk,
+    Clock,
+    advance,
+    agent_keys,
+    for_each_agent,
+    interrupts,
+    without_stopped,
+)
 from trpo_jax.runs.sinks import Sink
 from trpo_jax.sentences import UsageError, check_limits, shown
 from trpo_jax.settings import checked_settings, settings_of, with_length
@@ -188,7 +197,7 @@ def continue_run(run: Run, report: Callable[[Progress], None], sinks: Sequence[S
             clock = Clock(steps * until, steps * done)
 
             def on_chunk(chunk: Chunk) -> bool:
-                metrics = _without_stopped(chunk.metrics, judge.stopped)
+                metrics = without_stopped(chunk.metrics, judge.stopped)
                 rows = list(rows_of(metrics, chunk.done, run.config.steps_per_iteration, run.seed))
                 file.append(rows, _CONTINUES)
                 judged = judge(chunk)
@@ -225,12 +234,6 @@ def _restore(run: Run, file: TableFile, judge: Judge, checkpoints: Checkpoints) 
     file.truncate(note)
     judge.restore(note)
     return saved
-
-
-def _without_stopped(metrics: Mapping[str, np.ndarray], stopped: np.ndarray) -> dict[str, np.ndarray]:
-    """Metrics [A, length], of nothing where an agent had stopped before."""
-    absent = {name: 0 if name == "num_episodes" else np.nan for name in metrics}
-    return {name: np.where(stopped[:, None], absent[name], values) for name, values in metrics.items()}
 
 
 def _compile(run: Run, judge: Judge, states: TrainState | None) -> tuple[Any, Any]:

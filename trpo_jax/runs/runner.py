@@ -9,7 +9,7 @@ import contextlib
 import functools
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -85,6 +85,12 @@ def advance(
         # At most doubled from one to the next, so that one slow measurement cannot starve the display.
         pace = max(1, min(2 * min(pace, CAPACITY), int(length * _CHUNK_SECONDS / seconds)))
     return done
+
+
+def without_stopped(metrics: Mapping[str, np.ndarray], stopped: np.ndarray) -> dict[str, np.ndarray]:
+    """Metrics [A, length], of nothing where an agent had stopped before, [A]."""
+    absent = {name: 0 if name == "num_episodes" else np.nan for name in metrics}
+    return {name: np.where(stopped[:, None], absent[name], values) for name, values in metrics.items()}
 
 
 class Clock:

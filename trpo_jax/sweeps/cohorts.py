@@ -10,20 +10,25 @@ import numpy as np
 
 from trpo_jax.config_pytree import Config
 from trpo_jax.runs.metrics import METRICS
-from trpo_jax.runs.runner import Chunk, advance
+from trpo_jax.runs.runner import Chunk, advance, without_stopped
 from trpo_jax.sweeps.grids import stack_configs
 from trpo_jax.sweeps.placement import Programs
 from trpo_jax.training.checkpoints import is_key
+from trpo_jax.training.evaluation import stops
 from trpo_jax.training.state import TrainState
 
 _LAST_SHARE = 0.1  # of the iterations count for the training return
 
 
 class Snapshot(NamedTuple):
-    """Agents in the midst of training, on the host: states [A, ...] of `to_host`, metrics {name: [A, iterations]}."""
+    """Agents in the midst of training, on the host: states [A, ...] of `to_host`, metrics {name: [A, iterations]}.
+
+    With evaluation during training also the mean return of each one, [A, iterations // eval_every].
+    """
 
     states: TrainState
     metrics: dict[str, np.ndarray]
+    eval_return: np.ndarray | None = None
 
     @property
     def done(self) -> int:
@@ -47,27 +52,65 @@ class Cohort:
     """
 
     def __init__(self, programs: Programs, configs: Sequence[Config], keys: Any, snapshot: Snapshot | None = None):
-        self.programs, self.size = programs, len(configs)
+        self.programs, self.size, self.config = programs, len(configs), configs[0]
         at = np.minimum(np.arange(programs.width), self.size - 1)
         self.configs = stack_configs([configs[i] for i in at])
         if snapshot:
-            self.done, self._metrics = snapshot.done, [snapshot.metrics]
+            self.done, self._metrics, self.eval_return = snapshot.done, [snapshot.metrics], snapshot.eval_return
             self.states = from_host(snapshot.take(at).states, programs.states)
         else:
             self.done, self._metrics = 0, [{name: np.empty((self.size, 0), np.float32) for name in METRICS}]
+            self.eval_return = np.empty((self.size, 0), np.float32) if self.config.eval_every else None
             self.states = programs.start(self.configs, keys[at])
 
     def train(self, until: int, on_chunk: Callable[[int], bool] = lambda length: True) -> None:
         """Train until an iteration; after each chunk `on_chunk(its length)` says whether to go on."""
+        every = self.config.eval_every
+
+        def program(configs: Config, states: TrainState, length: Any) -> Any:
+            if stops(self.config):
+                stopped = self.stopped[np.minimum(np.arange(self.programs.width), self.size - 1)]
+                length = np.where(stopped, np.int32(0), length)
+            return self.programs.train(configs, states, length)
 
         def take_over(chunk: Chunk) -> bool:
             self.states, self.done = chunk.states, chunk.done
-            self._metrics.append(
-                {name: values[: self.size].astype(np.float32) for name, values in chunk.metrics.items()}
-            )
-            return on_chunk(chunk.length)
+            self._append({name: values[: self.size].astype(np.float32) for name, values in chunk.metrics.items()})
+            if every and self.done % every == 0:
+                self._judge()
+            return on_chunk(chunk.length) and not self.stopped.all()
 
-        advance(self.programs.train, self.configs, self.states, self.done, until, take_over)
+        advance(program, self.configs, self.states, self.done, until, take_over, ends=(every,))
+        if self.stopped.all():
+            self._stand_still(until)
+
+    def _append(self, metrics: Mapping[str, np.ndarray]) -> None:
+        stopped = self.stopped
+        self._metrics.append(without_stopped(metrics, stopped) if stopped.any() else dict(metrics))
+
+    def _judge(self) -> None:
+        """Evaluate the agents as they are; of those that have stopped, the last evaluation counts once more."""
+        assert self.eval_return is not None
+        newest = np.asarray(self.programs.judge(self.configs, self.states), np.float32)[: self.size]
+        if self.stopped.any():
+            newest = np.where(self.stopped, self.eval_return[:, -1], newest)
+        self.eval_return = np.concatenate([self.eval_return, newest[:, None]], axis=1)
+
+    def _stand_still(self, until: int) -> None:
+        """Iterations in which no agent learns any more, for all have stopped."""
+        assert self.eval_return is not None
+        nothing = np.full((self.size, until - self.done), np.nan, np.float32)
+        self._append(dict.fromkeys(METRICS, nothing))
+        missing = until // self.config.eval_every - self.eval_return.shape[1]
+        self.eval_return = np.concatenate([self.eval_return, np.tile(self.eval_return[:, -1:], missing)], axis=1)
+        self.done = until
+
+    @property
+    def stopped(self) -> np.ndarray:
+        """Which agents have reached `stop_at_return`, [A]."""
+        if self.eval_return is None or not self.eval_return.shape[1] or not stops(self.config):
+            return np.zeros(self.size, bool)
+        return self.eval_return[:, -1] >= np.float32(self.config.stop_at_return)
 
     @property
     def metrics(self) -> dict[str, np.ndarray]:
@@ -83,7 +126,9 @@ class Cohort:
 
     def snapshot(self) -> Snapshot:
         """The agents as they are now."""
-        return Snapshot(jax.tree.map(lambda leaf: leaf[: self.size], to_host(self.states)), self.metrics)
+        return Snapshot(
+            jax.tree.map(lambda leaf: leaf[: self.size], to_host(self.states)), self.metrics, self.eval_return
+        )
 
 
 def to_host(states: TrainState) -> TrainState:
@@ -101,20 +146,28 @@ def from_host(states: TrainState, like: TrainState) -> TrainState:
     return jax.tree.map(restore, states, like)
 
 
-def blank(states: TrainState, num_agents: int, done: int) -> Snapshot:
+def blank(states: TrainState, num_agents: int, done: int, eval_every: int = 0) -> Snapshot:
     """A snapshot of so many agents after so many iterations, of no content; `states` gives shapes, [A, ...]."""
 
     def empty(leaf: Any) -> np.ndarray:
         shape = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
         return np.empty((num_agents, *shape.shape[1:]), shape.dtype)
 
-    return Snapshot(jax.tree.map(empty, states), {name: np.empty((num_agents, done), np.float32) for name in METRICS})
+    metrics = {name: np.empty((num_agents, done), np.float32) for name in METRICS}
+    judged = np.empty((num_agents, done // eval_every), np.float32) if eval_every else None
+    return Snapshot(jax.tree.map(empty, states), metrics, judged)
 
 
 def failed_iteration(metrics: Mapping[str, np.ndarray]) -> np.ndarray:
     """First iteration, from 1, whose numbers were not all finite; 0 if there is none. [A]."""
     bad = metrics["finite"] == 0
     return np.where(bad.any(axis=1), bad.argmax(axis=1) + 1, 0).astype(np.int32)
+
+
+def stopped_iteration(eval_return: np.ndarray, config: Config) -> np.ndarray:
+    """Iteration at which an agent had reached `stop_at_return`, from its evaluations [A, K]; 0 if it did not. [A]."""
+    reached = (eval_return >= np.float32(config.stop_at_return)) & stops(config)
+    return np.where(reached.any(axis=1), (reached.argmax(axis=1) + 1) * config.eval_every, 0).astype(np.int32)
 
 
 def training_return(metrics: Mapping[str, np.ndarray]) -> np.ndarray:

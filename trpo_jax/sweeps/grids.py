@@ -225,11 +225,6 @@ def make_point(base: Mapping[str, Any], varied: Mapping[str, Any]) -> Point:
     """The configuration of a point, checked; `total_steps` becomes `num_iterations`."""
     config = settle(with_length({name: cast(name, value) for name, value in {**base, **varied}.items()}, Config()))
     validate(config)
-    if config.eval_every:
-        raise UsageError(
-            "eval_every is of a single run; a sweep or a search evaluates each agent at the end, by num_episodes; "
-            "leave it out."
-        )
     return Point({name: cast(name, value) for name, value in varied.items()}, config)
 
 

@@ -17,7 +17,7 @@ from trpo_jax.runs.descriptions import made_by
 from trpo_jax.runs.runner import Clock, interrupts
 from trpo_jax.sentences import UsageError, counted
 from trpo_jax.settings import setting_names, value_of
-from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, training_return
+from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, stopped_iteration, training_return
 from trpo_jax.sweeps.grids import Group, Point, Spec, plan
 from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs
 from trpo_jax.sweeps.storage import Block, Folder, cut_into_blocks
@@ -113,7 +113,7 @@ class _Work:
         pending = self._pending(number)
         self.clock.done += mine - sum(block.size for block in pending) * group.steps_per_agent
         self.clock.start()
-        found = {block: self.folder.restore(block, programs.states) for block in pending}
+        found = {block: self.folder.restore(block, programs.states, group.configs[0].eval_every) for block in pending}
         snapshots = {block: snapshot for block, snapshot in found.items() if snapshot}
         while pending and not self.interrupted():
             # Blocks that stand at one iteration run together, the furthest first.
@@ -173,6 +173,9 @@ class _Work:
         if cohort.done < group.num_iterations:
             return
         outcome = {**cohort.metrics, "final_return": cohort.evaluate()}
+        if cohort.eval_return is not None:
+            stopped_at = stopped_iteration(cohort.eval_return, group.configs[0])
+            outcome |= {"eval_return": cohort.eval_return, "stopped_at": np.ma.masked_equal(stopped_at, 0)}
         for block, where in zip(blocks, slices, strict=True):
             self.folder.write_results(block, self._columns(block, {name: v[where] for name, v in outcome.items()}))
 

@@ -60,6 +60,8 @@ def sweep(
     shape = len(points), num_seeds
     metrics: dict[str, Any] = {name: np.full((*shape, longest), np.nan, np.float32) for name in METRICS}
     final_return, failed_at = np.full(shape, np.nan, np.float32), np.zeros(shape, np.int32)
+    evaluations = max(group.configs[0].num_iterations // (group.configs[0].eval_every or 2**31) for group in groups)
+    eval_return = np.full((*shape, evaluations), np.nan, np.float32)
     for group in groups:
         most = agents_per_block(group.num_agents, len(devices))
         programs = fit_programs(group.configs[0], most, num_episodes, devices)
@@ -72,8 +74,10 @@ def sweep(
             found = cohort.metrics
             for name in METRICS:
                 metrics[name][(*at, slice(group.num_iterations))] = found[name]
+            if cohort.eval_return is not None:
+                eval_return[(*at, slice(cohort.eval_return.shape[1]))] = cohort.eval_return
             final_return[at], failed_at[at] = cohort.evaluate(), failed_iteration(found)
-    return SweepResult([point.varied for point in points], Metrics(**metrics), final_return, failed_at)
+    return SweepResult([point.varied for point in points], Metrics(**metrics), final_return, failed_at, eval_return)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +89,12 @@ class SweepResult:
       metrics: `Metrics` of NumPy arrays, [G, S, I]; NaN after the end of a point that has fewer iterations.
       final_return: mean return of each trained policy's mode, [G, S]; NaN where none was asked for.
       failed_at: iteration, counted from 1, at which an agent met a number that is not finite; 0 if it did not. [G, S].
+      eval_return: mean return of each evaluation during training, [G, S, K], as `eval_every` asks for them; NaN after
+        the end of a point that has fewer.
     """
 
     points: list[dict[str, Any]]
     metrics: Metrics
     final_return: np.ndarray
     failed_at: np.ndarray
+    eval_return: np.ndarray

@@ -37,7 +37,8 @@ class Programs(NamedTuple):
     Attributes:
       start: (configs, keys) -> states.
       train: (configs, states, number of iterations ≤ CAPACITY) -> (states, metrics [D·U, capacity]); takes over
-        the memory of the states.
+        the memory of the states. Where agents may stop before others, each has its own number, [D·U].
+      judge: (configs, states) -> mean return of an evaluation during training; None where none were asked for.
       evaluate: (configs, states) -> mean return of the policy's mode over fresh episodes; None where none were asked
         for.
       agents_per_block: U.
@@ -48,6 +49,7 @@ class Programs(NamedTuple):
 
     start: Any
     train: Any
+    judge: Any
     evaluate: Any
     agents_per_block: int
     num_devices: int
@@ -96,6 +98,9 @@ def compile_programs(config: Config, agents: int, num_episodes: int, devices: Se
     def train(config: Config, state: TrainState, length: Any) -> Any:
         return train_chunk(config, state, length, capacity=capacity)
 
+    def judge(config: Config, state: TrainState) -> Any:
+        return jnp.mean(evaluation.judge(config, state).episode_return)
+
     def evaluate(config: Config, state: TrainState) -> Any:
         key = jax.random.fold_in(state.key, _AFTER_LAST)
         return jnp.mean(evaluation.evaluate(config, state, key, num_episodes=num_episodes).episode_return)
@@ -104,10 +109,12 @@ def compile_programs(config: Config, agents: int, num_episodes: int, devices: Se
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), total))
     start = _compile(init, mesh, configs, keys)
     states = jax.eval_shape(jax.vmap(init), configs, keys)
-    chunk = _compile(train, mesh, configs, states, jax.ShapeDtypeStruct((), np.int32), donate=1)
+    lengths = jax.ShapeDtypeStruct((total,) if evaluation.stops(config) else (), np.int32)
+    chunk = _compile(train, mesh, configs, states, lengths, donate=1)
+    during = _compile(judge, mesh, configs, states) if config.eval_every else None
     mode = _compile(evaluate, mesh, configs, states) if num_episodes else None
-    memory = max(program_memory(program) for program in (start, chunk, mode) if program)
-    return Programs(start, chunk, mode, agents, len(devices), memory, states)
+    memory = max(program_memory(program) for program in (start, chunk, during, mode) if program)
+    return Programs(start, chunk, during, mode, agents, len(devices), memory, states)
 
 
 def _compile(function: Callable[..., Any], mesh: Mesh, *arguments: Any, donate: int | None = None) -> Any:

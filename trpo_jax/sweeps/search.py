@@ -24,7 +24,7 @@ from trpo_jax.runs.descriptions import made_by
 from trpo_jax.runs.runner import agent_keys
 from trpo_jax.sentences import UsageError, counted
 from trpo_jax.settings import cast, is_whole, settings_of
-from trpo_jax.sweeps.cohorts import Cohort, failed_iteration, join, training_return
+from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, training_return
 from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, make_point, static_part
 from trpo_jax.sweeps.iqm import interquartile_mean
 from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs
@@ -175,7 +175,7 @@ def _run_batch(study: Study, spec: Spec, trials: list[Trial], programs: dict[Any
         alive = [trial for trial in alive if trial.snapshot]
         for trial in alive:
             if rung < 1:
-                trial.score = float(interquartile_mean(training_return(trial.snapshot.metrics)))
+                trial.score = float(interquartile_mean(_returns(trial.snapshot)))
             why = _NOT_FINITE if failed_iteration(trial.snapshot.metrics).any() else _NO_EPISODE
             trial.why = "" if np.isfinite(trial.score) else why
         with study.at_work():
@@ -222,6 +222,12 @@ def _train_groups(spec: Spec, alive: list[Trial], rung: float, num_rungs: int, p
         _train_until(programs[shape], spec, groups[shape], rung)
 
 
+def _returns(snapshot: Snapshot) -> np.ndarray:
+    """What ranks agents before the end: the last evaluation during training, or else their training return. [A]."""
+    judged = snapshot.eval_return
+    return judged[:, -1] if judged is not None and judged.shape[1] else training_return(snapshot.metrics)
+
+
 def _distinct_rungs(num_iterations: int) -> list[float]:
     """Those of the shares that end after different iterations: one iteration ranks the trials once, not twice."""
     return list({_end(rung, num_iterations): rung for rung in _RUNGS}.values())
@@ -252,7 +258,7 @@ def _train_until(programs: Programs, spec: Spec, group: list[Trial], rung: float
         cohort.train(_end(rung, group[0].config.num_iterations))
         snapshots.append(cohort.snapshot())
         if rung == 1:
-            scores.append(cohort.evaluate() if spec.num_episodes else training_return(cohort.metrics))
+            scores.append(cohort.evaluate() if spec.num_episodes else _returns(snapshots[-1]))
     after = join(snapshots)
     for i, trial in enumerate(group):
         mine = slice(i * seeds, (i + 1) * seeds)

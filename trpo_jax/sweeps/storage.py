@@ -201,13 +201,13 @@ class Folder:
         """Save a block at work; the checkpoint before it goes when the new one is whole."""
         self._checkpoints(block).save(snapshot, snapshot.done)
 
-    def restore(self, block: Block, states: TrainState) -> Snapshot | None:
+    def restore(self, block: Block, states: TrainState, eval_every: int = 0) -> Snapshot | None:
         """The snapshot in a block's newest sound checkpoint, None if there is none; `states` gives shapes, [A, ...].
 
         What is passed over is reported.
         """
         try:
-            saved = self._checkpoints(block).newest(lambda done: blank(states, block.size, done))
+            saved = self._checkpoints(block).newest(lambda done: blank(states, block.size, done, eval_every))
         except UsageError as error:
             say(f"{without_mend(error)}; its agents are trained anew.")
             return None
