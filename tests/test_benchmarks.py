@@ -57,6 +57,7 @@ def result():
     return {"setting": setting(), "settings": settings_of(config), "repetitions": 2, **parts}
 
 
+@pytest.mark.long
 def test_the_limit_is_rollout_and_two_gradients(result):
     one = result["one_agent"]
     parts = {name: values["median"] for name, values in one["parts_ms"].items()}

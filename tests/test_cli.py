@@ -177,6 +177,7 @@ def test_evaluate_prints_every_agent(tiny_run, capsys):
     assert main(["evaluate", str(tiny_run), "--num-episodes", "0"]) == 2
 
 
+@pytest.mark.long
 def test_envs_lists_what_can_be_trained(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "brax", None)  # as if not installed
     assert main(["envs"]) == 0
@@ -206,6 +207,7 @@ def test_default_environment_and_output(tiny_run):
     assert sorted(os.listdir(tiny_run)) == ["checkpoints", "config.json", "learning_curve.png", "metrics.csv"]
 
 
+@pytest.mark.long
 def test_compiled_programs_are_kept_for_the_next_start(first_start, tiny_run, python, tmp_path):
     cache = first_start / "cache"
     kept = sorted(cache.glob("trpo_jax/*/*-cache"), key=lambda file: file.stat().st_size)

@@ -216,6 +216,7 @@ def test_evaluation_does_without_the_rows_and_the_newest_state(run, tmp_path, ca
     assert (ONLY_RUN[1] in captured.err) == (damage != "missing") and contents(out) == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("files, damage, status, reported", [*cases(SWEEPS)])
 def test_a_sweep_goes_on_from_what_is_good(sweep, tmp_path, capsys, files, damage, status, reported):
     out = spoiled(sweep, tmp_path, files, damage)

@@ -286,6 +286,7 @@ def oracle(environment, right):
     return Network(lambda key, observation: {"first": jnp.ravel(observation)}, apply)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS.keys())
 def test_play_sees_and_does_what_training_does(world):
     action_space, actions, *observed = world
@@ -313,6 +314,7 @@ def test_play_stops_where_training_does(trained):
     np.testing.assert_array_equal(play(short, state, "CartPole-v1", num_episodes=2), 7)
 
 
+@pytest.mark.long
 def test_commands_play_and_export(run, capsys, python, tmp_path):
     assert main(["play", str(run), "--num-episodes", "2", "--agent", "1"]) == 0
     assert "CartPole-v1 of Gymnasium, 2 episodes: return" in capsys.readouterr().out

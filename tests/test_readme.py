@@ -22,6 +22,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("index", range(len(PYTHON_BLOCKS)))
 def test_python_block_runs(index, tmp_path, capsys):
     script = tmp_path / "block.py"
@@ -61,6 +62,7 @@ max_kl = { log_uniform = [0.001, 0.1] }
 SHORTER = {"--total-steps": "4096", "--num-trials": "4", "--num-iterations": "5"}
 
 
+@pytest.mark.long
 def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sweep.toml").write_text(smaller_sweep())

@@ -227,6 +227,7 @@ def stop_at_work(path, number, *arguments):
     return process.returncode, out, errors
 
 
+@pytest.mark.long
 def test_kills_and_interrupts_leave_no_mark(tmp_path):
     path, whole = tmp_path / "run", tmp_path / "whole"
     train = ("train", *LONG, "--output")

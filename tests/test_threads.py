@@ -23,6 +23,7 @@ print("finished", metrics.mean_kl.shape)
 """
 
 
+@pytest.mark.long
 def test_32_agents_finish(python):
     # subprocess.run kills the child with SIGKILL when the time is over, which a deadlocked process obeys.
     result = python("-c", MANY_AGENTS, env={"NPROC": "2"}, timeout=200)

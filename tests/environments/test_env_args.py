@@ -54,7 +54,7 @@ def test_settings_of_another_suite_are_static():
 @pytest.mark.parametrize(
     "env, name, num_envs",
     [
-        ("CartPole-v1", "gravity", 32),
+        pytest.param("CartPole-v1", "gravity", 32, marks=pytest.mark.long),
         ("Pendulum-v1", "g", 4),
         pytest.param("CartPole-v1", "gravity", 4, marks=pytest.mark.slow),
         pytest.param("Pendulum-v1", "g", 32, marks=pytest.mark.slow),

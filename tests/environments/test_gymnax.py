@@ -58,6 +58,26 @@ OFFLINE = [
     "Swimmer-misc",
     "UmbrellaChain-bsuite",
 ]
+# Those that compile for long, and those whose spaces another environment shares or that other tests train.
+EXPENSIVE = {"Asterix-MinAtar", "Freeway-MinAtar", "Pong-misc", "Seaquest-MinAtar", "SpaceInvaders-MinAtar"}
+ALIKE = {
+    "Acrobot-v1",
+    "BernoulliBandit-misc",
+    "CartPole-v1",
+    "DeepSea-bsuite",
+    "DiscountingChain-bsuite",
+    "FourRooms-misc",
+    "GaussianBandit-misc",
+    "MemoryChain-bsuite",
+    "MetaMaze-misc",
+    "MountainCar-v0",
+    "MountainCarContinuous-v0",
+    "Pendulum-v1",
+    "Reacher-misc",
+    "SimpleBandit-bsuite",
+    "Swimmer-misc",
+}
+FEW_AT_FIRST = [pytest.param(name, marks=[pytest.mark.long] if name in EXPENSIVE | ALIKE else []) for name in OFFLINE]
 NUM_ENVS, NUM_STEPS = 3, 30
 
 
@@ -96,7 +116,7 @@ def random_walk(name):
     return run, *run(jax.random.key(0))
 
 
-@pytest.mark.parametrize("name", OFFLINE)
+@pytest.mark.parametrize("name", FEW_AT_FIRST)
 def test_contract(name):
     environment = make_environment(name)
     run, first, steps = random_walk(name)
@@ -425,32 +445,7 @@ def test_an_index_among_categories_counts_from_their_start():
     np.testing.assert_array_equal(environment.reset(jax.random.key(0))[0], [0, 1, 0, 0])
 
 
-# Each train step is a program of its own, two seconds and more to compile. The quick suite keeps Breakout for grids and
-# one of every kind of space and ending; slow are the MinAtar games and Pong, whose own steps are the largest programs,
-# those whose spaces another environment shares, and those that other tests train. The contract above covers them all.
-EXPENSIVE = {"Asterix-MinAtar", "Freeway-MinAtar", "Pong-misc", "Seaquest-MinAtar", "SpaceInvaders-MinAtar"}
-ALIKE = {
-    "Acrobot-v1",
-    "BernoulliBandit-misc",
-    "CartPole-v1",
-    "DeepSea-bsuite",
-    "DiscountingChain-bsuite",
-    "FourRooms-misc",
-    "GaussianBandit-misc",
-    "MemoryChain-bsuite",
-    "MetaMaze-misc",
-    "MountainCar-v0",
-    "MountainCarContinuous-v0",
-    "Pendulum-v1",
-    "Reacher-misc",
-    "SimpleBandit-bsuite",
-    "Swimmer-misc",
-}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in EXPENSIVE | ALIKE else []) for name in OFFLINE]
-)
+@pytest.mark.parametrize("name", FEW_AT_FIRST)
 def test_every_environment_trains(name):
     config = Config(
         env=name,

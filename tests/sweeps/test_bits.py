@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.long
+
 # Networks, lanes and minibatch as users have them; short, to be quick. Bits are looked at, so nothing is simplified.
 AGENTS = """
 import itertools, sys

@@ -16,6 +16,7 @@ from trpo_jax.sweeps import cohorts, placement
 from trpo_jax.sweeps.grids import stack_configs
 
 
+@pytest.mark.long
 def test_384_agents_are_one_program_compiled_once(caplog):
     config = Config(num_envs=2, num_steps=8, num_iterations=1, cg_iterations=2, value_cg_iterations=2)
     grid = {"max_kl": [0.003, 0.01, 0.03, 0.1], "gae_lambda": [0.9, 0.95, 0.98]}
@@ -155,6 +156,7 @@ print("largest array that moves:", max(int(np.prod([int(n) for n in shape.split(
 """
 
 
+@pytest.mark.long
 def test_one_large_agent_over_four_devices(python):
     quick = os.environ.get("XLA_FLAGS", "")
     flags = {"XLA_FLAGS": f"{quick} --xla_force_host_platform_device_count=4", "NPROC": "16"}

@@ -462,6 +462,7 @@ def test_settings_that_do_not_go_together_are_no_end_of_a_search(tmp_path, untra
     assert tomllib.loads(file.read_text())["max_kl"]
 
 
+@pytest.mark.long
 def test_programs_are_compiled_once_and_only_a_few_are_kept(monkeypatch, tmp_path):
     compiled, alive = [], []
 

@@ -111,6 +111,7 @@ def killed_sweep(finished, tmp_path, start, kills, seed):
     return out
 
 
+@pytest.mark.long
 def test_kills_leave_no_mark(finished, tmp_path, start):
     assert files(killed_sweep(finished, tmp_path, start, 2, seed=0)) == files(finished)
 
@@ -254,6 +255,7 @@ def test_a_sweep_that_another_process_begins_meanwhile_is_joined(tmp_path, monke
     assert mine.description() == {"num_seeds": 2, "made_by": {"threads": 3}}
 
 
+@pytest.mark.long
 def test_two_processes_meet_and_share_the_work(finished, tmp_path):
     # By the example script for several hosts, which are this one twice.
     with socket.socket() as free:

@@ -238,6 +238,7 @@ def program(**changes):
     return str(jax.make_jaxpr(lambda key: train(config, key))(jax.random.key(0)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CHOICES)
 def test_every_static_setting_changes_the_program(name):
     value, choices = CHOICES[name]

@@ -242,6 +242,7 @@ def test_evaluation_remembers_and_forgets():
     np.testing.assert_array_equal(returns + opposite, 1)
 
 
+@pytest.mark.long
 def test_a_memory_solves_what_needs_one():
     config = Config(
         env=Recall(),

@@ -48,6 +48,7 @@ def run(name, num_iterations=4):
     return trainer()(small_config(num_iterations=num_iterations, **OPTIONS[name]), jax.random.key(0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_saved_run_of_every_option_continues_to_the_same_bits(name, tmp_path):
     config = small_config(num_iterations=4, **OPTIONS[name])
@@ -507,6 +508,7 @@ def test_reusing_the_first_batch_alone_is_using_it():
     np.testing.assert_allclose(reused[1].surrogate_gain, plain[1].surrogate_gain, rtol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("names", [("ratio", "reuse"), ("PPO",)], ids="-".join)
 def test_several_agents_of_an_option_are_each_a_run_of_their_own(names):
     config = small_config(num_iterations=3)
