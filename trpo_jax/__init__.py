@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from trpo_jax.sentences import UsageError as UsageError
     from trpo_jax.steps.advantages import gae as gae
     from trpo_jax.steps.advantages import parallel_gae as parallel_gae
+    from trpo_jax.steps.bounded import Beta as Beta
+    from trpo_jax.steps.bounded import TanhGaussian as TanhGaussian
     from trpo_jax.steps.candidates import CandidateEstimate as CandidateEstimate
     from trpo_jax.steps.candidates import estimate_candidate as estimate_candidate
     from trpo_jax.steps.curvature import fisher_vector_product as fisher_vector_product
@@ -79,6 +81,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Algorithm": "algorithms.base",
     "Batch": "steps.policy_updates",
+    "Beta": "steps.bounded",
     "Box": "environments.base",
     "CandidateEstimate": "steps.candidates",
     "Categorical": "steps.distributions",
@@ -95,6 +98,7 @@ _HOME = {
     "Solver": "steps.solvers",
     "Step": "environments.base",
     "SweepResult": "sweeps.in_memory",
+    "TanhGaussian": "steps.bounded",
     "TrainState": "training.state",
     "UpdateInfo": "steps.policy_updates",
     "UsageError": "sentences",

@@ -92,10 +92,7 @@ class Config:
         interval="[0, 1e6]",
     )
     cg_damping: float = traced(
-        defaults.CG_DAMPING,
-        "damping λ_d of the Fisher matrix in conjugate gradient",
-        interval="[0, 1e6]",
-        used=fields.TRPO,
+        defaults.CG_DAMPING, "damping λ_d of the Fisher matrix in the solver", interval="[0, 1e6]", used=fields.TRPO
     )
     cg_iterations: int = static(defaults.CG_ITERATIONS, "conjugate-gradient iterations k at most", used=fields.TRPO)
     cg_tolerance: float = traced(
@@ -105,10 +102,7 @@ class Config:
         used=fields.CURVATURE,
     )
     fisher_fraction: float = static(
-        defaults.FISHER_FRACTION,
-        "share of the batch that curvature is estimated from",
-        interval="(0, 1]",
-        used=fields.CURVATURE,
+        defaults.FISHER_FRACTION, "share of the batch for the curvature", interval="(0, 1]", used=fields.CURVATURE
     )
     line_search: str = static(
         "auto",
@@ -118,10 +112,7 @@ class Config:
         used=fields.TRPO,
     )
     line_search_shrink: float = traced(
-        defaults.LINE_SEARCH_SHRINK,
-        "factor α between candidates of the line search",
-        interval="(0, 1)",
-        used=fields.SEARCH,
+        defaults.LINE_SEARCH_SHRINK, "factor α from one candidate to the next", interval="(0, 1)", used=fields.SEARCH
     )
     line_search_steps: int = static(
         defaults.LINE_SEARCH_STEPS, "candidates that the line search tries", used=fields.SEARCH, high=1_000
@@ -186,10 +177,7 @@ class Config:
     )
     value_epochs: int = static(5, "adam: passes over the batch", used=fields.ADAM)
     value_minibatches: int = static(
-        8,
-        "adam: minibatches per pass; must divide num_envs x num_steps",
-        used=fields.ADAM,
-        high=10_000_000,
+        8, "adam: minibatches per pass; must divide num_envs x num_steps", used=fields.ADAM, high=10_000_000
     )
     normalize_advantages: bool = static(
         True,
@@ -247,9 +235,18 @@ class Config:
         False,
         "the value function is a small network on what the policy's last layer sees; nothing below learns from it",
     )
-    state_dependent_std: bool = static(False, "a Gaussian policy's σ depends on the observation")
+    action_distribution: str = static(
+        "gaussian",
+        "of actions in a Box: unbounded, through tanh, or beta; the last two need bounds",
+        choices=("gaussian", "tanh", "beta"),
+        used=fields.OWN_POLICY,
+    )
+    state_dependent_std: bool = static(False, "a Gaussian's σ depends on the observation", used=fields.GAUSSIAN)
     initial_log_std: float = traced(
-        0.0, "log σ of a Gaussian policy at the start, in units of half the action range", interval="[-20, 20]"
+        0.0,
+        "log σ of a Gaussian policy at the start, in units of half the action range; of tanh before it",
+        interval="[-20, 20]",
+        used=fields.GAUSSIAN,
     )
     eval_every: int = static(
         0, "iterations from one evaluation during training to the next; 0: none", interval="[0, 10000000]"

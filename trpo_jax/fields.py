@@ -40,8 +40,10 @@ CURVATURE: Used = (*TRPO, {"value_fit": ("gauss-newton",)})
 GAUSS_NEWTON: Used = ({"value_fit": ("gauss-newton",)},)
 ADAM: Used = ({"value_fit": ("adam",)},)
 OWN_VALUE: Used = ({"value": (None,)},)
-OWN_NETWORK: Used = ({"policy": (None,)}, *OWN_VALUE)
+OWN_POLICY: Used = ({"policy": (None,)},)
+OWN_NETWORK: Used = (*OWN_POLICY, *OWN_VALUE)
 HIDDEN: Used = ({"policy": (None,)}, {"value": (None,), "value_hidden": (AUTO,), "shared_trunk": (False,)})
+GAUSSIAN: Used = ({"action_distribution": ("gaussian", "tanh")},)
 CONVOLUTIONS: Used = tuple({"network": ("auto", "cnn"), **one} for one in OWN_NETWORK)
 
 

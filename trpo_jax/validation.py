@@ -16,6 +16,7 @@ _OF_NETWORKS = (
     "activation",
     "layer_norm",
     "initialisation",
+    "action_distribution",
 )  # one's own have layers of their own
 
 

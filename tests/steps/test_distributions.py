@@ -9,10 +9,12 @@ import scipy.linalg
 import scipy.stats
 from jax.flatten_util import ravel_pytree
 
+from trpo_jax.steps.bounded import Beta, TanhGaussian
 from trpo_jax.steps.distributions import Categorical, DiagonalGaussian, MultiCategorical
 
 BATCH = 4
-KINDS = ("categorical", "gaussian", "shared_log_std", "multi_categorical")
+KINDS = ("categorical", "gaussian", "shared_log_std", "multi_categorical", "tanh", "beta")
+BOUNDS = {"low": (-1.0, 0.0, 2.0), "high": (1.0, 10.0, 2.5)}
 
 
 def make(kind: str, seed: int, batch: tuple[int, ...] = (BATCH,)):
@@ -27,6 +29,10 @@ def make(kind: str, seed: int, batch: tuple[int, ...] = (BATCH,)):
         return DiagonalGaussian(normal(*batch, 3), 0.5 * normal(*batch, 3))
     if kind == "shared_log_std":
         return DiagonalGaussian(normal(*batch, 3), 0.5 * normal(3))
+    if kind == "tanh":
+        return TanhGaussian(DiagonalGaussian(0.5 * normal(*batch, 3), 0.3 * normal(*batch, 3) - 1), **BOUNDS)
+    if kind == "beta":
+        return Beta(*(1 + jnp.exp(normal(2, *batch, 3))), **BOUNDS)
     return MultiCategorical((normal(*batch, 2), normal(*batch, 3), normal(*batch, 4)))
 
 
@@ -198,7 +204,8 @@ def test_shapes(kind, batch):
     assert action.shape == mode.shape == batch + (() if kind == "categorical" else (3,))
     assert jnp.issubdtype(action.dtype, jnp.integer) == ("categorical" in kind)
     assert log_prob.shape == entropy.shape == kl.shape == batch
-    assert np.all(np.asarray(largest) >= np.asarray(log_prob))
+    if kind not in ("tanh", "beta"):  # whose modes may be at bounds
+        assert np.all(np.asarray(largest) >= np.asarray(log_prob))
 
 
 # Sampling

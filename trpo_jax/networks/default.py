@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,6 +16,7 @@ from trpo_jax.networks.modules import CNN, GRU, MLP, Style
 from trpo_jax.networks.recurrent import Network, RecurrentNetwork, lift, lower, with_output
 from trpo_jax.sentences import UsageError
 from trpo_jax.settings import cast
+from trpo_jax.steps.bounded import Beta, TanhGaussian
 from trpo_jax.steps.distributions import Categorical, DiagonalGaussian, MultiCategorical
 from trpo_jax.steps.types import Array, PyTree, Scalar
 
@@ -44,14 +46,15 @@ def make_policy(
     activation: str = AUTO,
     layer_norm: bool = False,
     initialisation: str = "orthogonal",
+    action_distribution: str = "gaussian",
     initial_log_std: Scalar = 0.0,
     state_dependent_std: bool = False,
 ) -> Network:
-    """The default policy for an action space: `Categorical`, `MultiCategorical` or `DiagonalGaussian`.
+    """The default policy for an action space: `Categorical`, `MultiCategorical`, or one of three for a Box.
 
     The last layer is scaled by 0.01, so that the first policy is nearly uniform (discrete) or centred (Box). Mean and
     σ of a Gaussian are in units of half the action range around its centre, so one default suits a box of ±0.1 and
-    one of ±2.
+    one of ±2. α and β of a Beta are 1 + softplus(output), so that it has one mode (Chou et al. 2017).
 
     Args:
       environment: whose spaces and shapes the network fits.
@@ -62,13 +65,21 @@ def make_policy(
       activation: "tanh", "relu", "swish" or "gelu"; "auto": relu in a cnn, else tanh.
       layer_norm: whether what a layer gives is normalised before its activation (Ba et al. 2016).
       initialisation: "orthogonal", with a gain of √2, or "lecun-normal".
-      initial_log_std: log σ of a Gaussian at the start.
+      action_distribution: "gaussian", "tanh" or "beta", of which the last two are between bounds: `DiagonalGaussian`,
+        `TanhGaussian`, `Beta`.
+      initial_log_std: log σ of a Gaussian at the start, of "tanh" that of what tanh is taken of.
       state_dependent_std: whether log σ is an output of the network, and not a parameter of its own.
     """
     space = environment.action_space
     layers = _Layers(network, hidden, channels, activation, layer_norm, initialisation)
+    check_setting("action_distribution", action_distribution)
+    if action_distribution != "gaussian":
+        _check_bounds(environment, action_distribution)
+    if action_distribution == "beta":
+        return lower(_beta_policy(environment, layers))
     if isinstance(space, Box):
-        return lower(_gaussian_policy(environment, layers, initial_log_std, state_dependent_std))
+        make = _gaussian_in_units(space) if action_distribution == "gaussian" else _tanh_between_bounds(space)
+        return lower(_gaussian_policy(environment, layers, make, initial_log_std, state_dependent_std))
     sizes = (space.n,) if isinstance(space, Discrete) else space.n
     body = _body(environment, layers, sum(sizes), 0.01)
 
@@ -179,22 +190,58 @@ def _units(space: Box) -> tuple[np.ndarray, np.ndarray]:
     return ((end + start) / 2).astype(np.float32), ((end - start) / 2).astype(np.float32)
 
 
-def _gaussian_policy(
-    environment: Environment, layers: _Layers, initial_log_std: Scalar, state_dependent_std: bool
-) -> RecurrentNetwork:
+def _check_bounds(environment: Environment, action_distribution: str) -> None:
+    space = environment.action_space
+    if isinstance(space, Box):
+        bounded = (np.abs(space.low) < _UNBOUNDED) & (np.abs(space.high) < _UNBOUNDED) & (space.low < space.high)
+    if not isinstance(space, Box) or not bounded.all():
+        raise UsageError(
+            f"action_distribution={action_distribution} needs a Box of actions with a lower and an upper bound in each "
+            f"dimension; actions of {environment.name} lie in {space}, for which the default serves."
+        )
+
+
+def _beta_policy(environment: Environment, layers: _Layers) -> RecurrentNetwork:
     space: Any = environment.action_space
+    low, high = (tuple(map(float, bound)) for bound in (space.low, space.high))
+
+    def finish(params: PyTree, observation: Array, outputs: Array) -> Beta:
+        alpha, beta = jnp.split(1 + jax.nn.softplus(outputs), 2, axis=-1)
+        return Beta(alpha, beta, low, high)
+
+    return with_output(_body(environment, layers, 2 * space.low.size, 0.01), finish)
+
+
+def _tanh_between_bounds(space: Box) -> Callable[[Array, Array], TanhGaussian]:
+    low, high = (tuple(map(float, bound)) for bound in (space.low, space.high))
+    return lambda mean, log_std: TanhGaussian(DiagonalGaussian(mean, log_std), low, high)
+
+
+def _gaussian_in_units(space: Box) -> Callable[[Array, Array], DiagonalGaussian]:
     centre, half_range = _units(space)
     largest = _LARGEST_LOG_STD + np.log(half_range)
 
     def gaussian(mean: Any, log_std: Any) -> DiagonalGaussian:
         return DiagonalGaussian(jnp.asarray(centre + half_range * mean), log_std + np.log(half_range), largest)
 
+    return gaussian
+
+
+def _gaussian_policy(
+    environment: Environment,
+    layers: _Layers,
+    make: Callable[[Array, Array], Any],
+    initial_log_std: Scalar,
+    state_dependent_std: bool,
+) -> RecurrentNetwork:
+    """A network that gives `make(mean, log_std)`."""
+    space: Any = environment.action_space
     if state_dependent_std:
         body = _body(environment, layers, 2 * space.low.size, 0.01)
 
-        def both(params: PyTree, observation: Array, outputs: Array) -> DiagonalGaussian:
+        def both(params: PyTree, observation: Array, outputs: Array) -> Any:
             mean, log_std = jnp.split(outputs, 2, axis=-1)
-            return gaussian(mean, log_std + initial_log_std)
+            return make(mean, log_std + initial_log_std)
 
         return with_output(body, both)
     body = _body(environment, layers, space.low.size, 0.01)
@@ -206,7 +253,7 @@ def _gaussian_policy(
         }
 
     mean = _on_part(body, "mean", init)
-    return with_output(mean, lambda params, observation, output: gaussian(output, params["log_std"]))
+    return with_output(mean, lambda params, observation, output: make(output, params["log_std"]))
 
 
 def _on_part(network: RecurrentNetwork, name: str, init: Callable[[Array, Array], PyTree]) -> RecurrentNetwork:

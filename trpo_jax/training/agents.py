@@ -78,6 +78,7 @@ def _make_networks(config: Config, environment: Environment) -> tuple[Network, N
     policy = config.policy or make_policy(
         environment,
         hidden=config.hidden,
+        action_distribution=config.action_distribution,
         initial_log_std=config.initial_log_std,
         state_dependent_std=config.state_dependent_std,
         **layers,
