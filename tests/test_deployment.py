@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import re
 import runpy
 import struct
@@ -373,15 +372,3 @@ def test_a_missing_sink_is_named_with_its_mend(name, monkeypatch, capsys, tmp_pa
     monkeypatch.setitem(sys.modules, {"tensorboard": "tensorboardX", "wandb": "wandb"}[name], None)
     assert main(["train", "--output", str(tmp_path / "run"), "--num-iterations", "1", "--log", name]) == 2
     assert f"pip install '.[{name}]'" in capsys.readouterr().err
-
-
-def test_wandb_is_fed_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="needs the extra wandb")
-    from trpo_jax.runs.sinks import open_sink
-
-    monkeypatch.setitem(os.environ, "WANDB_MODE", "offline")
-    sink, close = open_sink("wandb", tmp_path, {"gamma": 0.9})
-    sink(0, 2048, {"episode_return": 3.0, "penalty": float("nan")})
-    close()
-    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
-    assert (tmp_path / "wandb_id").read_text()

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from trpo_jax.networks.recurrent import Network as Network
     from trpo_jax.presets import Preset as Preset
     from trpo_jax.presets import load_preset as load_preset
+    from trpo_jax.runs.folders import continue_run as continue_run
+    from trpo_jax.runs.folders import create_run as create_run
+    from trpo_jax.runs.folders import open_run as open_run
+    from trpo_jax.runs.sinks import open_sink as open_sink
     from trpo_jax.sentences import UsageError as UsageError
     from trpo_jax.steps.advantages import gae as gae
     from trpo_jax.steps.advantages import parallel_gae as parallel_gae
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
     from trpo_jax.steps.trust_region import trpo_update as trpo_update
     from trpo_jax.steps.values import fit_value_function as fit_value_function
     from trpo_jax.steps.values import gauss_newton_fit as gauss_newton_fit
+    from trpo_jax.sweeps.in_folder import run_sweep as run_sweep
     from trpo_jax.sweeps.in_memory import SweepResult as SweepResult
     from trpo_jax.sweeps.in_memory import sweep as sweep
     from trpo_jax.sweeps.iqm import interquartile_mean as interquartile_mean
@@ -109,6 +114,8 @@ _HOME = {
     "check_environment": "environments.contract",
     "clipped_objective": "steps.first_order",
     "conjugate_gradient": "steps.solvers",
+    "continue_run": "runs.folders",
+    "create_run": "runs.folders",
     "estimate_candidate": "steps.candidates",
     "evaluate": "training.evaluation",
     "first_order_update": "steps.first_order",
@@ -130,11 +137,14 @@ _HOME = {
     "maximum_kl": "steps.objectives",
     "mean_kl": "steps.objectives",
     "natural_gradient": "steps.trust_region",
+    "open_run": "runs.folders",
+    "open_sink": "runs.sinks",
     "parallel_gae": "steps.advantages",
     "parallel_line_search": "steps.line_searches",
     "penalized_objective": "steps.first_order",
     "repeat_actions": "environments.wrappers",
     "reverse_kl": "steps.objectives",
+    "run_sweep": "sweeps.in_folder",
     "save": "training.checkpoints",
     "shard_environments": "sweeps.placement",
     "stack_frames": "environments.wrappers",

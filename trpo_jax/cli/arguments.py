@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from trpo_jax import __version__
 from trpo_jax.config import Config
@@ -17,6 +18,9 @@ from trpo_jax.files import say
 from trpo_jax.sentences import UsageError, check_limits
 from trpo_jax.settings import SETTINGS, TOTAL_STEPS, with_length
 from trpo_jax.validation import without_effect
+
+if TYPE_CHECKING:
+    from trpo_jax.runs.sinks import OpenSink
 
 _BENCHMARK = {"num_envs": 64}  # what `benchmark` has other than `Config`
 
@@ -134,6 +138,7 @@ def _add_sweep_commands(commands: Any) -> None:
     sweep.add_argument(
         "--num-devices", type=_whole, help="CPU only: devices to make of its cores (default: one per core)"
     )
+    _add_sinks(sweep)
     sweep.add_argument("--coordinator", help="host:port of process 0, which connects several hosts")
     sweep.add_argument("--num-processes", type=_whole, help="processes that share the sweep and its folder")
     sweep.add_argument("--process-id", type=_whole, help="which of them this is, from 0")
@@ -155,8 +160,20 @@ def _add_sinks(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         choices=("tensorboard", "wandb"),
-        help="log metrics here, too, beside metrics.csv; may be repeated",
+        help="log metrics here, too, beside the files of the folder; may be repeated",
     )
+    parser.add_argument("--wandb-project", help="W&B's project (default: trpo_jax)")
+    parser.add_argument("--wandb-name", help="W&B's group, of one run per seed (default: the name of the folder)")
+
+
+def opener_of(namespace: argparse.Namespace, folder: Path) -> Callable[[str, Mapping[str, Any]], list[OpenSink]]:
+    """What opens the sinks of --log for a part of a folder's agents, with their settings."""
+    from trpo_jax.runs.sinks import open_sink
+
+    wandb = {name: getattr(namespace, name) for name in ("wandb_project", "wandb_name") if getattr(namespace, name)}
+    if wandb and "wandb" not in namespace.log:
+        raise UsageError(f"--{next(iter(wandb)).replace('_', '-')} has no effect without --log wandb; add that.")
+    return lambda part, settings: [open_sink(name, folder, settings, part=part, **wandb) for name in namespace.log]
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trpo_jax.cli.arguments import config_of, tell_idle
+from trpo_jax.cli.arguments import config_of, opener_of, tell_idle
 from trpo_jax.cli.startup import start_quickly
 from trpo_jax.config import Config
 from trpo_jax.files import command, say, write_atomically
@@ -41,9 +41,7 @@ def train(namespace: argparse.Namespace) -> int:
             )
     tell_idle(file, [config], namespace.config)
     output = namespace.output or f"runs/{config.env}"
-    return _continue(
-        create_run(output, config, namespace.seed, namespace.num_seeds, namespace.keep_every), namespace.log
-    )
+    return _continue(create_run(output, config, namespace.seed, namespace.num_seeds, namespace.keep_every), namespace)
 
 
 def _settings_from(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -62,7 +60,7 @@ def _over_preset(namespace: argparse.Namespace, file: Mapping[str, Any]) -> Mapp
 def resume(namespace: argparse.Namespace) -> int:
     """Continue a run that was interrupted."""
     start_quickly()
-    return _continue(_run_of(namespace), namespace.log)
+    return _continue(_run_of(namespace), namespace)
 
 
 def _run_of(namespace: argparse.Namespace) -> Run:
@@ -77,15 +75,14 @@ def _run_of(namespace: argparse.Namespace) -> Run:
     return run
 
 
-def _continue(run: Run, sinks: Sequence[str]) -> int:
+def _continue(run: Run, namespace: argparse.Namespace) -> int:
     from trpo_jax.cli.displays import LiveLine, make_console, print_best, run_status
     from trpo_jax.runs.evaluations import judge_best
     from trpo_jax.runs.folders import continue_run
     from trpo_jax.runs.learning_curve import plot_learning_curve
     from trpo_jax.runs.metrics import failures
-    from trpo_jax.runs.sinks import open_sink
 
-    opened = [open_sink(name, run.path, run.description) for name in sinks]
+    opened = opener_of(namespace, run.path)("", run.description)
     console, config = make_console(expendable=True), run.config
     steps = counted(config.num_iterations * config.steps_per_iteration, "step")
     radius = "" if without_effect(config, "max_kl") else f", δ = {config.max_kl:g}"

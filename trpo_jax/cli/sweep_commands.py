@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from trpo_jax.cli.arguments import tell_idle
+from trpo_jax.cli.arguments import opener_of, tell_idle
 from trpo_jax.cli.startup import start_quickly, use_every_core
 from trpo_jax.files import command
 from trpo_jax.sentences import counted
@@ -43,6 +43,9 @@ def sweep(namespace: argparse.Namespace) -> int:
         f"{counted(len(points) * spec.num_seeds, 'agent')}, {counted(len(groups), 'program')}{where}. Compiling …",
         soft_wrap=True,
     )
+    open_sinks = opener_of(namespace, output)
+    for _, close in open_sinks("", {}):  # a package that is missing shows before anything is trained
+        close()
     with LiveLine(console, 1.0, seconds=5) as line:
         ending = run_sweep(
             output,
@@ -51,6 +54,7 @@ def sweep(namespace: argparse.Namespace) -> int:
             checkpoint_seconds=namespace.checkpoint_seconds,
             most_agents=namespace.agents_per_device,
             report=lambda progress: line.show(progress.clock.done / progress.clock.total, sweep_status(progress)),
+            open_sinks=open_sinks,
         )
     if ending == "complete":
         return _show_report(output, expendable=True)

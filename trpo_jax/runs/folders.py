@@ -169,14 +169,17 @@ def chosen_state(run: Run, which: str) -> TrainState | None:
     return jax.tree.map(jnp.asarray, run.checkpoints.at(int(which), run.config).state)
 
 
-def continue_run(run: Run, report: Callable[[Progress], None], sinks: Sequence[Sink] = ()) -> bool:
+def continue_run(
+    run: Run, report: Callable[[Progress], bool | None] = lambda progress: None, sinks: Sequence[Sink] = ()
+) -> bool:
     """Train from the newest checkpoint to the end.
 
     Ctrl-C (or SIGTERM) ends the training after the current chunk; a second one ends it at once.
 
     Args:
       run: the run.
-      report: called after each chunk.
+      report: called after each chunk, when its rows and its checkpoint are on the disk; if it returns False, the
+        training ends there, and can be continued.
       sinks: where the metrics go beside metrics.csv.
 
     Returns:
@@ -209,8 +212,8 @@ def continue_run(run: Run, report: Callable[[Progress], None], sinks: Sequence[S
                 checkpoints.save(chunk.states, chunk.done, rows=file.note, **judge.note)
                 clock.count(steps * chunk.length)
                 means = {name: last_mean(values) for name, values in metrics.items()}
-                report(Progress(chunk.done, means, clock, float(judge.newest.mean())))
-                return not interrupted() and not judge.stopped.all()
+                going = report(Progress(chunk.done, means, clock, float(judge.newest.mean()))) is not False
+                return going and not interrupted() and not judge.stopped.all()
 
             ends = run.config.eval_every, run.keep_every
             done = advance(program, run.config, states, done, until, on_chunk, ends=ends)

@@ -19,22 +19,39 @@ Sink = Callable[[int, int, Mapping[str, float]], None]
 Nothing is written before the first call."""
 
 
-def open_sink(name: str, folder: Path, settings: Mapping[str, Any]) -> tuple[Sink, Callable[[], None]]:
+OpenSink = tuple[Sink, Callable[[], None]]
+"""A sink and the function that closes it."""
+
+
+def open_sink(
+    name: str,
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    part: str = "",
+    wandb_project: str = "trpo_jax",
+    wandb_name: str | None = None,
+) -> OpenSink:
     """A sink and the function that closes it.
 
     Args:
-      name: "tensorboard" writes event files under `folder`/tensorboard, one run per seed; "wandb" logs to the project
-        trpo_jax (W&B's own environment variables choose another, or WANDB_MODE=offline).
-      folder: the folder of the run.
+      name: "tensorboard" writes event files under `folder`/tensorboard, one run per seed; "wandb" logs to Weights &
+        Biases, one run per seed in a group (W&B's own environment variables apply, such as WANDB_MODE=offline).
+      folder: the folder of the run or the sweep.
       settings: what decides the results, for the record.
+      part: of a sweep, the name of the point, such as "point_3".
+      wandb_project: the project there.
+      wandb_name: the name of the group; None: that of the folder.
 
     Raises:
       UsageError: if the package is missing.
     """
-    return {"tensorboard": _tensorboard, "wandb": _wandb}[name](folder, settings)
+    if name == "tensorboard":
+        return _tensorboard(folder / "tensorboard" / part, settings)
+    return _wandb(folder, settings, part, wandb_project, wandb_name or folder.resolve().name)
 
 
-def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> tuple[Sink, Callable[[], None]]:
+def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> OpenSink:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
@@ -44,7 +61,7 @@ def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> tuple[Sink, Calla
     def write(seed: int, env_steps: int, metrics: Mapping[str, float]) -> None:
         try:
             if seed not in writers:
-                writers[seed] = SummaryWriter(str(folder / "tensorboard" / f"seed_{seed}"))
+                writers[seed] = SummaryWriter(str(folder / f"seed_{seed}"))
                 text = "\n".join(f"    {name} = {value}" for name, value in settings.items())
                 writers[seed].add_text("settings", text)
             # It writes in a thread, whose end it does not notice: it would wait for it for ever.
@@ -52,8 +69,8 @@ def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> tuple[Sink, Calla
                 raise OSError("its file cannot be written any more")
         except OSError as error:
             raise UsageError(
-                f"cannot write into {folder / 'tensorboard'}: {error.strerror or error}; what is done is safe, and "
-                "`trpo-jax resume` continues when it can be written to."
+                f"cannot write into {folder}: {error.strerror or error}; what is done is safe, and the run can be "
+                "continued when it can be written to."
             ) from error
         for name, value in metrics.items():
             if not math.isnan(value):
@@ -67,14 +84,14 @@ def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> tuple[Sink, Calla
     return write, close
 
 
-def _wandb(folder: Path, settings: Mapping[str, Any]) -> tuple[Sink, Callable[[], None]]:
+def _wandb(folder: Path, settings: Mapping[str, Any], part: str, project: str, group: str) -> OpenSink:
     try:
         import wandb
     except ImportError:
         raise UsageError("--log wandb needs wandb; pip install '.[wandb]'.") from None
-    started: list[Any] = []
+    runs: dict[int, Any] = {}
 
-    def start() -> Any:
+    def start(seed: int) -> Any:
         """Begin at the first row: until then another process may be at work on the folder."""
         # The id belongs to the folder, so that a run that is continued goes on there too.
         file = folder / "wandb_id"
@@ -82,20 +99,28 @@ def _wandb(folder: Path, settings: Mapping[str, Any]) -> tuple[Sink, Callable[[]
         if not re.fullmatch("[0-9a-f]{8}", name):
             name = secrets.token_hex(4)
             write_atomically(file, name)
+        which = [part, f"seed_{seed}"] if part else [f"seed_{seed}"]
         run = wandb.init(
-            project="trpo_jax", name=folder.name, id=name, resume="allow", dir=str(folder), config=dict(settings)
+            project=project,
+            group=group,
+            name="-".join((group, *which)),
+            id="-".join((name, *which)),
+            resume="allow",
+            reinit="create_new",  # several are open at a time
+            dir=str(folder),
+            config={**settings, "seed": seed},
         )
         run.define_metric("*", step_metric="env_steps")
         return run
 
     def write(seed: int, env_steps: int, metrics: Mapping[str, float]) -> None:
-        if not started:
-            started.append(start())
-        row = {f"seed {seed}/{name}": value for name, value in metrics.items() if not math.isnan(value)}
-        started[0].log({"env_steps": env_steps, **row})
+        if seed not in runs:
+            runs[seed] = start(seed)
+        row = {name: value for name, value in metrics.items() if not math.isnan(value)}
+        runs[seed].log({"env_steps": env_steps, **row})
 
     def close() -> None:
-        for run in started:
+        for run in runs.values():
             run.finish()
 
     return write, close

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -14,9 +15,11 @@ import numpy as np
 from trpo_jax.config import Config
 from trpo_jax.files import say
 from trpo_jax.runs.descriptions import made_by
+from trpo_jax.runs.metrics import METRICS, rows_of
 from trpo_jax.runs.runner import Clock, interrupts
+from trpo_jax.runs.sinks import OpenSink, Sink
 from trpo_jax.sentences import UsageError, counted
-from trpo_jax.settings import setting_names, value_of
+from trpo_jax.settings import setting_names, settings_of, value_of
 from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, stopped_iteration, training_return
 from trpo_jax.sweeps.grids import Group, Point, Spec, plan
 from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs
@@ -42,7 +45,8 @@ def run_sweep(
     process: tuple[int, int] = (0, 1),
     checkpoint_seconds: float = 60.0,
     most_agents: int | None = None,
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[Progress], bool | None] = lambda progress: None,
+    open_sinks: Callable[[str, Mapping[str, Any]], Sequence[OpenSink]] = lambda part, settings: (),
 ) -> Literal["complete", "interrupted", "shared"]:
     """Run a sweep in a folder, or continue the one that is there, to its end.
 
@@ -52,11 +56,13 @@ def run_sweep(
       process: this process's number and how many there are; block b is done by process b mod the second.
       checkpoint_seconds: a block at work is saved so often.
       most_agents: agents a device takes in one program at most; None: as many as serve.
-      report: called after every chunk of iterations.
+      report: called after every chunk of iterations; if it returns False, the sweep is interrupted there.
+      open_sinks: `open_sinks(part, settings)`, called for each point of a finished block with its name, such as
+        "point_3", and its settings, gives where its agents' metrics go, too, and how that is closed.
 
     Returns:
-      How it ended: "complete" where all blocks of all processes are finished, "interrupted" by Ctrl-C or SIGTERM, or
-      "shared" where this process is done and others are not.
+      How it ended: "complete" where all blocks of all processes are finished, "interrupted" by Ctrl-C, SIGTERM or the
+      report, or "shared" where this process is done and others are not.
 
     Raises:
       UsageError: if the spec, the folder or a file in it cannot be used; what is finished stays as it is.
@@ -66,10 +72,11 @@ def run_sweep(
     with folder.locked(process[0]), interrupts() as interrupted:
         folder.describe(dataclasses.asdict(spec), made_by())
         clock = Clock(sum(group.num_agents * group.steps_per_agent for group in groups) / process[1])
-        work = _Work(folder, spec, points, groups, process, checkpoint_seconds, most_agents, clock, interrupted, report)
+        size = checkpoint_seconds, most_agents
+        work = _Work(folder, spec, points, groups, process, *size, clock, interrupted, report, open_sinks)
         for number in range(len(groups)):
             work.train_group(number)
-            if interrupted():
+            if work.stopped:
                 return "interrupted"
     numbers = range(len(groups))
     complete = all(folder.is_finished(block) for number in numbers for block in work.blocks(number))
@@ -89,8 +96,15 @@ class _Work:
     most_agents: int | None
     clock: Clock
     interrupted: Callable[[], bool]
-    report: Callable[[Progress], None]
+    report: Callable[[Progress], bool | None]
+    open_sinks: Callable[[str, Mapping[str, Any]], Sequence[OpenSink]]
     rounding_checked: bool = False
+    ended: bool = False  # by the report
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the sweep is to end before all is done."""
+        return self.ended or self.interrupted()
 
     def blocks(self, number: int) -> list[Block]:
         """All blocks of a group, once its program is settled."""
@@ -115,7 +129,7 @@ class _Work:
         self.clock.start()
         found = {block: self.folder.restore(block, programs.states, group.configs[0].eval_every) for block in pending}
         snapshots = {block: snapshot for block, snapshot in found.items() if snapshot}
-        while pending and not self.interrupted():
+        while pending and not self.stopped:
             # Blocks that stand at one iteration run together, the furthest first.
             stands = {block: snapshots[block].done if block in snapshots else 0 for block in pending}
             most = max(stands.values())
@@ -160,8 +174,9 @@ class _Work:
         def on_chunk(length: int) -> bool:
             nonlocal saved
             self.clock.count(steps * length)
-            self.report(Progress(at, blocks, num_blocks, cohort.done, group.num_iterations, self.clock))
-            stop, late = self.interrupted(), time.monotonic() - saved >= self.checkpoint_seconds
+            progress = Progress(at, blocks, num_blocks, cohort.done, group.num_iterations, self.clock)
+            self.ended |= self.report(progress) is False
+            stop, late = self.stopped, time.monotonic() - saved >= self.checkpoint_seconds
             if (stop or late) and cohort.done < group.num_iterations:
                 snapshot = cohort.snapshot()
                 for block, where in zip(blocks, slices, strict=True):
@@ -177,7 +192,22 @@ class _Work:
             stopped_at = stopped_iteration(cohort.eval_return, group.configs[0])
             outcome |= {"eval_return": cohort.eval_return, "stopped_at": np.ma.masked_equal(stopped_at, 0)}
         for block, where in zip(blocks, slices, strict=True):
-            self.folder.write_results(block, self._columns(block, {name: v[where] for name, v in outcome.items()}))
+            mine = {name: values[where] for name, values in outcome.items()}
+            self.folder.write_results(block, self._columns(block, mine))
+            self._feed_sinks(block, mine)
+
+    def _feed_sinks(self, block: Block, outcome: Mapping[str, np.ndarray]) -> None:
+        """Give the metrics of a finished block's agents to the sinks of their points."""
+        group, seeds = self.groups[block.group], self.spec.num_seeds
+        for number in range(block.first // seeds, -(-block.last // seeds)):
+            point = group.points[number]
+            config = self.points[point].config
+            first, last = max(block.first, number * seeds), min(block.last, (number + 1) * seeds)
+            mine = {name: values[first - block.first : last - block.first] for name, values in outcome.items()}
+            with contextlib.ExitStack() as opened:
+                for sink, close in self.open_sinks(f"point_{point}", settings_of(config)):
+                    opened.callback(close)
+                    _feed(sink, mine, config, self.spec.seed + first % seeds)
 
     def _columns(self, block: Block, outcome: dict[str, np.ndarray]) -> dict[str, Any]:
         """A block's rows as the columns of its Parquet file."""
@@ -200,6 +230,16 @@ class _Work:
         kinds = {type(value_of(point.config, name)) for point in self.points} - {type(None)}
         values = [value_of(config, name) for config in configs]
         return values if len(kinds) < 2 or kinds == {int, float} else [None if v is None else str(v) for v in values]
+
+
+def _feed(sink: Sink, outcome: Mapping[str, np.ndarray], config: Config, seed: int) -> None:
+    """Give a sink all metrics and evaluations of agents of one point, the first of which has this seed."""
+    steps, metrics = config.steps_per_iteration, {name: outcome[name] for name in METRICS}
+    for _, env_steps, agent, values in rows_of(metrics, config.num_iterations, steps, seed):
+        sink(agent, env_steps, values)
+    for i, means in enumerate(outcome.get("eval_return", ())):
+        for k, mean in enumerate(means, 1):
+            sink(seed + i, k * config.eval_every * steps, {"evaluation/mean": float(mean)})
 
 
 def _check_rounding(folder: Folder) -> None:
