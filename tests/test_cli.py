@@ -23,7 +23,7 @@ from trpo_jax.cli import main
 from trpo_jax.cli.arguments import config_of, make_parser
 from trpo_jax.cli.displays import LiveLine, run_status
 from trpo_jax.fields import as_text
-from trpo_jax.runs.folders import Progress
+from trpo_jax.runs.continuing import Progress
 from trpo_jax.runs.runner import Clock
 from trpo_jax.settings import checked_settings
 from trpo_jax.training.loop import init

@@ -11,8 +11,9 @@ import pytest
 
 from trpo_jax.cli import main
 from trpo_jax.runs import runner
+from trpo_jax.runs.continuing import continue_run
 from trpo_jax.runs.descriptions import write_table
-from trpo_jax.runs.folders import continue_run, open_run
+from trpo_jax.runs.folders import open_run
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.sweeps.cohorts import Snapshot
 from trpo_jax.sweeps.grids import read_spec

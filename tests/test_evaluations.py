@@ -8,8 +8,9 @@ import pytest
 
 from trpo_jax import Config, UsageError, load, train
 from trpo_jax.cli import main
+from trpo_jax.runs.continuing import continue_run
 from trpo_jax.runs.evaluations import best_states, judge_best, read_evaluations
-from trpo_jax.runs.folders import chosen_state, continue_run, create_run, newest_state, open_run
+from trpo_jax.runs.folders import chosen_state, create_run, newest_state, open_run
 from trpo_jax.runs.learning_curve import plot_learning_curve
 from trpo_jax.runs.metrics import read_metrics
 from trpo_jax.training.evaluation import judge

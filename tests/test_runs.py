@@ -14,8 +14,9 @@ import pytest
 from trpo_jax import Config, Metrics, UsageError, train
 from trpo_jax.cli import main
 from trpo_jax.files import locked
+from trpo_jax.runs.continuing import continue_run
 from trpo_jax.runs.descriptions import write_table
-from trpo_jax.runs.folders import continue_run, create_run, newest_state, open_run
+from trpo_jax.runs.folders import create_run, newest_state, open_run
 from trpo_jax.runs.learning_curve import plot_learning_curve
 from trpo_jax.runs.metrics import METRICS, failures, read_metrics
 from trpo_jax.runs.runner import CAPACITY, Clock, advance

@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from trpo_jax.networks.recurrent import Network as Network
     from trpo_jax.presets import Preset as Preset
     from trpo_jax.presets import load_preset as load_preset
-    from trpo_jax.runs.folders import continue_run as continue_run
+    from trpo_jax.runs.continuing import continue_run as continue_run
     from trpo_jax.runs.folders import create_run as create_run
+    from trpo_jax.runs.folders import extend_run as extend_run
+    from trpo_jax.runs.folders import load_run as load_run
     from trpo_jax.runs.folders import open_run as open_run
     from trpo_jax.runs.sinks import open_sink as open_sink
     from trpo_jax.sentences import UsageError as UsageError
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
     from trpo_jax.training.loop import train_step as train_step
     from trpo_jax.training.state import Metrics as Metrics
     from trpo_jax.training.state import TrainState as TrainState
+    from trpo_jax.training.warm_start import warm_start as warm_start
     from trpo_jax.validation import validate as validate
 
 __version__ = "0.1.0"
@@ -114,11 +117,12 @@ _HOME = {
     "check_environment": "environments.contract",
     "clipped_objective": "steps.first_order",
     "conjugate_gradient": "steps.solvers",
-    "continue_run": "runs.folders",
+    "continue_run": "runs.continuing",
     "create_run": "runs.folders",
     "estimate_candidate": "steps.candidates",
     "evaluate": "training.evaluation",
     "first_order_update": "steps.first_order",
+    "extend_run": "runs.folders",
     "fisher_vector_product": "steps.curvature",
     "fit_value_function": "steps.values",
     "flatten_observations": "environments.wrappers",
@@ -130,6 +134,7 @@ _HOME = {
     "interquartile_mean": "sweeps.iqm",
     "limit_steps": "environments.wrappers",
     "load": "training.checkpoints",
+    "load_run": "runs.folders",
     "load_preset": "presets",
     "make_environment": "environments.make",
     "make_policy": "networks.default",
@@ -155,6 +160,7 @@ _HOME = {
     "train_step": "training.loop",
     "trpo_update": "steps.trust_region",
     "validate": "validation",
+    "warm_start": "training.warm_start",
 }
 
 __all__ = sorted(_HOME)

@@ -18,7 +18,8 @@ from trpo_jax.cli import main
 from trpo_jax.environments import gymnasium as adapter
 from trpo_jax.environments import host, make
 from trpo_jax.environments.base import MultiDiscrete
-from trpo_jax.runs.folders import continue_run, create_run
+from trpo_jax.runs.continuing import continue_run
+from trpo_jax.runs.folders import create_run
 
 pytestmark = pytest.mark.filterwarnings("default")
 

@@ -9,15 +9,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-from trpo_jax.cli import commands, sweep_commands
+from trpo_jax.cli import commands, sweep_commands, train_commands
 from trpo_jax.cli.arguments import check_arguments, flags_of, make_parser
 from trpo_jax.files import drop_output, say
 from trpo_jax.sentences import UsageError, first_line, nearest, shown
 
 _COMMANDS = {
-    "train": commands.train,
+    "train": train_commands.train,
     "evaluate": commands.evaluate,
-    "resume": commands.resume,
+    "resume": train_commands.resume,
     "play": commands.play,
     "export": commands.export,
     "sweep": sweep_commands.sweep,

@@ -68,6 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--total-steps", type=_whole, help="environment steps per agent at most, instead of --num-iterations"
     )
     train.number("--keep-every", 0, "keep the checkpoint of every so many iterations; 0: of the newest two alone")
+    train.add_argument(
+        "--init-from", metavar="RUN", help="folder of a run whose trained networks the agents start from"
+    )
     _add_sinks(train)
     _add_settings(train)
 
@@ -105,6 +108,9 @@ def _add_run_commands(commands: Any) -> None:
 
     resume = commands.add_parser("resume", help="continue a run that was interrupted")
     resume.add_argument("path", help="folder of the run")
+    resume.add_argument(
+        "--total-steps", type=_whole, help="make the run, finished or not, as long as so many steps per agent"
+    )
     _add_env(resume)
     _add_sinks(resume)
 

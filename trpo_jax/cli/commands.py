@@ -3,67 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trpo_jax.cli.arguments import config_of, opener_of, tell_idle
+from trpo_jax.cli.arguments import config_of
 from trpo_jax.cli.startup import start_quickly
-from trpo_jax.config import Config
-from trpo_jax.files import command, say, write_atomically
-from trpo_jax.presets import available_presets, changed, load_preset, preset_of, with_preset
+from trpo_jax.files import command, write_atomically
+from trpo_jax.presets import available_presets, load_preset
 from trpo_jax.sentences import UsageError, counted, shown
-from trpo_jax.settings import read_toml
-from trpo_jax.validation import validate, without_effect
 
 if TYPE_CHECKING:
-    from trpo_jax.runs.folders import Progress, Run
+    from trpo_jax.runs.folders import Run
     from trpo_jax.training.state import TrainState
 
 
-def train(namespace: argparse.Namespace) -> int:
-    """Train agents in a new folder, or continue with the same ones in theirs."""
-    file = _settings_from(namespace)
-    config = config_of(namespace, _over_preset(namespace, file))
-    validate(config)
-    start_quickly()
-    from trpo_jax.environments.base import Box
-    from trpo_jax.environments.make import settle
-    from trpo_jax.runs.folders import create_run
-    from trpo_jax.training.agents import make_agent
-
-    config = settle(config)
-    for name in ("initial_log_std", "state_dependent_std"):
-        if getattr(namespace, name) and not isinstance(make_agent(config).environment.action_space, Box):
-            raise UsageError(
-                f"{name} sets σ of a Gaussian policy, but {config.env} has discrete actions; leave it out."
-            )
-    tell_idle(file, [config], namespace.config)
-    output = namespace.output or f"runs/{config.env}"
-    return _continue(create_run(output, config, namespace.seed, namespace.num_seeds, namespace.keep_every), namespace)
-
-
-def _settings_from(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The settings in the TOML file of --config; none without it."""
-    return with_preset(read_toml(namespace.config), namespace.config) if namespace.config else {}
-
-
-def _over_preset(namespace: argparse.Namespace, file: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of a file over those of the preset that --preset names, or that names the environment."""
-    if namespace.preset is None:
-        return file
-    env = namespace.env or file.get("env", Config.env)
-    return changed(load_preset(namespace.preset) if namespace.preset else preset_of(env), file, env)
-
-
-def resume(namespace: argparse.Namespace) -> int:
-    """Continue a run that was interrupted."""
-    start_quickly()
-    return _continue(_run_of(namespace), namespace)
-
-
-def _run_of(namespace: argparse.Namespace) -> Run:
+def run_of(namespace: argparse.Namespace) -> Run:
     """The run in the folder that a command was given; --env may name its environment again."""
     from trpo_jax.runs.folders import open_run
 
@@ -73,59 +27,6 @@ def _run_of(namespace: argparse.Namespace) -> Run:
             f"env={shown(namespace.env)} is not what {run.path} was trained on, {run.config.env}; leave out --env."
         )
     return run
-
-
-def _continue(run: Run, namespace: argparse.Namespace) -> int:
-    from trpo_jax.cli.displays import LiveLine, make_console, print_best, run_status
-    from trpo_jax.runs.evaluations import judge_best
-    from trpo_jax.runs.folders import continue_run
-    from trpo_jax.runs.learning_curve import plot_learning_curve
-    from trpo_jax.runs.metrics import failures
-
-    opened = opener_of(namespace, run.path)("", run.description)
-    console, config = make_console(expendable=True), run.config
-    steps = counted(config.num_iterations * config.steps_per_iteration, "step")
-    radius = "" if without_effect(config, "max_kl") else f", δ = {config.max_kl:g}"
-    console.print(
-        f"{config.env}: {counted(run.num_seeds, 'agent')}, {counted(config.num_iterations, 'iteration')} of "
-        f"{config.num_envs} x {config.num_steps} steps ({steps} per agent), "
-        f"{config.update}{radius}. Compiling …",
-        soft_wrap=True,
-    )
-    last: Progress | None = None
-    with LiveLine(console, config.num_iterations, seconds=1) as line:
-
-        def show(progress: Progress) -> None:
-            nonlocal last
-            last = progress
-            line.show(progress.iteration, run_status(progress, config))
-
-        try:
-            complete = continue_run(run, show, [sink for sink, _ in opened])
-        finally:
-            for _, close in opened:
-                close()
-    plot = plot_learning_curve(run)
-    failed = failures(run.path)
-    if last is not None:
-        of = counted(config.num_iterations, "iteration")
-        console.print(f"{last.iteration} of {of} done; trained for {last.clock.seconds:.1f} s.")
-    elif complete:
-        console.print("Every iteration is done already.")
-    console.print(f"Learning curve: {plot}", soft_wrap=True)
-    if config.eval_every and complete:
-        print_best(console, judge_best(run), config.eval_episodes)
-    if last is not None and math.isnan(last.metrics["episode_return"]):
-        console.print("No episode has ended, so the learning curve is empty; more steps may show one.")
-    if failed:
-        met = ", ".join(f"seed {seed} at iteration {iteration}" for seed, iteration in list(failed.items())[:8])
-        more = f", and {len(failed) - 8} more" if len(failed) > 8 else ""
-        say(f"numbers that were not finite: {met}{more}; such an update is rejected, and the policy stays as it was.")
-    if not complete:
-        console.print(f"Stopped; {command('resume', run.path, env=config.env)} continues.", soft_wrap=True)
-        return 130
-    console.print(f"Next: {command('evaluate', run.path, env=config.env)}", soft_wrap=True)
-    return 1 if failed else 0
 
 
 def evaluate(namespace: argparse.Namespace) -> int:
@@ -140,7 +41,7 @@ def evaluate(namespace: argparse.Namespace) -> int:
     from trpo_jax.training import evaluation
     from trpo_jax.training.memory import check_episodes, free_memory
 
-    run = _run_of(namespace)
+    run = run_of(namespace)
     state = _state_of(run, namespace.checkpoint)
     check_episodes(run.config, run.num_seeds, namespace.num_episodes, free_memory(jax.local_devices()[:1]))
     run_episodes = functools.partial(
@@ -186,7 +87,7 @@ def _agent_of(namespace: argparse.Namespace) -> tuple[Run, TrainState]:
     start_quickly()
     import jax
 
-    run = _run_of(namespace)
+    run = run_of(namespace)
     if not 0 <= namespace.agent < run.num_seeds:
         raise UsageError(f"agent must lie in 0 … {run.num_seeds - 1} for this run, got {namespace.agent}.")
     return run, jax.tree.map(lambda leaf: leaf[namespace.agent], _state_of(run, namespace.checkpoint))

@@ -18,8 +18,8 @@ from trpo_jax.files import drop_output, say
 from trpo_jax.sentences import counted
 
 if TYPE_CHECKING:
+    from trpo_jax.runs.continuing import Progress as RunProgress
     from trpo_jax.runs.evaluations import Best
-    from trpo_jax.runs.folders import Progress as RunProgress
     from trpo_jax.runs.runner import Clock
     from trpo_jax.sweeps.dry_run import Outline
     from trpo_jax.sweeps.in_folder import Progress as SweepProgress

@@ -23,6 +23,11 @@ OpenSink = tuple[Sink, Callable[[], None]]
 """A sink and the function that closes it."""
 
 
+def is_fed(name: str, folder: Path) -> bool:
+    """Whether a sink of this name has got rows of a folder before."""
+    return (folder / {"tensorboard": "tensorboard", "wandb": "wandb_id"}[name]).exists()
+
+
 def open_sink(
     name: str,
     folder: Path,

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -149,6 +150,15 @@ def _example(folder: Path) -> str:
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     """The leaves of a pytree, each with its path as a name."""
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def checksum(tree: PyTree) -> str:
+    """The CRC-32 of all bits of a pytree of arrays."""
+    found = 0
+    for name, leaf in named_leaves(tree):
+        bits = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+        found = zlib.crc32(bits.tobytes(), zlib.crc32(name.encode(), found))
+    return f"{found:08x}"
 
 
 def is_key(leaf: Any) -> bool:

@@ -1,0 +1,144 @@
+"""The commands that train a run: train, resume."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from trpo_jax.cli.arguments import config_of, opener_of, tell_idle
+from trpo_jax.cli.commands import run_of
+from trpo_jax.cli.startup import start_quickly
+from trpo_jax.config import Config
+from trpo_jax.files import command, say
+from trpo_jax.presets import changed, load_preset, preset_of, with_preset
+from trpo_jax.sentences import UsageError, counted
+from trpo_jax.settings import read_toml
+from trpo_jax.validation import validate, without_effect
+
+if TYPE_CHECKING:
+    from trpo_jax.runs.continuing import Progress
+    from trpo_jax.runs.folders import Run
+    from trpo_jax.training.state import TrainState
+
+
+def train(namespace: argparse.Namespace) -> int:
+    """Train agents in a new folder, or continue with the same ones in theirs."""
+    file = _settings_from(namespace)
+    config = config_of(namespace, _over_preset(namespace, file))
+    validate(config)
+    start_quickly()
+    from trpo_jax.environments.base import Box
+    from trpo_jax.environments.make import settle
+    from trpo_jax.runs.folders import create_run
+    from trpo_jax.training.agents import make_agent
+
+    config = settle(config)
+    for name in ("initial_log_std", "state_dependent_std"):
+        if getattr(namespace, name) and not isinstance(make_agent(config).environment.action_space, Box):
+            raise UsageError(
+                f"{name} sets σ of a Gaussian policy, but {config.env} has discrete actions; leave it out."
+            )
+    tell_idle(file, [config], namespace.config)
+    output = namespace.output or f"runs/{config.env}"
+    start = _start_from(namespace, config) if namespace.init_from else None
+    asked = namespace.seed, namespace.num_seeds, namespace.keep_every
+    return _continue(create_run(output, config, *asked, init_from=start), namespace)
+
+
+def _start_from(namespace: argparse.Namespace, config: Config) -> TrainState:
+    """The trained agents that --init-from names."""
+    from trpo_jax.runs.folders import load_run
+
+    trained_with, state = load_run(namespace.init_from, env=namespace.env)
+    if trained_with.normalize_observations != config.normalize_observations:
+        raise UsageError(
+            f"{namespace.init_from} was trained with normalize_observations={trained_with.normalize_observations}; its "
+            "networks expect such observations: give the same."
+        )
+    return state
+
+
+def _settings_from(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The settings in the TOML file of --config; none without it."""
+    return with_preset(read_toml(namespace.config), namespace.config) if namespace.config else {}
+
+
+def _over_preset(namespace: argparse.Namespace, file: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of a file over those of the preset that --preset names, or that names the environment."""
+    if namespace.preset is None:
+        return file
+    env = namespace.env or file.get("env", Config.env)
+    return changed(load_preset(namespace.preset) if namespace.preset else preset_of(env), file, env)
+
+
+def resume(namespace: argparse.Namespace) -> int:
+    """Continue a run that was interrupted."""
+    start_quickly()
+    from trpo_jax.runs.folders import extend_run
+
+    run = run_of(namespace)
+    if namespace.total_steps is not None:
+        run = extend_run(run, namespace.total_steps)
+        annealed = [name for name in ("anneal_max_kl", "anneal_learning_rates") if getattr(run.config, name)]
+        if run.begun_as and annealed:
+            say(f"{' and '.join(annealed)} follow the schedule of the new length from here on.")
+    return _continue(run, namespace)
+
+
+def _continue(run: Run, namespace: argparse.Namespace) -> int:
+    from trpo_jax.cli.displays import LiveLine, make_console, print_best, run_status
+    from trpo_jax.runs.continuing import continue_run
+    from trpo_jax.runs.evaluations import judge_best
+    from trpo_jax.runs.learning_curve import plot_learning_curve
+    from trpo_jax.runs.metrics import failures
+    from trpo_jax.runs.sinks import is_fed
+
+    late = [name for name in namespace.log if not is_fed(name, run.path)]  # they get what is there already, too
+    opened = opener_of(namespace, run.path)("", run.description)
+    console, config = make_console(expendable=True), run.config
+    steps = counted(config.num_iterations * config.steps_per_iteration, "step")
+    radius = "" if without_effect(config, "max_kl") else f", δ = {config.max_kl:g}"
+    console.print(
+        f"{config.env}: {counted(run.num_seeds, 'agent')}, {counted(config.num_iterations, 'iteration')} of "
+        f"{config.num_envs} x {config.num_steps} steps ({steps} per agent), "
+        f"{config.update}{radius}. Compiling …",
+        soft_wrap=True,
+    )
+    last: Progress | None = None
+    with LiveLine(console, config.num_iterations, seconds=1) as line:
+
+        def show(progress: Progress) -> None:
+            nonlocal last
+            last = progress
+            line.show(progress.iteration, run_status(progress, config))
+
+        try:
+            sinks = [sink for name, (sink, _) in zip(namespace.log, opened, strict=True) if name not in late]
+            others = [sink for name, (sink, _) in zip(namespace.log, opened, strict=True) if name in late]
+            complete = continue_run(run, show, sinks, late_sinks=others)
+        finally:
+            for _, close in opened:
+                close()
+    plot = plot_learning_curve(run)
+    failed = failures(run.path)
+    if last is not None:
+        of = counted(config.num_iterations, "iteration")
+        console.print(f"{last.iteration} of {of} done; trained for {last.clock.seconds:.1f} s.")
+    elif complete:
+        console.print("Every iteration is done already.")
+    console.print(f"Learning curve: {plot}", soft_wrap=True)
+    if config.eval_every and complete:
+        print_best(console, judge_best(run), config.eval_episodes)
+    if last is not None and math.isnan(last.metrics["episode_return"]):
+        console.print("No episode has ended, so the learning curve is empty; more steps may show one.")
+    if failed:
+        met = ", ".join(f"seed {seed} at iteration {iteration}" for seed, iteration in list(failed.items())[:8])
+        more = f", and {len(failed) - 8} more" if len(failed) > 8 else ""
+        say(f"numbers that were not finite: {met}{more}; such an update is rejected, and the policy stays as it was.")
+    if not complete:
+        console.print(f"Stopped; {command('resume', run.path, env=config.env)} continues.", soft_wrap=True)
+        return 130
+    console.print(f"Next: {command('evaluate', run.path, env=config.env)}", soft_wrap=True)
+    return 1 if failed else 0

@@ -1,0 +1,161 @@
+"""The training of a run in its folder: from its newest checkpoint to the end, chunk by chunk.
+
+After each chunk of iterations the metrics are appended, then the state is saved with the checksum of all rows so far. A
+run that is killed at any moment continues from its last chunk with the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trpo_jax.config_pytree import Config
+from trpo_jax.files import locked
+from trpo_jax.runs.evaluations import Judge, read_evaluations
+from trpo_jax.runs.folders import CONTINUES, Run, start_of
+from trpo_jax.runs.metrics import METRICS, Row, TableFile, last_mean, read_metrics, rows_of
+from trpo_jax.runs.runner import CAPACITY, Chunk, Clock, advance, for_each_agent, interrupts, without_stopped
+from trpo_jax.runs.sinks import Sink
+from trpo_jax.sentences import UsageError
+from trpo_jax.training.checkpoints import Checkpoints, Saved
+from trpo_jax.training.evaluation import stops
+from trpo_jax.training.loop import init, train_chunk
+from trpo_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a chunk reports: iterations done, the mean over agents of its last row, the time that it takes, and the mean
+    of their last evaluations, NaN before the first."""
+
+    iteration: int
+    metrics: dict[str, float]
+    clock: Clock
+    evaluation: float = math.nan
+
+
+def continue_run(
+    run: Run,
+    report: Callable[[Progress], bool | None] = lambda progress: None,
+    sinks: Sequence[Sink] = (),
+    *,
+    late_sinks: Sequence[Sink] = (),
+) -> bool:
+    """Train from the newest checkpoint to the end.
+
+    Ctrl-C (or SIGTERM) ends the training after the current chunk; a second one ends it at once.
+
+    Args:
+      run: the run.
+      report: called after each chunk, when its rows and its checkpoint are on the disk; if it returns False, the
+        training ends there, and can be continued.
+      sinks: where the metrics go beside metrics.csv.
+      late_sinks: the same, for those that also get the rows that are there already.
+
+    Returns:
+      Whether the run is complete.
+
+    Raises:
+      UsageError: if another process is at work on the folder, or it cannot be written to or continued.
+    """
+    with locked(run.path, "checkpoints"):
+        file, judge, checkpoints = TableFile(run.path / "metrics.csv"), Judge(run, CONTINUES), run.checkpoints
+        saved = _restore(run, file, judge, checkpoints)
+        done, until = saved.done if saved else 0, run.config.num_iterations
+        if saved:
+            _give(late_sinks, *_stored_rows(run))
+        sinks = [*sinks, *late_sinks]
+        if done >= until or judge.stopped.all():
+            return True
+        program, states = _compile(run, judge, jax.tree.map(jnp.asarray, saved.state) if saved else start_of(run))
+        with interrupts() as interrupted:
+            steps = run.num_seeds * run.config.steps_per_iteration  # of an iteration of all agents
+            clock = Clock(steps * until, steps * done)
+
+            def on_chunk(chunk: Chunk) -> bool:
+                metrics = without_stopped(chunk.metrics, judge.stopped)
+                rows = list(rows_of(metrics, chunk.done, run.config.steps_per_iteration, run.seed))
+                file.append(rows, CONTINUES)
+                judged = judge(chunk)
+                _give(sinks, rows, judged)
+                checkpoints.save(chunk.states, chunk.done, rows=file.note, **judge.note)
+                clock.count(steps * chunk.length)
+                means = {name: last_mean(values) for name, values in metrics.items()}
+                going = report(Progress(chunk.done, means, clock, float(judge.newest.mean()))) is not False
+                return going and not interrupted() and not judge.stopped.all()
+
+            ends = run.config.eval_every, run.keep_every
+            done = advance(program, run.config, states, done, until, on_chunk, ends=ends)
+    return done >= until or bool(judge.stopped.all())
+
+
+def _give(sinks: Sequence[Sink], rows: Sequence[Row], judged: Sequence[Row]) -> None:
+    """Give rows of metrics.csv and of eval.csv to sinks."""
+    for sink in sinks:
+        for _, env_steps, seed, values in rows:
+            sink(seed, env_steps, values)
+        for _, env_steps, seed, values in judged:
+            sink(seed, env_steps, {f"evaluation/{name}": value for name, value in values.items()})
+
+
+def _stored_rows(run: Run) -> tuple[list[Row], list[Row]]:
+    """The rows of metrics.csv and of eval.csv."""
+    table = read_metrics(run.path)
+    numbers = zip(*(table[name].astype(int).tolist() for name in ("iteration", "env_steps", "seed")), strict=True)
+    values = zip(*(table[name].tolist() for name in METRICS), strict=True)
+    rows = [(*own, dict(zip(METRICS, cells, strict=True))) for own, cells in zip(numbers, values, strict=True)]
+    return rows, list(read_evaluations(run.path))
+
+
+def _restore(run: Run, file: TableFile, judge: Judge, checkpoints: Checkpoints) -> Saved | None:
+    """The checkpoint to go on from, if there is one; rows beyond it are dropped, as a kill left them."""
+
+    def check(saved: Saved) -> None:
+        for table in filter(None, (file, judge.file)):
+            table.check(saved.done, saved.note)
+
+    saved = checkpoints.newest(lambda done: run.config, check)
+    # The first checkpoint is saved after one iteration, so its rows may be there without it.
+    if saved is None and file.num_lines > 1 + run.num_seeds:
+        raise UsageError(
+            f"{run.path} has rows in metrics.csv and no checkpoints; restore those, or train anew into another folder."
+        )
+    note = saved.note if saved else {}
+    file.truncate(note)
+    judge.restore(note)
+    return saved
+
+
+def _compile(run: Run, judge: Judge, states: TrainState | None) -> tuple[Any, Any]:
+    """The program of a run, see `advance`, and its states: those given, or those before the first iteration."""
+    start = jax.jit(for_each_agent(init, run.num_seeds))
+    chunk = functools.partial(train_chunk, capacity=CAPACITY)
+    train = jax.jit(for_each_agent(chunk, run.num_seeds), donate_argnums=1)
+    with ThreadPoolExecutor(max_workers=1) as compiler:  # one program compiles while the next is traced
+        started = compiler.submit(start.lower(run.config, run.keys).compile) if states is None else None
+        like = jax.eval_shape(start, run.config, run.keys) if states is None else states
+        program = _compile_stopping(run, judge, like) if stops(run.config) else None
+        program = program or train.lower(run.config, like, np.int32(1)).compile()
+        return program, states if started is None else started.result()(run.config, run.keys)
+
+
+def _compile_stopping(run: Run, judge: Judge, like: TrainState) -> Callable[..., Any]:
+    """The same where agents may stop before others: each has a number of iterations of its own, which is 0 then."""
+
+    def chunk(config: Config, x: tuple[TrainState, Any]) -> Any:
+        return train_chunk(config, *x, capacity=CAPACITY)
+
+    def train(config: Config, states: TrainState, lengths: Any) -> Any:
+        return for_each_agent(chunk, run.num_seeds)(config, (states, lengths))
+
+    lengths = np.zeros(run.num_seeds, np.int32)
+    program = jax.jit(train, donate_argnums=1).lower(run.config, like, lengths).compile()
+    return lambda config, states, length: program(config, states, np.where(judge.stopped, np.int32(0), length))

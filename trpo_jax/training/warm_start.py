@@ -1,0 +1,64 @@
+"""Starting from trained networks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from trpo_jax.config_pytree import Config
+from trpo_jax.sentences import UsageError
+from trpo_jax.steps.types import Array, PyTree
+from trpo_jax.training.agents import make_agent
+from trpo_jax.training.loop import init
+from trpo_jax.training.state import TrainState
+
+
+def warm_start(config: Config, key: Array, trained: TrainState) -> TrainState:
+    """The state before the first iteration, with the networks of a trained agent.
+
+    Policy, value function and what is known of observations and returns are the trained agent's. The environments, the
+    iteration, earlier batches, and what the algorithms keep from update to update begin anew.
+
+    Args:
+      config: the settings, with the networks that the agent was trained with.
+      key: a typed PRNG key, see `init`.
+      trained: one agent.
+
+    Raises:
+      UsageError: if its networks are not those that the settings ask for.
+    """
+    agent, state = make_agent(config), init(config, key)
+    fresh, old = state.learner, trained.learner
+    _check_like(fresh.policy_params, old.policy_params, "policy")
+    _check_like(fresh.value_params, old.value_params, "value function")
+    _check_like(fresh.statistics, old.statistics, "normalisation of observations")
+    known = old.statistics.count > 0  # an agent that normalises nothing has counted nothing
+    statistics = jax.tree.map(lambda new, old: jnp.where(known, old, new), fresh.statistics, old.statistics)
+    both = fresh.return_statistics is not None and old.return_statistics is not None
+    learner = dataclasses.replace(
+        fresh,
+        policy_params=old.policy_params,
+        value_params=old.value_params,
+        update=agent.algorithm.init(ravel_pytree(old.policy_params)[0], statistics),
+        value_fit=agent.value_fit.init(old.value_params),
+        statistics=statistics,
+        return_statistics=old.return_statistics if both else fresh.return_statistics,
+    )
+    return dataclasses.replace(state, learner=learner)
+
+
+def _check_like(wanted: PyTree, found: PyTree, what: str) -> None:
+    def shapes(tree: PyTree) -> dict[str, str]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+    wanted, found = shapes(wanted), shapes(found)
+    for name in {**wanted, **found}:
+        if wanted.get(name) != found.get(name):
+            raise UsageError(
+                f"the {what} to start from does not fit the settings: its {name} is {found.get(name, 'missing')} where "
+                f"they ask for {wanted.get(name, 'none')}; give the settings of networks that it was trained with."
+            )
