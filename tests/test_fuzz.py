@@ -56,7 +56,7 @@ def draw(rng, name, values):
     if field.type == "bool":
         return rng.random() < 0.5
     if field.type == "str":
-        return rng.choice(field.metadata["choices"])
+        return rng.choice(field.metadata.get("choices", ["auto", "camera"]))
     if "widths" in field.metadata:
         return rng.choice([[8], [4, 4], [], "8,4"])
     return rng.choice([1, 2, 4]) if name in SIZES else rng.choice([field.default, 0.5, 0.01, 1])

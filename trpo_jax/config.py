@@ -12,7 +12,7 @@ from typing import Any
 
 from trpo_jax import fields
 from trpo_jax.env_args import EnvArgs, make_env_args
-from trpo_jax.fields import as_widths, check_value, own_object, static, traced, widths
+from trpo_jax.fields import as_widths, check_value, own_object, static, text, traced, widths
 from trpo_jax.sentences import UsageError, nearest
 from trpo_jax.steps import defaults
 
@@ -240,6 +240,9 @@ class Config:
         "of actions in a Box: unbounded, through tanh, or beta; the last two need bounds",
         choices=("gaussian", "tanh", "beta"),
         used=fields.OWN_POLICY,
+    )
+    value_observation: str = text(
+        "auto", "entries of a dict that the value function sees, as a,b; auto: as the policy", used=fields.VIEW
     )
     state_dependent_std: bool = static(False, "a Gaussian's σ depends on the observation", used=fields.GAUSSIAN)
     initial_log_std: float = traced(

@@ -15,7 +15,8 @@ import numpy as np
 from trpo_jax.config_pytree import Config
 from trpo_jax.environments.base import Box, Environment
 from trpo_jax.environments.checks import one_sentence
-from trpo_jax.environments.gymnasium import host_action_space, observation_space
+from trpo_jax.environments.entries import WHOLE
+from trpo_jax.environments.gymnasium import host_action_space, host_observations
 from trpo_jax.files import write_atomically
 from trpo_jax.sentences import UsageError, first_line
 from trpo_jax.steps.types import Array, PyTree
@@ -125,7 +126,9 @@ def play(
             "--env, or install what it needs: pip install '.[play]'."
         ) from error
     environment = make_agent(config).environment
-    observe, to_world = _interface(environment, world, env)
+    with one_sentence(f"reset of {env}"):
+        _, info = world.reset(seed=seed)
+    observe, to_world = _interface(environment, world, info, env)
     act, carry_at_start = acting_policy(config, state)
     act = jax.jit(act)
     limit = environment.max_steps or _MOST_STEPS
@@ -133,14 +136,14 @@ def play(
     frames: list[np.ndarray] = []
     for episode in range(num_episodes):
         with one_sentence(f"reset of {env}"):
-            observation, _ = world.reset(seed=seed + episode)
+            observation, info = world.reset(seed=seed + episode)
         carry, total = carry_at_start, 0.0
         for _ in range(limit):
             if gif and episode == 0 and len(frames) < _GIF_FRAMES:
                 frames.append(_render(world, env))
-            carry, action = act(carry, observe(observation).reshape(1, *environment.observation_shape))
+            carry, action = act(carry, observe(observation, info).reshape(1, *environment.observation_shape))
             with one_sentence(f"step of {env}"):
-                observation, reward, terminated, truncated, _ = world.step(to_world(np.asarray(action)[0]))
+                observation, reward, terminated, truncated, info = world.step(to_world(np.asarray(action)[0]))
             total += np.asarray(reward).item()
             if terminated or truncated:
                 break
@@ -212,7 +215,7 @@ def _script(environment: Environment, *, has_memory: bool) -> str:
         env=environment.name,
         dimensions=", ".join(map(str, shape)),
         imports="export, tree" if has_memory else "export",
-        meaning=" (bytes of pictures divided by 255)" if len(shape) == 3 else "",
+        meaning=_meaning(environment),
         actions=environment.action_space,
         memory=_MEMORY if has_memory else "",
         shape=(3, *shape),
@@ -220,19 +223,37 @@ def _script(environment: Environment, *, has_memory: bool) -> str:
     )
 
 
-def _interface(environment: Environment, world: Any, env: str) -> tuple[Callable, Callable]:
+def _meaning(environment: Environment) -> str:
+    """What there is to say of observations beside their shape."""
+    if environment.entries is not None:
+        layout = ", ".join(f"{name} {list(shape)}" for name, shape in environment.entries.items())
+        return f", one after the other\n{layout}"
+    return " (bytes of pictures divided by 255)" if len(environment.observation_shape) == 3 else ""
+
+
+def _interface(environment: Environment, world: Any, info: Any, env: str) -> tuple[Callable, Callable]:
     """Gymnasium's observations for the policy, and the policy's actions for Gymnasium, as in training there."""
-    shape, observe = observation_space(world.observation_space, env)
-    if np.prod(shape) != np.prod(environment.observation_shape):
+    wanted = environment.entries or {WHOLE: environment.observation_shape}
+    entries, shape, observe = host_observations(world.observation_space, info, environment.action_space, env)
+    given = {WHOLE: shape} if entries is None or (environment.entries is None and WHOLE not in entries) else entries
+    if any(np.prod(given.get(name, 0)) != np.prod(shape) for name, shape in wanted.items()):
+        trained = environment.entries or f"shape {environment.observation_shape}"
         raise UsageError(
-            f"{env} observes {world.observation_space}, but the policy was trained on observations of shape "
-            f"{environment.observation_shape}; choose another --env."
+            f"{env} observes {world.observation_space}, but the policy was trained on observations of {trained}; "
+            "choose another --env."
         )
     ours, (theirs, to_world) = environment.action_space, host_action_space(world.action_space, env)
     same = theirs.shape == ours.shape if isinstance(ours, Box) and isinstance(theirs, Box) else theirs == ours
     if not same:
         raise UsageError(f"{env} takes actions of {world.action_space}, but the policy was trained to give {ours}.")
-    return observe, to_world
+
+    def select(observation: Any, info: Any) -> np.ndarray:
+        whole = np.ravel(observe(observation, info))
+        ends = np.cumsum([int(np.prod(shape)) for shape in given.values()])
+        parts = dict(zip(given, np.split(whole, ends[:-1]), strict=True))
+        return np.concatenate([parts[name] for name in wanted])
+
+    return select, to_world
 
 
 def _render(world: Any, env: str) -> np.ndarray:

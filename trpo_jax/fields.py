@@ -42,6 +42,7 @@ ADAM: Used = ({"value_fit": ("adam",)},)
 OWN_VALUE: Used = ({"value": (None,)},)
 OWN_POLICY: Used = ({"policy": (None,)},)
 OWN_NETWORK: Used = (*OWN_POLICY, *OWN_VALUE)
+VIEW: Used = ({"value": (None,), "shared_trunk": (False,)},)
 HIDDEN: Used = ({"policy": (None,)}, {"value": (None,), "value_hidden": (AUTO,), "shared_trunk": (False,)})
 GAUSSIAN: Used = ({"action_distribution": ("gaussian", "tanh")},)
 CONVOLUTIONS: Used = tuple({"network": ("auto", "cnn"), **one} for one in OWN_NETWORK)
@@ -77,6 +78,11 @@ def widths(default: Any, help: str, *, used: Used) -> Any:
     """Declare the widths of layers, a tuple of whole numbers; where the default is "auto", that is allowed, too."""
     meta = {"help": help, "static": True, "widths": True, "flag": True, "used": used}
     return dataclasses.field(default=default, metadata=meta)
+
+
+def text(default: str, help: str, *, used: Used) -> Any:
+    """Declare words that only what is trained can judge."""
+    return dataclasses.field(default=default, metadata={"help": help, "static": True, "flag": True, "used": used})
 
 
 def own_object(default: Any, help: str) -> Any:
@@ -122,6 +128,8 @@ def check_value(field: Any, label: str, value: Any) -> None:
         own = field.name in ("update", "value_fit") and callable(value)  # a function that makes one, algorithms/base.py
         if not own and (not isinstance(value, str) or value not in meta["choices"]):
             raise UsageError(f"{label} must be one of {', '.join(meta['choices'])}, got {shown(value)}.")
+    elif field.type == "str" and not (isinstance(value, str) and value.strip()):
+        raise UsageError(f"{label} must be text, got {shown(value)}.")
     elif field.type == "bool" and not isinstance(value, bool):
         raise UsageError(f"{label} must be True or False, got {shown(value)}.")
     elif field.name == "env_args":

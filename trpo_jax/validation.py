@@ -17,6 +17,7 @@ _OF_NETWORKS = (
     "layer_norm",
     "initialisation",
     "action_distribution",
+    "value_observation",
 )  # one's own have layers of their own
 
 

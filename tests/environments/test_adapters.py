@@ -16,6 +16,7 @@ from flax import struct
 from trpo_jax import Config, UsageError, init, make_environment, make_policy, train_step
 from trpo_jax.environments import brax, craftax, jumanji, suites
 from trpo_jax.environments.base import Discrete, MultiDiscrete
+from trpo_jax.environments.wrappers import keep_entries
 
 
 def walk(environment, actions):
@@ -180,7 +181,11 @@ class Runner:
 @pytest.mark.parametrize("observe", [lambda x: x, lambda x: {"state": x, "privileged_state": jnp.zeros(9)}])
 def test_brax_falls_by_itself_and_is_cut_off_by_us(observe):
     environment = brax.from_brax(Runner(observe), "brax/runner", 4)
-    assert environment.max_steps == 4 and environment.observation_shape == (1,)
+    assert environment.max_steps == 4
+    if environment.entries is not None:
+        assert environment.entries == {"privileged_state": (9,), "state": (1,)}
+        environment = keep_entries(environment, ["state"])  # what the networks see by default
+    assert environment.observation_shape == (1,)
     assert str(environment.action_space) == "Box(1) [-1, 1]"
     steps = walk(environment, jnp.array([9.0, 1, 1, -9, 0, 0, 0, 0])[:, None])  # clipped to ±1
     np.testing.assert_array_equal(steps.terminated, [0, 0, 1, 0, 0, 0, 0, 0])
@@ -189,10 +194,9 @@ def test_brax_falls_by_itself_and_is_cut_off_by_us(observe):
     np.testing.assert_array_equal(steps.observation[:, 0], [1, 2, 0, -1, -1, -1, 0, 0])
 
 
-def test_brax_pictures_are_refused():
-    pictures = Runner(lambda x: {"pixels/view_0": jnp.zeros((4, 4, 3))})
-    with pytest.raises(UsageError, match=r"^observations of brax/eye are dictionaries of pixels/view_0, without a vec"):
-        brax.from_brax(pictures, "brax/eye", 4)
+def test_brax_pictures_are_entries():
+    pictures = Runner(lambda x: {"state": x, "pixels/view_0": jnp.zeros((4, 4, 3))})
+    assert brax.from_brax(pictures, "brax/eye", 4).entries == {"pixels/view_0": (4, 4, 3), "state": (1,)}
 
 
 # XLand-MiniGrid and Navix: a time step is the state; Craftax: gymnax's old five values, and its own limit as a death.

@@ -171,7 +171,7 @@ class NoFinalObservation(probes.OneStep):
 
 class DictObservation(probes.OneStep):
     def observe(self, state):
-        return {"position": jnp.zeros(2), "camera": jnp.zeros((3, 3))}
+        return {"position": jnp.zeros(2), "camera": [jnp.zeros((3, 3))]}
 
 
 class StrangeActions(probes.OneStep):
@@ -241,7 +241,7 @@ Hopper.__module__ = "brax.envs.hopper"
 REFUSED = {
     "five values": (FiveValues(), r"^FiveValues\.step must return gymnax 1\.x's six values .* returned 5"),
     "no final observation": (NoFinalObservation(), r"^NoFinalObservation\.step must .*info\['final_observation'\]"),
-    "dict observations": (DictObservation(), r"^observations of DictObservation must be single arrays"),
+    "dict observations": (DictObservation(), r"^observations of DictObservation, entry camera, must be single arrays"),
     "strange actions": (StrangeActions(), r"^actions of StrangeActions lie in 'up or down'; Discrete, MultiDiscrete"),
     "no step": (
         SimpleNamespace(reset=lambda key: key),

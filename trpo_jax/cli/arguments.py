@@ -210,7 +210,7 @@ def _add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, Any] |
         help="setting of the environment, such as gravity=20; may be repeated",
     )
     types: dict[str, Any] = {"int": _whole, "float": float}
-    forms = {"int": "N", "float": "X"}
+    forms = {"int": "N", "float": "X", "str": "A,B"}
     for field in dataclasses.fields(Config):
         meta = field.metadata
         if not meta["flag"]:

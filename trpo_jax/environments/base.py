@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from trpo_jax.environments import entries
 from trpo_jax.sentences import UsageError, shown
 
 Array = jax.Array
@@ -122,6 +123,8 @@ class Environment:
         more of them than it must.
       action_mask: `action_mask(observation)` -> which actions are allowed, bool [..., n]: of a Discrete space its n,
         of a MultiDiscrete one the n of its components one after the other. The default policy never takes another.
+      entries: None, or name and shape of the parts that an observation [D] is made of, in their order: what the default
+        networks see of it can be chosen by name. One of the name "action_mask" is a mask, which none of them sees.
     """
 
     name: str
@@ -133,6 +136,12 @@ class Environment:
     restart: Callable[[Array, PyTree], tuple[Array, PyTree]] | None = None
     costly_reset: bool = False
     action_mask: Callable[[Array], Array] | None = None
+    entries: Mapping[str, tuple[int, ...]] | None = None
+
+    def split(self, observation: Array) -> dict[str, Array]:
+        """The entries of observations [..., D] by name, each [..., *shape]."""
+        assert self.entries is not None, f"observations of {self.name} have no entries"
+        return entries.split(self.entries, observation)
 
 
 RawReset = Callable[[Array], tuple[Array, PyTree]]
@@ -142,6 +151,11 @@ RawStep = Callable[[Array, PyTree, Array], tuple[Array, PyTree, Array, Array, Ar
 def make_box(low: Any, high: Any, shape: tuple[int, ...]) -> Box:
     """A Box from scalar or array bounds of an environment's own shape."""
     return Box(np.broadcast_to(low, shape), np.broadcast_to(high, shape))
+
+
+def sizes_of(space: Space) -> tuple[int, ...]:
+    """Among how many actions each choice is; () of a Box."""
+    return () if isinstance(space, Box) else (space.n,) if isinstance(space, Discrete) else space.n
 
 
 def key_shape() -> Any:

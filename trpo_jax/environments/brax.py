@@ -43,26 +43,19 @@ def from_brax(env: Any, name: str, max_steps: int | None = None) -> Environment:
 
     def reset(key: Array) -> tuple[Array, PyTree]:
         state = env.reset(jax.random.key_data(key))  # Brax knows no typed keys
-        return _array(state.obs, name), state
+        return _observation(state.obs), state
 
     def step(key: Array, state: PyTree, action: Array) -> tuple[Array, PyTree, Array, Array, Any]:
         state = env.step(state, action)
-        return _array(state.obs, name), state, state.reward, state.done > 0, False
+        return _observation(state.obs), state, state.reward, state.done > 0, False
 
     box = base.make_box(-1.0, 1.0, (env.action_size,))
     return assemble(name, box, reset, step, max_steps=max_steps)
 
 
-def _array(observation: Any, name: str) -> Array:
-    """What the policy sees of an observation: all of an array, and of a dictionary its "state"."""
-    if isinstance(observation, dict) or hasattr(observation, "keys"):
-        if "state" not in observation:
-            raise UsageError(
-                f'observations of {name} are dictionaries of {", ".join(observation)}, without a vector "state" to '
-                "learn from."
-            )
-        return observation["state"]
-    return observation
+def _observation(observation: Any) -> Any:
+    """An array as it is, and any kind of dictionary, such as Playground's of "state" and "privileged_state", as one."""
+    return dict(observation) if hasattr(observation, "keys") else observation
 
 
 def names() -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from trpo_jax.environments import base
 from trpo_jax.environments.base import Array, Box, Discrete, Environment, MultiDiscrete, PyTree, RawReset, Step
+from trpo_jax.environments.entries import check_entries, check_mask
 from trpo_jax.sentences import UsageError, first_line
 
 
@@ -129,6 +130,9 @@ def check_declaration(environment: Environment) -> None:
     """
     name = environment.name
     check_space(environment.action_space, name)
+    if environment.entries is not None:
+        check_entries(environment.entries, environment.observation_shape, name)
+        check_mask(environment.entries, base.sizes_of(environment.action_space), name)
     key = base.key_shape()
     observation = jax.ShapeDtypeStruct(tuple(environment.observation_shape), jnp.float32)
     with one_sentence(f"reset of {name}"):

@@ -11,6 +11,7 @@ import numpy as np
 from trpo_jax.environments import gymnax
 from trpo_jax.environments.base import Array, Box, Discrete, Environment, MultiDiscrete, PyTree, Step
 from trpo_jax.environments.checks import describe_error
+from trpo_jax.environments.entries import WHOLE
 from trpo_jax.environments.make import make_environment
 from trpo_jax.sentences import UsageError, check_limits, counted
 
@@ -52,7 +53,7 @@ def check_environment(env: Any, *, num_steps: int = 1000, seed: int = 0) -> list
         return [str(error)]
     except Exception as error:  # the environment's own, as it may fail in any way
         return [f"it cannot be run under jit and vmap ({describe_error(error)})."]
-    wrong = _values(environment, trace, length) + _declared_bounds(env, trace)
+    wrong = _values(environment, trace, length) + _declared_bounds(env, environment, trace)
     if not _equal(trace.step, again.step):
         wrong.append("two runs from the same key differ; draw everything random from the key that is given.")
     if not _equal(jax.tree.map(lambda leaf: leaf[0, 0], trace.step), alone, tolerance=1e-4):
@@ -121,7 +122,7 @@ def _values(environment: Environment, trace: Trace, length: int) -> list[str]:
     return wrong
 
 
-def _declared_bounds(env: Any, trace: Trace) -> list[str]:
+def _declared_bounds(env: Any, environment: Environment, trace: Trace) -> list[str]:
     """Whether observations lie in the space that a gymnax environment declares for them."""
     if isinstance(env, str):
         if "/" in env or ":" in env:
@@ -133,9 +134,10 @@ def _declared_bounds(env: Any, trace: Trace) -> list[str]:
     try:
         space = env.observation_space(*(() if params is None else (params,)))
         low, high = (np.asarray(getattr(space, bound), np.float32) for bound in ("low", "high"))
-        seen = np.asarray(trace.step.observation)
+        observation = trace.step.observation
+        seen = np.asarray(environment.split(observation)[WHOLE] if environment.entries else observation)
         outside = (seen < low - 1e-4) | (seen > high + 1e-4)
-    except (AttributeError, NotImplementedError, ValueError):  # no bounds, or those of another shape
+    except (AttributeError, KeyError, NotImplementedError, ValueError):  # no bounds, or those of another shape
         return []
     if (high == 255).all() or not outside.any():  # pictures arrive divided by 255
         return []

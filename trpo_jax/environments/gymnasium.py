@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from trpo_jax.environments.base import Box, Environment, Space
+from trpo_jax.environments.base import Box, Environment, Space, sizes_of
+from trpo_jax.environments.checks import one_sentence
+from trpo_jax.environments.entries import MASK, WHOLE, check_mask, mask_function, size_of
 from trpo_jax.environments.host import Host, pure_functions
 from trpo_jax.environments.spaces import action_space, picture_scale
 from trpo_jax.environments.suites import quiet_mujoco, require
@@ -41,10 +43,14 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
         raise UsageError(f"{full_name} has no time limit; set one: make_environment({full_name!r}, max_steps=1000).")
     limit = min(limits)
     space, act = host_action_space(first.action_space, full_name)
-    shape, observe = observation_space(first.observation_space, full_name)
+    with one_sentence(f"reset of {full_name}"):
+        _, info = first.reset(seed=0)
+    entries, shape, observe = host_observations(first.observation_space, info, space, full_name)
     first.close()
     host = Host(full_name, lambda: instance(max_episode_steps=limit), observe, act, shape)
-    return Environment(full_name, shape, space, limit, *pure_functions(host, space, limit))
+    functions = pure_functions(host, space, limit)
+    mask = mask_function(entries)
+    return Environment(full_name, shape, space, limit, *functions, action_mask=mask, entries=entries)
 
 
 def host_action_space(space: Any, name: str) -> tuple[Space, Callable[[Any], Any]]:
@@ -59,6 +65,46 @@ def host_action_space(space: Any, name: str) -> tuple[Space, Callable[[Any], Any
         return action if isinstance(action, tuple) else action.astype(space.dtype)
 
     return ours, act
+
+
+def host_observations(
+    space: Any, info: Any, actions: Space, name: str
+) -> tuple[dict[str, tuple[int, ...]] | None, tuple[int, ...], Callable[[Any, Any], np.ndarray]]:
+    """Entries and shape of an observation, and the function from Gymnasium's observation and info to it, float32.
+
+    Args:
+      space: of Gymnasium's observations; each entry of a Dict is one.
+      info: of a reset. Where it has "action_mask", such a mask is an entry, too; where it is missing later, as after
+        the last action of an episode, all actions are legal.
+      actions: which must be choices to be masked.
+      name: for messages.
+    """
+    spaces = require("gymnasium", "gymnasium").spaces
+    shape, observe = observation_space(space, name)
+    entries = None
+    if isinstance(space, spaces.Dict):
+        entries = {
+            str(key): tuple(part.shape) if isinstance(part, spaces.Box) else (int(spaces.flatdim(part)),)
+            for key, part in space.spaces.items()
+        }
+    sizes = sizes_of(actions)
+    if not sizes or MASK not in info or MASK in (entries or {}):
+        check_mask(entries, sizes, name)
+        return entries, shape, lambda observation, info: observe(observation)
+    entries = {**(entries or {WHOLE: shape}), MASK: _flat_mask(info[MASK]).shape}
+    check_mask(entries, sizes, name)
+
+    def with_mask(observation: Any, info: Any) -> np.ndarray:
+        mask = _flat_mask(info[MASK]) if MASK in info else np.ones(sum(sizes), np.float32)
+        return np.concatenate([np.ravel(observe(observation)), mask])
+
+    return entries, (size_of(entries),), with_mask
+
+
+def _flat_mask(mask: Any) -> np.ndarray:
+    """A mask, or one for each choice, as one vector."""
+    parts = mask if isinstance(mask, (tuple, list)) else (mask,)
+    return np.concatenate([np.ravel(np.asarray(part, np.float32)) for part in parts])
 
 
 def observation_space(space: Any, name: str) -> tuple[tuple[int, ...], Callable[[Any], np.ndarray]]:

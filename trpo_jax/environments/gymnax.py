@@ -7,10 +7,11 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import math
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,8 @@ import numpy as np
 from trpo_jax.env_args import EnvArgs
 from trpo_jax.environments.base import Array, Environment, PyTree
 from trpo_jax.environments.checks import one_sentence
-from trpo_jax.environments.spaces import action_space, is_choice, picture_scale
+from trpo_jax.environments.entries import MASK, with_mask
+from trpo_jax.environments.spaces import action_space, observer
 from trpo_jax.environments.suites import assemble
 from trpo_jax.sentences import UsageError, first_line, nearest
 
@@ -108,7 +110,7 @@ def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Envi
     with one_sentence(f"action_space of {name}"), _known_bounds(name):
         space, to_env = action_space(env.action_space(*extra), name)
     with one_sentence(f"observation_space of {name}"):
-        observe = _observer(_declared_observations(env, extra), name)
+        observe = _masked(env, extra, observer(_declared_observations(env, extra), name))
     limit: Any = getattr(params, "max_steps_in_episode", None)
     limit = int(limit) if _is_known(limit) else None
     functions = _raw_functions if _inherits_gymnax_step(env) else _public_functions
@@ -132,11 +134,12 @@ def _raw_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: str)
 
     def reset(key: Array) -> tuple[Array, PyTree]:
         observation, state = env.reset_env(key, *extra)
-        return observe(observation), state
+        return observe(observation, state), state
 
     def step(key: Array, state: PyTree, action: Array) -> tuple:
-        observation, state, reward, terminated, _ = env.step_env(key, state, to_env(action), *extra)
-        return observe(observation), state, reward, terminated, env.is_truncated(state, *extra)
+        observation, state, reward, terminated, info = env.step_env(key, state, to_env(action), *extra)
+        _check_info(info, env, name)
+        return observe(observation, state), state, reward, terminated, env.is_truncated(state, *extra)
 
     return reset, step, None
 
@@ -145,7 +148,7 @@ class _Resetting(NamedTuple):
     """State of an environment that resets itself; at the end of an episode the start of the next."""
 
     state: PyTree
-    observation: Array  # in this state
+    observation: PyTree  # in this state
 
 
 def _public_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: str) -> tuple[Any, Any, Any]:
@@ -153,7 +156,7 @@ def _public_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: s
 
     def reset(key: Array) -> tuple[Array, _Resetting]:
         observation, state = env.reset(key, *extra)
-        seen = observe(observation)
+        seen = observe(observation, state)
         return seen, _Resetting(state, seen)
 
     def step(key: Array, resetting: _Resetting, action: Array) -> tuple:
@@ -166,12 +169,36 @@ def _public_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: s
                 f"info) with info['final_observation'], the observation before the reset; {found}."
             )
         observation, state, *rest, info = result
-        return observe(info["final_observation"]), _Resetting(state, observe(observation)), *rest
+        _check_info(info, env, name)
+        # Beside the last observation of an episode stands the mask of the next one's first state: no action follows it.
+        last = observe(info["final_observation"], state)
+        return last, _Resetting(state, observe(observation, state)), *rest
 
-    def restart(key: Array, resetting: _Resetting) -> tuple[Array, _Resetting]:
+    def restart(key: Array, resetting: _Resetting) -> tuple[PyTree, _Resetting]:
         return resetting.observation, resetting
 
     return reset, step, restart
+
+
+def _masked(env: Any, extra: tuple, observe: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """`see(observation, state)`: with a mask of legal actions where the environment has `action_mask(state)`."""
+    method = getattr(env, MASK, None)
+    if not callable(method):
+        return lambda observation, state: observe(observation)
+    try:
+        inspect.signature(method).bind(None, *extra)
+    except (TypeError, ValueError):
+        extra = ()
+    return lambda observation, state: with_mask(observe(observation), method(state, *extra))
+
+
+def _check_info(info: Any, env: Any, name: str) -> None:
+    """Raise `UsageError` if only a step says which actions are legal, so that of a first state nobody knows."""
+    if isinstance(info, Mapping) and MASK in info and not callable(getattr(env, MASK, None)):
+        raise UsageError(
+            f"{name}.step gives info[{MASK!r}], but its reset has no info, so nothing says which actions are legal in "
+            f"a first state; give it a method {MASK}(state)."
+        )
 
 
 def _inherits_gymnax_step(env: Any) -> bool:
@@ -184,29 +211,6 @@ def _inherits_gymnax_step(env: Any) -> bool:
         and cls.step is GymnaxEnvironment.step
         and cls.reset is GymnaxEnvironment.reset
     )
-
-
-def _observer(declared: Any, name: str) -> Callable[[Any], Array]:
-    """The function from an observation to float32: an index among categories is a unit vector, bytes lie in [0, 1]."""
-    categories = int(declared.n) if is_choice(declared) else None
-
-    def observe(observation: Any) -> Array:
-        if not isinstance(observation, (jax.Array, np.ndarray, np.generic, int, float)):
-            raise UsageError(f"observations of {name} must be single arrays, got a {type(observation).__name__}.")
-        if categories is not None:
-            index = jnp.asarray(observation, jnp.int32) - getattr(declared, "start", 0)
-            return jax.nn.one_hot(index, categories, dtype=jnp.float32)
-        observation = jnp.asarray(observation)
-        if not (jnp.issubdtype(observation.dtype, jnp.number) or observation.dtype == bool) or observation.size == 0:
-            raise UsageError(f"observations of {name} must be numbers, got {observation.dtype}{observation.shape}.")
-        if jnp.iscomplexobj(observation):
-            raise UsageError(f"observations of {name} are complex; give their real and imaginary parts apart.")
-        bounds = getattr(declared, "low", None), getattr(declared, "high", None)
-        dtypes = getattr(declared, "dtype", None), observation.dtype
-        scale = picture_scale(jnp.uint8 if jnp.uint8 in dtypes else jnp.float32, observation.shape, *bounds)
-        return jnp.asarray(observation, jnp.float32) / scale if scale != 1 else jnp.asarray(observation, jnp.float32)
-
-    return observe
 
 
 def _declared_observations(env: Any, extra: tuple) -> Any:

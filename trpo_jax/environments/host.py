@@ -155,12 +155,12 @@ class Host:
         """Call an instance; (observation, reward, terminated, truncated) as they arrive in arrays."""
         try:
             if method == "reset":
-                observation, _ = env.reset(seed=argument)
+                observation, info = env.reset(seed=argument)
                 rest: tuple = ()
             else:
-                observation, reward, terminated, truncated, _ = env.step(argument)
+                observation, reward, terminated, truncated, info = env.step(argument)
                 rest = np.asarray(reward, np.float32).item(), bool(terminated), bool(truncated)
-            observation = self.observe(observation)
+            observation = self.observe(observation, info)
         except Exception as error:  # Python of the user's
             self._close(env)
             self.warned = True  # the program may run on a little, for an instance that has gone

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -62,3 +63,33 @@ def picture_scale(dtype: Any, shape: tuple[int, ...], low: Any = None, high: Any
     if np.dtype(dtype) == np.uint8:
         return max(float(greatest), 1.0) if np.isfinite(greatest) else 255.0
     return 255.0 if len(shape) == 3 and (bounds[0] == 0).all() and (bounds[1] == 255).all() else 1.0
+
+
+def observer(declared: Any, name: str) -> Callable[[Any], Any]:
+    """The function from an observation to float32: an index among categories is a unit vector, bytes lie in [0, 1].
+
+    Of a dictionary it gives one, entry by entry.
+    """
+    categories = int(declared.n) if is_choice(declared) else None
+
+    def observe(observation: Any) -> Any:
+        if isinstance(observation, Mapping):
+            spaces = getattr(declared, "spaces", None)
+            of = spaces if isinstance(spaces, Mapping) else {}
+            return {k: observer(of.get(k), f"{name}, entry {k},")(part) for k, part in observation.items()}
+        if not isinstance(observation, (jax.Array, np.ndarray, np.generic, int, float)):
+            raise UsageError(f"observations of {name} must be single arrays, got a {type(observation).__name__}.")
+        if categories is not None:
+            index = jnp.asarray(observation, jnp.int32) - getattr(declared, "start", 0)
+            return jax.nn.one_hot(index, categories, dtype=jnp.float32)
+        observation = jnp.asarray(observation)
+        if not (jnp.issubdtype(observation.dtype, jnp.number) or observation.dtype == bool) or observation.size == 0:
+            raise UsageError(f"observations of {name} must be numbers, got {observation.dtype}{observation.shape}.")
+        if jnp.iscomplexobj(observation):
+            raise UsageError(f"observations of {name} are complex; give their real and imaginary parts apart.")
+        bounds = getattr(declared, "low", None), getattr(declared, "high", None)
+        dtypes = getattr(declared, "dtype", None), observation.dtype
+        scale = picture_scale(jnp.uint8 if jnp.uint8 in dtypes else jnp.float32, observation.shape, *bounds)
+        return jnp.asarray(observation, jnp.float32) / scale if scale != 1 else jnp.asarray(observation, jnp.float32)
+
+    return observe

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from trpo_jax.environments import base
 from trpo_jax.environments.base import Array, Environment, PyTree, Space, Step
-from trpo_jax.environments.checks import fixed_dtypes, outcome
+from trpo_jax.environments.checks import fixed_dtypes, one_sentence, outcome
+from trpo_jax.environments.entries import check_mask, entries_of, flattened, mask_function
 from trpo_jax.environments.wrappers import limit_steps
 from trpo_jax.sentences import UsageError, first_line, nearest
 
@@ -106,31 +107,46 @@ def assemble(
 ) -> Environment:
     """An `Environment` of a raw `reset(key)` and `step(key, state, action)`.
 
-    Observations become float32, rewards float32 scalars, flags bool scalars, states keep one dtype per leaf, and Box
-    actions are clipped.
+    Observations become float32, those of several entries one vector, rewards float32 scalars, flags bool scalars,
+    states keep one dtype per leaf, and Box actions are clipped.
 
     Args:
       name: with the suite's prefix.
       space: of actions.
-      reset: -> (observation, state).
+      reset: -> (observation, state); an observation may be a mapping, with a mask of legal actions as "action_mask".
       step: -> (observation, state, reward, terminated, truncated).
       limit: the time limit in steps that `step` knows of itself.
       max_steps: the one that is imposed on it.
       fields: others of `Environment`.
     """
 
+    with one_sentence(f"reset of {name}"):
+        first: Any = jax.eval_shape(reset, base.key_shape())[0]
+    entries = entries_of(first)
+    check_mask(entries, base.sizes_of(space), name)
+
     def cast_reset(key: Array) -> tuple[Array, PyTree]:
         observation, state = reset(key)
-        return jnp.asarray(observation, jnp.float32), state
+        return flattened(observation), state
 
     def cast_step(key: Array, state: PyTree, action: Array) -> Step:
         if isinstance(space, base.Box):
             action = jnp.clip(action, space.low, space.high)
         observation, state, reward, terminated, truncated = step(key, state, action)
-        return Step(jnp.asarray(observation, jnp.float32), state, *outcome(reward, terminated, truncated, name))
+        if (found := entries_of(observation)) != entries:
+            raise UsageError(
+                f"{name} gives another observation after a step than after a reset: {found or 'a single array'} after "
+                f"{entries or 'a single array'}; it must keep its entries."
+            )
+        return Step(flattened(observation), state, *outcome(reward, terminated, truncated, name))
 
     fixed_reset, fixed_step = fixed_dtypes(cast_reset, cast_step, base.zero_action(space), name)
-    shape = jax.eval_shape(fixed_reset, base.key_shape())[0].shape
+    shape = jax.eval_shape(flattened, first).shape
+    if entries is not None:
+        restart: Any = fields.get("restart")
+        if restart is not None:  # it hands out an observation as `reset` made it
+            fields["restart"] = lambda key, state: (flattened((start := restart(key, state))[0]), start[1])
+        fields = {"entries": entries, "action_mask": mask_function(entries), **fields}
     environment = Environment(name, shape, space, limit, fixed_reset, fixed_step, **fields)
     return environment if max_steps is None else limit_steps(environment, max_steps)
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.environments.base import Array, Environment, PyTree, Step
+from trpo_jax.environments.entries import MASK, WHOLE, Entries, join, mask_function, size_of, split
 from trpo_jax.sentences import UsageError, check_number, shown
 
 
@@ -82,26 +83,33 @@ def stack_frames(environment: Environment, num_frames: int) -> Environment:
     """
     _check(environment, "stack_frames")
     check_number("num_frames", num_frames, whole=True, interval="[1, 1000]")
-    shape = environment.observation_shape or (1,)  # a single number is a vector of one
-    width, mask = shape[-1], environment.action_mask
+    of_one = environment.observation_shape
+    entries = {name: shape or (1,) for name, shape in (environment.entries or {WHOLE: of_one}).items()}  # [1] for []
+    stacked = {n: shape if n == MASK else (*shape[:-1], num_frames * shape[-1]) for n, shape in entries.items()}
+    whole, mask = (size_of(stacked),) if environment.entries else stacked[WHOLE], environment.action_mask
 
-    def begin(first: Array) -> tuple[Array, Array]:
-        frames = jnp.concatenate([first.reshape(shape)] * num_frames, axis=-1)
-        return frames, frames
+    def begin(first: Array) -> tuple[Array, PyTree]:
+        parts = split(entries, jnp.ravel(first))
+        frames = {n: part if n == MASK else jnp.concatenate([part] * num_frames, axis=-1) for n, part in parts.items()}
+        return join(frames, stacked).reshape(whole), frames
 
-    def follow(step: Step, frames: Array) -> tuple[Step, Array]:
-        frames = jnp.concatenate([frames[..., width:], step.observation.reshape(shape)], axis=-1)
-        return step._replace(observation=frames), frames
+    def follow(step: Step, frames: PyTree) -> tuple[Step, PyTree]:
+        new = split(entries, jnp.ravel(step.observation))
+        last = {n: part if n == MASK else frames[n][..., entries[n][-1] :] for n, part in new.items()}
+        frames = {n: part if n == MASK else jnp.concatenate([last[n], part], axis=-1) for n, part in new.items()}
+        return step._replace(observation=join(frames, stacked).reshape(whole)), frames
 
     def latest(observation: Array) -> Array:
-        latest = observation[..., -width:]
-        return latest if environment.observation_shape else latest[..., 0]
+        lead = observation.shape[: observation.ndim - len(whole)]
+        parts = split(stacked, observation.reshape(*lead, -1))
+        return join({n: part[..., -entries[n][-1] :] for n, part in parts.items()}, entries).reshape(*lead, *of_one)
 
     return _wrap(
         environment,
         begin,
         follow,
-        observation_shape=(*shape[:-1], num_frames * width),
+        observation_shape=whole,
+        entries=stacked if environment.entries else None,
         action_mask=None if mask is None else lambda observation: mask(latest(observation)),
     )
 
@@ -109,6 +117,8 @@ def stack_frames(environment: Environment, num_frames: int) -> Environment:
 def flatten_observations(environment: Environment) -> Environment:
     """`environment` with each observation as one vector, row by row."""
     _check(environment, "flatten_observations")
+    if environment.entries is not None:
+        return dataclasses.replace(environment, entries={n: (math.prod(s),) for n, s in environment.entries.items()})
     shape, mask = environment.observation_shape, environment.action_mask
 
     def whole(observation: Array) -> Array:
@@ -122,12 +132,28 @@ def flatten_observations(environment: Environment) -> Environment:
     )
 
 
-def hide_entries(environment: Environment, hidden: Sequence[int]) -> Environment:
+def keep_entries(environment: Environment, names: Sequence[str]) -> Environment:
+    """`environment` with those entries of its observations alone that are named."""
+    assert environment.entries is not None
+    entries = {name: shape for name, shape in environment.entries.items() if name in names}
+    if len(entries) == len(environment.entries):
+        return environment
+    return _with_observations(
+        environment,
+        lambda observation: join(environment.split(observation), entries),
+        observation_shape=(size_of(entries),),
+        entries=entries,
+        action_mask=mask_function(entries),
+    )
+
+
+def hide_entries(environment: Environment, hidden: Sequence[int] | Sequence[str]) -> Environment:
     """`environment` without some entries of its observations: a partially observed one, for a policy with a memory.
 
     Args:
       environment: its observations are vectors.
-      hidden: indices of the entries to leave out; negative ones count from the end.
+      hidden: indices of the entries to leave out; negative ones count from the end. Of observations that have named
+        entries, their names.
 
     Raises:
       UsageError: if observations are no vectors, an index is not among theirs, none is left, or a mask of legal actions
@@ -135,6 +161,8 @@ def hide_entries(environment: Environment, hidden: Sequence[int]) -> Environment
     """
     _check(environment, "hide_entries")
     size = _vector_size(environment, "hide_entries")
+    if environment.entries is not None:
+        return _hide_by_name(environment, environment.entries, hidden)
     if environment.action_mask is not None:
         raise UsageError(
             f"which actions of {environment.name} are legal follows from its whole observation, so no entry of it can "
@@ -148,6 +176,17 @@ def hide_entries(environment: Environment, hidden: Sequence[int]) -> Environment
     if not kept.size:
         raise UsageError(f"hidden has all {size} entries of {environment.name}; leave one to be seen.")
     return _with_observations(environment, lambda observation: observation[kept], observation_shape=kept.shape)
+
+
+def _hide_by_name(environment: Environment, entries: Entries, hidden: Sequence[Any]) -> Environment:
+    known = [name for name in entries if name != MASK]
+    kept = [name for name in known if name not in hidden]
+    if isinstance(hidden, str) or not set(hidden) <= set(known) or not kept:
+        raise UsageError(
+            f"hidden must be names among the entries of {environment.name}, {', '.join(known)}, and leave one to be "
+            f"seen, got {shown(hidden)}."
+        )
+    return keep_entries(environment, [*kept, MASK])
 
 
 def append_time(environment: Environment) -> Environment:
@@ -178,6 +217,7 @@ def append_time(environment: Environment) -> Environment:
         begin,
         follow,
         observation_shape=(size + 1,),
+        entries=None if environment.entries is None else {**environment.entries, "time": (1,)},
         action_mask=None if mask is None else lambda observation: mask(observation[..., :-1]),
     )
 

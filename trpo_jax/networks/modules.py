@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from trpo_jax.networks.layers import convolution, kernel_initializer, product
 from trpo_jax.steps.types import Array
@@ -73,10 +74,22 @@ class CNN(nn.Module):
     style: Style
 
     @nn.compact
-    def __call__(self, observation: Array) -> Array:
-        """[..., height, width, channels] -> [..., outputs]."""
-        batch_shape = observation.shape[:-3]
-        x = observation.reshape(-1, *observation.shape[-3:])
+    def __call__(self, observation: Array | tuple[Array, ...]) -> Array:
+        """[..., height, width, channels] -> [..., outputs]; of several, pictures first, each gets convolutions.
+
+        A vector [..., D] after them goes into the dense layers as it is.
+        """
+        parts = observation if isinstance(observation, tuple) else (observation,)
+        batch_shape, last = parts[0].shape[:-3], parts[-1]
+        seen = [last] if last.ndim == len(batch_shape) + 1 else []
+        pictures = parts[:-1] if seen else parts
+        features = [self._features(picture).reshape(*batch_shape, -1) for picture in pictures] + seen
+        x = features[0] if len(features) == 1 else jnp.concatenate(features, axis=-1)
+        return _last_layer(_hidden_layers(x, self.hidden, self.style), self.outputs, self.style)
+
+    def _features(self, picture: Array) -> Array:
+        """[..., height, width, channels] -> [B, height, width, filters]."""
+        x = picture.reshape(-1, *picture.shape[-3:])
         for channels in self.channels:
             strides = [-(-size // _GRID) for size in x.shape[1:3]]  # 1 each after the first
             x = nn.Conv(
@@ -88,8 +101,7 @@ class CNN(nn.Module):
                 conv_general_dilated=convolution,
             )(x)
             x = _activate(x, self.style)
-        x = _hidden_layers(x.reshape(*batch_shape, -1), self.hidden, self.style)
-        return _last_layer(x, self.outputs, self.style)
+        return x
 
 
 class GRU(nn.Module):

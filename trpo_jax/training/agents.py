@@ -13,7 +13,9 @@ from trpo_jax.algorithms.base import Algorithm, ValueFit, make_algorithm, make_v
 from trpo_jax.config import Config
 from trpo_jax.env_args import PREFIX
 from trpo_jax.environments.base import Box, Discrete, Environment, key_shape
+from trpo_jax.environments.entries import MASK, chosen
 from trpo_jax.environments.make import make_environment
+from trpo_jax.environments.wrappers import keep_entries
 from trpo_jax.fields import AUTO
 from trpo_jax.networks.default import make_policy, make_value, make_value_head
 from trpo_jax.networks.recurrent import Network, RecurrentNetwork, lift
@@ -62,6 +64,7 @@ def make_agent(config: Config) -> Agent:
     _check_scalars(config)
     env_args = config.env_args if config.env_args or isinstance(config.env, str) else None
     environment = make_environment(config.env, params=env_args, max_steps=config.max_steps or None)
+    environment = _with_what_is_seen(config, environment)
     policy, value = _make_networks(config, environment)
     agent = Agent(config, environment, lift(policy), lift(value), make_algorithm(config), make_value_fit(config))
     if config.shared_trunk:
@@ -88,7 +91,16 @@ def _make_networks(config: Config, environment: Environment) -> tuple[Network, N
     if config.shared_trunk:
         return policy, make_value_head(config.value_hidden, **style)
     hidden = config.hidden if config.value_hidden == AUTO else config.value_hidden
-    return policy, make_value(environment, hidden=hidden, **layers)
+    return policy, make_value(environment, observation=config.value_observation, hidden=hidden, **layers)
+
+
+def _with_what_is_seen(config: Config, environment: Environment) -> Environment:
+    """An environment without those entries of its observations that neither of the default networks sees."""
+    if environment.entries is None or config.policy is not None or config.value is not None:
+        return environment
+    views = AUTO, config.value_observation
+    seen = {entry for view in views for entry in chosen(environment.entries, view, environment.name)}
+    return keep_entries(environment, [name for name in environment.entries if name in seen or name == MASK])
 
 
 def _check_scalars(config: Config) -> None:
