@@ -20,7 +20,8 @@ import trpo_jax
 import trpo_jax.__main__
 from trpo_jax import Config
 from trpo_jax.cli import main
-from trpo_jax.cli.arguments import config_of, make_parser
+from trpo_jax.cli.arguments import make_parser
+from trpo_jax.cli.choices import config_of
 from trpo_jax.cli.displays import LiveLine, run_status
 from trpo_jax.fields import as_text
 from trpo_jax.runs.continuing import Progress
@@ -350,7 +351,7 @@ def test_a_file_gives_the_length_of_a_run_and_flags_count(text, flags, iteration
 
 def test_a_setting_of_a_file_that_has_no_effect_is_told(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("trpo_jax.cli.commands._continue", lambda *_: 0)
+    monkeypatch.setattr("trpo_jax.cli.train_commands._continue", lambda *_: 0)
     (tmp_path / "a.toml").write_text("max_kl = 0.02\nclip_ratio = 0.2\ngamma = 0.9")
     assert main(["train", "--config", "a.toml", "--update", "ppo"]) == 0
     note = "trpo-jax: note: max_kl in a.toml needs update=trpo; with update=ppo it has no effect.\n"

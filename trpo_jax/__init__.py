@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from trpo_jax.steps.trust_region import trpo_update as trpo_update
     from trpo_jax.steps.values import fit_value_function as fit_value_function
     from trpo_jax.steps.values import gauss_newton_fit as gauss_newton_fit
+    from trpo_jax.sweeps.agents import load_agent as load_agent
     from trpo_jax.sweeps.in_folder import run_sweep as run_sweep
     from trpo_jax.sweeps.in_memory import SweepResult as SweepResult
     from trpo_jax.sweeps.in_memory import sweep as sweep
@@ -135,6 +136,7 @@ _HOME = {
     "limit_steps": "environments.wrappers",
     "load": "training.checkpoints",
     "load_run": "runs.folders",
+    "load_agent": "sweeps.agents",
     "load_preset": "presets",
     "make_environment": "environments.make",
     "make_policy": "networks.default",

@@ -14,7 +14,8 @@ from trpo_jax.cli import main
 from trpo_jax.environments.make import settle
 from trpo_jax.runs.folders import open_run
 from trpo_jax.settings import settings_of
-from trpo_jax.sweeps.grids import group_by_program, make_points, make_spec, static_part
+from trpo_jax.sweeps.grids import make_points, make_spec, static_part
+from trpo_jax.sweeps.plans import group_by_program
 from trpo_jax.sweeps.reports import make_report
 from trpo_jax.training.agents import make_agent
 

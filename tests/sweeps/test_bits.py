@@ -12,7 +12,7 @@ import jax, numpy as np
 from probes import raw
 from trpo_jax import Config, init, sweep
 from trpo_jax.sweeps import in_memory
-from trpo_jax.sweeps.grids import stack_configs
+from trpo_jax.sweeps.plans import stack_configs
 from trpo_jax.training.loop import train_chunk
 
 config = Config(num_envs=4, num_steps=32, num_iterations=4)

@@ -8,13 +8,12 @@ from trpo_jax import Config, UsageError, sweep
 from trpo_jax.settings import value_of
 from trpo_jax.sweeps.grids import (
     TUNING_SEEDS,
-    group_by_program,
     make_point,
     make_points,
     make_spec,
     read_spec,
-    stack_configs,
 )
+from trpo_jax.sweeps.plans import group_by_program, stack_configs
 from trpo_jax.sweeps.search import _suggest
 
 

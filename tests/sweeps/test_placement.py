@@ -13,7 +13,7 @@ from probes import Faulty, raw, same_bits, small_config
 from trpo_jax import Config, UsageError, init, sweep, train
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.sweeps import cohorts, placement
-from trpo_jax.sweeps.grids import stack_configs
+from trpo_jax.sweeps.plans import stack_configs
 
 
 @pytest.mark.long
@@ -96,7 +96,7 @@ def test_fewer_agents_a_program_where_memory_is_short(free, fits, monkeypatch):
 
     def compile_programs(config, agents, num_episodes, devices):  # a constant and a share for each agent
         asked.append(agents)
-        return placement.Programs(None, None, None, agents, 1, 30 + 100 * agents, None)
+        return placement.Programs(None, None, None, None, agents, 1, 30 + 100 * agents, None)
 
     monkeypatch.setattr(placement, "compile_programs", compile_programs)
     monkeypatch.setattr(placement, "free_memory", lambda devices: free)

@@ -19,13 +19,14 @@ import pytest
 from sqlalchemy.pool import StaticPool
 from test_damage import DAMAGES
 
-from trpo_jax import UsageError
+from trpo_jax import UsageError, load_run
 from trpo_jax.cli import main
 from trpo_jax.runs.metrics import METRICS
+from trpo_jax.settings import checked_settings, read_toml, settings_of
 from trpo_jax.sweeps import search, studies
 from trpo_jax.sweeps.cohorts import Snapshot
 from trpo_jax.sweeps.grids import TUNING_SEEDS, make_spec
-from trpo_jax.sweeps.search import tune
+from trpo_jax.sweeps.search import train_best, tune
 
 BASE = {"num_envs": 2, "num_steps": 64, "num_iterations": 8, "cg_iterations": 2, "value_cg_iterations": 2}
 SPACE = {"max_kl": {"log_uniform": [1e-3, 1e-1]}, "gamma": {"uniform": [0.9, 1.0]}}
@@ -115,7 +116,16 @@ def test_command_line(tmp_path, python):
     assert "4 of 4 trials, 3 of the last batch stopped early" in result.stdout
     assert "trpo-jax train --config searches/space/best.toml" in re.sub(r"\s+", " ", result.stdout)
     folder = tmp_path / "searches" / "space"
-    assert sorted(entry.name for entry in folder.iterdir()) == ["best.toml", "search.json", "study.db"]
+    assert sorted(entry.name for entry in folder.iterdir()) == ["best", "best.toml", "search.json", "study.db"]
+    config, states = load_run(folder / "best")
+    assert states.iteration.tolist() == [config.num_iterations] * 2
+    asked_for = checked_settings(read_toml(folder / "best.toml"), "best.toml")
+    assert {**settings_of(config), "channels": tuple(config.channels)} == asked_for
+    # The best settings are others now: their agents take the place of those.
+    (folder / "best.toml").write_text((folder / "best.toml").read_text().replace("gamma = 0.99", "gamma = 0.9"))
+    spec = make(base={**BASE})
+    assert train_best(folder / "best.toml", spec) == folder / "best"
+    assert load_run(folder / "best")[0].gamma == 0.9
 
 
 def test_missing_optuna_is_one_sentence(tmp_path, monkeypatch):

@@ -6,23 +6,20 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trpo_jax import __version__
 from trpo_jax.config import Config
 from trpo_jax.env_args import PREFIX
 from trpo_jax.fields import as_text
-from trpo_jax.files import say
 from trpo_jax.sentences import UsageError, check_limits
-from trpo_jax.settings import SETTINGS, TOTAL_STEPS, with_length
-from trpo_jax.validation import without_effect
+from trpo_jax.settings import SETTINGS
 
 if TYPE_CHECKING:
-    from trpo_jax.runs.sinks import OpenSink
+    pass
 
-_BENCHMARK = {"num_envs": 64}  # what `benchmark` has other than `Config`
+BENCHMARK = {"num_envs": 64}  # what `benchmark` has other than `Config`
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     benchmark.number("--num-seeds", 16, "agents trained until they reach it")
     benchmark.number("--threshold-steps", 500_000, "env steps after which a seed counts as never")
     benchmark.add_argument("--compare", "--peer-environments", type=_moved, help=argparse.SUPPRESS)
-    _add_settings(benchmark, _BENCHMARK)
+    _add_settings(benchmark, BENCHMARK)
 
     check = commands.add_parser("check", help="run an environment through the contract, and say what is wrong with it")
     check.add_argument("env", help="environment, or MODULE:FACTORY, a function of one's own that makes it")
@@ -101,6 +98,7 @@ def _add_run_commands(commands: Any) -> None:
     evaluate = commands.add_parser("evaluate", help="run whole episodes with trained agents")
     evaluate.add_argument("path", help="folder of the run")
     evaluate.number("--num-episodes", 64, "episodes per agent")
+    _add_agent(evaluate, "all of a run")
     evaluate.add_argument("--stochastic", action="store_true", help="sample actions instead of taking the mode")
     evaluate.number("--seed", 0, "seed of the episodes")
     _add_checkpoint(evaluate)
@@ -119,14 +117,14 @@ def _add_run_commands(commands: Any) -> None:
     play.add_argument("--env", help="Gymnasium's id of the environment (default: the name it was trained on)")
     play.number("--num-episodes", 10, "episodes")
     play.number("--seed", 0, "seed of the first episode")
-    play.number("--agent", 0, "which agent of the run, from 0")
+    _add_agent(play)
     _add_checkpoint(play)
     play.add_argument("--gif", help="file for an animation of the first episode")
 
     export = commands.add_parser("export", help="write a trained policy as portable StableHLO")
     export.add_argument("path", help="folder of the run")
     export.add_argument("--output", help="folder of the export (default: RUN/policy)")
-    export.number("--agent", 0, "which agent of the run, from 0")
+    _add_agent(export)
     _add_checkpoint(export)
     _add_env(export)
 
@@ -137,6 +135,12 @@ def _add_sweep_commands(commands: Any) -> None:
     sweep.add_argument("file", help="TOML file of the sweep")
     sweep.add_argument("--output", help="folder of the sweep (default: sweeps/NAME-OF-THE-FILE)")
     sweep.add_argument("--dry-run", action="store_true", help="print programs, agents, memory and time; train nothing")
+    sweep.add_argument(
+        "--keep",
+        choices=("none", "best", "all"),
+        help="keep trained states: of none, of each point's best agent, or of all",
+    )
+    sweep.add_argument("--extend", action="store_true", help="add the agents of the file to the sweep in the folder")
     sweep.number("--checkpoint-seconds", 60, "save the agents in training this often", float)
     sweep.add_argument(
         "--agents-per-device", type=_whole, help="agents per device in one program (default: as memory allows)"
@@ -172,23 +176,24 @@ def _add_sinks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wandb-name", help="W&B's group, of one run per seed (default: the name of the folder)")
 
 
-def opener_of(namespace: argparse.Namespace, folder: Path) -> Callable[[str, Mapping[str, Any]], list[OpenSink]]:
-    """What opens the sinks of --log for a part of a folder's agents, with their settings."""
-    from trpo_jax.runs.sinks import open_sink
-
-    wandb = {name: getattr(namespace, name) for name in ("wandb_project", "wandb_name") if getattr(namespace, name)}
-    if wandb and "wandb" not in namespace.log:
-        raise UsageError(f"--{next(iter(wandb)).replace('_', '-')} has no effect without --log wandb; add that.")
-    return lambda part, settings: [open_sink(name, folder, settings, part=part, **wandb) for name in namespace.log]
-
-
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--point", type=_whole, help="of a sweep: the number of the point (default: that of the best agent)"
+    )
     parser.add_argument(
         "--checkpoint",
         default="last",
         metavar="last|best|N",
         help="state to take: the last one, each agent's best by evaluation during training, or that after N iterations "
         "(default: last)",
+    )
+
+
+def _add_agent(parser: argparse.ArgumentParser, default: str = "0 of a run") -> None:
+    parser.add_argument(
+        "--agent",
+        type=_whole,
+        help=f"which agent, of a run from 0 on, of a sweep by its seed (default: {default}, the best of a sweep)",
     )
 
 
@@ -267,33 +272,3 @@ def check_arguments(namespace: argparse.Namespace) -> None:
     for name, value in vars(namespace).items():
         if isinstance(value, str) and "\0" in value:
             raise UsageError(f"{name} must not contain the character NUL, got {value[:60]!r}.")
-
-
-def config_of(namespace: argparse.Namespace, file: Mapping[str, Any] | None = None) -> Config:
-    """The `Config` of the defaults, overridden by a file of settings, overridden by the flags.
-
-    Raises:
-      UsageError: if a setting is out of its range, or a flag has no effect beside the others.
-    """
-    flags = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(Config) if f.metadata["flag"]}
-    flags |= {"env": namespace.env, TOTAL_STEPS: getattr(namespace, TOTAL_STEPS, None)}
-    given = {name: value for name, value in flags.items() if value is not None} | dict(namespace.env_arg)
-    length = (TOTAL_STEPS, "num_iterations")
-    over = length if any(name in given for name in length) else ()
-    base = {**_BENCHMARK} if namespace.command == "benchmark" else {}
-    base |= {name: value for name, value in (file or {}).items() if name not in over}
-    config = with_length({**base, **given}, Config())
-    for name in given:
-        if name in SETTINGS and (why := without_effect(config, name)):
-            raise UsageError(f"{name} {why}; leave it out.")
-    return config
-
-
-def tell_idle(names: Iterable[str], configs: Iterable[Config], source: str) -> None:
-    """Print a note for each setting of a file that has no effect in any of the configurations."""
-    configs = list(configs)
-    for name in names:
-        reasons = [without_effect(config, name) for config in configs] if name in SETTINGS else []
-        changed = any(getattr(config, name) != getattr(Config, name) for config in configs) if reasons else False
-        if changed and all(reasons):
-            say(f"note: {name} in {source} {reasons[0]}.")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trpo_jax.cli.arguments import config_of
+from trpo_jax.cli.choices import config_of
 from trpo_jax.cli.startup import start_quickly
 from trpo_jax.files import command, write_atomically
 from trpo_jax.presets import available_presets, load_preset
@@ -41,8 +42,7 @@ def evaluate(namespace: argparse.Namespace) -> int:
     from trpo_jax.training import evaluation
     from trpo_jax.training.memory import check_episodes, free_memory
 
-    run = run_of(namespace)
-    state = _state_of(run, namespace.checkpoint)
+    run, state = _agents_of(namespace, namespace.agent)
     check_episodes(run.config, run.num_seeds, namespace.num_episodes, free_memory(jax.local_devices()[:1]))
     run_episodes = functools.partial(
         evaluation.evaluate, num_episodes=namespace.num_episodes, deterministic=not namespace.stochastic
@@ -82,15 +82,40 @@ def _state_of(run: Run, which: str) -> TrainState:
     return state
 
 
+def _agents_of(namespace: argparse.Namespace, agent: int | None) -> tuple[Run, TrainState]:
+    """A run with its trained agents, or with one of them alone; of a sweep the run of one agent."""
+    import jax
+
+    from trpo_jax.runs.folders import Run, check_agent
+
+    path = Path(namespace.path)
+    if (path / "sweep.json").exists():
+        if namespace.checkpoint != "last":
+            raise UsageError(f"--checkpoint is of a run, and {path} is a sweep, which keeps last states; leave it out.")
+        from trpo_jax.sweeps.agents import choose_agent, load_agent
+
+        point, seed = choose_agent(path, namespace.point, namespace.agent)
+        config, state = load_agent(path, point, seed)
+        print(f"Point {point}, seed {seed} of {path}.")
+        return Run(path, config, seed, num_seeds=1), jax.tree.map(lambda leaf: leaf[None], state)
+    if namespace.point is not None:
+        raise UsageError(f"--point is of a sweep, and {path} is none; leave it out.")
+    run = run_of(namespace)
+    state = _state_of(run, namespace.checkpoint)
+    if agent is None:
+        return run, state
+    check_agent(agent, run.num_seeds, "run")
+    one = dataclasses.replace(run, seed=run.seed + agent, num_seeds=1)
+    return one, jax.tree.map(lambda leaf: leaf[agent][None], state)
+
+
 def _agent_of(namespace: argparse.Namespace) -> tuple[Run, TrainState]:
-    """A run and one of its trained agents."""
+    """A run, or a sweep, and one trained agent of it."""
     start_quickly()
     import jax
 
-    run = run_of(namespace)
-    if not 0 <= namespace.agent < run.num_seeds:
-        raise UsageError(f"agent must lie in 0 … {run.num_seeds - 1} for this run, got {namespace.agent}.")
-    return run, jax.tree.map(lambda leaf: leaf[namespace.agent], _state_of(run, namespace.checkpoint))
+    run, state = _agents_of(namespace, namespace.agent or 0)
+    return run, jax.tree.map(lambda leaf: leaf[0], state)
 
 
 def play(namespace: argparse.Namespace) -> int:

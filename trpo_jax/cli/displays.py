@@ -152,7 +152,7 @@ def print_best(console: Console, best: Sequence[Best], num_episodes: int) -> Non
     print_table(console, title, ("seed", "iteration", "return", "95 % interval", "when chosen"), rows)
 
 
-def print_outline(console: Console, file: str, outline: Sequence[Outline]) -> None:
+def print_outline(console: Console, file: str, outline: Sequence[Outline], keep: str) -> None:
     """Print what a sweep would run, one row per program."""
     titles = [
         "environment",
@@ -184,3 +184,8 @@ def print_outline(console: Console, file: str, outline: Sequence[Outline]) -> No
         "time that one took just now; compiling, evaluation and files are not included.",
         soft_wrap=True,
     )
+    if keep != "none":
+        kept = [
+            (len(one.group.points) if keep == "best" else one.group.num_agents) * one.state_bytes for one in outline
+        ]
+        console.print(f"Trained states that are kept ({keep}): about {sum(kept) / 2**20:,.1f} MiB.", soft_wrap=True)

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from trpo_jax.cli.arguments import opener_of, tell_idle
+from trpo_jax.cli.choices import opener_of, tell_idle
 from trpo_jax.cli.startup import start_quickly, use_every_core
 from trpo_jax.files import command
 from trpo_jax.sentences import counted
@@ -19,12 +19,14 @@ def sweep(namespace: argparse.Namespace) -> int:
     start_quickly()
     from trpo_jax.cli.displays import LiveLine, make_console, print_outline, sweep_status
     from trpo_jax.sweeps.dry_run import outline
-    from trpo_jax.sweeps.grids import plan, read_spec
+    from trpo_jax.sweeps.grids import read_spec
     from trpo_jax.sweeps.in_folder import run_sweep
     from trpo_jax.sweeps.placement import connect_hosts
+    from trpo_jax.sweeps.plans import plan
 
     console = make_console(expendable=not namespace.dry_run)
     spec = read_spec(namespace.file)
+    spec = dataclasses.replace(spec, keep=namespace.keep or spec.keep)
     if namespace.dry_run:
         with LiveLine(console, 1.0, seconds=0) as line:
 
@@ -32,7 +34,7 @@ def sweep(namespace: argparse.Namespace) -> int:
                 line.show(number / total, f"Compiling and timing program {number + 1} of {total} …")
 
             programs = outline(spec, most_agents=namespace.agents_per_device, report=show)
-        print_outline(console, namespace.file, programs)
+        print_outline(console, namespace.file, programs, spec.keep)
         return 0
     process = connect_hosts(namespace.coordinator, namespace.num_processes, namespace.process_id)
     points, groups = plan(spec)
@@ -55,6 +57,7 @@ def sweep(namespace: argparse.Namespace) -> int:
             most_agents=namespace.agents_per_device,
             report=lambda progress: line.show(progress.clock.done / progress.clock.total, sweep_status(progress)),
             open_sinks=open_sinks,
+            extend=namespace.extend,
         )
     if ending == "complete":
         return _show_report(output, expendable=True)
@@ -116,9 +119,10 @@ def tune(namespace: argparse.Namespace) -> int:
 
     file, score = search.tune(output, spec, batch=namespace.batch, storage=namespace.storage, report=show)
     console.print(file.read_text(), highlight=False)
-    console.print(
-        f"Score {score:.1f} on {counted(spec.num_seeds, 'seed')} that only tuning uses. "
-        f"Next: `trpo-jax train --config {file} --num-seeds 8`",
-        soft_wrap=True,
-    )
+    console.print(f"Score {score:.1f} on {counted(spec.num_seeds, 'seed')} that only tuning uses.", soft_wrap=True)
+    best = search.train_best(file, spec)
+    if best is None:
+        console.print("Stopped; the same command continues.")
+        return 130
+    console.print(f"Its agents: {best}. Next: `trpo-jax train --config {file} --num-seeds 8`", soft_wrap=True)
     return 0

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from trpo_jax.cli.arguments import config_of, opener_of, tell_idle
+from trpo_jax.cli.choices import config_of, opener_of, tell_idle
 from trpo_jax.cli.commands import run_of
 from trpo_jax.cli.startup import start_quickly
 from trpo_jax.config import Config

@@ -11,8 +11,8 @@ import numpy as np
 from trpo_jax.config_pytree import Config
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.runs.runner import Chunk, advance, without_stopped
-from trpo_jax.sweeps.grids import stack_configs
 from trpo_jax.sweeps.placement import Programs
+from trpo_jax.sweeps.plans import stack_configs
 from trpo_jax.training.checkpoints import is_key
 from trpo_jax.training.evaluation import stops
 from trpo_jax.training.state import TrainState

@@ -10,8 +10,9 @@ import jax
 
 from trpo_jax.settings import setting_names, value_of
 from trpo_jax.sweeps.cohorts import Cohort
-from trpo_jax.sweeps.grids import Group, Spec, plan
+from trpo_jax.sweeps.grids import Spec
 from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs
+from trpo_jax.sweeps.plans import Group, plan
 
 
 class Outline(NamedTuple):
@@ -22,12 +23,14 @@ class Outline(NamedTuple):
       programs: their sizes, without the compiled programs.
       seconds: that training takes, as many times as one iteration took; compiling and evaluation apart.
       static: the settings by which it differs from other groups.
+      state_bytes: the size of an agent's trained state.
     """
 
     group: Group
     programs: Programs
     seconds: float
     static: dict[str, Any]
+    state_bytes: int
 
     @property
     def num_runs(self) -> int:
@@ -57,7 +60,10 @@ def outline(
         seconds = _seconds_per_iteration(programs, group) * group.num_iterations
         same = [name for name in varied if len({str(value_of(config, name)) for config in group.configs}) == 1]
         static = {name: value_of(group.configs[0], name) for name in same}
-        entry = Outline(group, programs._replace(start=None, train=None, evaluate=None), seconds, static)
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(programs.states)) // programs.width
+        entry = Outline(
+            group, programs._replace(start=None, train=None, judge=None, evaluate=None), seconds, static, size
+        )
         found.append(entry._replace(seconds=seconds * entry.num_runs))
     return found
 

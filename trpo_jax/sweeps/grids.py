@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,6 @@ import numpy as np
 from trpo_jax.config_pytree import Config
 from trpo_jax.environments.make import settle
 from trpo_jax.presets import with_preset
-from trpo_jax.runs.runner import agent_keys
 from trpo_jax.sentences import UsageError, check_limits, check_number, counted, nearest, shown
 from trpo_jax.settings import (
     DISTRIBUTIONS,
@@ -33,6 +32,7 @@ from trpo_jax.training.agents import make_agent
 from trpo_jax.validation import validate
 
 TUNING_SEEDS = 2**30  # `tune` takes its seeds from here on, sweeps theirs from below
+KEEP = ("none", "best", "all")
 _OF_RANDOM = ("count", "seed")  # what [random] holds beside settings
 _MOST_POINTS = 100_000  # each is a configuration of its own in this process's memory
 _MOST_AGENTS = 10_000_000
@@ -47,36 +47,6 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
-    """Agents that share a program, point by point, each with its seeds.
-
-    Attributes:
-      points: indices of the points.
-      configs: the configuration of each agent, [A].
-      keys: the PRNG key of each agent, [A].
-    """
-
-    points: list[int]
-    configs: list[Config]
-    keys: Any
-
-    @property
-    def num_iterations(self) -> int:
-        """Iterations of every agent."""
-        return self.configs[0].num_iterations
-
-    @property
-    def num_agents(self) -> int:
-        """A."""
-        return len(self.configs)
-
-    @property
-    def steps_per_agent(self) -> int:
-        """Env steps of every agent."""
-        return self.num_iterations * self.configs[0].steps_per_iteration
-
-
-@dataclasses.dataclass(frozen=True)
 class Spec:
     """What a sweep is made of. Every point of `grid` x `zip` x `random` trains `num_seeds` agents.
 
@@ -88,6 +58,7 @@ class Spec:
       num_seeds: agents per point.
       seed: agent i of a point is the one that `jax.random.key(seed + i)` trains.
       num_episodes: episodes by the policy's mode that score each agent after training; 0: training returns do.
+      keep: whose trained states are kept: of none, of the best agent of each point, or of all.
     """
 
     base: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -97,6 +68,13 @@ class Spec:
     num_seeds: int = 1
     seed: int = 0
     num_episodes: int = 16
+    keep: str = "none"
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What the folder of a sweep or a search keeps of it, as earlier versions wrote it where nothing is new."""
+        table = dataclasses.asdict(self)
+        return {name: value for name, value in table.items() if (name, value) != ("keep", "none")}
 
 
 def read_spec(path: str | os.PathLike[str]) -> Spec:
@@ -118,6 +96,7 @@ def make_spec(table: Mapping[str, Any], source: str = "the sweep") -> Spec:
         sections[name] = with_flat_names(section)
     numbers = {name: table[name] for name in ("num_seeds", "seed", "num_episodes") if name in table}
     check_numbers(numbers, source)
+    keep = check_keep(table.get("keep", Spec.keep), source)
     _check_none_twice(sections, source)
     varied = {name for section in ("grid", "zip", "random") for name in sections[section]}
     spec = Spec(
@@ -125,6 +104,7 @@ def make_spec(table: Mapping[str, Any], source: str = "the sweep") -> Spec:
         grid=_check_lists(sections["grid"], f"[grid] of {source}"),
         zip=_check_lists(sections["zip"], f"[zip] of {source}"),
         random=_check_random(sections["random"], f"[random] of {source}"),
+        keep=keep,
         **numbers,
     )
     _check_size(spec, source)
@@ -137,6 +117,13 @@ def check_numbers(numbers: Mapping[str, Any], source: str = "") -> None:
     if "num_episodes" in numbers:
         label = f"num_episodes in {source}" if source else "num_episodes"
         check_number(label, numbers["num_episodes"], whole=True, interval="[0, 1000000]")
+
+
+def check_keep(keep: Any, source: str = "") -> str:
+    """Whose states a sweep keeps; `UsageError` if it is none of the words."""
+    if not isinstance(keep, str) or keep not in KEEP:
+        raise UsageError(f"keep{f' in {source}' if source else ''} must be {', '.join(KEEP)}, got {shown(keep)}.")
+    return keep
 
 
 def _check_none_twice(sections: Mapping[str, Mapping[str, Any]], source: str) -> None:
@@ -251,31 +238,3 @@ def _sample(rng: np.random.Generator, name: str, distribution: Mapping[str, Any]
 def static_part(config: Config) -> Any:
     """What decides the compiled program: configurations with an equal one share it."""
     return jax.tree.structure(config)
-
-
-def group_by_program(points: Sequence[Point]) -> list[list[int]]:
-    """Indices of the points that share a program, in order of first appearance."""
-    groups: dict[Any, list[int]] = {}
-    for i, point in enumerate(points):
-        groups.setdefault(static_part(point.config), []).append(i)
-    return list(groups.values())
-
-
-def make_groups(points: Sequence[Point], keys: Any) -> list[Group]:
-    """The groups of a sweep; agent (point, seed) gets `keys[seed]`, so points are compared on equal seeds."""
-    seeds, groups = np.arange(keys.shape[0]), []
-    for members in group_by_program(points):
-        configs = [points[i].config for i in members for _ in seeds]
-        groups.append(Group(members, configs, keys[np.tile(seeds, len(members))]))
-    return groups
-
-
-def plan(spec: Spec) -> tuple[list[Point], list[Group]]:
-    """The points and groups of a sweep."""
-    points = make_points(spec)
-    return points, make_groups(points, agent_keys(spec.seed, spec.num_seeds))
-
-
-def stack_configs(configs: Iterable[Config]) -> Config:
-    """One `Config` whose floats are arrays [K], from K configurations that share a program."""
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *configs)

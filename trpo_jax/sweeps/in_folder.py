@@ -21,9 +21,11 @@ from trpo_jax.runs.sinks import OpenSink, Sink
 from trpo_jax.sentences import UsageError, counted
 from trpo_jax.settings import setting_names, settings_of, value_of
 from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, stopped_iteration, training_return
-from trpo_jax.sweeps.grids import Group, Point, Spec, plan
+from trpo_jax.sweeps.grids import Point, Spec
 from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs
+from trpo_jax.sweeps.plans import Group, plan
 from trpo_jax.sweeps.storage import Block, Folder, cut_into_blocks
+from trpo_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,7 @@ def run_sweep(
     most_agents: int | None = None,
     report: Callable[[Progress], bool | None] = lambda progress: None,
     open_sinks: Callable[[str, Mapping[str, Any]], Sequence[OpenSink]] = lambda part, settings: (),
+    extend: bool = False,
 ) -> Literal["complete", "interrupted", "shared"]:
     """Run a sweep in a folder, or continue the one that is there, to its end.
 
@@ -59,6 +62,7 @@ def run_sweep(
       report: called after every chunk of iterations; if it returns False, the sweep is interrupted there.
       open_sinks: `open_sinks(part, settings)`, called for each point of a finished block with its name, such as
         "point_3", and its settings, gives where its agents' metrics go, too, and how that is closed.
+      extend: where the folder holds another sweep, add the agents of this one that it lacks; what is there stays.
 
     Returns:
       How it ended: "complete" where all blocks of all processes are finished, "interrupted" by Ctrl-C, SIGTERM or the
@@ -67,10 +71,11 @@ def run_sweep(
     Raises:
       UsageError: if the spec, the folder or a file in it cannot be used; what is finished stays as it is.
     """
-    points, groups = plan(spec)
+    plan(spec)  # bad input shows before anything is written
     folder = Folder(path)
     with folder.locked(process[0]), interrupts() as interrupted:
-        folder.describe(dataclasses.asdict(spec), made_by())
+        before = folder.describe(spec, made_by(), extend=extend)
+        points, groups = plan(spec, before)
         clock = Clock(sum(group.num_agents * group.steps_per_agent for group in groups) / process[1])
         size = checkpoint_seconds, most_agents
         work = _Work(folder, spec, points, groups, process, *size, clock, interrupted, report, open_sinks)
@@ -193,30 +198,41 @@ class _Work:
             outcome |= {"eval_return": cohort.eval_return, "stopped_at": np.ma.masked_equal(stopped_at, 0)}
         for block, where in zip(blocks, slices, strict=True):
             mine = {name: values[where] for name, values in outcome.items()}
+            self._keep(block, cohort.states, where, mine)
             self.folder.write_results(block, self._columns(block, mine))
             self._feed_sinks(block, mine)
 
+    def _keep(self, block: Block, states: TrainState, where: slice, outcome: Mapping[str, np.ndarray]) -> None:
+        """Write the states of a block's agents that are kept: of all, or of the best one of each point in it."""
+        agents = np.arange(block.first, block.last)
+        if self.spec.keep == "best":
+            score = outcome["final_return"] if self.spec.num_episodes else training_return(outcome)
+            points, _ = self.groups[block.group].agents(block.first, block.last)
+            order = np.argsort(-np.nan_to_num(score, nan=-np.inf), kind="stable")
+            best = {point: agent for point, agent in reversed([(points[i], agents[i]) for i in order])}
+            agents = np.array(sorted(best.values()))
+        if self.spec.keep != "none":
+            at = where.start + agents - block.first
+            self.folder.keep(block, jax.tree.map(lambda leaf: leaf[at], states), agents)
+
     def _feed_sinks(self, block: Block, outcome: Mapping[str, np.ndarray]) -> None:
         """Give the metrics of a finished block's agents to the sinks of their points."""
-        group, seeds = self.groups[block.group], self.spec.num_seeds
-        for number in range(block.first // seeds, -(-block.last // seeds)):
-            point = group.points[number]
-            config = self.points[point].config
-            first, last = max(block.first, number * seeds), min(block.last, (number + 1) * seeds)
-            mine = {name: values[first - block.first : last - block.first] for name, values in outcome.items()}
+        points, seeds = self.groups[block.group].agents(block.first, block.last)
+        for point in dict.fromkeys(points.tolist()):
+            here = np.flatnonzero(points == point)
+            config, mine = self.points[point].config, {name: values[here] for name, values in outcome.items()}
             with contextlib.ExitStack() as opened:
                 for sink, close in self.open_sinks(f"point_{point}", settings_of(config)):
                     opened.callback(close)
-                    _feed(sink, mine, config, self.spec.seed + first % seeds)
+                    _feed(sink, mine, config, self.spec.seed + int(seeds[here[0]]))
 
     def _columns(self, block: Block, outcome: dict[str, np.ndarray]) -> dict[str, Any]:
         """A block's rows as the columns of its Parquet file."""
-        seeds, agents = self.spec.num_seeds, np.arange(block.first, block.last)
-        at = np.array(self.groups[block.group].points, np.int32)[agents // seeds]
+        at, seeds = self.groups[block.group].agents(block.first, block.last)
         configs = [self.points[i].config for i in at]
         return {
             "point": at,
-            "seed": (self.spec.seed + agents % seeds).astype(np.int32),
+            "seed": (self.spec.seed + seeds).astype(np.int32),
             **{name: self._values(name, configs) for name in setting_names(point.config for point in self.points)},
             "env_steps": np.array([c.num_iterations * c.steps_per_iteration for c in configs], np.int64),
             "final_return": outcome.pop("final_return"),

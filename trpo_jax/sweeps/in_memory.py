@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config_pytree import Config
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.sentences import UsageError, shown
-from trpo_jax.sweeps.cohorts import Cohort, failed_iteration
-from trpo_jax.sweeps.grids import Spec, check_numbers, make_groups, make_points
+from trpo_jax.sweeps.cohorts import Cohort, failed_iteration, from_host, to_host, training_return
+from trpo_jax.sweeps.grids import Spec, check_keep, check_numbers, make_points
 from trpo_jax.sweeps.placement import agents_per_block, fit_programs
-from trpo_jax.training.state import Metrics, check_key
+from trpo_jax.sweeps.plans import make_groups
+from trpo_jax.training.state import Metrics, TrainState, check_key
 
 
 def sweep(
@@ -25,6 +27,7 @@ def sweep(
     *,
     num_seeds: int = 1,
     num_episodes: int = 16,
+    keep: str = "none",
     devices: Sequence[Any] | None = None,
 ) -> SweepResult:
     """Train every combination of settings over seeds, and evaluate each agent.
@@ -38,6 +41,7 @@ def sweep(
       key: a typed PRNG key; all points share the `num_seeds` keys split from it.
       num_seeds: S, agents per point.
       num_episodes: episodes by the policy's mode that evaluate each agent at the end; 0: none.
+      keep: whose trained states come back: of "none", of the "best" agent of each point, or of "all".
       devices: where to run; by default all devices of this process.
 
     Returns:
@@ -47,6 +51,7 @@ def sweep(
       UsageError: if a setting or value cannot be used.
     """
     check_key(key)
+    check_keep(keep)
     check_numbers({"num_seeds": num_seeds, "num_episodes": num_episodes})
     for name, values in grid.items():
         if isinstance(values, str) or not hasattr(values, "__len__") or not len(values):
@@ -62,6 +67,7 @@ def sweep(
     final_return, failed_at = np.full(shape, np.nan, np.float32), np.zeros(shape, np.int32)
     evaluations = max(group.configs[0].num_iterations // (group.configs[0].eval_every or 2**31) for group in groups)
     eval_return = np.full((*shape, evaluations), np.nan, np.float32)
+    kept = Kept(keep, len(points))
     for group in groups:
         most = agents_per_block(group.num_agents, len(devices))
         programs = fit_programs(group.configs[0], most, num_episodes, devices)
@@ -69,15 +75,46 @@ def sweep(
             last = first + programs.width
             cohort = Cohort(programs, group.configs[first:last], group.keys[first:last])
             cohort.train(group.num_iterations)
-            agents = np.arange(first, first + cohort.size)
-            at = np.array(group.points)[agents // num_seeds], agents % num_seeds
+            at = group.agents(first, first + cohort.size)
             found = cohort.metrics
             for name in METRICS:
                 metrics[name][(*at, slice(group.num_iterations))] = found[name]
             if cohort.eval_return is not None:
                 eval_return[(*at, slice(cohort.eval_return.shape[1]))] = cohort.eval_return
             final_return[at], failed_at[at] = cohort.evaluate(), failed_iteration(found)
-    return SweepResult([point.varied for point in points], Metrics(**metrics), final_return, failed_at, eval_return)
+            kept.add(cohort, at[0], final_return[at] if num_episodes else training_return(found))
+    varied = [point.varied for point in points]
+    return SweepResult(varied, Metrics(**metrics), final_return, failed_at, eval_return, kept.states())
+
+
+class Kept:
+    """The trained states of agents that are kept, point by point, on the host: of none, the best one, or all."""
+
+    def __init__(self, keep: str, num_points: int):
+        self.keep = keep
+        self._agents: list[list[TrainState]] = [[] for _ in range(num_points)]
+        self._best = [-np.inf] * num_points
+
+    def add(self, cohort: Cohort, points: np.ndarray, scores: np.ndarray) -> None:
+        """Keep what is to be kept of a cohort whose agents are of these points and have these scores."""
+        if self.keep == "none":
+            return
+        states = to_host(cohort.states)
+        for i, (point, score) in enumerate(zip(points, np.nan_to_num(scores, nan=-np.inf), strict=True)):
+            agents = self._agents[point]
+            if self.keep == "best" and agents and score <= self._best[point]:
+                continue
+            one = from_host(jax.tree.map(lambda leaf, i=i: leaf[i], states), cohort.programs.states)
+            self._agents[point] = [one] if self.keep == "best" else [*agents, one]
+            self._best[point] = max(score, self._best[point])
+
+    def states(self) -> list[TrainState]:
+        """Of each point all its agents, [S, ...], or its best one; none if none are kept."""
+        if self.keep == "none":
+            return []
+        if self.keep == "best":
+            return [jax.tree.map(jnp.asarray, agents[0]) for agents in self._agents]
+        return [jax.tree.map(lambda *leaves: jnp.stack(leaves), *agents) for agents in self._agents]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +128,7 @@ class SweepResult:
       failed_at: iteration, counted from 1, at which an agent met a number that is not finite; 0 if it did not. [G, S].
       eval_return: mean return of each evaluation during training, [G, S, K], as `eval_every` asks for them; NaN after
         the end of a point that has fewer.
+      states: trained states, one per point: with `keep="all"` of all seeds, [S, ...], with "best" of the best one.
     """
 
     points: list[dict[str, Any]]
@@ -98,3 +136,4 @@ class SweepResult:
     final_return: np.ndarray
     failed_at: np.ndarray
     eval_return: np.ndarray
+    states: list[TrainState]

@@ -16,6 +16,7 @@ from trpo_jax.runs.metrics import fill_forward
 from trpo_jax.sentences import UsageError, counted
 from trpo_jax.settings import SETTINGS
 from trpo_jax.sweeps.iqm import interquartile_mean, stratified_bootstrap
+from trpo_jax.sweeps.plans import earlier_forms, plan, spec_of
 from trpo_jax.sweeps.storage import Folder
 
 
@@ -157,6 +158,8 @@ def _section(description: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _num_agents(description: Mapping[str, Any]) -> int:
     """How many agents sweep.json asks for; 0 if it does not say."""
+    if description.get("before"):
+        return sum(group.num_agents for group in plan(spec_of(description), earlier_forms(description))[1])
     try:
         crossed = math.prod(len(values) for values in _section(description, "grid").values())
         together = [len(values) for values in _section(description, "zip").values()] or [1]

@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from trpo_jax.config_pytree import Config
+from trpo_jax.environments.make import settle
 from trpo_jax.fields import as_text
 from trpo_jax.files import write_atomically
+from trpo_jax.runs.continuing import continue_run
 from trpo_jax.runs.descriptions import made_by
+from trpo_jax.runs.folders import Run, create_run, open_run
+from trpo_jax.runs.learning_curve import plot_learning_curve
 from trpo_jax.runs.runner import agent_keys
 from trpo_jax.sentences import UsageError, counted
-from trpo_jax.settings import cast, is_whole, settings_of
+from trpo_jax.settings import cast, checked_settings, is_whole, read_toml, settings_of, with_length
 from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, training_return
 from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, make_point, static_part
 from trpo_jax.sweeps.iqm import interquartile_mean
@@ -125,6 +131,27 @@ def tune(
         if not best:
             raise UsageError(_why_no_score(study, path, told))
     return file, best.value
+
+
+def train_best(file: Path, spec: Spec) -> Path | None:
+    """Train the agents of the best trial once more, in a run of their own beside its settings, best.toml.
+
+    They learn what they learned in the search, whose programs keep no states. A run of earlier best settings goes.
+
+    Returns:
+      Its folder; None if it was interrupted, and `resume` or a search that goes on continues it.
+    """
+    config = settle(with_length(checked_settings(read_toml(file), str(file)), Config()))
+    folder = file.with_suffix("")
+    run = Run(folder, config, TUNING_SEEDS + spec.seed, spec.num_seeds)
+    if (folder / "config.json").exists():
+        found = open_run(folder)
+        if found.seed == run.seed and found.description != json.loads(json.dumps(run.description)):
+            shutil.rmtree(folder)
+    run = create_run(folder, config, run.seed, run.num_seeds)
+    complete = continue_run(run)
+    plot_learning_curve(run)
+    return folder if complete else None
 
 
 def _write_best(file: Path, spec: Spec, best: Any, told: int) -> None:

@@ -4,6 +4,7 @@
     programs/00.json                   a group of agents that share a program: its size and how it is cut into blocks
     results/00-0000.parquet            a finished block, one row per agent; metrics are lists, one entry per iteration
     checkpoints/00-0000-00000012.npz   the newest state of a block at work; removed when the block is finished
+    states/00-0000.npz                 trained states of a finished block's agents, where they are kept
 
 Every file is written under another name and renamed, so that it is there and whole, or not there; each holds a
 checksum.
@@ -13,18 +14,25 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from trpo_jax.config_pytree import Config
 from trpo_jax.files import BLANK_SEAL, is_intact, locked, say, sealed, write_atomically
 from trpo_jax.runs.descriptions import check_equal, is_begun, origin, read_table, restore_or_anew, write_table
 from trpo_jax.sentences import UsageError, counted, first_line
 from trpo_jax.sweeps.cohorts import Snapshot, blank
-from trpo_jax.training.checkpoints import Checkpoints, without_mend
+from trpo_jax.sweeps.grids import Spec
+from trpo_jax.sweeps.plans import earlier_forms, extended, own_part
+from trpo_jax.training.checkpoints import Checkpoints, read, save, without_mend
+from trpo_jax.training.loop import init
 from trpo_jax.training.state import TrainState
 
 _CONTINUES = "what is finished is safe, and the same command continues when the folder can be written to"
@@ -61,18 +69,27 @@ class Folder:
         self._finished: set[Block] = set()  # whose files were seen to be sound
         self._origin = ""
 
-    def describe(self, description: Mapping[str, Any], made_by: Mapping[str, Any]) -> None:
-        """Write sweep.json, or compare with the one that is there.
+    def describe(self, spec: Spec, made_by: Mapping[str, Any], *, extend: bool = False) -> list[Spec]:
+        """Write sweep.json, or compare with the one that is there; return what the sweep was before it was extended.
+
+        Args:
+          spec: what is asked for.
+          made_by: what does it.
+          extend: where another sweep is there, add this one to it.
 
         Raises:
           UsageError: if the folder holds another sweep or something else, or cannot be written to.
         """
         file = self.path / "sweep.json"
         if not is_begun(file, "sweep"):
-            write_table(file, {**description, "made_by": made_by}, first=True)
+            write_table(file, {**spec.description, "made_by": made_by}, first=True)
         found = self.description()
-        mend = "choose another --output, or restore the file that the sweep was started with"
-        check_equal(self.path, "sweep", {**description, "made_by": found.get("made_by")}, found, mend)
+        if extend and own_part(found) != json.loads(json.dumps(spec.description)):
+            found = extended(found, spec, self.path, begun_as=found.get("begun_as", origin(file)))
+            write_table(file, found)
+        mend = "choose another --output, restore the file that it was started with, or add what is new by --extend"
+        check_equal(self.path, "sweep", spec.description, own_part(found), mend)
+        return earlier_forms(found)
 
     def description(self) -> dict[str, Any]:
         """What sweep.json says; raises `UsageError` if it is missing or damaged."""
@@ -86,7 +103,8 @@ class Folder:
 
     def _mark(self, block: Block | str) -> str:
         """The stamp in each file of a block: of which sweep it is, and of which block."""
-        self._origin = self._origin or origin(self.path / "sweep.json")
+        if not self._origin:
+            self._origin = self.description().get("begun_as") or origin(self.path / "sweep.json")
         return f"{self._origin} {block}"
 
     def _is_ours(self, rows: Any, block: Block | str) -> bool:
@@ -115,7 +133,7 @@ class Folder:
         """Lock the folder against a second process of the same number."""
         is_begun(self.path / "sweep.json", "sweep")  # nothing is written into a folder of something else
         mend = "wait for it, or give each process a number of its own with --num-processes and --process-id"
-        with locked(self.path, "programs", "results", "checkpoints", name=f".lock{process}", mend=mend):
+        with locked(self.path, "programs", "results", "checkpoints", "states", name=f".lock{process}", mend=mend):
             yield
 
     # Results
@@ -190,6 +208,34 @@ class Folder:
         for name in set(columns or ()) - set(table.column_names):
             table = table.append_column(name, pa.nulls(table.num_rows))
         return table
+
+    # Trained states
+
+    def keep(self, block: Block, states: TrainState, agents: np.ndarray) -> None:
+        """Write the trained states of some of a block's agents, [K, ...], which bear these numbers in their group."""
+        kept = {"agent": agents.astype(np.int32), "state": states}
+        save(self._states_file(block), kept, note={"of": self._mark(block)}, mend=_CONTINUES)
+
+    def kept(self, block: Block, config: Config) -> dict[int, TrainState]:
+        """The trained states that were kept of a block, by the number of the agent in its group.
+
+        Raises:
+          UsageError: if there are none, or the file cannot be used.
+        """
+        file = self._states_file(block)
+        if not file.exists():
+            raise UsageError(
+                f"{self.path} keeps no trained states there ({file} is missing); sweep with --keep best or all."
+            )
+        like = {"agent": jax.ShapeDtypeStruct((), np.int32), "state": jax.eval_shape(init, config, jax.random.key(0))}
+        found, note = read(file, like)
+        if not isinstance(note, dict) or note.get("of") != self._mark(block):
+            raise UsageError(f"{file} is of another sweep or block; restore the right one.")
+        one = lambda i: jax.tree.map(lambda leaf: jnp.asarray(leaf[i]), found["state"])  # noqa: E731
+        return {int(agent): one(i) for i, agent in enumerate(found["agent"])}
+
+    def _states_file(self, block: Block) -> Path:
+        return self.path / "states" / f"{block}.npz"
 
     # Checkpoints
 

@@ -11,7 +11,6 @@ search together: each trains batches of its own, and proposes in the light of al
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -138,7 +137,7 @@ def open_study(path: str | os.PathLike[str], spec: Spec, storage: str | None, ma
         raise UsageError("tune needs Optuna; install it with `pip install '.[tune]'`.") from None
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     folder = Path(path).absolute()
-    description = json.loads(json.dumps(dataclasses.asdict(spec)))
+    description = json.loads(json.dumps(spec.description))
     description["random"].pop("count", None)  # more trials of the same search are welcome
     _check(folder, storage)
     with locked(folder, mend="wait for it, or choose another --output"):

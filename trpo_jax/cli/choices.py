@@ -1,0 +1,59 @@
+"""What the arguments of a command stand for: a configuration, and where metrics are logged."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trpo_jax.cli.arguments import BENCHMARK
+from trpo_jax.config import Config
+from trpo_jax.files import say
+from trpo_jax.sentences import UsageError
+from trpo_jax.settings import SETTINGS, TOTAL_STEPS, with_length
+from trpo_jax.validation import without_effect
+
+if TYPE_CHECKING:
+    from trpo_jax.runs.sinks import OpenSink
+
+
+def config_of(namespace: argparse.Namespace, file: Mapping[str, Any] | None = None) -> Config:
+    """The `Config` of the defaults, overridden by a file of settings, overridden by the flags.
+
+    Raises:
+      UsageError: if a setting is out of its range, or a flag has no effect beside the others.
+    """
+    flags = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(Config) if f.metadata["flag"]}
+    flags |= {"env": namespace.env, TOTAL_STEPS: getattr(namespace, TOTAL_STEPS, None)}
+    given = {name: value for name, value in flags.items() if value is not None} | dict(namespace.env_arg)
+    length = (TOTAL_STEPS, "num_iterations")
+    over = length if any(name in given for name in length) else ()
+    base = {**BENCHMARK} if namespace.command == "benchmark" else {}
+    base |= {name: value for name, value in (file or {}).items() if name not in over}
+    config = with_length({**base, **given}, Config())
+    for name in given:
+        if name in SETTINGS and (why := without_effect(config, name)):
+            raise UsageError(f"{name} {why}; leave it out.")
+    return config
+
+
+def tell_idle(names: Iterable[str], configs: Iterable[Config], source: str) -> None:
+    """Print a note for each setting of a file that has no effect in any of the configurations."""
+    configs = list(configs)
+    for name in names:
+        reasons = [without_effect(config, name) for config in configs] if name in SETTINGS else []
+        changed = any(getattr(config, name) != getattr(Config, name) for config in configs) if reasons else False
+        if changed and all(reasons):
+            say(f"note: {name} in {source} {reasons[0]}.")
+
+
+def opener_of(namespace: argparse.Namespace, folder: Path) -> Callable[[str, Mapping[str, Any]], list[OpenSink]]:
+    """What opens the sinks of --log for a part of a folder's agents, with their settings."""
+    from trpo_jax.runs.sinks import open_sink
+
+    wandb = {name: getattr(namespace, name) for name in ("wandb_project", "wandb_name") if getattr(namespace, name)}
+    if wandb and "wandb" not in namespace.log:
+        raise UsageError(f"--{next(iter(wandb)).replace('_', '-')} has no effect without --log wandb; add that.")
+    return lambda part, settings: [open_sink(name, folder, settings, part=part, **wandb) for name in namespace.log]

@@ -1,0 +1,143 @@
+"""The agents of a sweep: in groups that share a program, in an order that stays when the sweep is extended."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from trpo_jax.config_pytree import Config
+from trpo_jax.runs.runner import agent_keys
+from trpo_jax.sentences import UsageError
+from trpo_jax.sweeps.grids import Point, Spec, make_points, static_part
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Agents that share a program, point by point, each with its seeds.
+
+    Attributes:
+      points: indices of the points.
+      configs: the configuration of each agent, [A].
+      keys: the PRNG key of each agent, [A].
+      first_seed: the first of the seeds of each point, counted from that of the sweep.
+    """
+
+    points: list[int]
+    configs: list[Config]
+    keys: Any
+    first_seed: int = 0
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations of every agent."""
+        return self.configs[0].num_iterations
+
+    @property
+    def num_agents(self) -> int:
+        """A."""
+        return len(self.configs)
+
+    @property
+    def num_seeds(self) -> int:
+        """Agents per point."""
+        return self.num_agents // len(self.points)
+
+    @property
+    def steps_per_agent(self) -> int:
+        """Env steps of every agent."""
+        return self.num_iterations * self.configs[0].steps_per_iteration
+
+    def agents(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Points and seeds (from that of the sweep on) of the agents from `first` up to `last`."""
+        agents = np.arange(first, last)
+        return np.array(self.points, np.int32)[agents // self.num_seeds], self.first_seed + agents % self.num_seeds
+
+
+def group_by_program(points: Sequence[Point]) -> list[list[int]]:
+    """Indices of the points that share a program, in order of first appearance."""
+    groups: dict[Any, list[int]] = {}
+    for i, point in enumerate(points):
+        groups.setdefault(static_part(point.config), []).append(i)
+    return list(groups.values())
+
+
+def make_groups(points: Sequence[Point], keys: Any, *, first_seed: int = 0) -> list[Group]:
+    """The groups of points; agent (point, seed) gets `keys[seed - first_seed]`, so that all have equal seeds."""
+    seeds, groups = np.arange(keys.shape[0]), []
+    for members in group_by_program(points):
+        configs = [points[i].config for i in members for _ in seeds]
+        groups.append(Group(members, configs, keys[np.tile(seeds, len(members))], first_seed))
+    return groups
+
+
+def plan(spec: Spec, before: Sequence[Spec] = ()) -> tuple[list[Point], list[Group]]:
+    """The points and groups of a sweep, after those of what it was `before` it was extended.
+
+    An agent is a point's settings and a seed. What an earlier form asked for keeps its place, so that what is finished
+    stays as it is.
+    """
+    points: list[Point] = []
+    groups: list[Group] = []
+    places: dict[Any, int] = {}
+    num_seeds: list[int] = []  # of each point, so far
+    for stage in (*before, spec):
+        keys = agent_keys(stage.seed, stage.num_seeds)
+        wanted: dict[int, list[int]] = {}  # by the first seed that is new, the points
+        for point in make_points(stage):
+            identity = (static_part(point.config), *map(float, jax.tree.leaves(point.config)))
+            place = places.get(identity, len(points)) if groups else len(points)
+            if place == len(points):
+                points.append(point)
+                num_seeds.append(0)
+                places.setdefault(identity, place)
+            if num_seeds[place] < stage.num_seeds:
+                wanted.setdefault(num_seeds[place], []).append(place)
+        for first, members in wanted.items():
+            for group in make_groups([points[i] for i in members], keys[first:], first_seed=first):
+                groups.append(dataclasses.replace(group, points=[members[i] for i in group.points]))
+            for i in members:
+                num_seeds[i] = stage.num_seeds
+    return points, groups
+
+
+def earlier_forms(description: Mapping[str, Any]) -> list[Spec]:
+    """What a sweep was before it was extended, from sweep.json."""
+    return [spec_of(table) for table in description.get("before", ())]
+
+
+def own_part(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What sweep.json says of the sweep as it is asked for, without what made it and what it was before."""
+    return {name: value for name, value in description.items() if name not in ("made_by", "before", "begun_as")}
+
+
+def extended(found: Mapping[str, Any], spec: Spec, where: Path, begun_as: str) -> dict[str, Any]:
+    """What sweep.json says once a sweep is extended: it bears the stamp of its first form, `begun_as`.
+
+    Raises:
+      UsageError: if the new form differs in what all agents share.
+    """
+    for name in ("seed", "num_episodes", "keep"):  # they decide which seeds there are, and what each result is
+        before = found.get(name, "none")
+        if before != getattr(spec, name):
+            raise UsageError(
+                f"{where} holds a sweep with {name}={before}, which all of its agents share; give the same, or choose "
+                "another --output."
+            )
+    forms = [*found.get("before", ()), own_part(found)]
+    return {**spec.description, "made_by": found.get("made_by"), "before": forms, "begun_as": begun_as}
+
+
+def spec_of(description: Mapping[str, Any]) -> Spec:
+    """The `Spec` that sweep.json describes."""
+    names = [field.name for field in dataclasses.fields(Spec)]
+    return Spec(**{name: description[name] for name in names if name in description})
+
+
+def stack_configs(configs: Iterable[Config]) -> Config:
+    """One `Config` whose floats are arrays [K], from K configurations that share a program."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *configs)
