@@ -61,7 +61,7 @@ def test_settings_that_go_together():
         make_agent(Config(action_distribution="beta"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["tanh", pytest.param("beta", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "settings",
     [

@@ -15,12 +15,13 @@ import numpy as np
 from trpo_jax.config_pytree import Config
 from trpo_jax.environments.base import Box, Environment
 from trpo_jax.environments.checks import one_sentence
-from trpo_jax.environments.entries import WHOLE
+from trpo_jax.environments.entries import WHOLE, join, split
 from trpo_jax.environments.gymnasium import host_action_space, host_observations
+from trpo_jax.fields import AUTO
 from trpo_jax.files import write_atomically
 from trpo_jax.sentences import UsageError, first_line
 from trpo_jax.steps.types import Array, PyTree
-from trpo_jax.training.agents import make_agent, with_normalization
+from trpo_jax.training.agents import make_agent, with_normalization, with_what_is_seen
 from trpo_jax.training.recurrence import initial_carries
 from trpo_jax.training.state import TrainState
 
@@ -57,7 +58,7 @@ print(np.asarray(action))"""
 
 
 def acting_policy(config: Config, state: TrainState) -> tuple[Callable[[PyTree, Array], tuple[PyTree, Array]], PyTree]:
-    """A trained policy as a function of a batch of observations, [B, ...].
+    """A trained policy as a function of a batch of observations, [B, ...], of the entries that it sees.
 
     Args:
       config: the settings the state was trained with.
@@ -69,14 +70,24 @@ def acting_policy(config: Config, state: TrainState) -> tuple[Callable[[PyTree, 
     """
     agent = make_agent(config)
     policy = with_normalization(config, state.learner.statistics, agent.policy)
-    space = agent.environment.action_space
+    space, everything, seen = agent.environment.action_space, agent.environment.entries, _environment(config).entries
 
     def act(carry: PyTree, observation: Array) -> tuple[PyTree, Array]:
+        if seen != everything and seen is not None and everything is not None:
+            # Anything may stand for what the value function alone has seen.
+            blank = {name: jnp.zeros((*observation.shape[:-1], *shape)) for name, shape in everything.items()}
+            observation = join(blank | split(seen, observation), everything)
         carry, distribution = policy.step(state.learner.policy_params, carry, observation)
         action = distribution.mode()
         return carry, jnp.clip(action, space.low, space.high) if isinstance(space, Box) else action
 
     return act, initial_carries(policy, 1)
+
+
+def _environment(config: Config) -> Environment:
+    """The environment of training with those entries of its observations alone that the policy sees."""
+    environment = make_agent(config).environment
+    return environment if config.policy is not None else with_what_is_seen(environment, AUTO)
 
 
 def play(
@@ -125,7 +136,7 @@ def play(
             f"Gymnasium cannot make {env} ({first_line(error)}); name one of its environments by "
             "--env, or install what it needs: pip install '.[play]'."
         ) from error
-    environment = make_agent(config).environment
+    environment = _environment(config)
     with one_sentence(f"reset of {env}"):
         _, info = world.reset(seed=seed)
     observe, to_world = _interface(environment, world, info, env)
@@ -174,7 +185,7 @@ def export_policy(config: Config, state: TrainState, folder: Path) -> Path:
       UsageError: if a file cannot be written.
     """
     act, carry = acting_policy(config, state)
-    environment = make_agent(config).environment
+    environment = _environment(config)
     (batch,) = jax.export.symbolic_shape("batch")
     observation = jax.ShapeDtypeStruct((batch, *environment.observation_shape), jnp.float32)
     if jax.tree.leaves(carry):

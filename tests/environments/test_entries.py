@@ -144,6 +144,7 @@ def test_a_cnn_has_convolutions_for_each_picture_and_takes_vectors_beside_them()
     assert policy.init(jax.random.key(0), jnp.zeros(64))["params"]["Dense_0"]["kernel"].shape == (64, 8)
 
 
+@pytest.mark.long
 def test_a_value_function_that_sees_more_explains_more():
     explained = {}
     for view in ("auto", "privileged_state", "speed, privileged_state"):
@@ -337,7 +338,7 @@ class Turnstile(gymnasium.Env):
         return observation, reward, False, False, ({} if self.time == 4 else info)
 
 
-@pytest.mark.parametrize("dictionary", [False, True])
+@pytest.mark.parametrize("dictionary", [pytest.param(False, marks=pytest.mark.long), True])
 def test_gymnasium_says_in_its_info_which_actions_are_legal(dictionary, tmp_path, capsys):
     name = f"Turnstile{dictionary}-v0"
     gymnasium.register(name, functools.partial(Turnstile, dictionary), max_episode_steps=4)
@@ -354,6 +355,9 @@ def test_gymnasium_says_in_its_info_which_actions_are_legal(dictionary, tmp_path
         with pytest.raises(UsageError, match=r"^CartPole-v1 observes .* was trained on observations of .*action_mask"):
             play(config, state, "CartPole-v1")
         export_policy(config, state, tmp_path)
-        assert "action_mask [3]" in (tmp_path / "load_policy.py").read_text()
+        script = (tmp_path / "load_policy.py").read_text()
+        assert "action_mask [3]" in script and "privileged" not in script  # what the value function alone has seen
+        act, _ = acting_policy(config, state)
+        assert act((), jnp.array([[0, 0.5, 0, 0, 1.0]]))[1].item() == 2
     finally:
         del gymnasium.registry[name]

@@ -64,7 +64,8 @@ def make_agent(config: Config) -> Agent:
     _check_scalars(config)
     env_args = config.env_args if config.env_args or isinstance(config.env, str) else None
     environment = make_environment(config.env, params=env_args, max_steps=config.max_steps or None)
-    environment = _with_what_is_seen(config, environment)
+    if config.policy is None and config.value is None:
+        environment = with_what_is_seen(environment, AUTO, config.value_observation)
     policy, value = _make_networks(config, environment)
     agent = Agent(config, environment, lift(policy), lift(value), make_algorithm(config), make_value_fit(config))
     if config.shared_trunk:
@@ -94,11 +95,10 @@ def _make_networks(config: Config, environment: Environment) -> tuple[Network, N
     return policy, make_value(environment, observation=config.value_observation, hidden=hidden, **layers)
 
 
-def _with_what_is_seen(config: Config, environment: Environment) -> Environment:
-    """An environment without those entries of its observations that neither of the default networks sees."""
-    if environment.entries is None or config.policy is not None or config.value is not None:
+def with_what_is_seen(environment: Environment, *views: str) -> Environment:
+    """An environment whose observations have what some views have, each as `value_observation`, and a mask."""
+    if environment.entries is None:
         return environment
-    views = AUTO, config.value_observation
     seen = {entry for view in views for entry in chosen(environment.entries, view, environment.name)}
     return keep_entries(environment, [name for name in environment.entries if name in seen or name == MASK])
 
