@@ -130,12 +130,21 @@ def test_the_score_of_a_saturated_policy_has_mean_zero():
         assert abs(leaf.mean()) < 4 * leaf.std() / np.sqrt(len(leaf))
 
 
-def test_samples_of_a_beta_have_its_moments():
-    d, expected = beta(2.0, 5.0), scipy.stats.beta(2.0, 5.0, LOW, HIGH - LOW)
-    sample = np.asarray(jax.vmap(d.sample)(jax.random.split(jax.random.key(0), 20_000)), np.float64)
-    assert abs(sample.mean() - expected.mean()) < 4 * expected.std() / np.sqrt(len(sample))
-    np.testing.assert_allclose(sample.std(), expected.std(), rtol=0.03)
+@pytest.mark.parametrize("alpha, other", [(1.0, 1.0), (2.0, 5.0), (0.7, 1.5), (400.0, 1e4)])
+def test_samples_of_a_beta_have_its_distribution(alpha, other):
+    d, expected = beta(alpha, other), scipy.stats.beta(alpha, other, LOW, HIGH - LOW)
+    sample = np.asarray(jax.vmap(d.sample)(jax.random.split(jax.random.key(0), 50_000)), np.float64)
     assert scipy.stats.kstest(sample[:, 0], expected.cdf).pvalue > 1e-3
+    assert abs(sample.mean() - expected.mean()) < 4 * expected.std() / np.sqrt(len(sample))
+
+
+def test_what_is_no_number_is_drawn_as_none_and_leaves_the_others_as_they_are():
+    good = Beta(jnp.array([2.0, 3.0]), jnp.array([1.0, 2.0]), LOW, HIGH)
+    for bad in (np.nan, np.inf, -1.0):
+        sample = Beta(good.alpha.at[0].set(bad), good.beta, LOW, HIGH).sample(jax.random.key(0))
+        assert sample[1] == good.sample(jax.random.key(0))[1] and (
+            sample[0] == HIGH if bad == np.inf else np.isnan(sample[0])
+        )
 
 
 @pytest.mark.parametrize(

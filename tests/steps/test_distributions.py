@@ -136,7 +136,7 @@ def dense_fisher(d):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS[:-1], pytest.param("beta", marks=pytest.mark.long)])
 def test_fisher_product_is_the_hessian_of_the_kl_in_both_directions(kind):
     d = make(kind, 0, (2,))
     flat, unravel = ravel_pytree(d)
