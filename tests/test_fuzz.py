@@ -161,7 +161,8 @@ def flags(settings):
 
 def check_command_line(rng, at):
     values = [*NUMBERS, *NOT_FINITE, *OTHERS, "9" * 5000, "1_0", "0x10", "1e", "٣", "\ud800"]
-    command = rng.choice(["train", "train", "train", "evaluate", "resume", "play", "export", "report", "sweep", "tune"])
+    on_folders = ["evaluate", "resume", "play", "export", "report", "compare"]
+    command = rng.choice(["train", "train", "train", *on_folders, "sweep", "tune"])
     command = rng.choice([command] * 9 + ["benchmark"])
     arguments = [command]
     if command in ("train", "benchmark"):
@@ -176,8 +177,11 @@ def check_command_line(rng, at):
     else:
         own = {"sweep": "sweep.toml", "tune": "sweep.toml", "report": "sweeps"}.get(command, "run")
         arguments.append(rng.choice([*PATHS, "run", "sweep.toml"]) if rng.is_hell() else own)
+        arguments += ["sweeps"] * (command == "compare")
     known = vars(make_parser().parse_args([command] if command in ("train", "benchmark") else [command, "x"]))
-    others = sorted(known.keys() - FIELDS.keys() - {"env", "path", "file", "command", "log", "compare", "coordinator"})
+    others = sorted(
+        known.keys() - FIELDS.keys() - {"env", "path", "paths", "file", "command", "log", "compare", "coordinator"}
+    )
     for name in rng.sample(others, min(len(others), rng.choice([0, 0, 1, 2]))):
         text = rng.choice([*PATHS, *map(str, values)]) if rng.is_hell() else rng.choice(["1", "2"])
         plain = name in ("stochastic", "dry_run")

@@ -68,10 +68,12 @@ if TYPE_CHECKING:
     from trpo_jax.steps.values import fit_value_function as fit_value_function
     from trpo_jax.steps.values import gauss_newton_fit as gauss_newton_fit
     from trpo_jax.sweeps.agents import load_agent as load_agent
+    from trpo_jax.sweeps.comparisons import compare as compare
     from trpo_jax.sweeps.in_folder import run_sweep as run_sweep
     from trpo_jax.sweeps.in_memory import SweepResult as SweepResult
     from trpo_jax.sweeps.in_memory import sweep as sweep
     from trpo_jax.sweeps.iqm import interquartile_mean as interquartile_mean
+    from trpo_jax.sweeps.iqm import probability_of_improvement as probability_of_improvement
     from trpo_jax.sweeps.iqm import stratified_bootstrap as stratified_bootstrap
     from trpo_jax.sweeps.placement import shard_environments as shard_environments
     from trpo_jax.training.checkpoints import load as load
@@ -117,6 +119,7 @@ _HOME = {
     "backtracking_line_search": "steps.line_searches",
     "check_environment": "environments.contract",
     "clipped_objective": "steps.first_order",
+    "compare": "sweeps.comparisons",
     "conjugate_gradient": "steps.solvers",
     "continue_run": "runs.continuing",
     "create_run": "runs.folders",
@@ -149,6 +152,7 @@ _HOME = {
     "parallel_gae": "steps.advantages",
     "parallel_line_search": "steps.line_searches",
     "penalized_objective": "steps.first_order",
+    "probability_of_improvement": "sweeps.iqm",
     "repeat_actions": "environments.wrappers",
     "reverse_kl": "steps.objectives",
     "run_sweep": "sweeps.in_folder",

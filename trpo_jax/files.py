@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
+import math
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from trpo_jax.sentences import UsageError, first_line
+from trpo_jax.sentences import UsageError, first_line, shown
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # of `write_atomically`: .NAME.PROCESS.tmp
 _SEAL = re.compile(rb"crc32:([0-9a-f]{8})")
@@ -43,6 +44,24 @@ def read_json(path: str | os.PathLike[str], mend: str) -> dict[str, Any]:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is damaged ({first_line(error)}); {mend}.") from error
+
+
+def plain_json(value: Any) -> Any:
+    """A value as JSON has it: lists for tuples and arrays, null for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {str(name): plain_json(entry) for name, entry in value.items()}
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, (list, tuple)):
+        return [plain_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def file_of_kind(path: str, flag: str, suffix: str) -> Path:
+    """The file that a flag names for output; raise `UsageError` if its name does not end as one of the kind does."""
+    file = Path(path)
+    if file.suffix.lower() != suffix or file.is_dir():
+        raise UsageError(f"{flag} must name a file that ends in {suffix}, got {shown(path)}.")
+    return file
 
 
 def read_limited(path: str | os.PathLike[str]) -> bytes:

@@ -22,6 +22,7 @@ _COMMANDS = {
     "export": commands.export,
     "sweep": sweep_commands.sweep,
     "report": sweep_commands.report,
+    "compare": sweep_commands.compare,
     "tune": sweep_commands.tune,
     "benchmark": commands.benchmark,
     "check": commands.check,

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from trpo_jax import __version__
 from trpo_jax.config import Config
@@ -15,9 +15,6 @@ from trpo_jax.env_args import PREFIX
 from trpo_jax.fields import as_text
 from trpo_jax.sentences import UsageError, check_limits
 from trpo_jax.settings import SETTINGS
-
-if TYPE_CHECKING:
-    pass
 
 BENCHMARK = {"num_envs": 64}  # what `benchmark` has other than `Config`
 
@@ -101,6 +98,7 @@ def _add_run_commands(commands: Any) -> None:
     _add_agent(evaluate, "all of a run")
     evaluate.add_argument("--stochastic", action="store_true", help="sample actions instead of taking the mode")
     evaluate.number("--seed", 0, "seed of the episodes")
+    evaluate.add_argument("--output", help="JSON file for every figure (default: none)")
     _add_checkpoint(evaluate)
     _add_env(evaluate)
 
@@ -155,6 +153,17 @@ def _add_sweep_commands(commands: Any) -> None:
 
     report = commands.add_parser("report", help="show a sweep, finished or not, as a table, pictures and a page")
     report.add_argument("path", help="folder of the sweep")
+
+    compare = commands.add_parser("compare", help="compare runs and sweeps: curves, intervals, probabilities, profiles")
+    compare.add_argument("paths", nargs="+", metavar="path", help="folders of runs and sweeps")
+    compare.add_argument(
+        "--by",
+        default="",
+        metavar="SETTING,SETTING",
+        help="settings whose values are the methods to compare, such as update; folder is one, too (default: folder)",
+    )
+    compare.add_argument("--output", default="comparison.html", help="file of the page (default: comparison.html)")
+    compare.add_argument("--json", help="JSON file for every figure (default: none)")
 
     tune = commands.add_parser("tune", help="search settings with Optuna, batches of trials as one program")
     tune.add_argument("file", help="TOML file with [base] settings and [random] distributions")

@@ -1,14 +1,15 @@
-"""The commands that train many agents as a file says: sweep, report, tune."""
+"""The commands that train many agents as a file says, and those that show what came of them."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 
 from trpo_jax.cli.choices import opener_of, tell_idle
 from trpo_jax.cli.startup import start_quickly, use_every_core
-from trpo_jax.files import command
+from trpo_jax.files import command, file_of_kind, write_atomically
 from trpo_jax.sentences import counted
 
 
@@ -92,6 +93,27 @@ def _show_report(path: Path, *, expendable: bool = False) -> int:
         )
     page = write_report(path, report)
     console.print(f"Page: {page}", soft_wrap=True)
+    return 0
+
+
+def compare(namespace: argparse.Namespace) -> int:
+    """Compare the agents of runs and sweeps: a table, and a page with the pictures."""
+    file = file_of_kind(namespace.output, "--output", ".html")
+    json_file = file_of_kind(namespace.json, "--json", ".json") if namespace.json else None
+    from trpo_jax.cli.displays import make_console, print_table
+    from trpo_jax.sweeps.comparison_pages import comparison_page, table_of_methods, told
+    from trpo_jax.sweeps.comparisons import compare
+
+    found = compare(namespace.paths, [name.strip() for name in namespace.by.split(",") if name.strip()])
+    console = make_console()
+    for sentence in told(found):
+        console.print(sentence)
+    console.print()
+    print_table(console, "", *table_of_methods(found))
+    write_atomically(file, comparison_page(found))
+    if json_file:
+        write_atomically(json_file, json.dumps(found.as_json(), indent=1) + "\n")
+    console.print(f"\nPage: {file}", soft_wrap=True)
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import csv
 import hashlib
@@ -18,18 +17,24 @@ from typing import Any
 import numpy as np
 
 from trpo_jax.files import remove_temporaries, write_atomically
-from trpo_jax.runs.learning_curve import label_steps, make_figure
-from trpo_jax.sweeps.reports import Report, Row, table_of, text_of
+from trpo_jax.runs.learning_curve import label_steps
+from trpo_jax.sweeps.drawing import (
+    SOFTWARE,
+    heading,
+    html_table,
+    image,
+    page,
+    paragraph,
+    plain,
+    png,
+    scale_axis,
+    sized_figure,
+    text_of,
+)
+from trpo_jax.sweeps.reports import Report, Row, table_of
 
 _CURVES = 8  # best points whose learning curves are drawn
-_LARGEST = 40  # inches of a picture; what does not fit goes without its numbers
-_SOFTWARE = "trpo_jax report"  # stands in every picture of ours, so that nobody else's is ever removed
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: 1em 0; } th, td { padding: .25em .8em; text-align: right; }
-th { border-bottom: 2px solid #888; } tr:nth-child(even) td { background: #f4f6f8; }
-img { max-width: 100%; display: block; margin: 1em 0; } pre { background: #f4f6f8; padding: 1em; overflow-x: auto; }
-"""
+_LARGEST = 40  # rows or columns of a heat map; what does not fit goes without its numbers
 
 
 def write_report(path: str | os.PathLike[str], report: Report) -> Path:
@@ -42,7 +47,7 @@ def write_report(path: str | os.PathLike[str], report: Report) -> Path:
     for env, rows in report.rows.items():
         suffix = f"_{_file_name(env)}" if len(report.rows) > 1 else ""
         drawn = {"learning_curves": _draw_curves(env, rows), "settings": _draw_settings(env, rows)}
-        pictures[env] = [(f"{kind}{suffix}.png", _png(figure)) for kind, figure in drawn.items() if figure]
+        pictures[env] = [(f"{kind}{suffix}.png", png(figure)) for kind, figure in drawn.items() if figure]
     files = dict(picture for drawn_there in pictures.values() for picture in drawn_there)
     for name, data in files.items():
         write_atomically(folder / name, data)
@@ -56,11 +61,11 @@ def write_report(path: str | os.PathLike[str], report: Report) -> Path:
             numbers = [row.iqm, *row.interval, row.mean, row.worst, row.num_seeds, row.num_failed]
             writer.writerow([env, *row.settings.values(), *numbers])
     write_atomically(folder / "table.csv", text.getvalue())
-    page = folder / "report.html"
-    write_atomically(page, _page(folder.resolve().name, report, pictures))
+    file = folder / "report.html"
+    write_atomically(file, _page(folder.resolve().name, report, pictures))
     _remove_stale(folder, files)
     remove_temporaries(folder)
-    return page
+    return file
 
 
 def _file_name(name: str) -> str:
@@ -75,88 +80,63 @@ def _remove_stale(folder: Path, files: Mapping[str, bytes]) -> None:
     """Remove the pictures of earlier reports that this one does not have."""
     for file in [*folder.glob("learning_curves*.png"), *folder.glob("settings*.png")]:
         with contextlib.suppress(OSError):
-            if file.name not in files and _SOFTWARE.encode() in file.read_bytes()[:256]:
+            if file.name not in files and SOFTWARE.encode() in file.read_bytes()[:256]:
                 file.unlink()
 
 
 def _page(title: str, report: Report, pictures: Mapping[str, Sequence[tuple[str, bytes]]]) -> str:
-    made_by = report.description.get("made_by", {})
     parts = [
-        "<!DOCTYPE html>",
-        f"<html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>",
-        f"<style>{_STYLE}</style></head>",
-        f"<body><h1>{html.escape(title)}</h1>",
-        f"<p>{report.extent}. Score: {report.score}. IQM: mean of the middle half of the seeds, with a "
-        "95 % percentile interval of the stratified bootstrap.</p>",
+        paragraph(
+            f"{report.extent}. Score: {report.score}. IQM: mean of the middle half of the seeds, with a 95 % "
+            "percentile interval of the stratified bootstrap."
+        )
     ]
     if report.overall:
-        parts.append("<h2>All environments</h2>")
-        parts.append("<p>Scores scaled in each environment from its worst point's IQM (0) to its best's (1).</p>")
+        parts.append(heading("All environments"))
+        parts.append(paragraph("Scores scaled in each environment from its worst point's IQM (0) to its best's (1)."))
         names = list(report.overall[0][0])
         cells = [
             [*(text_of(settings[name]) for name in names), f"{iqm:.3f}", f"{low:.3f} … {high:.3f}"]
             for settings, iqm, (low, high) in report.overall
         ]
-        parts.append(_html_table([*names, "IQM", "95 % interval"], cells))
+        parts.append(html_table([*names, "IQM", "95 % interval"], cells))
     for env, rows in report.rows.items():
-        parts.append(f"<h2>{html.escape(env)}</h2>")
-        parts.append(_html_table(*table_of(rows)))
-        for name, data in pictures[env]:
-            encoded = base64.b64encode(data).decode()
-            parts.append(f"<img alt='{html.escape(name)}' src='data:image/png;base64,{encoded}'>")
-    parts.append("<h2>Failures</h2>")
-    if report.failures:
-        parts.append("<p>Agents that met a number that was not finite, at which iteration.</p>")
-        cells = [
-            [env, ", ".join(f"{n}={text_of(v)}" for n, v in settings.items()), str(seed), str(iteration)]
-            for env, settings, seed, iteration in report.failures
-        ]
-        parts.append(_html_table(["environment", "settings", "seed", "iteration"], cells))
-    else:
-        parts.append("<p>None: every reward, observation and parameter was a finite number.</p>")
+        parts += [heading(env), html_table(*table_of(rows)), *(image(*picture) for picture in pictures[env])]
+    parts += _failures(report)
     asked = {name: value for name, value in report.description.items() if name != "made_by"}
-    parts.append("<h2>The sweep</h2>")
+    made_by = report.description.get("made_by", {})
+    parts.append(heading("The sweep"))
     parts.append(f"<pre>{html.escape(json.dumps(asked, indent=1))}</pre>")
-    parts.append(f"<p>Made by {html.escape(', '.join(f'{n} {v}' for n, v in made_by.items()))}.</p></body></html>")
-    return "\n".join(parts) + "\n"
+    parts.append(paragraph(f"Made by {', '.join(f'{n} {v}' for n, v in made_by.items())}."))
+    return page(title, parts)
 
 
-def _html_table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+def _failures(report: Report) -> list[str]:
+    """The section about agents that met a number that was not finite."""
+    if not report.failures:
+        return [heading("Failures"), paragraph("None: every reward, observation and parameter was a finite number.")]
+    cells = [
+        [env, ", ".join(f"{n}={text_of(v)}" for n, v in settings.items()), str(seed), str(iteration)]
+        for env, settings, seed, iteration in report.failures
+    ]
+    told = paragraph("Agents that met a number that was not finite, at which iteration.")
+    return [heading("Failures"), told, html_table(["environment", "settings", "seed", "iteration"], cells)]
 
 
 # Pictures
 
 
-def _png(figure: Any) -> bytes:
-    """A figure as the content of a PNG file."""
-    data = io.BytesIO()
-    figure.savefig(data, dpi=130, format="png", metadata={"Software": _SOFTWARE})
-    return data.getvalue()
-
-
-def _figure(width: float, height: float) -> Any:
-    return make_figure(min(width, _LARGEST), min(height, _LARGEST))
-
-
-def _plain(text: str) -> str:
-    """Escape dollars, which would begin a formula."""
-    return text.replace("$", r"\$")
-
-
 def _draw_curves(env: str, rows: Sequence[Row]) -> Any:
     """A figure of the learning curves of the best points."""
-    figure = _figure(7.5, 4.2)
+    figure = sized_figure(7.5, 4.2)
     axes = figure.add_subplot()
     for row in rows[:_CURVES]:
         label = ", ".join(f"{name}={text_of(value)}" for name, value in row.settings.items()) or "all"
         alone = np.isfinite(row.curve).sum() == 1  # a line through one point is none
-        axes.plot(row.steps, row.curve, linewidth=1.5, label=_plain(label), marker="o" if alone else "")
+        axes.plot(row.steps, row.curve, linewidth=1.5, label=plain(label), marker="o" if alone else "")
     any_episode = any(np.isfinite(row.curve).any() for row in rows[:_CURVES])
     best = f", the {_CURVES} best of {len(rows)} points" if len(rows) > _CURVES else ""
-    title, ylabel = _plain(f"{env}{best}"), "training return, IQM over seeds"
+    title, ylabel = plain(f"{env}{best}"), "training return, IQM over seeds"
     label_steps(axes, any_episode, title=title, xlabel="environment steps per agent", ylabel=ylabel)
     if len(rows) > 1:
         axes.legend(fontsize=7, loc="best")
@@ -180,22 +160,16 @@ def _is_number(rows: Sequence[Row], name: str) -> bool:
     return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
 
 
-def _scale(axis: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis for values that span more than a factor of 20."""
-    if min(values) > 0 and max(values) > 20 * min(values):
-        axis.axes.set_xscale("log")
-
-
 def _draw_line(env: str, rows: Sequence[Row], name: str) -> Any:
-    figure = _figure(6, 4)
+    figure = sized_figure(6, 4)
     axes = figure.add_subplot()
     ordered = sorted(rows, key=lambda row: row.settings[name])
     values = [row.settings[name] for row in ordered]
     low, high = zip(*(row.interval for row in ordered), strict=True)
     axes.fill_between(values, low, high, alpha=0.2, label="95 % interval")
     axes.plot(values, [row.iqm for row in ordered], marker="o", label="IQM over seeds")
-    _scale(axes.xaxis, values)
-    axes.set(title=_plain(env), xlabel=name, ylabel="score")
+    scale_axis(axes, values)
+    axes.set(title=plain(env), xlabel=name, ylabel="score")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
@@ -207,7 +181,7 @@ def _draw_heat_map(env: str, rows: Sequence[Row], names: Sequence[str]) -> Any:
     for row in rows:
         at = tuple(values.index(row.settings[name]) for name, values in zip(names, ordered, strict=True))
         grid[at] = row.iqm
-    figure = _figure(1.5 + 0.9 * grid.shape[1], 1.5 + 0.6 * grid.shape[0])
+    figure = sized_figure(1.5 + 0.9 * grid.shape[1], 1.5 + 0.6 * grid.shape[0])
     axes = figure.add_subplot()
     finite = np.where(np.isfinite(grid), grid, np.nan)
     image = axes.imshow(finite, origin="lower", aspect="auto", cmap="viridis")
@@ -220,30 +194,30 @@ def _draw_heat_map(env: str, rows: Sequence[Row], names: Sequence[str]) -> Any:
         axes.text(j, i, text, ha="center", va="center", color=color, fontsize=8)
     for set_ticks, values in ((axes.set_yticks, ordered[0]), (axes.set_xticks, ordered[1])):
         shown = range(0, len(values), -(-len(values) // _LARGEST))
-        set_ticks(shown, [_plain(text_of(values[i])) for i in shown])
-    axes.set(title=_plain(env), xlabel=names[1], ylabel=names[0])
+        set_ticks(shown, [plain(text_of(values[i])) for i in shown])
+    axes.set(title=plain(env), xlabel=names[1], ylabel=names[0])
     return figure
 
 
 def _draw_scatter(env: str, rows: Sequence[Row], names: Sequence[str]) -> Any:
-    figure = _figure(3.2 * min(4, len(names)), 3 * -(-len(names) // 4))
+    figure = sized_figure(3.2 * min(4, len(names)), 3 * -(-len(names) // 4))
     panels = figure.subplots(-(-len(names) // 4), min(4, len(names)), squeeze=False, sharey=True).ravel()
     scores = [row.iqm for row in rows]
     for axes, name in zip(panels, names, strict=False):
         values = [row.settings[name] for row in rows]
         if _is_number(rows, name):
             axes.scatter(values, scores, s=16)
-            _scale(axes.xaxis, values)
+            scale_axis(axes, values)
         else:
             kinds = sorted(set(values), key=_order)
             axes.scatter([kinds.index(value) for value in values], scores, s=16)
-            axes.set_xticks(range(len(kinds)), [_plain(text_of(kind)) for kind in kinds])
+            axes.set_xticks(range(len(kinds)), [plain(text_of(kind)) for kind in kinds])
         axes.set(xlabel=name)
         axes.grid(alpha=0.3)
     for axes in panels[len(names) :]:
         axes.remove()
     panels[0].set_ylabel("score, IQM over seeds")
-    figure.suptitle(_plain(env))
+    figure.suptitle(plain(env))
     return figure
 
 

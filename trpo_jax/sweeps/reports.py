@@ -15,6 +15,7 @@ from trpo_jax.env_args import PREFIX
 from trpo_jax.runs.metrics import fill_forward
 from trpo_jax.sentences import UsageError, counted
 from trpo_jax.settings import SETTINGS
+from trpo_jax.sweeps.drawing import interval_text, number, text_of
 from trpo_jax.sweeps.iqm import interquartile_mean, stratified_bootstrap
 from trpo_jax.sweeps.plans import earlier_forms, plan, spec_of
 from trpo_jax.sweeps.storage import Folder
@@ -202,16 +203,7 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for row in rows:
         values = [text_of(row.settings[name]) for name in names]
-        interval = f"{_number(row.interval[0])} … {_number(row.interval[1])}"
-        numbers = [_number(row.iqm), interval, _number(row.mean), _number(row.worst)]
+        interval = interval_text(*row.interval)
+        numbers = [number(row.iqm), interval, number(row.mean), number(row.worst)]
         cells.append([*values, *numbers, str(row.num_seeds), str(row.num_failed)])
     return titles, cells
-
-
-def _number(value: float) -> str:
-    return f"{value:.1f}" if value == 0 or 1 <= abs(value) < 1e6 else f"{value:.3g}"
-
-
-def text_of(value: Any) -> str:
-    """The value of a setting in a table."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,271 @@
+"""Comparing methods over the agents of runs and sweeps, by the statistics of Agarwal et al. 2021 (rliable)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trpo_jax.files import plain_json
+from trpo_jax.sentences import UsageError
+from trpo_jax.settings import SETTINGS
+from trpo_jax.sweeps.iqm import interquartile_mean, probability_of_improvement, stratified_bootstrap
+from trpo_jax.sweeps.outcomes import Curves, Outcome, differ, group_outcomes, read_folders
+
+_POINTS = 50  # of a curve
+_THRESHOLDS = 101  # of a performance profile
+Interval = tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """A curve [K] and its 95 % intervals by the stratified bootstrap, one for each of its points."""
+
+    x: np.ndarray
+    middle: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What is compared, over all tasks that all methods share.
+
+    Attributes:
+      scores: of each agent by task, in the task's own units.
+      iqm: interquartile mean over the agents of all tasks, normalised if there are several tasks.
+      interval: its 95 % interval.
+      mean: mean over tasks of the mean scores, normalised likewise.
+      profile: share of agents whose score is above each threshold, normalised likewise.
+      curves: IQM of returns against environment steps of an agent by task, in the task's own units.
+      overall: IQM of the normalised returns of all tasks, against the share of the steps that all methods have; None
+        for one task.
+    """
+
+    scores: dict[str, np.ndarray]
+    iqm: float
+    interval: Interval
+    mean: float
+    profile: Band
+    curves: dict[str, Band]
+    overall: Band | None
+
+    @property
+    def num_agents(self) -> int:
+        """Agents, over all tasks."""
+        return sum(map(len, self.scores.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Methods beside each other.
+
+    Attributes:
+      score: what the score of an agent is, in words.
+      returns: what the curves are of, in words.
+      tasks: the two returns of each task that count as 0 and 1; (0, 1), which changes nothing, where it is the only
+        one.
+      methods: by name, best IQM first.
+      improvement: (X, Y, P(X > Y), interval): probability that an agent of X is better than one of Y on the same task.
+      notes: what must be known about the agents, a sentence each.
+    """
+
+    score: str
+    returns: str
+    tasks: dict[str, tuple[float, float]]
+    methods: dict[str, Method]
+    improvement: list[tuple[str, str, float, Interval]]
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as JSON has it: lists for arrays, null for what is not a number."""
+        plain: dict[str, Any] = plain_json(dataclasses.asdict(self))
+        names = ("method", "over", "probability", "interval")
+        return plain | {"improvement": [dict(zip(names, row, strict=True)) for row in plain["improvement"]]}
+
+
+def compare(paths: Sequence[str | os.PathLike[str]], by: Sequence[str] = ()) -> Comparison:
+    """Compare the agents in folders of runs and sweeps, method by method.
+
+    The score is the best measure that all agents have: the evaluation at the end of a sweep, else the last evaluation
+    during training, else the training return at the end. Where there are several tasks (environments), scores are
+    normalised in each: 0 is the mean return of the first training episodes of all its agents, 1 the IQM of the
+    best method there. Probabilities of improvement compare within each task, and need no normalisation.
+
+    Args:
+      paths: the folders.
+      by: settings whose values tell the methods apart, in whatever folder; by default each folder is a method, and the
+        points of a sweep count together. "folder" among them stands for the folder.
+
+    Raises:
+      UsageError: if a folder or setting cannot be used, or there are not two methods with a task in common.
+    """
+    groups = group_outcomes(read_folders([Path(path) for path in paths]), by)
+    tasks = [task for task in next(iter(groups.values())) if all(task in group for group in groups.values())]
+    if not tasks:
+        raise UsageError(f"{', '.join(groups)} share no environment, and so cannot be compared; give others.")
+    groups = {name: {task: group[task] for task in tasks} for name, group in groups.items()}
+    every = [outcome for group in groups.values() for outcomes in group.values() for outcome in outcomes]
+    score, returns = _measures(every)
+    scales = {task: _scale([group[task] for group in groups.values()], score) for task in tasks}
+    scales = scales if len(tasks) > 1 else dict.fromkeys(tasks, (0.0, 1.0))
+    scores = {name: {task: _together(score.of, group[task]) for task in tasks} for name, group in groups.items()}
+    normal = {
+        name: [_normalised(values, scales[task]) for task, values in table.items()] for name, table in scores.items()
+    }
+    thresholds = _thresholds([task for table in normal.values() for task in table])
+    ends = {task: [_last_step(group[task], returns.of) for group in groups.values()] for task in tasks}
+    methods = {
+        name: Method(
+            scores=scores[name],
+            iqm=float(interquartile_mean(np.concatenate(normal[name]))),
+            interval=stratified_bootstrap(normal[name]),
+            mean=float(np.mean([task.mean() for task in normal[name]])),
+            profile=_profile(normal[name], thresholds),
+            curves={task: _curve(group[task], returns.of, max(ends[task])) for task in tasks},
+            overall=_overall(group, returns.of, scales, ends) if len(tasks) > 1 else None,
+        )
+        for name, group in groups.items()
+    }
+    best = sorted(methods, key=lambda name: -np.nan_to_num(methods[name].iqm, nan=-np.inf))
+    pairs = [(x, y, *probability_of_improvement(normal[x], normal[y])) for x in best for y in best if x != y]
+    notes = _notes(groups, by, ends)
+    return Comparison(score.words, returns.words, scales, {name: methods[name] for name in best}, pairs, notes)
+
+
+def _notes(groups: Mapping[str, Mapping[str, list[Outcome]]], by: Sequence[str], ends: Mapping[str, Any]) -> list[str]:
+    """What must be known about the agents, a sentence each."""
+    notes = []
+    inside = [outcomes for group in groups.values() for outcomes in group.values()]
+    learned_by = [n for n in SETTINGS if n != "env" and not n.startswith("eval_")]
+    mixed = [n for n in learned_by if n not in by and any(differ(n, outcomes) for outcomes in inside)]
+    if mixed:
+        notes.append(f"Agents of one method differ in {', '.join(mixed)}, and count together; --by tells them apart.")
+    for task, steps in ends.items():
+        if len(set(steps)) > 1:
+            told = ", ".join(f"{name} {step:,}" for name, step in zip(groups, steps, strict=True))
+            notes.append(f"Trained for different numbers of steps on {task}: {told}.")
+    unfinished = sum(not outcome.complete for outcomes in inside for outcome in outcomes)
+    if unfinished:
+        notes.append(f"Not finished: {unfinished} of {sum(map(len, inside))} runs and points.")
+    few = {name for name, group in groups.items() for o in group.values() if sum(len(x.training) for x in o) < 3}
+    if few:
+        notes.append(f"Fewer than three seeds per task, whose intervals say little: {', '.join(sorted(few))}.")
+    return notes
+
+
+# What is measured
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measure:
+    """A number of each agent, or a curve, and its words."""
+
+    words: str
+    of: Callable[[Outcome], Any]
+
+
+def _measures(outcomes: Sequence[Outcome]) -> tuple[_Measure, _Measure]:
+    """The best score and the best curve that all agents have."""
+    judged = all(o.evaluations for o in outcomes) and not differ("eval_stochastic", outcomes)
+    curve = _Measure("training return", lambda o: o.returns)
+    score = _Measure("training return at the end", lambda o: o.training)
+    if judged:
+        curve = _Measure("mean return of evaluations during training", lambda o: o.evaluations)
+        score = _Measure("mean return of the last evaluation during training", _last_evaluation)
+    if all(o.final is not None for o in outcomes):
+        score = _Measure("mean return of the policy's mode after training", lambda o: o.final)
+    return score, curve
+
+
+def _last_evaluation(outcome: Outcome) -> np.ndarray:
+    assert outcome.evaluations
+    return outcome.evaluations.returns[:, -1]
+
+
+def _together(measure: Callable[[Outcome], np.ndarray], outcomes: Sequence[Outcome]) -> np.ndarray:
+    return np.concatenate([np.asarray(measure(outcome), np.float64) for outcome in outcomes])
+
+
+def _scale(methods: Sequence[Sequence[Outcome]], score: _Measure) -> tuple[float, float]:
+    """The returns of a task that count as 0, at the beginning of training, and as 1, of the best method."""
+    first = np.concatenate([_first(outcome.returns) for outcomes in methods for outcome in outcomes])
+    first = first[np.isfinite(first)]
+    iqms = np.array([interquartile_mean(_together(score.of, outcomes)) for outcomes in methods])
+    known = iqms[np.isfinite(iqms)]
+    if not first.size or not known.size:
+        return 0.0, 1.0
+    zero, one = float(first.mean()), float(known.max())
+    if one > zero:
+        return zero, one
+    return zero, zero + (float(zero - known.min()) or 1.0)  # nothing was learned: the worst method has -1
+
+
+def _first(curves: Curves) -> np.ndarray:
+    """The first return of each agent that is a number, [S]; NaN where it has none."""
+    known = np.isfinite(curves.returns)
+    return np.where(
+        known.any(axis=1), np.take_along_axis(curves.returns, known.argmax(axis=1)[:, None], 1)[:, 0], np.nan
+    )
+
+
+def _normalised(returns: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
+    return (returns - scale[0]) / (scale[1] - scale[0])
+
+
+# Curves
+
+
+def _last_step(outcomes: Sequence[Outcome], curve: Callable[[Outcome], Curves]) -> int:
+    """The number of steps that all agents of a method have."""
+    return int(min(curve(outcome).steps[-1] for outcome in outcomes))
+
+
+def _band(x: np.ndarray, tasks: Sequence[np.ndarray], statistic: Callable[..., Any]) -> Band:
+    """A statistic of the runs of all tasks, [S, K] each, for each of K points."""
+    middle = np.array([statistic(np.concatenate([task[:, k] for task in tasks]), axis=0) for k in range(len(x))])
+    intervals = [
+        stratified_bootstrap([task[:, k] for task in tasks], statistic=statistic, resamples=1000) for k in range(len(x))
+    ]
+    low, high = np.array(intervals).T
+    return Band(x, middle, low, high)
+
+
+def _curve(outcomes: Sequence[Outcome], curve: Callable[[Outcome], Curves], longest: int) -> Band:
+    """The learning curve of a method on a task, as far as all its agents are."""
+    steps = np.arange(1, _POINTS + 1) * longest / _POINTS
+    last = _last_step(outcomes, curve)
+    steps = np.append(steps[steps < last], last)
+    returns = np.concatenate([curve(outcome).at(steps) for outcome in outcomes])
+    return _band(steps, [returns], interquartile_mean)
+
+
+def _overall(
+    group: Mapping[str, Sequence[Outcome]],
+    curve: Callable[[Outcome], Curves],
+    scales: Mapping[str, tuple[float, float]],
+    ends: Mapping[str, Sequence[int]],
+) -> Band:
+    """The learning curve of a method over all tasks, of normalised returns, as far as all methods are."""
+    shares = np.arange(1, _POINTS + 1) / _POINTS
+    tasks = [
+        _normalised(np.concatenate([curve(outcome).at(shares * min(ends[task])) for outcome in outcomes]), scales[task])
+        for task, outcomes in group.items()
+    ]
+    return _band(shares, tasks, interquartile_mean)
+
+
+def _thresholds(scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Thresholds of a profile, from the lowest score of all to the highest."""
+    known = np.concatenate(scores)
+    known = known[np.isfinite(known)]
+    return np.linspace(known.min(), known.max(), _THRESHOLDS) if known.size else np.zeros(1)
+
+
+def _profile(tasks: Sequence[np.ndarray], thresholds: np.ndarray) -> Band:
+    """The share of runs above each threshold, over the runs of all tasks."""
+    return _band(thresholds, [task[:, None] > thresholds for task in tasks], np.mean)

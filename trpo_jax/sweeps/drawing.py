@@ -1,0 +1,110 @@
+"""What the pages of sweeps, searches and comparisons share: their style, tables and pictures, and how curves are drawn.
+
+A page is one file that needs no other: pictures are part of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from trpo_jax.runs.learning_curve import make_figure
+
+SOFTWARE = "trpo_jax report"  # stands in every picture of ours, so that nobody else's is ever removed
+_LARGEST = 40  # inches of a picture
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222; }
+div { overflow-x: auto; } table { border-collapse: collapse; margin: 1em 0; }
+th, td { padding: .25em .8em; text-align: right; } th { border-bottom: 2px solid #888; }
+tr:nth-child(even) td { background: #f4f6f8; } img { max-width: 100%; display: block; margin: 1em 0; }
+img.small { display: inline-block; width: 32%; min-width: 20em; margin: 0; }
+pre { background: #f4f6f8; padding: 1em; overflow-x: auto; }
+@media (max-width: 40em) { body { margin: 1em auto; font-size: 14px; } th, td { padding: .2em .4em; } }
+"""
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A whole page of HTML from its title and the parts of its body, which are HTML; it reads on a phone, too."""
+    head = [
+        "<!DOCTYPE html>",
+        f"<html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<style>{_STYLE}</style></head>",
+        f"<body><h1>{html.escape(title)}</h1>",
+    ]
+    return "\n".join([*head, *parts, "</body></html>"]) + "\n"
+
+
+def paragraph(text: str) -> str:
+    """A paragraph of plain text."""
+    return f"<p>{html.escape(text)}</p>"
+
+
+def heading(text: str) -> str:
+    """The heading of a section."""
+    return f"<h2>{html.escape(text)}</h2>"
+
+
+def html_table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table, which scrolls where it is wider than the screen."""
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
+    return f"<div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def image(name: str, data: bytes, *, small: bool = False) -> str:
+    """A picture, the content of a PNG file, as part of the page; small ones stand side by side where there is room."""
+    kind = " class='small'" if small else ""
+    return f"<img{kind} alt='{html.escape(name)}' src='data:image/png;base64,{base64.b64encode(data).decode()}'>"
+
+
+def png(figure: Any) -> bytes:
+    """A figure as the content of a PNG file."""
+    data = io.BytesIO()
+    figure.savefig(data, dpi=130, format="png", metadata={"Software": SOFTWARE})
+    return data.getvalue()
+
+
+def sized_figure(width: float, height: float) -> Any:
+    """A figure of so many inches, of 40 at most each way."""
+    return make_figure(min(width, _LARGEST), min(height, _LARGEST))
+
+
+def plain(text: str) -> str:
+    """Escape dollars, which would begin a formula."""
+    return text.replace("$", r"\$")
+
+
+def number(value: float) -> str:
+    """A score in a table: one digit after the point, or three that count; "–" where there is none."""
+    if np.isnan(value):
+        return "–"
+    return f"{value:.1f}" if value == 0 or 1 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def text_of(value: Any) -> str:
+    """The value of a setting in a table."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def interval_text(low: float, high: float) -> str:
+    """An interval in a table."""
+    return f"{number(low)} … {number(high)}"
+
+
+def plot_band(axes: Any, x: Any, middle: Any, low: Any, high: Any, label: str) -> None:
+    """A curve with its interval shaded; one point of it is a dot, for a line through one point is none."""
+    alone = np.isfinite(middle).sum() == 1
+    (line,) = axes.plot(x, middle, linewidth=1.5, label=plain(label), marker="o" if alone else "")
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
+
+
+def scale_axis(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis for values that span more than a factor of 20."""
+    if min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_xscale("log")

@@ -1,0 +1,207 @@
+"""What the agents of a folder came to, of a run or of a sweep, in one form for both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from trpo_jax.env_args import PREFIX
+from trpo_jax.fields import as_text
+from trpo_jax.runs.descriptions import read_table, restore_or_anew
+from trpo_jax.runs.evaluations import read_evaluations
+from trpo_jax.runs.metrics import fill_forward, read_metrics
+from trpo_jax.sentences import UsageError, first_line, nearest, shown
+from trpo_jax.settings import SETTINGS
+from trpo_jax.sweeps.cohorts import training_return
+from trpo_jax.sweeps.drawing import text_of
+from trpo_jax.sweeps.storage import Folder
+
+_MOST = 10  # methods that colours can tell apart
+
+
+class Curves(NamedTuple):
+    """Returns [S, K] of S agents after so many environment steps [K] of each."""
+
+    steps: np.ndarray
+    returns: np.ndarray
+
+    def at(self, steps: np.ndarray) -> np.ndarray:
+        """The newest return after each of these numbers of steps, [S, len(steps)]; NaN where there is none yet."""
+        newest = np.searchsorted(self.steps, steps * (1 + 1e-9), side="right") - 1  # a share of a whole is rounded
+        found = fill_forward(self.returns.T)[np.maximum(newest, 0)].T
+        return np.where(newest >= 0, found, np.nan)
+
+
+class Outcome(NamedTuple):
+    """What S agents of equal settings came to: those of a run, or of a point of a sweep.
+
+    Attributes:
+      settings: by name, as tables have them.
+      final: mean return of each one's mode after training, as a sweep evaluates it, [S]; None if it was not.
+      training: training return at the end, [S].
+      returns: training returns on the way.
+      evaluations: mean returns of evaluations on the way; None if there were none.
+      complete: whether the agents are trained to their end.
+    """
+
+    settings: dict[str, Any]
+    final: np.ndarray | None
+    training: np.ndarray
+    returns: Curves
+    evaluations: Curves | None
+    complete: bool
+
+    @property
+    def env(self) -> str:
+        """The name of the environment."""
+        return str(self.settings["env"])
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """What the agents in a folder came to: one entry for a run, one per point for a sweep, finished or not.
+
+    Raises:
+      UsageError: if it is neither's folder, has no results yet, or a file in it is damaged.
+    """
+    if (path / "sweep.json").exists():
+        return _of_sweep(path)
+    if (path / "config.json").exists():
+        return [_of_run(path)]
+    raise UsageError(f"{path} is the folder of neither a run nor a sweep (it has no config.json and no sweep.json).")
+
+
+def _of_run(path: Path) -> Outcome:
+    asked = read_table(path / "config.json", "run")  # nothing that it names is imported
+    settings = {n: as_text(tuple(v) if isinstance(v, list) else v) for n, v in asked.items() if _is_setting(n)}
+    try:
+        seeds, per_iteration = asked["num_seeds"], settings["num_envs"] * settings["num_steps"]
+        table = read_metrics(path)
+        done = len(table["iteration"]) // seeds
+        metrics = {name: column[: done * seeds].reshape(done, seeds).T for name, column in table.items()}
+        evaluations = _evaluations(path, asked["seed"], seeds)
+        if not done:
+            raise FileNotFoundError
+        returns = Curves(per_iteration * np.arange(1, done + 1), _finite(metrics["episode_return"]))
+        complete = done >= settings["num_iterations"]
+        return Outcome(settings, None, training_return(metrics), returns, evaluations, complete)
+    except FileNotFoundError:
+        raise UsageError(f"{path} has no results yet; train it, or leave it out.") from None
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        what = f"metrics.csv or eval.csv: {first_line(error)}"
+        raise UsageError(f"{path} is damaged ({what}); {restore_or_anew('run')}.") from error
+
+
+def _is_setting(name: str) -> bool:
+    return name in SETTINGS or name.startswith(PREFIX)
+
+
+def _finite(returns: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(returns), returns, np.nan)
+
+
+def _evaluations(path: Path, seed: int, num_seeds: int) -> Curves | None:
+    """The evaluations of a run; an agent that has reached its goal keeps its last one."""
+    rows = list(read_evaluations(path))
+    if not rows:
+        return None
+    steps, at = np.unique([env_steps for _, env_steps, _, _ in rows], return_inverse=True)
+    means = np.full((num_seeds, len(steps)), np.nan)
+    for i, (_, _, agent, values) in zip(at, rows, strict=True):
+        means[agent - seed, i] = values["mean"]
+    return Curves(steps, fill_forward(_finite(means).T).T)
+
+
+def setting_columns(description: Mapping[str, Any]) -> tuple[str, ...]:
+    """Every setting that the results of a sweep may have, with those of its environments: "env.gravity"."""
+    sections = [description.get(name) for name in ("base", "grid", "zip", "random")]
+    of_env = {n for section in sections if isinstance(section, Mapping) for n in section if n.startswith(PREFIX)}
+    return (*SETTINGS, *sorted(of_env))
+
+
+def _of_sweep(path: Path) -> list[Outcome]:
+    folder = Folder(path)
+    description = folder.description()
+    names = setting_columns(description)
+    others = ["point", "final_return", "training_return", "episode_return", "eval_return"]
+    table = folder.read_results([*names, *others])
+    if table is None:
+        raise UsageError(f"{path} has no finished agents yet; go on with it, or leave it out.")
+    if any(table[name].null_count for name in ("point", "env", "num_envs", "num_steps", "episode_return")):
+        raise UsageError(f"results in {path} lack columns; restore them, or leave the sweep out.")
+    columns = {name: table[name].to_pylist() for name in (*names, *others)}
+    points = np.array(columns["point"])
+    return [_of_point(columns, np.flatnonzero(points == p), names, description) for p in dict.fromkeys(points.tolist())]
+
+
+def _of_point(
+    columns: Mapping[str, list], agents: np.ndarray, names: tuple[str, ...], asked: Mapping[str, Any]
+) -> Outcome:
+    settings = {name: columns[name][agents[0]] for name in names}
+
+    def column(name: str) -> np.ndarray:
+        return np.array([columns[name][i] for i in agents], np.float64)
+
+    per_iteration = settings["num_envs"] * settings["num_steps"]
+    returns = column("episode_return")
+    judged = None if columns["eval_return"][agents[0]] is None else column("eval_return")
+    steps = per_iteration * np.arange(1, returns.shape[1] + 1)
+    evaluations = None
+    if judged is not None and judged.shape[1]:
+        every = per_iteration * (settings.get("eval_every") or 1)
+        evaluations = Curves(every * np.arange(1, judged.shape[1] + 1), _finite(judged))
+    final = column("final_return") if asked.get("num_episodes", 0) > 0 else None
+    complete = len(agents) >= asked.get("num_seeds", 0)
+    return Outcome(settings, final, column("training_return"), Curves(steps, _finite(returns)), evaluations, complete)
+
+
+# Which agents belong together
+
+
+def read_folders(paths: Sequence[Path]) -> dict[str, list[Outcome]]:
+    """What is in each folder, under its name; under its whole path where two have the same name."""
+    names = [path.resolve().name for path in paths]
+    twice = [path for i, path in enumerate(paths) if path.resolve() in [other.resolve() for other in paths[:i]]]
+    if twice:
+        raise UsageError(f"{twice[0]} is given twice; leave one out.")
+    labels = [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
+    return {label: read_outcomes(path) for label, path in zip(labels, paths, strict=True)}
+
+
+def group_outcomes(folders: Mapping[str, list[Outcome]], by: Sequence[str]) -> dict[str, dict[str, list[Outcome]]]:
+    """What belongs to each method by task."""
+    every = [outcome for outcomes in folders.values() for outcome in outcomes]
+    for name in by:
+        if name not in ("folder", *SETTINGS) and not name.startswith(PREFIX):
+            raise UsageError(f"--by names no setting, {shown(name)}{nearest(name, ('folder', *SETTINGS))}")
+    own = {n for o in every for n in o.settings if (n.startswith(PREFIX) or n == "max_steps") and n not in by}
+    of_task = ["env", *sorted(n for n in own if any(differ(n, group) for group in _by_env(every)))]
+    groups: dict[str, dict[str, list[Outcome]]] = {}
+    for folder, outcomes in folders.items():
+        for outcome in outcomes:
+            known = {**outcome.settings, "folder": folder}
+            name = ", ".join(f"{n}={text_of(known.get(n))}" for n in by) or folder
+            task = ", ".join([outcome.env, *(f"{n}={text_of(known.get(n))}" for n in of_task[1:])])
+            task = "all environments" if "env" in by else task
+            groups.setdefault(name, {}).setdefault(task, []).append(outcome)
+    if len(groups) == 1:
+        varied = [n for n in SETTINGS if n != "env" and differ(n, every)]
+        mend = f"tell more apart by --by {' or '.join(varied[:3])}" if varied else "give another folder"
+        raise UsageError(f"there is one method alone, {next(iter(groups))}, and two are compared; {mend}.")
+    if len(groups) > _MOST:
+        raise UsageError(f"there are {len(groups)} methods, more than {_MOST}; give fewer folders, or another --by.")
+    return groups
+
+
+def _by_env(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
+    found: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        found.setdefault(outcome.env, []).append(outcome)
+    return list(found.values())
+
+
+def differ(name: str, outcomes: Iterable[Outcome]) -> bool:
+    """Whether a setting is not the same everywhere."""
+    return len({str(outcome.settings.get(name)) for outcome in outcomes}) > 1
