@@ -12,9 +12,11 @@ import time
 import tomllib
 
 import jax
+import numpy as np
 import pytest
 from probes import linear_policy, linear_value, raw, small_config
 from rich.console import Console
+from scipy import stats
 
 import trpo_jax
 import trpo_jax.__main__
@@ -174,8 +176,26 @@ def test_damaged_config(tmp_path, capsys, text):
 def test_evaluate_prints_every_agent(tiny_run, capsys):
     assert main(["evaluate", str(tiny_run), "--num-episodes", "3", "--stochastic"]) == 0
     out = capsys.readouterr().out
-    assert "sampled actions" in out and "all" in out
+    assert "sampled actions" in out and "all" in out and "IQM over the agents" in out
     assert main(["evaluate", str(tiny_run), "--num-episodes", "0"]) == 2
+
+
+def test_evaluate_writes_its_figures(tiny_run, tmp_path, capsys):
+    file = tmp_path / "x.json"
+    assert main(["evaluate", str(tiny_run), "--num-episodes", "5", "--output", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert found["num_episodes"] == 5 and not found["stochastic"] and f"Figures: {file}" in capsys.readouterr().out
+    means = [np.mean(agent["returns"]) for agent in found["agents"]]
+    for agent, mean in zip(found["agents"], means, strict=True):
+        assert agent["mean"] == pytest.approx(mean) and len(agent["lengths"]) == 5
+        low, high = stats.t.interval(0.95, 4, mean, stats.sem(agent["returns"]))
+        assert (agent["low"], agent["high"]) == (pytest.approx(low), pytest.approx(high))
+    over = found["all"]
+    low, high = stats.t.interval(0.95, len(means) - 1, np.mean(means), stats.sem(means))
+    assert (over["mean"], over["low"], over["high"]) == pytest.approx((np.mean(means), low, high))
+    assert over["iqm_interval"][0] <= over["iqm"] <= over["iqm_interval"][1]
+    assert main(["evaluate", str(tiny_run), "--output", str(tiny_run / "config.txt")]) == 2
+    assert "--output must name a file that ends in .json" in capsys.readouterr().err
 
 
 @pytest.mark.long

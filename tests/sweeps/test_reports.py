@@ -14,6 +14,7 @@ from scipy import stats
 from trpo_jax import UsageError
 from trpo_jax.cli import main
 from trpo_jax.config_pytree import Config
+from trpo_jax.runs.descriptions import write_table
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.settings import value_of
 from trpo_jax.sweeps.cohorts import training_return
@@ -57,7 +58,8 @@ def test_bootstrap_agrees_with_scipy(sizes):
 def sweep_folder(path, points, failed=(), num_episodes=4, **asked):
     """Results as a sweep writes them, from (settings, scores [SEEDS]) made up here."""
     folder = Folder(path)
-    folder.describe({"num_seeds": SEEDS, "num_episodes": num_episodes, **asked}, {"jax": "0"})
+    table = {"num_seeds": SEEDS, "num_episodes": num_episodes, **asked, "made_by": {"jax": "0"}}
+    write_table(folder.path / "sweep.json", table)
     for i, (settings, scores) in enumerate(points):
         config = Config(num_iterations=ITERATIONS).replace(**settings)
         flags = {name: [value_of(config, name)] * SEEDS for name in ("env", *_flags())}

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trpo_jax.cli.choices import config_of
 from trpo_jax.cli.startup import start_quickly
-from trpo_jax.files import command, write_atomically
+from trpo_jax.files import command, file_of_kind, plain_json, write_atomically
 from trpo_jax.presets import available_presets, load_preset
 from trpo_jax.sentences import UsageError, counted, shown
 
 if TYPE_CHECKING:
     from trpo_jax.runs.folders import Run
+    from trpo_jax.training.evaluation import Evaluation
     from trpo_jax.training.state import TrainState
 
 
@@ -32,13 +34,13 @@ def run_of(namespace: argparse.Namespace) -> Run:
 
 def evaluate(namespace: argparse.Namespace) -> int:
     """Run whole episodes with the agents of a run, and print their returns."""
+    file = file_of_kind(namespace.output, "--output", ".json") if namespace.output else None
     start_quickly()
     import functools
 
     import jax
-    import numpy as np
 
-    from trpo_jax.cli.displays import make_console, print_table
+    from trpo_jax.cli.displays import make_console, print_evaluation
     from trpo_jax.training import evaluation
     from trpo_jax.training.memory import check_episodes, free_memory
 
@@ -49,25 +51,38 @@ def evaluate(namespace: argparse.Namespace) -> int:
     )
     keys = jax.random.split(jax.random.key(namespace.seed), run.num_seeds)
     result = jax.jit(jax.vmap(run_episodes, in_axes=(None, 0, 0)))(run.config, state, keys)
-    returns, lengths = np.asarray(result.episode_return), np.asarray(result.episode_length)
-    means = [(r.mean(), r.std(), r.min(), r.max(), length.mean()) for r, length in zip(returns, lengths, strict=True)]
-    names = [str(run.seed + agent) for agent in range(run.num_seeds)]
-    if run.num_seeds > 1:
-        names.append("all")
-        means.append((returns.mean(), returns.mean(axis=1).std(), returns.min(), returns.max(), lengths.mean()))
-    how = "sampled actions" if namespace.stochastic else "deterministic actions"
-    first, last = (counted(int(f(state.iteration)) * run.config.steps_per_iteration, "step") for f in (min, max))
-    steps = last if first == last else f"{first} to {last}"
-    title = f"{run.config.env} after {steps}, {counted(namespace.num_episodes, 'episode')} per agent, {how}"
-    rows = [[name, *(f"{cell:.1f}" for cell in cells)] for name, cells in zip(names, means, strict=True)]
-    print_table(make_console(), title, ("seed", "return", "std", "min", "max", "length"), rows)
-    unfinished = int((~np.asarray(result.finished)).sum())
-    if unfinished:
-        print(
-            f"{counted(unfinished, 'episode')} had no end within the steps that evaluation allows; a return is partial "
-            "there."
-        )
+    asked = {name: getattr(namespace, name) for name in ("checkpoint", "stochastic", "num_episodes", "seed")}
+    figures = {"folder": str(run.path), "env": str(run.config.env), **asked, **_figures(run, state, result)}
+    print_evaluation(make_console(), figures)
+    if file:
+        write_atomically(file, json.dumps(plain_json(figures), indent=1) + "\n")
+        print(f"Figures: {file}")
     return 0
+
+
+def _figures(run: Run, state: TrainState, result: Evaluation) -> dict[str, Any]:
+    """The figures of an evaluation [A, E]: of each agent, and over the agents where there are several."""
+    import numpy as np
+
+    from trpo_jax.runs.evaluations import half_width, summary
+    from trpo_jax.sweeps.iqm import interquartile_mean, stratified_bootstrap
+
+    returns, lengths = np.asarray(result.episode_return), np.asarray(result.episode_length)
+    table = summary(result) | {"min": returns.min(axis=1), "max": returns.max(axis=1)}
+    agents = [
+        {"seed": run.seed + i, "env_steps": int(iteration) * run.config.steps_per_iteration}
+        | {name: float(column[i]) for name, column in table.items()}
+        | {"returns": returns[i], "lengths": lengths[i]}
+        for i, iteration in enumerate(np.asarray(state.iteration))
+    ]
+    if len(agents) == 1:
+        return {"agents": agents}
+    means = returns.mean(axis=1, dtype=np.float64)
+    mean, half = means.mean(), half_width(means)
+    spread = {"mean": mean, "std": means.std(), "low": mean - half, "high": mean + half}
+    spread |= {"min": returns.min(), "max": returns.max(), "length": lengths.mean()}
+    robust = {"iqm": interquartile_mean(means), "iqm_interval": stratified_bootstrap([means])}
+    return {"agents": agents, "all": spread | robust}
 
 
 def _state_of(run: Run, which: str) -> TrainState:
@@ -152,8 +167,6 @@ def benchmark(namespace: argparse.Namespace) -> int:
     output = Path(namespace.output) if namespace.output else None
     if output and not output.parent.is_dir():
         raise UsageError(f"there is no folder {output.parent} for {output}; make it, or choose another --output.")
-
-    import json
 
     from trpo_jax.benchmarks.report import THRESHOLDS, run_benchmark, tables
     from trpo_jax.cli.displays import make_console, print_table

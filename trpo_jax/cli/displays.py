@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
@@ -142,10 +142,39 @@ def print_table(console: Console, title: str, titles: Sequence[str], rows: Seque
     console.print(table)
 
 
+def print_evaluation(console: Console, figures: Mapping[str, Any]) -> None:
+    """Print the figures of an evaluation: one row per agent, and one over them, whose interval is over the agents."""
+    agents, over = figures["agents"], figures.get("all")
+    rows = [
+        [name, *(f"{row[n]:.1f}" for n in ("mean", "std")), _interval(row["low"], row["high"])]
+        + [f"{row[n]:.1f}" for n in ("min", "max", "length")]
+        for name, row in [(str(agent["seed"]), agent) for agent in agents] + ([("all", over)] if over else [])
+    ]
+    how = "sampled actions" if figures["stochastic"] else "deterministic actions"
+    first, last = (counted(f(agent["env_steps"] for agent in agents), "step") for f in (min, max))
+    steps = last if first == last else f"{first} to {last}"
+    title = f"{figures['env']} after {steps}, {counted(figures['num_episodes'], 'episode')} per agent, {how}"
+    print_table(console, title, ("seed", "return", "std", "95 % interval", "min", "max", "length"), rows)
+    if over:
+        low, high = over["iqm_interval"]
+        console.print(f"IQM over the agents: {over['iqm']:.1f}, 95 % bootstrap interval {_interval(low, high)}.")
+    unfinished = round(sum((1 - agent["finished"]) * figures["num_episodes"] for agent in agents))
+    if unfinished:
+        console.print(
+            f"{counted(unfinished, 'episode')} had no end within the steps that evaluation allows; a return is partial "
+            "there.",
+            soft_wrap=True,
+        )
+
+
+def _interval(low: float, high: float) -> str:
+    return "–" if math.isnan(low) else f"{low:.1f} to {high:.1f}"
+
+
 def print_best(console: Console, best: Sequence[Best], num_episodes: int) -> None:
     """Print the best policies by evaluation, judged anew: of many agents those of the highest return."""
     rows = [
-        [f"{b.seed}", f"{b.iteration}", f"{b.mean:.1f}", f"{b.low:.1f} to {b.high:.1f}", f"{b.chosen_by:.1f}"]
+        [f"{b.seed}", f"{b.iteration}", f"{b.mean:.1f}", _interval(b.low, b.high), f"{b.chosen_by:.1f}"]
         for b in sorted(best, key=lambda b: b.mean, reverse=True)[:8]
     ]
     title = f"Best by evaluation, judged anew on {counted(num_episodes, 'episode')}"

@@ -106,15 +106,23 @@ def _choose(improved: np.ndarray, new: Any, old: Any) -> Any:
 
 def summary(evaluation: Evaluation) -> dict[str, np.ndarray]:
     """What is told of evaluations [A, E], {column: [A]}: the interval is Student's, mean ± t · s / √E."""
-    from scipy.special import stdtrit  # deferred: it takes long to import
-
     returns = np.asarray(evaluation.episode_return)
     # In float32, as `has_reached` compares it with `stop_at_return` where `train` does that within its program.
     mean = np.asarray(jnp.mean(evaluation.episode_return, axis=1))
-    number, std = returns.shape[1], returns.std(axis=1, dtype=np.float64)
-    half = stdtrit(number - 1, 0.975) * std / np.sqrt(number - 1) if number > 1 else np.full(len(mean), np.nan)
+    std, half = returns.std(axis=1, dtype=np.float64), half_width(returns)
     length, finished = (np.mean(leaf, axis=1) for leaf in (evaluation.episode_length, evaluation.finished))
     return dict(zip(COLUMNS, (mean, std, mean - half, mean + half, length, finished), strict=True))
+
+
+def half_width(values: np.ndarray) -> np.ndarray:
+    """Half of the 95 % interval (Student's) of the mean of the last axis, t · s / √n; NaN for one value."""
+    from scipy.special import stdtrit  # deferred: it takes long to import
+
+    number = values.shape[-1]
+    if number == 1:
+        return np.full(values.shape[:-1], np.nan)
+    half: np.ndarray = stdtrit(number - 1, 0.975) * values.std(axis=-1, dtype=np.float64) / np.sqrt(number - 1)
+    return half
 
 
 def read_evaluations(folder: Path) -> Iterator[Row]:
