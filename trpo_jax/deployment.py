@@ -238,7 +238,7 @@ def _meaning(environment: Environment) -> str:
     """What there is to say of observations beside their shape."""
     if environment.entries is not None:
         layout = ", ".join(f"{name} {list(shape)}" for name, shape in environment.entries.items())
-        return f", one after the other\n{layout}"
+        return f", whose entries are, one after the other,\n{layout}"
     return " (bytes of pictures divided by 255)" if len(environment.observation_shape) == 3 else ""
 
 

@@ -33,6 +33,7 @@ from trpo_jax import (
     validate,
 )
 from trpo_jax.deployment import acting_policy, export_policy, play
+from trpo_jax.environments.wrappers import keep_entries
 from trpo_jax.training.agents import make_agent
 from trpo_jax.training.rollouts import rollout
 
@@ -75,8 +76,7 @@ class Forbidden(probes.Probe):
 def entries_environment(space=None, **entries):
     """Networks look at spaces and shapes only."""
     size = sum(int(np.prod(shape)) for shape in entries.values())
-    mask = {} if "action_mask" not in entries else {"action_mask": None}
-    return Environment("shapes", (size,), space or Discrete(3), None, None, None, entries=entries, **mask)
+    return Environment("shapes", (size,), space or Discrete(3), None, None, None, entries=entries)
 
 
 def apply(network, observation, seed=0):
@@ -209,8 +209,8 @@ def test_illegal_actions_are_never_taken_and_their_mask_is_kept():
 @pytest.mark.parametrize("space, sizes", [(Discrete(5), (5,)), (MultiDiscrete((2, 3)), (2, 3))], ids=str)
 def test_a_masked_policy_is_the_restricted_distribution(space, sizes):
     environment = entries_environment(space, action_mask=(5,), observation=(4,))
-    masked = make_policy(dataclasses.replace(environment, action_mask=lambda o: o[..., :5] > 0))
-    free = make_policy(environment)
+    masked = make_policy(environment)
+    free = make_policy(dataclasses.replace(environment, action_mask=lambda o: o[..., :5] >= 0))
     mask = np.array([[1, 0, 1, 1, 0], [0, 1, 1, 0, 1], [1, 1, 0, 0, 1]])
     observation = jnp.concatenate([mask, jax.random.normal(jax.random.key(0), (3, 4))], axis=-1)
     params = [jax.tree.map(lambda w: 30 * w, masked.init(jax.random.key(s), observation[0])) for s in (1, 2)]
@@ -294,6 +294,17 @@ def test_wrappers_keep_entries_and_the_newest_mask():
     first, _ = guess.reset(jax.random.key(0))
     both = frames.split(frames.reset(jax.random.key(0))[0])["privileged_state"]
     np.testing.assert_array_equal(both, jnp.tile(guess.split(first)["privileged_state"], 2))
+
+
+def test_what_a_mask_follows_from_is_kept():
+    environment = entries_environment(state=(2,), privileged_state=(3,))
+    masked = dataclasses.replace(environment, action_mask=lambda o: o[..., 2:] > 0)
+    assert keep_entries(environment, ["state"]).entries == {"state": (2,)}
+    assert keep_entries(masked, ["state"]) is masked
+    with pytest.raises(UsageError, match=r"^which actions of shapes are legal follows from its whole observation"):
+        hide_entries(masked, ["state"])
+    with pytest.raises(UsageError, match=r"^observations of CartPole-v1 are single arrays, and have no entries"):
+        make_environment("CartPole-v1").split(jnp.zeros(4))
 
 
 def test_entries_are_hidden_by_name():

@@ -124,7 +124,8 @@ class Environment:
       action_mask: `action_mask(observation)` -> which actions are allowed, bool [..., n]: of a Discrete space its n,
         of a MultiDiscrete one the n of its components one after the other. The default policy never takes another.
       entries: None, or name and shape of the parts that an observation [D] is made of, in their order: what the default
-        networks see of it can be chosen by name. One of the name "action_mask" is a mask, which none of them sees.
+        networks see of it can be chosen by name. One of the name "action_mask" is a mask (legal where above 0), which
+        none of them sees, and of which the function `action_mask` is made, if it is not given.
     """
 
     name: str
@@ -138,9 +139,14 @@ class Environment:
     action_mask: Callable[[Array], Array] | None = None
     entries: Mapping[str, tuple[int, ...]] | None = None
 
+    def __post_init__(self) -> None:
+        if self.action_mask is None:
+            object.__setattr__(self, "action_mask", entries.mask_function(self.entries))
+
     def split(self, observation: Array) -> dict[str, Array]:
         """The entries of observations [..., D] by name, each [..., *shape]."""
-        assert self.entries is not None, f"observations of {self.name} have no entries"
+        if self.entries is None:
+            raise UsageError(f"observations of {self.name} are single arrays, and have no entries to split them into.")
         return entries.split(self.entries, observation)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from trpo_jax.environments.base import Box, Environment, Space, sizes_of
 from trpo_jax.environments.checks import one_sentence
-from trpo_jax.environments.entries import MASK, WHOLE, check_mask, mask_function, size_of
+from trpo_jax.environments.entries import MASK, WHOLE, check_mask, size_of
 from trpo_jax.environments.host import Host, pure_functions
 from trpo_jax.environments.spaces import action_space, picture_scale
 from trpo_jax.environments.suites import quiet_mujoco, require
@@ -48,9 +48,7 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
     entries, shape, observe = host_observations(first.observation_space, info, space, full_name)
     first.close()
     host = Host(full_name, lambda: instance(max_episode_steps=limit), observe, act, shape)
-    functions = pure_functions(host, space, limit)
-    mask = mask_function(entries)
-    return Environment(full_name, shape, space, limit, *functions, action_mask=mask, entries=entries)
+    return Environment(full_name, shape, space, limit, *pure_functions(host, space, limit), entries=entries)
 
 
 def host_action_space(space: Any, name: str) -> tuple[Space, Callable[[Any], Any]]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from trpo_jax.environments import base
 from trpo_jax.environments.base import Array, Environment, PyTree, Space, Step
 from trpo_jax.environments.checks import fixed_dtypes, one_sentence, outcome
-from trpo_jax.environments.entries import check_mask, entries_of, flattened, mask_function
+from trpo_jax.environments.entries import check_mask, entries_of, flattened
 from trpo_jax.environments.wrappers import limit_steps
 from trpo_jax.sentences import UsageError, first_line, nearest
 
@@ -146,7 +146,7 @@ def assemble(
         restart: Any = fields.get("restart")
         if restart is not None:  # it hands out an observation as `reset` made it
             fields["restart"] = lambda key, state: (flattened((start := restart(key, state))[0]), start[1])
-        fields = {"entries": entries, "action_mask": mask_function(entries), **fields}
+        fields = {"entries": entries, **fields}
     environment = Environment(name, shape, space, limit, fixed_reset, fixed_step, **fields)
     return environment if max_steps is None else limit_steps(environment, max_steps)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.environments.base import Array, Environment, PyTree, Step
-from trpo_jax.environments.entries import MASK, WHOLE, Entries, join, mask_function, size_of, split
+from trpo_jax.environments.entries import MASK, WHOLE, Entries, join, size_of, split
 from trpo_jax.sentences import UsageError, check_number, shown
 
 
@@ -133,17 +133,17 @@ def flatten_observations(environment: Environment) -> Environment:
 
 
 def keep_entries(environment: Environment, names: Sequence[str]) -> Environment:
-    """`environment` with those entries of its observations alone that are named."""
+    """`environment` with the named entries of its observations alone; all of them if a mask follows from the whole."""
     assert environment.entries is not None
     entries = {name: shape for name, shape in environment.entries.items() if name in names}
-    if len(entries) == len(environment.entries):
+    if len(entries) == len(environment.entries) or _mask_follows_from_all(environment):
         return environment
     return _with_observations(
         environment,
         lambda observation: join(environment.split(observation), entries),
         observation_shape=(size_of(entries),),
         entries=entries,
-        action_mask=mask_function(entries),
+        action_mask=None,  # made anew
     )
 
 
@@ -161,13 +161,13 @@ def hide_entries(environment: Environment, hidden: Sequence[int] | Sequence[str]
     """
     _check(environment, "hide_entries")
     size = _vector_size(environment, "hide_entries")
-    if environment.entries is not None:
-        return _hide_by_name(environment, environment.entries, hidden)
-    if environment.action_mask is not None:
+    if _mask_follows_from_all(environment):
         raise UsageError(
             f"which actions of {environment.name} are legal follows from its whole observation, so no entry of it can "
             "be hidden."
         )
+    if environment.entries is not None:
+        return _hide_by_name(environment, environment.entries, hidden)
     entries = np.asarray(hidden)
     are_indices = entries.dtype.kind in "iu" or entries.size == 0
     if entries.ndim != 1 or not are_indices or not ((-size <= entries) & (entries < size)).all():
@@ -176,6 +176,11 @@ def hide_entries(environment: Environment, hidden: Sequence[int] | Sequence[str]
     if not kept.size:
         raise UsageError(f"hidden has all {size} entries of {environment.name}; leave one to be seen.")
     return _with_observations(environment, lambda observation: observation[kept], observation_shape=kept.shape)
+
+
+def _mask_follows_from_all(environment: Environment) -> bool:
+    """Whether a mask of legal actions is a function of whole observations, and no entry of them."""
+    return environment.action_mask is not None and MASK not in (environment.entries or {})
 
 
 def _hide_by_name(environment: Environment, entries: Entries, hidden: Sequence[Any]) -> Environment:
