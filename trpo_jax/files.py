@@ -48,6 +48,7 @@ def read_json(path: str | os.PathLike[str], mend: str) -> dict[str, Any]:
 
 def plain_json(value: Any) -> Any:
     """A value as JSON has it: lists for tuples and arrays, null for numbers that are not finite."""
+    value = value._asdict() if hasattr(value, "_asdict") else value
     if isinstance(value, dict):
         return {str(name): plain_json(entry) for name, entry in value.items()}
     value = value.tolist() if hasattr(value, "tolist") else value

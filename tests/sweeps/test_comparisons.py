@@ -14,8 +14,8 @@ from trpo_jax.runs.descriptions import write_table
 from trpo_jax.runs.evaluations import COLUMNS
 from trpo_jax.runs.metrics import METRICS, TableFile
 from trpo_jax.settings import settings_of
-from trpo_jax.sweeps.comparisons import _band, _profile
-from trpo_jax.sweeps.iqm import interquartile_mean
+from trpo_jax.sweeps.comparisons import _profile
+from trpo_jax.sweeps.iqm import bootstrap_band, interquartile_mean
 from trpo_jax.sweeps.outcomes import Curves
 
 # Scores of two methods on two tasks, and what rliable 1.2 says of them: metrics.aggregate_iqm and
@@ -69,7 +69,7 @@ def test_probability_of_improvement_is_that_of_the_reference():
 
 
 def test_curve_and_its_band_are_those_of_the_reference():
-    band = _band(np.arange(3), list(C.transpose(1, 0, 2)), interquartile_mean)
+    band = bootstrap_band(np.arange(3), list(C.transpose(1, 0, 2)))
     np.testing.assert_allclose(band.middle, CURVE[0])
     np.testing.assert_allclose([band.low, band.high], CURVE[1:], **NEAR)
 

@@ -1,6 +1,7 @@
 """The report: statistics that agree with others', a sorted table, pictures, and a page that stands alone."""
 
 import base64
+import dataclasses
 import html
 import re
 import shutil
@@ -18,9 +19,10 @@ from trpo_jax.runs.descriptions import write_table
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.settings import value_of
 from trpo_jax.sweeps.cohorts import training_return
+from trpo_jax.sweeps.drawing import scale_axis
 from trpo_jax.sweeps.iqm import interquartile_mean, stratified_bootstrap
-from trpo_jax.sweeps.pages import _draw_heat_map, _file_name, write_report
-from trpo_jax.sweeps.reports import Row, make_report, table_of
+from trpo_jax.sweeps.pages import _color_range, _draw_heat_map, _file_name, write_report
+from trpo_jax.sweeps.reports import Row, make_report, narrow_table_of, table_of
 from trpo_jax.sweeps.storage import Block, Folder
 
 SEEDS, ITERATIONS = 8, 20
@@ -82,8 +84,6 @@ def sweep_folder(path, points, failed=(), num_episodes=4, **asked):
 
 
 def _flags():
-    import dataclasses
-
     return [field.name for field in dataclasses.fields(Config) if field.metadata["flag"]]
 
 
@@ -128,7 +128,63 @@ def test_several_environments_are_ranked_together(tmp_path):
     report = make_report(sweep_folder(tmp_path / "s", points))
     assert list(report.rows) == ["CartPole-v1", "Acrobot-v1"]
     assert [settings for settings, *_ in report.overall] == [{"gamma": 0.9}, {"gamma": 0.99}]
-    assert report.overall[0][1] == pytest.approx(1, abs=0.1) and report.overall[1][1] == pytest.approx(0, abs=0.1)
+    # Training begins at a twentieth of the final score of each agent, the better half at twice the other's score.
+    assert report.overall[0][1] == pytest.approx(1, abs=0.1)
+    assert report.overall[1][1] == pytest.approx((0.5 - 0.0375) / (1 - 0.0375), abs=0.1)
+
+
+def test_points_of_equal_iqm_are_ranked_by_mean_then_worst_seed_then_area(tmp_path):
+    """Of eight seeds the middle four are equal; the last two points differ in their learning curves alone."""
+    middle = [500.0] * 4
+    points = [
+        ({"max_kl": 0.01}, [300.0, 500, *middle, 500, 500]),
+        ({"max_kl": 0.02}, [400.0, 400, *middle, 500, 500]),
+        ({"max_kl": 0.03}, [500.0, 500, *middle, 500, 500]),
+        ({"max_kl": 0.04}, [500.0, 500, *middle, 500, 500]),
+    ]
+    folder = sweep_folder(tmp_path / "s", [(settings, np.array(scores)) for settings, scores in points])
+    (rows,) = make_report(folder).rows.values()
+    assert [row.settings["max_kl"] for row in rows[2:]] == [0.02, 0.01] and len({row.iqm for row in rows}) == 1
+    lower = dataclasses.replace(rows[0], returns=rows[0].returns - 1)
+    assert lower.merit < rows[0].merit and lower.merit[:3] == rows[0].merit[:3]
+
+
+def test_colours_do_not_exaggerate():
+    """Where training began at 20, 499 and 500 are all but one colour; 100 and 500 are the two ends."""
+    numbers = {"interval": (0, 1), "mean": 1, "num_seeds": 1, "num_failed": 0, "worst": 1, "scores": np.ones(1)}
+    arrays = {"steps": np.arange(2), "returns": np.array([[20.0, 500.0]])}
+    for scores, expected in (
+        ([499, 500], (380, 500)),
+        ([100, 500], (100, 500)),
+        ([7, 7], (3.75, 7)),
+    ):  # the last learned nothing
+        rows = [Row(env="E", settings={}, iqm=float(iqm), **numbers, **arrays) for iqm in scores]
+        assert _color_range(rows) == expected
+
+
+def test_axes_are_logarithmic_where_values_ask_for_it():
+    from matplotlib.figure import Figure
+
+    def scale(values, **asked):
+        axes = Figure().add_subplot()
+        scale_axis(axes, values, **asked)
+        return axes.get_xscale()
+
+    assert [scale([0.01, 0.03, 0.1]), scale([1, 2, 4, 8, 16]), scale([0.1, 9])] == ["log"] * 3
+    assert [scale([0.9, 0.95, 0.99]), scale([1, 2, 3, 4, 5]), scale([0, 1, 100]), scale([-1, 0.1, 9])] == ["linear"] * 4
+    uneven = [0.1, 0.5, 0.6, 0.7, 0.75]
+    assert scale(uneven) == "linear" and scale(uneven, logarithmic=True) == "log"
+
+
+def test_a_table_fits_the_terminal(tmp_path):
+    one = {"max_kl": 0.01, "gae_lambda": 0.95, "line_search": "backtracking", "cg_iterations": 12}
+    two = {"max_kl": 0.1, "gae_lambda": 0.9, "line_search": "parallel", "cg_iterations": 5}
+    points = [(settings, scores(i)) for i, settings in enumerate((one, two))]
+    (rows,) = make_report(sweep_folder(tmp_path / "s", points)).rows.values()
+    titles, cells = narrow_table_of(rows, 80)
+    assert titles == ["settings", "IQM", "95 % interval", "median", "worst seed"]
+    assert "line_search=parallel" in cells[1][0] + cells[0][0]
+    assert narrow_table_of(rows, 120)[0][:4] == list(rows[0].settings)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +298,7 @@ def test_scores_that_are_no_numbers_leave_a_report(values, varied, tmp_path):
 
 def test_heat_map_of_many_points_has_room():
     numbers = {"iqm": 1.0, "interval": (0, 1), "mean": 1, "worst": 1, "num_seeds": 1, "num_failed": 0}
-    arrays = {"scores": np.ones(1), "steps": np.ones(1), "curve": np.ones(1)}
+    arrays = {"scores": np.ones(1), "steps": np.ones(1), "returns": np.ones((1, 1))}
     for size, ticks in ((3, 3), (900, 40)):
         settings = [{"gamma": gamma, "max_kl": kl} for gamma in (0, 1) for kl in range(size)]
         rows = [Row(env="E", settings=setting, **numbers, **arrays) for setting in settings]

@@ -77,11 +77,11 @@ def report(namespace: argparse.Namespace) -> int:
 def _show_report(path: Path, *, expendable: bool = False) -> int:
     from trpo_jax.cli.displays import make_console, print_table
     from trpo_jax.sweeps.pages import write_report
-    from trpo_jax.sweeps.reports import make_report, table_of
+    from trpo_jax.sweeps.reports import make_report, narrow_table_of
 
     report, console, most = make_report(path), make_console(expendable=expendable), 20
     for env, rows in report.rows.items():
-        titles, cells = table_of(rows)
+        titles, cells = narrow_table_of(rows, console.width)
         print_table(console, f"{env}: {report.score}", titles, cells[:most])
         if len(cells) > most:
             console.print(f"and {len(cells) - most} more.")

@@ -119,9 +119,7 @@ def _draw_overall(comparison: Comparison) -> Any:
     axes = figure.add_subplot()
     for name, method in comparison.methods.items():
         if method.overall:
-            plot_band(
-                axes, 100 * method.overall.x, method.overall.middle, method.overall.low, method.overall.high, name
-            )
+            plot_band(axes, method.overall, plain(name), stretch=100)
     axes.set(
         title="all environments",
         xlabel="environment steps, % of those that all methods have",
@@ -136,8 +134,7 @@ def _draw_task(comparison: Comparison, task: str) -> Any:
     figure = sized_figure(7, 4) if len(comparison.tasks) == 1 else sized_figure(4.6, 3.6)
     axes = figure.add_subplot()
     for name, method in comparison.methods.items():
-        band = method.curves[task]
-        plot_band(axes, band.x, band.middle, band.low, band.high, name)
+        plot_band(axes, method.curves[task], plain(name))
     some = any(np.isfinite(method.curves[task].middle).any() for method in comparison.methods.values())
     labels = {"title": plain(task), "xlabel": "environment steps (each agent)", "ylabel": comparison.returns}
     label_steps(axes, some, **labels)
@@ -150,8 +147,7 @@ def _draw_profiles(comparison: Comparison) -> Any:
     figure = sized_figure(7, 4)
     axes = figure.add_subplot()
     for name, method in comparison.methods.items():
-        band = method.profile
-        plot_band(axes, band.x, band.middle, band.low, band.high, name)
+        plot_band(axes, method.profile, plain(name))
     axes.set(xlabel=_axis(comparison, comparison.score), ylabel="share of agents above", ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

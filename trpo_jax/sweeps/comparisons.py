@@ -13,22 +13,20 @@ import numpy as np
 from trpo_jax.files import plain_json
 from trpo_jax.sentences import UsageError
 from trpo_jax.settings import SETTINGS
-from trpo_jax.sweeps.iqm import interquartile_mean, probability_of_improvement, stratified_bootstrap
+from trpo_jax.sweeps.iqm import (
+    Band,
+    bootstrap_band,
+    first_returns,
+    interquartile_mean,
+    probability_of_improvement,
+    score_scale,
+    stratified_bootstrap,
+)
 from trpo_jax.sweeps.outcomes import Curves, Outcome, differ, group_outcomes, read_folders
 
 _POINTS = 50  # of a curve
 _THRESHOLDS = 101  # of a performance profile
 Interval = tuple[float, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Band:
-    """A curve [K] and its 95 % intervals by the stratified bootstrap, one for each of its points."""
-
-    x: np.ndarray
-    middle: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,24 +191,9 @@ def _together(measure: Callable[[Outcome], np.ndarray], outcomes: Sequence[Outco
 
 def _scale(methods: Sequence[Sequence[Outcome]], score: _Measure) -> tuple[float, float]:
     """The returns of a task that count as 0, at the beginning of training, and as 1, of the best method."""
-    first = np.concatenate([_first(outcome.returns) for outcomes in methods for outcome in outcomes])
-    first = first[np.isfinite(first)]
-    iqms = np.array([interquartile_mean(_together(score.of, outcomes)) for outcomes in methods])
-    known = iqms[np.isfinite(iqms)]
-    if not first.size or not known.size:
-        return 0.0, 1.0
-    zero, one = float(first.mean()), float(known.max())
-    if one > zero:
-        return zero, one
-    return zero, zero + (float(zero - known.min()) or 1.0)  # nothing was learned: the worst method has -1
-
-
-def _first(curves: Curves) -> np.ndarray:
-    """The first return of each agent that is a number, [S]; NaN where it has none."""
-    known = np.isfinite(curves.returns)
-    return np.where(
-        known.any(axis=1), np.take_along_axis(curves.returns, known.argmax(axis=1)[:, None], 1)[:, 0], np.nan
-    )
+    first = [first_returns(outcome.returns.returns) for outcomes in methods for outcome in outcomes]
+    iqms = [interquartile_mean(_together(score.of, outcomes)) for outcomes in methods]
+    return score_scale(np.concatenate(first), np.array(iqms))
 
 
 def _normalised(returns: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
@@ -225,23 +208,13 @@ def _last_step(outcomes: Sequence[Outcome], curve: Callable[[Outcome], Curves]) 
     return int(min(curve(outcome).steps[-1] for outcome in outcomes))
 
 
-def _band(x: np.ndarray, tasks: Sequence[np.ndarray], statistic: Callable[..., Any]) -> Band:
-    """A statistic of the runs of all tasks, [S, K] each, for each of K points."""
-    middle = np.array([statistic(np.concatenate([task[:, k] for task in tasks]), axis=0) for k in range(len(x))])
-    intervals = [
-        stratified_bootstrap([task[:, k] for task in tasks], statistic=statistic, resamples=1000) for k in range(len(x))
-    ]
-    low, high = np.array(intervals).T
-    return Band(x, middle, low, high)
-
-
 def _curve(outcomes: Sequence[Outcome], curve: Callable[[Outcome], Curves], longest: int) -> Band:
     """The learning curve of a method on a task, as far as all its agents are."""
     steps = np.arange(1, _POINTS + 1) * longest / _POINTS
     last = _last_step(outcomes, curve)
     steps = np.append(steps[steps < last], last)
     returns = np.concatenate([curve(outcome).at(steps) for outcome in outcomes])
-    return _band(steps, [returns], interquartile_mean)
+    return bootstrap_band(steps, [returns])
 
 
 def _overall(
@@ -256,7 +229,7 @@ def _overall(
         _normalised(np.concatenate([curve(outcome).at(shares * min(ends[task])) for outcome in outcomes]), scales[task])
         for task, outcomes in group.items()
     ]
-    return _band(shares, tasks, interquartile_mean)
+    return bootstrap_band(shares, tasks)
 
 
 def _thresholds(scores: Sequence[np.ndarray]) -> np.ndarray:
@@ -268,4 +241,4 @@ def _thresholds(scores: Sequence[np.ndarray]) -> np.ndarray:
 
 def _profile(tasks: Sequence[np.ndarray], thresholds: np.ndarray) -> Band:
     """The share of runs above each threshold, over the runs of all tasks."""
-    return _band(thresholds, [task[:, None] > thresholds for task in tasks], np.mean)
+    return bootstrap_band(thresholds, [task[:, None] > thresholds for task in tasks], np.mean)

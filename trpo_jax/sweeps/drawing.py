@@ -8,12 +8,14 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from trpo_jax.runs.learning_curve import make_figure
+from trpo_jax.sweeps.iqm import Band
 
 SOFTWARE = "trpo_jax report"  # stands in every picture of ours, so that nobody else's is ever removed
 _LARGEST = 40  # inches of a picture
@@ -97,14 +99,26 @@ def interval_text(low: float, high: float) -> str:
     return f"{number(low)} … {number(high)}"
 
 
-def plot_band(axes: Any, x: Any, middle: Any, low: Any, high: Any, label: str) -> None:
+def label_of(settings: Mapping[str, Any]) -> str:
+    """Settings in a legend, on lines of some fifty letters."""
+    parts = ", ".join(f"{name}={text_of(value)}" for name, value in settings.items())
+    return textwrap.fill(plain(parts or "all"), 50, break_long_words=False, break_on_hyphens=False)
+
+
+def plot_band(axes: Any, band: Band, label: str, stretch: float = 1) -> None:
     """A curve with its interval shaded; one point of it is a dot, for a line through one point is none."""
-    alone = np.isfinite(middle).sum() == 1
-    (line,) = axes.plot(x, middle, linewidth=1.5, label=plain(label), marker="o" if alone else "")
-    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
+    alone = np.isfinite(band.middle).sum() == 1
+    x = stretch * band.x
+    (line,) = axes.plot(x, band.middle, linewidth=1.5, label=label, marker="o" if alone else "")
+    axes.fill_between(x, band.low, band.high, color=line.get_color(), alpha=0.18, linewidth=0)
 
 
-def scale_axis(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis for values that span more than a factor of 20."""
-    if min(values) > 0 and max(values) > 20 * min(values):
+def scale_axis(axes: Any, values: Sequence[float], *, logarithmic: bool = False) -> None:
+    """A logarithmic axis for positive values where it is asked for, or where they are spread more evenly on it."""
+    known = sorted(set(values))
+    if known[0] <= 0 or known[-1] < 4 * known[0]:
+        return
+    gaps, ratios = np.diff(known), np.diff(np.log(known))
+    even = len(known) > 2 and ratios.std() / ratios.mean() < gaps.std() / gaps.mean()
+    if logarithmic or even or known[-1] > 20 * known[0]:
         axes.set_xscale("log")

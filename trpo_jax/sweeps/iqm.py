@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -75,6 +75,51 @@ def probability_of_improvement(
         at_x, at_y = (rng.integers(len(task), size=(resamples, len(task))) for task in (x, y))
         drawn += [wins[np.ix_(i, j)].mean() / len(scores) for i, j in zip(at_x, at_y, strict=True)]
     return found, _percentiles(drawn)
+
+
+class Band(NamedTuple):
+    """A curve [K] and its 95 % intervals by the stratified bootstrap, one for each of its points."""
+
+    x: np.ndarray
+    middle: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def bootstrap_band(
+    x: np.ndarray, tasks: Sequence[np.ndarray], statistic: Callable[..., Any] = interquartile_mean
+) -> Band:
+    """A statistic of the runs of all tasks, [S, K] each, and its interval for each of the K points `x`."""
+    middle, low, high = np.empty((3, len(x)))
+    for k in range(len(x)):
+        runs = [task[:, k] for task in tasks]
+        middle[k] = statistic(np.concatenate(runs), axis=0)
+        low[k], high[k] = stratified_bootstrap(runs, statistic=statistic, resamples=1000)
+    return Band(x, middle, low, high)
+
+
+def score_scale(first: np.ndarray, iqms: np.ndarray) -> tuple[float, float]:
+    """The returns of a task that count as 0 and 1: those at the beginning of training, and the best method's IQM.
+
+    Args:
+      first: the first training return of each agent; NaN where it has none.
+      iqms: of the methods, or points of a sweep.
+
+    Returns:
+      The two; where nothing was learned, the worst method has -1; (0, 1) where nothing is known.
+    """
+    first, iqms = first[np.isfinite(first)], iqms[np.isfinite(iqms)]
+    if not first.size or not iqms.size:
+        return 0.0, 1.0
+    zero, one = float(first.mean()), float(iqms.max())
+    return (zero, one) if one > zero else (zero, zero + (float(zero - iqms.min()) or 1.0))
+
+
+def first_returns(returns: np.ndarray) -> np.ndarray:
+    """The first return of each agent [S, K] that is a number, [S]; NaN where it has none."""
+    known = np.isfinite(returns)
+    found = np.take_along_axis(returns, known.argmax(axis=1)[:, None], axis=1)[:, 0]
+    return np.where(known.any(axis=1), found, np.nan)
 
 
 def _percentiles(statistics: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:

@@ -23,16 +23,21 @@ from trpo_jax.sweeps.drawing import (
     heading,
     html_table,
     image,
+    label_of,
+    number,
     page,
     paragraph,
     plain,
+    plot_band,
     png,
     scale_axis,
     sized_figure,
     text_of,
 )
-from trpo_jax.sweeps.reports import Report, Row, table_of
+from trpo_jax.sweeps.iqm import bootstrap_band
+from trpo_jax.sweeps.reports import Report, Row, scale_of, table_of
 
+_POINTS = 60  # of a learning curve
 _CURVES = 8  # best points whose learning curves are drawn
 _LARGEST = 40  # rows or columns of a heat map; what does not fit goes without its numbers
 
@@ -46,7 +51,7 @@ def write_report(path: str | os.PathLike[str], report: Report) -> Path:
     pictures: dict[str, list[tuple[str, bytes]]] = {}
     for env, rows in report.rows.items():
         suffix = f"_{_file_name(env)}" if len(report.rows) > 1 else ""
-        drawn = {"learning_curves": _draw_curves(env, rows), "settings": _draw_settings(env, rows)}
+        drawn = {"learning_curves": _draw_curves(env, rows), "settings": _draw_settings(env, rows, report.logarithmic)}
         pictures[env] = [(f"{kind}{suffix}.png", png(figure)) for kind, figure in drawn.items() if figure]
     files = dict(picture for drawn_there in pictures.values() for picture in drawn_there)
     for name, data in files.items():
@@ -55,10 +60,10 @@ def write_report(path: str | os.PathLike[str], report: Report) -> Path:
     writer = csv.writer(text, lineterminator="\n")
     for env, rows in report.rows.items():
         titles, _ = table_of(rows)
-        interval = ["iqm", "low", "high", "mean", "worst", "seeds", "failed"]
+        interval = ["iqm", "low", "high", "median", "mean", "worst", "seeds", "failed"]
         writer.writerow(["env", *titles[: len(rows[0].settings)], *interval])
         for row in rows:
-            numbers = [row.iqm, *row.interval, row.mean, row.worst, row.num_seeds, row.num_failed]
+            numbers = [row.iqm, *row.interval, row.median, row.mean, row.worst, row.num_seeds, row.num_failed]
             writer.writerow([env, *row.settings.values(), *numbers])
     write_atomically(folder / "table.csv", text.getvalue())
     file = folder / "report.html"
@@ -93,7 +98,9 @@ def _page(title: str, report: Report, pictures: Mapping[str, Sequence[tuple[str,
     ]
     if report.overall:
         parts.append(heading("All environments"))
-        parts.append(paragraph("Scores scaled in each environment from its worst point's IQM (0) to its best's (1)."))
+        parts.append(
+            paragraph("Scores scaled in each environment from the first training returns (0) to its best IQM (1).")
+        )
         names = list(report.overall[0][0])
         cells = [
             [*(text_of(settings[name]) for name in names), f"{iqm:.3f}", f"{low:.3f} … {high:.3f}"]
@@ -127,32 +134,34 @@ def _failures(report: Report) -> list[str]:
 
 
 def _draw_curves(env: str, rows: Sequence[Row]) -> Any:
-    """A figure of the learning curves of the best points."""
-    figure = sized_figure(7.5, 4.2)
+    """A figure of the learning curves of the best points, with their intervals; the legend is below."""
+    shown = rows[:_CURVES]
+    labels = [label_of(row.settings) for row in shown]
+    lines = sum(label.count("\n") + 1 for label in labels) if len(rows) > 1 else 0
+    figure = sized_figure(7.5, 4.2 + 0.09 * lines)
     axes = figure.add_subplot()
-    for row in rows[:_CURVES]:
-        label = ", ".join(f"{name}={text_of(value)}" for name, value in row.settings.items()) or "all"
-        alone = np.isfinite(row.curve).sum() == 1  # a line through one point is none
-        axes.plot(row.steps, row.curve, linewidth=1.5, label=plain(label), marker="o" if alone else "")
-    any_episode = any(np.isfinite(row.curve).any() for row in rows[:_CURVES])
+    for row, label in zip(shown, labels, strict=True):
+        at = np.unique(np.linspace(0, len(row.steps) - 1, _POINTS).round().astype(int))
+        plot_band(axes, bootstrap_band(row.steps[at], [row.returns[:, at].astype(np.float64)]), label)
+    any_episode = any(np.isfinite(row.curve).any() for row in shown)
     best = f", the {_CURVES} best of {len(rows)} points" if len(rows) > _CURVES else ""
-    title, ylabel = plain(f"{env}{best}"), "training return, IQM over seeds"
+    title, ylabel = plain(f"{env}{best}"), "training return, IQM over seeds and 95 % interval"
     label_steps(axes, any_episode, title=title, xlabel="environment steps per agent", ylabel=ylabel)
     if len(rows) > 1:
-        axes.legend(fontsize=7, loc="best")
+        figure.legend(fontsize=7, loc="outside lower center", ncols=2)
     return figure
 
 
-def _draw_settings(env: str, rows: Sequence[Row]) -> Any:
+def _draw_settings(env: str, rows: Sequence[Row], logarithmic: set[str]) -> Any:
     """Score against the settings: a line for one, a heat map for a full grid of two, scatter plots otherwise."""
     names = list(rows[0].settings)
     if not names:
         return None
     if len(names) == 1 and _is_number(rows, names[0]):
-        return _draw_line(env, rows, names[0])
+        return _draw_line(env, rows, names[0], names[0] in logarithmic)
     if len(names) == 2 and len(rows) == np.prod([len({row.settings[name] for row in rows}) for name in names]):
         return _draw_heat_map(env, rows, names)
-    return _draw_scatter(env, rows, names)
+    return _draw_scatter(env, rows, names, logarithmic)
 
 
 def _is_number(rows: Sequence[Row], name: str) -> bool:
@@ -160,7 +169,7 @@ def _is_number(rows: Sequence[Row], name: str) -> bool:
     return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
 
 
-def _draw_line(env: str, rows: Sequence[Row], name: str) -> Any:
+def _draw_line(env: str, rows: Sequence[Row], name: str, logarithmic: bool) -> Any:
     figure = sized_figure(6, 4)
     axes = figure.add_subplot()
     ordered = sorted(rows, key=lambda row: row.settings[name])
@@ -168,7 +177,7 @@ def _draw_line(env: str, rows: Sequence[Row], name: str) -> Any:
     low, high = zip(*(row.interval for row in ordered), strict=True)
     axes.fill_between(values, low, high, alpha=0.2, label="95 % interval")
     axes.plot(values, [row.iqm for row in ordered], marker="o", label="IQM over seeds")
-    scale_axis(axes, values)
+    scale_axis(axes, values, logarithmic=logarithmic)
     axes.set(title=plain(env), xlabel=name, ylabel="score")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -184,14 +193,12 @@ def _draw_heat_map(env: str, rows: Sequence[Row], names: Sequence[str]) -> Any:
     figure = sized_figure(1.5 + 0.9 * grid.shape[1], 1.5 + 0.6 * grid.shape[0])
     axes = figure.add_subplot()
     finite = np.where(np.isfinite(grid), grid, np.nan)
-    image = axes.imshow(finite, origin="lower", aspect="auto", cmap="viridis")
-    figure.colorbar(image, label="IQM")
-    known = finite[~np.isnan(finite)]
-    middle = (known.min() + known.max()) / 2 if known.size else 0.0
+    low, high = _color_range(rows)
+    colors = axes.imshow(finite, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=high)
+    figure.colorbar(colors, label="IQM")
     for i, j in np.ndindex(*grid.shape) if max(grid.shape) <= _LARGEST else ():
-        color = "white" if grid[i, j] <= middle else "black"
-        text = f"{grid[i, j]:.0f}" if 100 <= abs(grid[i, j]) < 1e5 else f"{grid[i, j]:.2g}"
-        axes.text(j, i, text, ha="center", va="center", color=color, fontsize=8)
+        color = "white" if grid[i, j] <= (low + high) / 2 else "black"
+        axes.text(j, i, number(float(grid[i, j])), ha="center", va="center", color=color, fontsize=8)
     for set_ticks, values in ((axes.set_yticks, ordered[0]), (axes.set_xticks, ordered[1])):
         shown = range(0, len(values), -(-len(values) // _LARGEST))
         set_ticks(shown, [plain(text_of(values[i])) for i in shown])
@@ -199,7 +206,17 @@ def _draw_heat_map(env: str, rows: Sequence[Row], names: Sequence[str]) -> Any:
     return figure
 
 
-def _draw_scatter(env: str, rows: Sequence[Row], names: Sequence[str]) -> Any:
+def _color_range(rows: Sequence[Row]) -> tuple[float, float]:
+    """The scores of the darkest and the lightest colour: they span a quarter of what the best point learned at least.
+
+    So 499 and 500 look alike where training began at 20.
+    """
+    known = [row.iqm for row in rows if np.isfinite(row.iqm)]
+    low, high = scale_of(rows)
+    return (min(*known, max(known) - (high - low) / 4), max(known)) if known else (0.0, 1.0)
+
+
+def _draw_scatter(env: str, rows: Sequence[Row], names: Sequence[str], logarithmic: set[str]) -> Any:
     figure = sized_figure(3.2 * min(4, len(names)), 3 * -(-len(names) // 4))
     panels = figure.subplots(-(-len(names) // 4), min(4, len(names)), squeeze=False, sharey=True).ravel()
     scores = [row.iqm for row in rows]
@@ -207,7 +224,7 @@ def _draw_scatter(env: str, rows: Sequence[Row], names: Sequence[str]) -> Any:
         values = [row.settings[name] for row in rows]
         if _is_number(rows, name):
             axes.scatter(values, scores, s=16)
-            scale_axis(axes, values)
+            scale_axis(axes, values, logarithmic=name in logarithmic)
         else:
             kinds = sorted(set(values), key=_order)
             axes.scatter([kinds.index(value) for value in values], scores, s=16)

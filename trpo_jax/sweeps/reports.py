@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from trpo_jax.env_args import PREFIX
 from trpo_jax.runs.metrics import fill_forward
 from trpo_jax.sentences import UsageError, counted
-from trpo_jax.settings import SETTINGS
 from trpo_jax.sweeps.drawing import interval_text, number, text_of
-from trpo_jax.sweeps.iqm import interquartile_mean, stratified_bootstrap
+from trpo_jax.sweeps.iqm import first_returns, interquartile_mean, score_scale, stratified_bootstrap
+from trpo_jax.sweeps.outcomes import setting_columns
 from trpo_jax.sweeps.plans import earlier_forms, plan, spec_of
 from trpo_jax.sweeps.storage import Folder
 
@@ -36,8 +35,8 @@ class Row:
       num_failed: those of them that met a number that was not finite.
       scores: every score, [num_seeds].
       steps: environment steps of the learning curve, [iterations].
-      curve: training return per iteration, IQM over seeds; an iteration in which no episode ended repeats the one
-        before; NaN before the first one.
+      returns: training return per iteration of each agent, float32 [num_seeds, iterations]; an iteration in which no
+        episode ended repeats the one before; NaN before the first one.
     """
 
     env: str
@@ -50,7 +49,25 @@ class Row:
     num_failed: int
     scores: np.ndarray
     steps: np.ndarray
-    curve: np.ndarray
+    returns: np.ndarray
+
+    @property
+    def curve(self) -> np.ndarray:
+        """IQM over seeds of the training returns, [iterations]."""
+        curve: np.ndarray = interquartile_mean(self.returns, axis=0)
+        return curve
+
+    @property
+    def median(self) -> float:
+        """Median score."""
+        return float(np.median(self.scores))
+
+    @property
+    def merit(self) -> tuple[float, ...]:
+        """What ranks points, the lowest first: IQM; where it is equal mean, worst seed, and the curve's mean height."""
+        curve = self.curve
+        area = float(curve[np.isfinite(curve)].mean()) if np.isfinite(curve).any() else math.nan
+        return tuple(-math.inf if math.isnan(value) else value for value in (self.iqm, self.mean, self.worst, area))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +94,17 @@ class Report:
 
     @property
     def extent(self) -> str:
-        """How many of its agents it is of: "384 agents", or "48 of 384 agents" of a sweep that is not finished."""
-        of = f"{self.num_agents:,} of " if self.num_agents < self.num_asked else ""
-        return of + counted(self.num_asked, "agent")
+        """How much is done: "384 agents", or "48 of 384 agents, 12 % of the sweep" where it is not finished."""
+        if self.num_agents >= self.num_asked:
+            return counted(self.num_asked, "agent")
+        share = math.floor(100 * self.num_agents / self.num_asked)
+        return f"{self.num_agents:,} of {counted(self.num_asked, 'agent')}, {share} % of the sweep"
+
+    @property
+    def logarithmic(self) -> set[str]:
+        """The settings whose values the sweep draws from a log-uniform distribution."""
+        drawn = _section(self.description, "random").items()
+        return {name for name, kind in drawn if isinstance(kind, Mapping) and "log_uniform" in kind}
 
 
 def make_report(path: str | os.PathLike[str]) -> Report:
@@ -93,8 +118,7 @@ def make_report(path: str | os.PathLike[str]) -> Report:
     episodes = max(0, description.get("num_episodes", 0))
     needed = ["point", "seed", "num_envs", "num_steps", "env", "episode_return"]
     outcomes = ["final_return", "training_return", "failed_at"]
-    of_env = {n for s in ("grid", "zip", "random") for n in _section(description, s) if n.startswith(PREFIX)}
-    settings_known = (*SETTINGS, *sorted(of_env))
+    settings_known = setting_columns(description)
     table = folder.read_results(list({*needed, *outcomes, *settings_known}))
     if table is None:
         raise UsageError(f"{path} has no finished agents yet; `trpo-jax sweep` with --output {path} continues it.")
@@ -124,7 +148,7 @@ def make_report(path: str | os.PathLike[str]) -> Report:
             returns = np.array(curves.take(agents).to_pylist(), dtype=np.float64)
             per_iteration = columns["num_envs"][agents[0]] * columns["num_steps"][agents[0]]
             rows[env].append(_make_row(env, settings, score[agents], returns, per_iteration, len(failed)))
-        rows[env].sort(key=lambda row: -np.nan_to_num(row.iqm, nan=-np.inf))
+        rows[env].sort(key=lambda row: row.merit, reverse=True)
     by_mode = f"mean return of {counted(episodes, 'episode')} by the policy's mode"
     words = by_mode if episodes else "training return at the end"
     asked = max(len(score), _num_agents(description))
@@ -148,7 +172,7 @@ def _make_row(
         num_failed=num_failed,
         scores=scores,
         steps=per_iteration * np.arange(1, returns.shape[1] + 1),
-        curve=interquartile_mean(fill_forward(returns.T), axis=1),
+        returns=fill_forward(returns.T).T.astype(np.float32),
     )
 
 
@@ -179,14 +203,14 @@ def _follows(columns: Mapping[str, np.ndarray], here: np.ndarray, name: str, var
 
 
 def _overall(rows: Mapping[str, Sequence[Row]]) -> list[tuple[dict[str, Any], float, tuple[float, float]]]:
-    """Points by their scores in all environments, each scaled from its worst point's IQM (0) to its best's (1)."""
+    """Points by their scores in all environments, each scaled from the beginning of training (0) to its best (1)."""
     if len(rows) < 2:
         return []
     tables = []
     for env_rows in rows.values():
-        iqms = [row.iqm for row in env_rows if math.isfinite(row.iqm)] or [0.0]
-        low, scale = min(iqms), (max(iqms) - min(iqms)) or 1.0
-        tables.append({json.dumps(row.settings): (row.settings, (row.scores - low) / scale) for row in env_rows})
+        low, high = scale_of(env_rows)
+        scaled = [(row.settings, (row.scores - low) / (high - low)) for row in env_rows]
+        tables.append({json.dumps(settings): (settings, scores) for settings, scores in scaled})
     shared = [key for key in tables[0] if all(key in table for table in tables)]
     found = []
     for key in shared:
@@ -196,14 +220,34 @@ def _overall(rows: Mapping[str, Sequence[Row]]) -> list[tuple[dict[str, Any], fl
     return sorted(found, key=lambda entry: -np.nan_to_num(entry[1], nan=-np.inf)) if len(found) > 1 else []
 
 
+def scale_of(rows: Sequence[Row]) -> tuple[float, float]:
+    """The returns of an environment at the beginning of training, and the IQM of its best point, see `score_scale`."""
+    first = np.concatenate([first_returns(row.returns) for row in rows]).astype(np.float64)
+    return score_scale(first, np.array([row.iqm for row in rows]))
+
+
 def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Column titles and cells of an environment's table, best first."""
     names = list(rows[0].settings)
-    titles = [*names, "IQM", "95 % interval", "mean", "worst seed", "seeds", "failed"]
+    titles = [*names, "IQM", "95 % interval", "median", "mean", "worst seed", "seeds", "failed"]
     cells = []
     for row in rows:
         values = [text_of(row.settings[name]) for name in names]
-        interval = interval_text(*row.interval)
-        numbers = [number(row.iqm), interval, number(row.mean), number(row.worst)]
+        numbers = [number(row.iqm), interval_text(*row.interval), *map(number, (row.median, row.mean, row.worst))]
         cells.append([*values, *numbers, str(row.num_seeds), str(row.num_failed)])
+    return titles, cells
+
+
+def narrow_table_of(rows: Sequence[Row], width: int) -> tuple[list[str], list[list[str]]]:
+    """The table without what few look for, in so many letters: settings share a column where they do not fit apart."""
+    titles, cells = table_of(rows)
+    settings = len(rows[0].settings)
+    kept = [i for i, title in enumerate(titles) if title not in ("mean", "seeds", "failed")]
+    titles, cells = [titles[i] for i in kept], [[row[i] for i in kept] for row in cells]
+    needed = sum(max(len(row[i]) for row in (titles, *cells)) + 2 for i in range(len(titles)))
+    if settings > 1 and needed > width:
+        joined = [", ".join(f"{n}={v}" for n, v in zip(titles, row[:settings], strict=False)) for row in cells]
+        return ["settings", *titles[settings:]], [
+            [one, *row[settings:]] for one, row in zip(joined, cells, strict=True)
+        ]
     return titles, cells
