@@ -19,10 +19,11 @@ from trpo_jax.sweeps.iqm import Band
 
 SOFTWARE = "trpo_jax report"  # stands in every picture of ours, so that nobody else's is ever removed
 _LARGEST = 40  # inches of a picture
+_TICKS = 6  # values of a setting that a logarithmic axis names one by one
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222; }
 div { overflow-x: auto; } table { border-collapse: collapse; margin: 1em 0; }
-th, td { padding: .25em .8em; text-align: right; } th { border-bottom: 2px solid #888; }
+th, td { padding: .25em .8em; text-align: right; } td { white-space: nowrap; } th { border-bottom: 2px solid #888; }
 tr:nth-child(even) td { background: #f4f6f8; } img { max-width: 100%; display: block; margin: 1em 0; }
 img.small { display: inline-block; width: 32%; min-width: 20em; margin: 0; }
 pre { background: #f4f6f8; padding: 1em; overflow-x: auto; }
@@ -105,16 +106,19 @@ def label_of(settings: Mapping[str, Any]) -> str:
     return textwrap.fill(plain(parts or "all"), 50, break_long_words=False, break_on_hyphens=False)
 
 
-def plot_band(axes: Any, band: Band, label: str, stretch: float = 1) -> None:
+def plot_band(axes: Any, band: Band, label: str, *, stretch: float = 1, shade: float = 0.18) -> None:
     """A curve with its interval shaded; one point of it is a dot, for a line through one point is none."""
     alone = np.isfinite(band.middle).sum() == 1
     x = stretch * band.x
     (line,) = axes.plot(x, band.middle, linewidth=1.5, label=label, marker="o" if alone else "")
-    axes.fill_between(x, band.low, band.high, color=line.get_color(), alpha=0.18, linewidth=0)
+    axes.fill_between(x, band.low, band.high, color=line.get_color(), alpha=shade, linewidth=0)
 
 
 def scale_axis(axes: Any, values: Sequence[float], *, logarithmic: bool = False) -> None:
-    """A logarithmic axis for positive values where it is asked for, or where they are spread more evenly on it."""
+    """A logarithmic axis for positive values where it is asked for, or where they are spread more evenly on it.
+
+    Its numbers are written as those in the tables; few values are the ticks themselves.
+    """
     known = sorted(set(values))
     if known[0] <= 0 or known[-1] < 4 * known[0]:
         return
@@ -122,3 +126,7 @@ def scale_axis(axes: Any, values: Sequence[float], *, logarithmic: bool = False)
     even = len(known) > 2 and ratios.std() / ratios.mean() < gaps.std() / gaps.mean()
     if logarithmic or even or known[-1] > 20 * known[0]:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: text_of(float(value)))
+        if len(known) <= _TICKS:
+            axes.set_xticks(known)
+            axes.minorticks_off()

@@ -142,7 +142,8 @@ def _draw_curves(env: str, rows: Sequence[Row]) -> Any:
     axes = figure.add_subplot()
     for row, label in zip(shown, labels, strict=True):
         at = np.unique(np.linspace(0, len(row.steps) - 1, _POINTS).round().astype(int))
-        plot_band(axes, bootstrap_band(row.steps[at], [row.returns[:, at].astype(np.float64)]), label)
+        band = bootstrap_band(row.steps[at], [row.returns[:, at].astype(np.float64)])
+        plot_band(axes, band, label, shade=0.18 if len(shown) <= 4 else 0.08)
     any_episode = any(np.isfinite(row.curve).any() for row in shown)
     best = f", the {_CURVES} best of {len(rows)} points" if len(rows) > _CURVES else ""
     title, ylabel = plain(f"{env}{best}"), "training return, IQM over seeds and 95 % interval"
