@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from trpo_jax import fields
-from trpo_jax.env_args import EnvArgs, make_env_args
-from trpo_jax.fields import as_widths, check_value, own_object, static, text, traced, widths
+from trpo_jax.env_args import EnvArgs
+from trpo_jax.fields import as_held, check_value, own_object, static, text, traced, widths
 from trpo_jax.sentences import UsageError, nearest
 from trpo_jax.steps import defaults
 
@@ -31,6 +31,8 @@ class Config:
     max_steps: int = static(
         0, "time limit of an episode, beside the environment's; 0: none", interval="[0, 2147483647]"
     )
+    randomize: Any = text(fields.NONE, "ranges that settings of the environment are drawn from, NAME=LOW..HIGH ...")
+    wrappers: str = text(fields.NONE, "what changes the environment, first to last: hide_entries=1,3 stack_frames=4")
     policy: Any = own_object(None, "a Network whose apply returns a distribution; None: see `network`")
     value: Any = own_object(None, "a Network whose apply returns V, [...]; None: see `network`")
     num_envs: int = static(16, "environments stepped in parallel, N", high=10_000_000)
@@ -268,13 +270,10 @@ class Config:
     def __post_init__(self) -> None:
         axes = any(getattr(self, name) is None for name in _TRACED)  # a tree of axes for `jax.vmap`: integers and None
         for name, field in FIELDS.items():
-            value = getattr(self, name)
-            if "widths" in field.metadata:
-                value = as_widths(value)
-                object.__setattr__(self, name, value)
+            value = as_held(field, getattr(self, name), self.env)
+            object.__setattr__(self, name, value)
             if value is not field.default and not (axes and name in _TRACED):
                 check_setting(name, value)
-        object.__setattr__(self, "env_args", make_env_args(self.env_args, self.env))
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some settings changed."""

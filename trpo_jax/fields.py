@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,7 @@ NEVER = 1e30
 """A `stop_at_return` that no agent reaches."""
 
 AUTO = "auto"
+NONE = "none"
 _MOST_LAYERS = 64
 _WIDEST = 65_536
 
@@ -80,7 +82,7 @@ def widths(default: Any, help: str, *, used: Used) -> Any:
     return dataclasses.field(default=default, metadata=meta)
 
 
-def text(default: str, help: str, *, used: Used) -> Any:
+def text(default: str, help: str, *, used: Used = ()) -> Any:
     """Declare words that only what is trained can judge."""
     return dataclasses.field(default=default, metadata={"help": help, "static": True, "flag": True, "used": used})
 
@@ -106,6 +108,46 @@ def as_widths(value: Any) -> Any:
     return value.strip() if isinstance(value, str) else value
 
 
+def as_held(field: Any, value: Any, env: Any) -> Any:
+    """A setting as `Config` holds it: widths are tuples, settings of the environment `EnvArgs`, ranges their text."""
+    if "widths" in field.metadata:
+        return as_widths(value)
+    if field.name == "env_args":
+        return make_env_args(value, env)
+    return as_ranges(value) if field.name == "randomize" else value
+
+
+def as_ranges(value: Any) -> Any:
+    """Ranges of an environment's settings as text, "gravity=5..20 length=0.4..0.6": of that, or of a mapping.
+
+    What is neither comes back as it is, for `check_value` to refuse.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    ends = {
+        name: ends if isinstance(ends, (list, tuple)) and len(ends) == 2 else (ends, "") for name, ends in value.items()
+    }
+    return " ".join(f"{name}={low}..{high}" for name, (low, high) in sorted(ends.items())) or NONE
+
+
+def parse_ranges(text: str, label: str = "randomize") -> dict[str, tuple[float, float]]:
+    """{name: (low, high)} of ranges in text; `UsageError` with one sentence if it is none."""
+    found = {}
+    for part in [] if text == NONE else text.split():
+        name, equals, ends = part.partition("=")
+        low, dots, high = ends.partition("..")
+        try:
+            found[name] = float(low), float(high)
+            sound = name.isidentifier() and equals and dots and -math.inf < found[name][0] <= found[name][1] < math.inf
+        except ValueError:
+            sound = False
+        if not sound:
+            raise UsageError(
+                f"{label} must be ranges such as gravity=5..20 (in files {{ gravity = [5, 20] }}), got {shown(part)}."
+            )
+    return found
+
+
 def as_text(value: Any) -> Any:
     """A setting as a flag, a cell of a table or a database has it: widths are text, "256,256"; others stay."""
     return (",".join(map(str, value)) or "[]") if isinstance(value, tuple) else value
@@ -128,6 +170,12 @@ def check_value(field: Any, label: str, value: Any) -> None:
         own = field.name in ("update", "value_fit") and callable(value)  # a function that makes one, algorithms/base.py
         if not own and (not isinstance(value, str) or value not in meta["choices"]):
             raise UsageError(f"{label} must be one of {', '.join(meta['choices'])}, got {shown(value)}.")
+    elif field.name == "randomize" and not callable(value):
+        if not isinstance(value, str):
+            raise UsageError(
+                f"{label} must be ranges, or a randomization_fn of Brax or Playground, got {shown(value)}."
+            )
+        parse_ranges(value, label)
     elif field.type == "str" and not (isinstance(value, str) and value.strip()):
         raise UsageError(f"{label} must be text, got {shown(value)}.")
     elif field.type == "bool" and not isinstance(value, bool):

@@ -10,7 +10,7 @@ from typing import Any
 
 from trpo_jax.config import FIELDS, Config, check_setting
 from trpo_jax.env_args import PREFIX, check_env_arg
-from trpo_jax.fields import as_text, as_widths
+from trpo_jax.fields import NONE, as_ranges, as_text, as_widths
 from trpo_jax.files import read_limited
 from trpo_jax.sentences import UsageError, check_limits, first_line, nearest, shown
 
@@ -24,6 +24,8 @@ def settings_of(config: Config) -> dict[str, Any]:
     """The settings of a configuration, as files have them."""
     own = {f"{PREFIX}{name}": value for name, value in config.env_args.items()}
     values = {name: getattr(config, name) for name in SETTINGS} | own
+    if callable(values["randomize"]):  # no file can name a function
+        values["randomize"] = NONE
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
@@ -71,6 +73,8 @@ def cast(name: str, value: Any) -> Any:
     """The value of a setting as `Config` has it: TOML writes 1 for 1.0, 1e5 for a whole number, and lists of widths."""
     if name in FIELDS and "widths" in FIELDS[name].metadata:
         return as_widths(value)
+    if name == "randomize":
+        return as_ranges(value)
     if type(value) is int and _KINDS.get(name) == "float":
         with contextlib.suppress(OverflowError):  # too large for any range
             return float(value)

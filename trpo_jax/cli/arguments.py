@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from trpo_jax import __version__
@@ -84,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="run an environment through the contract, and say what is wrong with it")
     check.add_argument("env", help="environment, or MODULE:FACTORY, a function of one's own that makes it")
+    _add_settings(check, only=("max_steps", "randomize", "wrappers"))
 
     commands.add_parser("envs", help="list the environments, with their spaces and time limits")
     commands.add_parser("presets", help="list the presets, with their settings and tasks")
@@ -96,6 +97,7 @@ def _add_run_commands(commands: Any) -> None:
     evaluate.add_argument("path", help="folder of the run")
     evaluate.number("--num-episodes", 64, "episodes per agent")
     _add_agent(evaluate, "all of a run")
+    evaluate.add_argument("--randomize", action="store_true", help="draw settings of the environment as training did")
     evaluate.add_argument("--stochastic", action="store_true", help="sample actions instead of taking the mode")
     evaluate.number("--seed", 0, "seed of the episodes")
     evaluate.add_argument("--output", help="JSON file for every figure (default: none)")
@@ -212,7 +214,9 @@ def _add_env(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, Any] | None = None) -> None:
+def _add_settings(
+    parser: argparse.ArgumentParser, defaults: Mapping[str, Any] | None = None, only: Sequence[str] = ()
+) -> None:
     """Add one flag for each setting of `Config`: name, default, help and type come from there."""
     group = parser.add_argument_group("settings")
     group.add_argument(
@@ -224,10 +228,10 @@ def _add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, Any] |
         help="setting of the environment, such as gravity=20; may be repeated",
     )
     types: dict[str, Any] = {"int": _whole, "float": float}
-    forms = {"int": "N", "float": "X", "str": "A,B"}
+    forms = {"int": "N", "float": "X", "str": "TEXT", "Any": "NAME=LOW..HIGH"}
     for field in dataclasses.fields(Config):
         meta = field.metadata
-        if not meta["flag"]:
+        if not meta["flag"] or (only and field.name not in only):
             continue
         values = f"; in {meta['interval']}" if "interval" in meta else ""
         default = as_text((defaults or {}).get(field.name, field.default))

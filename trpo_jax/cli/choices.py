@@ -25,7 +25,7 @@ def config_of(namespace: argparse.Namespace, file: Mapping[str, Any] | None = No
     Raises:
       UsageError: if a setting is out of its range, or a flag has no effect beside the others.
     """
-    flags = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(Config) if f.metadata["flag"]}
+    flags = {f.name: getattr(namespace, f.name, None) for f in dataclasses.fields(Config) if f.metadata["flag"]}
     flags |= {"env": namespace.env, TOTAL_STEPS: getattr(namespace, TOTAL_STEPS, None)}
     given = {name: value for name, value in flags.items() if value is not None} | dict(namespace.env_arg)
     length = (TOTAL_STEPS, "num_iterations")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trpo_jax.cli.choices import config_of
 from trpo_jax.cli.startup import start_quickly
+from trpo_jax.config import Config
 from trpo_jax.files import command, file_of_kind, plain_json, write_atomically
 from trpo_jax.presets import available_presets, load_preset
 from trpo_jax.sentences import UsageError, counted, shown
@@ -47,7 +48,10 @@ def evaluate(namespace: argparse.Namespace) -> int:
     run, state = _agents_of(namespace, namespace.agent)
     check_episodes(run.config, run.num_seeds, namespace.num_episodes, free_memory(jax.local_devices()[:1]))
     run_episodes = functools.partial(
-        evaluation.evaluate, num_episodes=namespace.num_episodes, deterministic=not namespace.stochastic
+        evaluation.evaluate,
+        num_episodes=namespace.num_episodes,
+        deterministic=not namespace.stochastic,
+        randomize=namespace.randomize,
     )
     keys = jax.random.split(jax.random.key(namespace.seed), run.num_seeds)
     result = jax.jit(jax.vmap(run_episodes, in_axes=(None, 0, 0)))(run.config, state, keys)
@@ -200,10 +204,11 @@ def check(namespace: argparse.Namespace) -> int:
     """Run an environment through the contract, and say what is wrong with it."""
     start_quickly()
     from trpo_jax.environments.contract import check_environment
-    from trpo_jax.environments.make import make_environment
+    from trpo_jax.environments.make import environment_of, settle
 
-    environment = make_environment(namespace.env)  # an unknown name is bad input
-    wrong = check_environment(namespace.env)
+    config = settle(config_of(namespace))
+    environment = environment_of(config)  # what cannot be made is bad input
+    wrong = check_environment(environment if config != Config(env=namespace.env) else namespace.env)
     for sentence in wrong:
         print(f"{environment.name}: {sentence}")
     if not wrong:

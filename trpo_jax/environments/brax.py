@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from trpo_jax.environments import base
 from trpo_jax.environments.base import Array, Environment, PyTree
+from trpo_jax.environments.checks import one_sentence
 from trpo_jax.environments.suites import assemble, check_name, quiet_mujoco, require
 from trpo_jax.sentences import UsageError
 
@@ -27,19 +30,26 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
         if backend not in BACKENDS:
             raise UsageError(f"brax has no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
         options = {"backend": backend, **options}
+    options = dict(options)
+    draw = options.pop("randomization_fn", None)
     with quiet_mujoco():
         env = require("brax.envs", "brax").get_environment(own_name, **options)
-    return from_brax(env, f"brax/{name}", MAX_STEPS if max_steps is None else max_steps)
+    return from_brax(env, f"brax/{name}", MAX_STEPS if max_steps is None else max_steps, randomization_fn=draw)
 
 
-def from_brax(env: Any, name: str, max_steps: int | None = None) -> Environment:
+def from_brax(
+    env: Any, name: str, max_steps: int | None = None, randomization_fn: Callable[..., Any] | None = None
+) -> Environment:
     """An environment with Brax's interface: `reset(rng) -> State` and `step(State, action) -> State`.
 
     Args:
       env: its actions lie in [-1, 1].
       name: with the suite's prefix.
       max_steps: the time limit.
+      randomization_fn: draws the bodies of each episode, see `_Randomized`; None: they are as they are.
     """
+    if randomization_fn is not None:
+        env = _Randomized(env, name, randomization_fn)
 
     def reset(key: Array) -> tuple[Array, PyTree]:
         state = env.reset(jax.random.key_data(key))  # Brax knows no typed keys
@@ -51,6 +61,70 @@ def from_brax(env: Any, name: str, max_steps: int | None = None) -> Environment:
 
     box = base.make_box(-1.0, 1.0, (env.action_size,))
     return assemble(name, box, reset, step, max_steps=max_steps)
+
+
+class _Randomized:
+    """An environment whose model is drawn at each reset; its state carries (state, what was drawn).
+
+    `randomization_fn(model, keys [N])` -> (models, axes) is that of `brax.training` and of Playground: of the leaves of
+    the model those are drawn whose axis is 0.
+    """
+
+    def __init__(self, env: Any, name: str, randomization_fn: Callable[..., Any]):
+        self._env, self._inner, self.action_size, self._draw = env, env.unwrapped, env.action_size, randomization_fn
+        self._attribute = next((one for one in ("sys", "_mjx_model") if hasattr(self._inner, one)), "")
+        if not self._attribute:
+            raise UsageError(f"{name} has no model that a randomization_fn could draw; leave randomize out.")
+        self._model = getattr(self._inner, self._attribute)
+        axes: list[Any] = []
+        with one_sentence(f"randomize of {name}"):
+            jax.eval_shape(
+                lambda keys: axes.extend(randomization_fn(self._model, keys)[1:]), np.zeros((1, 2), np.uint32)
+            )
+            self._is_drawn = jax.tree.leaves(jax.tree.map(lambda _, axis: axis is not None, self._model, axes[0]))
+
+    def _with(self, drawn: list[Array], call: Callable[..., Any], *arguments: Any) -> Any:
+        values = iter(drawn)
+        leaves, structure = jax.tree.flatten(self._model)
+        leaves = [next(values) if own else leaf for leaf, own in zip(leaves, self._is_drawn, strict=True)]
+        setattr(self._inner, self._attribute, jax.tree.unflatten(structure, leaves))
+        try:
+            return call(*arguments)
+        finally:
+            setattr(self._inner, self._attribute, self._model)
+
+    def reset(self, key: Array) -> DrawnState:
+        """An episode's start, in a model of its own."""
+        key_draw, key_reset = jax.random.split(key)
+        models, _ = self._draw(self._model, key_draw[None])
+        drawn = [leaf[0] for leaf, own in zip(jax.tree.leaves(models), self._is_drawn, strict=True) if own]
+        return DrawnState(self._with(drawn, self._env.reset, key_reset), drawn)
+
+    def step(self, state: DrawnState, action: Array) -> DrawnState:
+        """The step that Brax takes, in the model of the episode."""
+        return DrawnState(self._with(state.drawn, self._env.step, state.state, action), state.drawn)
+
+
+class DrawnState(NamedTuple):
+    """A state of Brax, and the leaves of the model that were drawn for its episode."""
+
+    state: Any
+    drawn: list[Array]
+
+    @property
+    def obs(self) -> Any:
+        """Its observation."""
+        return self.state.obs
+
+    @property
+    def reward(self) -> Array:
+        """Its reward."""
+        return self.state.reward
+
+    @property
+    def done(self) -> Array:
+        """Whether the episode ended."""
+        return self.state.done
 
 
 def _observation(observation: Any) -> Any:

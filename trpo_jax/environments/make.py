@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,8 +16,10 @@ from trpo_jax.config import Config
 from trpo_jax.env_args import EnvArgs
 from trpo_jax.environments import gymnax, suites
 from trpo_jax.environments.base import Environment
+from trpo_jax.environments.changes import apply_wrappers, draw_settings
 from trpo_jax.environments.checks import check_declaration, check_space, one_sentence
 from trpo_jax.environments.wrappers import limit_steps
+from trpo_jax.fields import NONE, parse_ranges
 from trpo_jax.sentences import UsageError, check_limits, nearest, shown
 
 _sound: weakref.WeakSet[Environment] = weakref.WeakSet()  # checked, or built here
@@ -58,6 +61,51 @@ def _by_name(name: str, params: EnvArgs, max_steps: int | None) -> Environment:
     # Cached so that every trace of the same configuration closes over the same environment. One with traced parameters
     # is none to keep: it ends with its trace.
     return _build(name, params or None, max_steps)
+
+
+def environment_of(config: Config) -> Environment:
+    """The environment that a configuration names, with its settings, its time limit, and its wrappers.
+
+    Raises:
+      UsageError: if it cannot be made so.
+    """
+    params = config.env_args if config.env_args or isinstance(config.env, str) else None
+    max_steps = config.max_steps or None
+    if config.wrappers == config.randomize == NONE:
+        return make_environment(config.env, params=params, max_steps=max_steps)
+    # Cached as `_by_name` is, and for the same reason.
+    changed = _changed.__wrapped__ if config.env_args.traced else _changed
+    return changed(config.env, params, max_steps, config.randomize, config.wrappers)
+
+
+@functools.lru_cache(maxsize=64)
+def _changed(env: Any, params: Any, max_steps: int | None, randomize: Any, names: str) -> Environment:
+    return apply_wrappers(_randomized(env, params, max_steps, randomize), names)
+
+
+def _randomized(env: Any, params: Any, max_steps: int | None, randomize: Any) -> Environment:
+    """The environment with what `randomize` says drawn for each episode, from ranges or by a function."""
+    suite = env.partition("/")[0] if isinstance(env, str) and "/" in env else ""
+    if callable(randomize):
+        if suite not in ("brax", "playground"):
+            raise UsageError(f"randomize takes a function for brax/ and playground/ alone, and env is {shown(env)}.")
+        return _build(env, {**(params or {}), "randomization_fn": randomize}, max_steps)
+    ranges = parse_ranges(randomize)
+    if not ranges:
+        return make_environment(env, params=params, max_steps=max_steps)
+    if suite or isinstance(env, Environment) or (isinstance(env, str) and ":" in env):
+        raise UsageError(f"randomize draws parameters of gymnax's environments, and {shown(env)} is none of them.")
+    for name in ranges if isinstance(env, str) else ():
+        if not gymnax.is_traceable(env, name):
+            known = [one for one in gymnax.parameters(env) if gymnax.is_traceable(env, one)]
+            raise UsageError(f"{env} has no parameter {name} that could be drawn; it has {', '.join(known)}.")
+
+    def make(values: Mapping[str, Any]) -> Environment:
+        return _of_name(env, values, max_steps) if isinstance(env, str) else _of_object(env, values, max_steps)
+
+    given = dict(params or {})
+    base = make_environment(env, params=params, max_steps=max_steps)
+    return draw_settings(base, lambda values: make({**given, **values}), ranges)
 
 
 def settle(config: Config) -> Config:

@@ -17,6 +17,8 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
     registry = require("mujoco_playground", "playground").registry
     full_name = f"playground/{name}"
     config = registry.get_default_config(name)
+    options = dict(options)
+    draw = options.pop("randomization_fn", None)
     overrides = {"impl": "jax", **options}  # the default, "warp", is for CUDA alone
     if "impl" not in config and "impl" not in options:
         del overrides["impl"]
@@ -35,7 +37,7 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
             "connection, and they stay."
         ) from error
     config = env._config  # with the overrides
-    environment = repeat_actions(from_brax(env, full_name), int(config.action_repeat))
+    environment = repeat_actions(from_brax(env, full_name, randomization_fn=draw), int(config.action_repeat))
     limit = int(config.episode_length) // int(config.action_repeat)
     return limit_steps(environment, limit if max_steps is None else min(limit, max_steps))
 

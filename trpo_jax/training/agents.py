@@ -14,7 +14,7 @@ from trpo_jax.config import Config
 from trpo_jax.env_args import PREFIX
 from trpo_jax.environments.base import Box, Discrete, Environment, key_shape
 from trpo_jax.environments.entries import MASK, chosen
-from trpo_jax.environments.make import make_environment
+from trpo_jax.environments.make import environment_of
 from trpo_jax.environments.wrappers import keep_entries
 from trpo_jax.fields import AUTO
 from trpo_jax.networks.default import make_policy, make_value, make_value_head
@@ -62,8 +62,7 @@ def make_agent(config: Config) -> Agent:
     """Build what a configuration names; raise `UsageError` for what cannot be."""
     validate(config)
     _check_scalars(config)
-    env_args = config.env_args if config.env_args or isinstance(config.env, str) else None
-    environment = make_environment(config.env, params=env_args, max_steps=config.max_steps or None)
+    environment = environment_of(config)
     if config.policy is None and config.value is None:
         environment = with_what_is_seen(environment, AUTO, config.value_observation)
     policy, value = _make_networks(config, environment)

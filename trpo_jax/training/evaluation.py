@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from trpo_jax.config_pytree import Config
 from trpo_jax.environments.base import Environment
-from trpo_jax.fields import NEVER
+from trpo_jax.fields import NEVER, NONE
 from trpo_jax.sentences import check_limits
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.agents import make_agent, with_normalization
@@ -45,6 +45,7 @@ def evaluate(
     num_episodes: int = 64,
     deterministic: bool = True,
     max_steps: int = 100_000,
+    randomize: bool = False,
 ) -> Evaluation:
     """Run whole episodes with the policy in `state`, in parallel, from fresh resets.
 
@@ -56,11 +57,12 @@ def evaluate(
         short episodes are not favoured.
       deterministic: act by the distribution's mode instead of sampling (static).
       max_steps: steps after which an episode without an end is cut off (static).
+      randomize: draw settings of the environment as training did, if `config.randomize` says so (static).
 
     Returns:
       An `Evaluation`.
     """
-    agent = make_agent(config)
+    agent = make_agent(config if randomize else config.replace(randomize=NONE))
     check_key(key)
     check_limits({"num_episodes": num_episodes, "max_steps": max_steps})
     key_reset, key_run = jax.random.split(key)
