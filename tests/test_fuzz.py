@@ -56,7 +56,7 @@ def draw(rng, name, values):
     if field.type == "bool":
         return rng.random() < 0.5
     if field.type == "str":
-        return rng.choice(field.metadata.get("choices", ["auto", "camera"]))
+        return rng.choice(field.metadata.get("choices", ["auto", "camera", "stack_frames=2"]))
     if "widths" in field.metadata:
         return rng.choice([[8], [4, 4], [], "8,4"])
     return rng.choice([1, 2, 4]) if name in SIZES else rng.choice([field.default, 0.5, 0.01, 1])
@@ -184,7 +184,7 @@ def check_command_line(rng, at):
     )
     for name in rng.sample(others, min(len(others), rng.choice([0, 0, 1, 2]))):
         text = rng.choice([*PATHS, *map(str, values)]) if rng.is_hell() else rng.choice(["1", "2"])
-        plain = name in ("stochastic", "dry_run")
+        plain = name in ("stochastic", "dry_run", "extend")
         text = f"gravity={text}" if name == "env_arg" else text
         arguments.append(f"--{name.replace('_', '-')}" + ("" if plain else f"={text}"))
     if command == "benchmark":

@@ -31,7 +31,7 @@ class Config:
     max_steps: int = static(
         0, "time limit of an episode, beside the environment's; 0: none", interval="[0, 2147483647]"
     )
-    randomize: Any = text(fields.NONE, "ranges that settings of the environment are drawn from, NAME=LOW..HIGH ...")
+    randomize: Any = text(fields.NONE, "ranges that settings of the environment are drawn from, as gravity=5..20")
     wrappers: str = text(fields.NONE, "what changes the environment, first to last: hide_entries=1,3 stack_frames=4")
     policy: Any = own_object(None, "a Network whose apply returns a distribution; None: see `network`")
     value: Any = own_object(None, "a Network whose apply returns V, [...]; None: see `network`")

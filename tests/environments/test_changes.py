@@ -29,7 +29,10 @@ def test_wrappers_by_name_are_those_by_hand():
 @pytest.mark.parametrize(
     "wrappers, message",
     [
-        ("stack_frame=4", r"there is no wrapper 'stack_frame'; did you mean stack_frames\?"),
+        (
+            "stack_frame=4",
+            "wrappers names 'stack_frame', and there are stack_frames, repeat_actions, limit_steps",
+        ),
         ("stack_frames", r"wrappers must have stack_frames=4, got 'stack_frames'\."),
         ("append_time=3", r"wrappers must have append_time, got 'append_time=3'\."),
         ("hide_entries=9", "hidden must be indices among the 4 entries"),

@@ -189,11 +189,20 @@ def test_every_float_setting_was_swept():
     assert sorted(name for _, values in SWEPT for name in values) == sorted(TRACED)
 
 
+class Places(probes.ReachTarget):
+    """The same, whose observations have two entries."""
+
+    def observe(self, state):
+        return {"place": super().observe(state), "speed": super().observe(state)}
+
+
 # Every static setting, a value for it, and the settings under which it matters.
 PPO, ADAM, DEFAULT_NETWORKS = {"update": "ppo"}, {"value_fit": "adam"}, {"policy": None, "value": None}
 EVALUATED = {"eval_every": 1}
 CHOICES = {
     "max_steps": (3, {**DEFAULT_NETWORKS, "env": "CartPole-v1"}),
+    "randomize": ("g=5..20", {**DEFAULT_NETWORKS, "env": "Pendulum-v1"}),
+    "wrappers": ("stack_frames=2", {**DEFAULT_NETWORKS, "env": "CartPole-v1"}),
     "num_envs": (8, {}),
     "num_steps": (4, {}),
     "num_iterations": (4, {}),
@@ -224,6 +233,8 @@ CHOICES = {
     "layer_norm": (True, DEFAULT_NETWORKS),
     "initialisation": ("lecun-normal", DEFAULT_NETWORKS),
     "shared_trunk": (True, DEFAULT_NETWORKS),
+    "action_distribution": ("tanh", {**DEFAULT_NETWORKS, "env": "Pendulum-v1"}),
+    "value_observation": ("speed", {**DEFAULT_NETWORKS, "env": Places()}),
     "state_dependent_std": (True, DEFAULT_NETWORKS),
     "eval_every": (2, {}),
     "eval_episodes": (3, EVALUATED),

@@ -11,7 +11,7 @@ import jax
 from trpo_jax.environments import wrappers
 from trpo_jax.environments.base import Array, Environment, PyTree, Step
 from trpo_jax.fields import NONE
-from trpo_jax.sentences import UsageError, nearest, shown
+from trpo_jax.sentences import UsageError, shown
 
 _WITH_NUMBER = ("stack_frames", "repeat_actions", "limit_steps")
 _ALONE = ("flatten_observations", "append_time")
@@ -27,7 +27,7 @@ def apply_wrappers(environment: Environment, text: str) -> Environment:
     for part in [] if text == NONE else text.split():
         name, equals, value = part.partition("=")
         if name not in _NAMES:
-            raise UsageError(f"there is no wrapper {shown(name)}{nearest(name, _NAMES)} There are {', '.join(_NAMES)}.")
+            raise UsageError(f"wrappers names {shown(name)}, and there are {', '.join(_NAMES)}.")
         if bool(equals) != (name not in _ALONE):
             form = name if name in _ALONE else f"{name}={'1,3' if name == 'hide_entries' else 4}"
             raise UsageError(f"wrappers must have {form}, got {shown(part)}.")
