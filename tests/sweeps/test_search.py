@@ -11,11 +11,13 @@ import sqlite3
 import sys
 import tomllib
 import weakref
+from pathlib import Path
 
 import jax
 import numpy as np
 import optuna
 import pytest
+from scipy import stats
 from sqlalchemy.pool import StaticPool
 from test_damage import DAMAGES
 
@@ -27,6 +29,7 @@ from trpo_jax.sweeps import search, studies
 from trpo_jax.sweeps.cohorts import Snapshot
 from trpo_jax.sweeps.grids import TUNING_SEEDS, make_spec
 from trpo_jax.sweeps.search import train_best, tune
+from trpo_jax.sweeps.search_pages import importance, write_search_page
 
 BASE = {"num_envs": 2, "num_steps": 64, "num_iterations": 8, "cg_iterations": 2, "value_cg_iterations": 2}
 SPACE = {"max_kl": {"log_uniform": [1e-3, 1e-1]}, "gamma": {"uniform": [0.9, 1.0]}}
@@ -106,6 +109,48 @@ def test_best_settings_train(searched, tmp_path, capsys):
     assert config["max_kl"] == best["max_kl"] and config["num_iterations"] == 2
 
 
+def test_importance_is_the_share_that_groups_explain():
+    rng = np.random.default_rng(0)
+    values = rng.permutation(np.arange(40.0))
+    groups = np.ceil((values + 1) / 10).astype(int)
+    # Ranks that the quarters decide alone: between them lies all but what is left inside a quarter.
+    f = stats.f_oneway(*(values[groups == g] for g in range(1, 5))).statistic
+    eta2 = 3 * f / (3 * f + 36)
+    assert importance(values.tolist(), values) == pytest.approx(1 - (1 - eta2) * 39 / 36)  # ε², of the textbook's η²
+    kinds = [["a", "b"][int(value >= 20)] for value in values]
+    assert importance(kinds, values) == pytest.approx(0.75, abs=0.02)
+    assert np.mean([importance(values.tolist(), rng.normal(size=40)) for _ in range(200)]) < 0.06
+    assert importance([1.0] * 40, values) == importance(values.tolist(), np.ones(40)) == 0
+
+
+def test_page_shows_history_importance_and_best(tmp_path):
+    space = {"max_kl": {"log_uniform": [0.001, 0.1]}, "line_search": {"choice": ["parallel", "backtracking"]}}
+    distributions = {
+        "max_kl": optuna.distributions.FloatDistribution(0.001, 0.1, log=True),
+        "line_search": optuna.distributions.CategoricalDistribution(["parallel", "backtracking"]),
+    }
+    rng, found, state = np.random.default_rng(0), [], optuna.trial.TrialState
+    for i in range(24):
+        params = {"max_kl": float(np.exp(rng.uniform(-6.9, -2.4))), "line_search": ["parallel", "backtracking"][i % 2]}
+        first = 100 + 40 * np.log10(params["max_kl"]) + rng.normal()
+        told = {"params": params, "distributions": distributions, "user_attrs": {"index": i}}
+        if i % 3 == 0:
+            told |= {"state": state.COMPLETE, "value": first + 50, "intermediate_values": {2: first, 8: first + 50}}
+        else:
+            told |= {"state": state.PRUNED, "intermediate_values": {2: first}}
+        found.append(optuna.trial.create_trial(**told))
+    why = {"index": 24, "why": "it is <odd>"}
+    found.append(optuna.trial.create_trial(state=state.PRUNED, user_attrs=why))
+    file = write_search_page(tmp_path, found, 40, space)
+    page = file.read_text()
+    assert not re.search(r"(src|href)=['\"](?!data:)", page) and "<script" not in page and page.count("<img") == 2
+    assert "25 of 40 trials: 8 trained to the end, 17 stopped early" in page and "it is &lt;odd&gt;" in page
+    scores = [float(x) for x in re.findall(r"<tr><td>\d+</td><td>([\d.]+)</td>", page)]
+    assert len(scores) == 8 and scores == sorted(scores, reverse=True)
+    shares = dict(re.findall(r"<td>(max_kl|line_search)</td><td>(\d+)%</td>", page))
+    assert int(shares["max_kl"]) > 70 and int(shares["line_search"]) < 30
+
+
 def test_command_line(tmp_path, python):
     lines = ["num_seeds = 2", "[base]", *(f"{name} = {value}" for name, value in BASE.items())]
     lines += ["[random]", "count = 99", "max_kl = { log_uniform = [0.001, 0.1] }"]
@@ -116,7 +161,16 @@ def test_command_line(tmp_path, python):
     assert "4 of 4 trials, 3 of the last batch stopped early" in result.stdout
     assert "trpo-jax train --config searches/space/best.toml" in re.sub(r"\s+", " ", result.stdout)
     folder = tmp_path / "searches" / "space"
-    assert sorted(entry.name for entry in folder.iterdir()) == ["best", "best.toml", "search.json", "study.db"]
+    assert sorted(entry.name for entry in folder.iterdir()) == [
+        "best",
+        "best.toml",
+        "report.html",
+        "search.json",
+        "study.db",
+    ]
+    page = (folder / "report.html").read_text()
+    assert "4 trials: 1 trained to the end, 3 stopped early" in page and "from 8 trials on" in page
+    assert f"Page: {Path('searches/space/report.html')}" in result.stdout and page.count("<img") == 1
     config, states = load_run(folder / "best")
     assert states.iteration.tolist() == [config.num_iterations] * 2
     asked_for = checked_settings(read_toml(folder / "best.toml"), "best.toml")

@@ -125,9 +125,11 @@ def tune(namespace: argparse.Namespace) -> int:
     from trpo_jax.cli.displays import make_console
     from trpo_jax.sweeps import search
     from trpo_jax.sweeps.grids import read_spec
+    from trpo_jax.sweeps.search_pages import write_search_page
 
     console = make_console(expendable=True)
     spec = read_spec(namespace.file)
+    space = {name: values for name, values in spec.random.items() if name not in ("count", "seed")}
     if namespace.num_trials is not None:
         spec = dataclasses.replace(spec, random={**spec.random, "count": namespace.num_trials})
 
@@ -138,6 +140,9 @@ def tune(namespace: argparse.Namespace) -> int:
             f"{scores if batch.settings else 'none has a score yet'}",
             soft_wrap=True,
         )
+        page = write_search_page(output, batch.trials, batch.count, space)
+        if batch.told >= batch.count:
+            console.print(f"Page: {page}", soft_wrap=True)
 
     file, score = search.tune(output, spec, batch=namespace.batch, storage=namespace.storage, report=show)
     console.print(file.read_text(), highlight=False)

@@ -65,7 +65,10 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a batch reports: trials told so far, of `count`; its best score; the best score of all and its settings."""
+    """What a batch reports: trials told so far, of `count`; its best score; the best score of all and its settings.
+
+    `trials` are Optuna's, all that came to an end.
+    """
 
     told: int
     count: int
@@ -73,6 +76,7 @@ class Batch:
     batch_best: float
     best: float
     settings: dict[str, Any]
+    trials: list[Any]
 
 
 def tune(
@@ -116,13 +120,14 @@ def tune(
         pruned, nothing = 0, float("nan")
         while True:
             with study.at_work():
-                told, best = study.num_told(), study.best()
+                ended, best = study.ended(), study.best()
+            told = len(ended)
             if best:
                 _write_best(file, spec, best, told)
-            if trials:
+            if trials or told >= count:
                 scores = [trial.score for trial in trials if np.isfinite(trial.score)]
-                found = (best.value, best.params) if best else (nothing, {})
-                report(Batch(told, count, pruned, max(scores, default=nothing), *found))
+                value, settings = (best.value, best.params) if best else (nothing, {})
+                report(Batch(told, count, pruned, max(scores, default=nothing), value, settings, ended))
             if told >= count:
                 break
             with study.at_work():

@@ -89,27 +89,24 @@ class Study:
 
     def check(self) -> None:
         """Raise `UsageError` if a trial is not as it was told: a database has no checksums of its own."""
-        for trial in self._finished():
+        for trial in self.ended():
             score = trial.value if trial.state.name == "COMPLETE" else None
             if trial.user_attrs.get("checksum", _checksum(trial, score)) != _checksum(trial, score):
                 what = f"trial {trial.number} was changed since it was told"
                 raise UsageError(f"{self._where} is damaged ({what}); {_MEND}.")
 
-    def num_told(self) -> int:
-        """Trials that came to an end."""
-        return len(self._finished())
+    def ended(self) -> list[Any]:
+        """Optuna's trials that came to an end."""
+        return [t for t in self._study.get_trials(deepcopy=False) if t.state.name in ("COMPLETE", "PRUNED")]
 
     def best(self) -> Any:
         """The trial with the highest score, the first of equals; None if none has one."""
-        scored = [trial for trial in self._finished() if trial.state.name == "COMPLETE"]
+        scored = [trial for trial in self.ended() if trial.state.name == "COMPLETE"]
         return max(scored, key=lambda trial: (trial.value, -trial.number), default=None)
 
     def reasons(self) -> Counter[str]:
         """Why trials have no score, and how many each."""
-        return Counter(trial.user_attrs["why"] for trial in self._finished() if "why" in trial.user_attrs)
-
-    def _finished(self) -> list[Any]:
-        return [t for t in self._study.get_trials(deepcopy=False) if t.state.name in ("COMPLETE", "PRUNED")]
+        return Counter(trial.user_attrs["why"] for trial in self.ended() if "why" in trial.user_attrs)
 
     def at_work(self) -> contextlib.AbstractContextManager[None]:
         """Turn any error of the database into one sentence."""
