@@ -302,8 +302,11 @@ def test_dry_run_shows_programs_and_writes_nothing(tmp_path, python):
     (tmp_path / "sweep.toml").write_text(SMALL_SWEEP.format(iterations=120, episodes=2))
     result = python("-m", "trpo_jax", "sweep", "sweep.toml", "--dry-run", *COMMON, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "Compiling and timing program 1 of 1 …" in result.stdout
+    assert result.stdout.index("Compiling program 1 of 1 …") < result.stdout.index(
+        "Timing program 1 of 1: two iterations"
+    )
     assert "sweep.toml: 1 program" in result.stdout and "MiB" in result.stdout
-    assert re.search(r"Training would take about \d+:\d\d here: iterations times the time that one took", result.stdout)
+    assert re.search(r"The sweep would take about \d+:\d\d here, an estimate by what was measured", result.stdout)
+    assert re.search(r"training \d+:\d\d, iterations times .* and evaluation \d+:\d\d", result.stdout)
     assert re.search(r"CartPole-v1 +4 +12 +1 x 4 +3 +23,040", result.stdout)
     assert [entry.name for entry in tmp_path.iterdir()] == ["sweep.toml"]

@@ -191,7 +191,7 @@ def print_outline(console: Console, file: str, outline: Sequence[Outline], keep:
         "runs",
         "env steps",
         "memory per device",
-        "training",
+        "time",
     ]
     rows = [
         [
@@ -202,15 +202,20 @@ def print_outline(console: Console, file: str, outline: Sequence[Outline], keep:
             str(entry.num_runs),
             f"{entry.group.num_agents * entry.group.steps_per_agent:,}",
             f"{entry.programs.memory / 2**20:,.1f} MiB",
-            duration(entry.seconds),
+            duration(entry.seconds + entry.judging),
             ", ".join(f"{name}={value}" for name, value in entry.static.items()),
         ]
         for entry in outline
     ]
     print_table(console, f"{file}: {counted(len(rows), 'program')}", [*titles, "static settings"], rows)
+    training, judging, compiling = (
+        sum(getattr(one, n) for one in outline) for n in ("seconds", "judging", "compiling")
+    )
     console.print(
-        f"Training would take about {duration(sum(entry.seconds for entry in outline))} here: iterations times the "
-        "time that one took just now; compiling, evaluation and files are not included.",
+        f"The sweep would take about {duration(training + judging)} here, an estimate by what was measured just now: "
+        f"training {duration(training)}, iterations times the time of one, and evaluation {duration(judging)}, as long "
+        f"as with agents that have hardly learned. Compiling took {duration(compiling)}; the sweep finds these "
+        "programs in the cache. Files are not included.",
         soft_wrap=True,
     )
     if keep != "none":

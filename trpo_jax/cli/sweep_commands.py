@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 from trpo_jax.cli.choices import opener_of, tell_idle
@@ -30,11 +31,7 @@ def sweep(namespace: argparse.Namespace) -> int:
     spec = dataclasses.replace(spec, keep=namespace.keep or spec.keep)
     if namespace.dry_run:
         with LiveLine(console, 1.0, seconds=0) as line:
-
-            def show(number: int, total: int) -> None:
-                line.show(number / total, f"Compiling and timing program {number + 1} of {total} …")
-
-            programs = outline(spec, most_agents=namespace.agents_per_device, report=show)
+            programs = outline(spec, most_agents=namespace.agents_per_device, report=line.show)
         print_outline(console, namespace.file, programs, spec.keep)
         return 0
     process = connect_hosts(namespace.coordinator, namespace.num_processes, namespace.process_id)
@@ -134,7 +131,8 @@ def tune(namespace: argparse.Namespace) -> int:
         spec = dataclasses.replace(spec, random={**spec.random, "count": namespace.num_trials})
 
     def show(batch: search.Batch) -> None:
-        scores = f"its best {batch.batch_best:.1f}, best of all {batch.best:.1f}"
+        newest = "" if math.isnan(batch.batch_best) else f"its best {batch.batch_best:.1f}, "
+        scores = f"{newest}best of all {batch.best:.1f}"
         console.print(
             f"{batch.told:>5} of {counted(batch.count, 'trial')}, {batch.pruned} of the last batch stopped early; "
             f"{scores if batch.settings else 'none has a score yet'}",

@@ -21,7 +21,10 @@ class Outline(NamedTuple):
     Attributes:
       group: the agents.
       programs: their sizes, without the compiled programs.
-      seconds: that training takes, as many times as one iteration took; compiling and evaluation apart.
+      seconds: that training takes, as many times as one iteration took.
+      judging: seconds that evaluation takes, during training and at the end, as many times as one took of agents that
+        have hardly learned.
+      compiling: seconds that compiling took just now.
       static: the settings by which it differs from other groups.
       state_bytes: the size of an agent's trained state.
     """
@@ -29,6 +32,8 @@ class Outline(NamedTuple):
     group: Group
     programs: Programs
     seconds: float
+    judging: float
+    compiling: float
     static: dict[str, Any]
     state_bytes: int
 
@@ -39,14 +44,14 @@ class Outline(NamedTuple):
 
 
 def outline(
-    spec: Spec, most_agents: int | None = None, report: Callable[[int, int], None] = lambda number, total: None
+    spec: Spec, most_agents: int | None = None, report: Callable[[float, str], None] = lambda share, doing: None
 ) -> list[Outline]:
     """What a sweep would run. Compiles the programs, which the sweep then finds in the compilation cache.
 
     Args:
       spec: the sweep.
       most_agents: agents per device in one program at most; None: as many as serve.
-      report: called with the number of each program, from 0, and how many there are, before it is compiled.
+      report: called with the share that is done, and with what is done next, in words.
     """
     points, groups = plan(spec)
     devices = jax.local_devices()
@@ -54,24 +59,41 @@ def outline(
     varied = [name for name in names if name != "env" and len({str(value_of(p.config, name)) for p in points}) > 1]
     found = []
     for number, group in enumerate(groups):
-        report(number, len(groups))
+        which = f"program {number + 1} of {len(groups)}"
+        report(number / len(groups), f"Compiling {which} …")
+        started = time.perf_counter()
         most = min(agents_per_block(group.num_agents, len(devices)), most_agents or group.num_agents)
         programs = fit_programs(group.configs[0], most, spec.num_episodes, devices)
-        seconds = _seconds_per_iteration(programs, group) * group.num_iterations
+        compiling = time.perf_counter() - started
+        report((number + 0.5) / len(groups), f"Timing {which}: two iterations and their evaluation …")
+        seconds, judging = _measure(programs, group)
         same = [name for name in varied if len({str(value_of(config, name)) for config in group.configs}) == 1]
         static = {name: value_of(group.configs[0], name) for name in same}
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(programs.states)) // programs.width
-        entry = Outline(
-            group, programs._replace(start=None, train=None, judge=None, evaluate=None), seconds, static, size
-        )
-        found.append(entry._replace(seconds=seconds * entry.num_runs))
+        sizes = programs._replace(start=None, train=None, judge=None, evaluate=None)
+        entry = Outline(group, sizes, seconds, judging, compiling, static, size)
+        found.append(entry._replace(seconds=seconds * entry.num_runs, judging=judging * entry.num_runs))
     return found
 
 
-def _seconds_per_iteration(programs: Programs, group: Group) -> float:
-    """Time of one iteration on all devices, the second, whose results are dropped."""
+def _measure(programs: Programs, group: Group) -> tuple[float, float]:
+    """Seconds that training and evaluation take, of as many agents as fill the devices, whose results are dropped.
+
+    The second iteration and evaluations after it are timed, each multiplied by how often a sweep has one.
+    """
     cohort = Cohort(programs, group.configs[: programs.width], group.keys[: programs.width])
     cohort.train(1)
     started = time.perf_counter()
     cohort.train(2)
-    return time.perf_counter() - started
+    training = time.perf_counter() - started
+    started = time.perf_counter()
+    cohort.evaluate()
+    judging = time.perf_counter() - started
+    every = group.configs[0].eval_every
+    if every:
+        started = time.perf_counter()
+        jax.block_until_ready(programs.judge(cohort.configs, cohort.states))
+        once = time.perf_counter() - started
+        training -= once if every <= 2 else 0  # the second iteration had one
+        judging += once * (group.num_iterations // every)
+    return max(0.0, training) * group.num_iterations, judging

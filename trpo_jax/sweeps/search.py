@@ -99,7 +99,7 @@ def tune(
       batch: trials proposed and trained together.
       storage: Optuna's storage URL; by default an SQLite file in the folder. Machines that share one search together
         where their folders have the same name.
-      report: called after each batch.
+      report: called after each batch, or once where no trial is left to train.
 
     Returns:
       The file with the best settings, for `trpo-jax train --config`, and their score on the tuning seeds.

@@ -160,10 +160,10 @@ def _draw_values(
     figure = sized_figure(7.5 if columns > 1 else 5, 2.6 * rows + 0.4)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     for axes, name in zip(panels, names, strict=False):
-        kinds = sorted({str(value) for value in values[name]})
+        kinds = sorted(set(values[name]), key=lambda value: (type(value).__name__, value))
         if "choice" in space[name]:
-            axes.scatter([kinds.index(str(value)) for value in values[name]], scores, s=14)
-            axes.set_xticks(range(len(kinds)), [plain(kind) for kind in kinds])
+            axes.scatter([kinds.index(value) for value in values[name]], scores, s=14)
+            axes.set_xticks(range(len(kinds)), [plain(text_of(kind)) for kind in kinds])
             axes.set_xlim(-0.5, len(kinds) - 0.5)
         else:
             axes.scatter(values[name], scores, s=14)
