@@ -178,6 +178,7 @@ def test_page_stands_alone_and_holds_what_the_command_prints(tmp_path, capsys):
         (["a", "./a"], "given twice"),
         (["a", "s", "--by", "gama"], "--by names no setting, 'gama'; did you mean gamma"),
         (["a", "other"], "share no environment"),
+        (["a", "other", "--by", "env"], "--by env would compare returns of different environments"),
         (["a", "empty"], "empty has no results yet"),
         (["a", "damaged"], "damaged is damaged .*; restore it"),
         (["a", "s", "--output", "page.txt"], "--output must name a file that ends in .html"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -130,7 +131,10 @@ def compare(paths: Sequence[str | os.PathLike[str]], by: Sequence[str] = ()) -> 
         for name, group in groups.items()
     }
     best = sorted(methods, key=lambda name: -np.nan_to_num(methods[name].iqm, nan=-np.inf))
-    pairs = [(x, y, *probability_of_improvement(normal[x], normal[y])) for x in best for y in best if x != y]
+    pairs = []
+    for x, y in itertools.combinations(best, 2):
+        value, (low, high) = probability_of_improvement(normal[x], normal[y])
+        pairs += [(x, y, value, (low, high)), (y, x, 1 - value, (1 - high, 1 - low))]
     notes = _notes(groups, by, ends)
     return Comparison(score.words, returns.words, scales, {name: methods[name] for name in best}, pairs, notes)
 

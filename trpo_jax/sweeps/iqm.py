@@ -71,10 +71,16 @@ def probability_of_improvement(
     for ours, theirs in zip(scores, others, strict=True):
         x, y = (np.where(np.isnan(task), -np.inf, np.asarray(task, np.float64)) for task in (ours, theirs))
         wins = (x[:, None] > y) + 0.5 * (x[:, None] == y)
-        found += wins.mean() / len(scores)
-        at_x, at_y = (rng.integers(len(task), size=(resamples, len(task))) for task in (x, y))
-        drawn += [wins[np.ix_(i, j)].mean() / len(scores) for i, j in zip(at_x, at_y, strict=True)]
+        found += float(wins.mean()) / len(scores)
+        times_x, times_y = (_times_drawn(rng, len(task), resamples) for task in (x, y))
+        drawn += ((times_x @ wins) * times_y).sum(axis=1) / (wins.size * len(scores))
     return found, _percentiles(drawn)
+
+
+def _times_drawn(rng: np.random.Generator, number: int, resamples: int) -> np.ndarray:
+    """How often each of so many runs is in each bootstrap sample, float64 [resamples, number]."""
+    at = rng.integers(number, size=(resamples, number)) + number * np.arange(resamples)[:, None]
+    return np.bincount(at.ravel(), minlength=resamples * number).reshape(resamples, number).astype(np.float64)
 
 
 class Band(NamedTuple):

@@ -176,6 +176,8 @@ def group_outcomes(folders: Mapping[str, list[Outcome]], by: Sequence[str]) -> d
     for name in by:
         if name not in ("folder", *SETTINGS) and not name.startswith(PREFIX):
             raise UsageError(f"--by names no setting, {shown(name)}{nearest(name, ('folder', *SETTINGS))}")
+    if "env" in by:
+        raise UsageError("--by env would compare returns of different environments; leave it out: each is a task.")
     own = {n for o in every for n in o.settings if (n.startswith(PREFIX) or n == "max_steps") and n not in by}
     of_task = ["env", *sorted(n for n in own if any(differ(n, group) for group in _by_env(every)))]
     groups: dict[str, dict[str, list[Outcome]]] = {}
@@ -184,7 +186,6 @@ def group_outcomes(folders: Mapping[str, list[Outcome]], by: Sequence[str]) -> d
             known = {**outcome.settings, "folder": folder}
             name = ", ".join(f"{n}={text_of(known.get(n))}" for n in by) or folder
             task = ", ".join([outcome.env, *(f"{n}={text_of(known.get(n))}" for n in of_task[1:])])
-            task = "all environments" if "env" in by else task
             groups.setdefault(name, {}).setdefault(task, []).append(outcome)
     if len(groups) == 1:
         varied = [n for n in SETTINGS if n != "env" and differ(n, every)]
