@@ -191,8 +191,9 @@ def test_bad_input_to_the_command_is_one_sentence(arguments, sentence, capsys):
 @pytest.mark.slow
 def test_the_command_writes_every_figure(tmp_path, capsys):
     file = tmp_path / "benchmark.json"
-    tiny = ["--num-envs", "2", "--num-steps", "16", "--num-agents", "3", "--repetitions", "1", "--num-seeds", "1"]
+    tiny = ["--num-envs", "2", "--num-steps", "16", "--num-agents", "1,3", "--repetitions", "1", "--num-seeds", "1"]
     assert main(["benchmark", *tiny, "--threshold-steps", "64", "--output", str(file)]) == 0
     written = json.loads(file.read_text())
     assert written["settings"]["num_envs"] == 2 and written["many_agents"]["num_agents"] == 3
+    assert [row["num_agents"] for row in written["agents_curve"]] == [1, 3]
     assert "env steps/s" in capsys.readouterr().out

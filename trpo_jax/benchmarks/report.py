@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from trpo_jax.benchmarks.measure import (
@@ -24,7 +24,7 @@ THRESHOLDS = {"CartPole-v1": 475.0, "Acrobot-v1": -100.0, "MountainCar-v0": -110
 def run_benchmark(
     config: Config,
     *,
-    num_agents: int,
+    num_agents: Sequence[int],
     repetitions: int,
     threshold: float | None,
     num_seeds: int,
@@ -35,7 +35,7 @@ def run_benchmark(
 
     Args:
       config: the settings to measure.
-      num_agents: K, agents side by side in one program.
+      num_agents: agents side by side in one program; of several such numbers each is measured, the last in detail.
       repetitions: how often each figure is taken, at least 5 for a median worth the name.
       threshold: return to reach; None leaves that out.
       num_seeds: agents trained to the threshold, one after the other.
@@ -50,8 +50,13 @@ def run_benchmark(
     result["one_agent"] = measure_one(config, repetitions)
     report("a policy update of 65,536 samples")
     result["policy_update"] = measure_policy_update(config, 65_536, repetitions)
-    report(counted(num_agents, "agent"))
-    result["many_agents"] = measure_many(config, num_agents, repetitions)
+    curve = []
+    for number in num_agents:
+        report(counted(number, "agent"))
+        curve.append(measure_many(config, number, repetitions))
+    result["many_agents"] = curve[-1]
+    if len(curve) > 1:
+        result["agents_curve"] = curve
     if threshold is not None:
         report(f"time to a return of {threshold:g}")
         result["time_to_threshold"] = measure_time_to(threshold, config, num_seeds, max_steps)
@@ -69,11 +74,14 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
     )
     rows = [
         ["1 agent", *(_range(one[key], 1) for key in ("env_steps_per_second", "updates_per_second", "iteration_ms"))],
-        [
-            f"{many['num_agents']} agents",
-            *(_range(many[key], 1) for key in ("env_steps_per_second", "updates_per_second")),
-            f"{_range(many['iteration_of_an_agent_ms'], 1)} per agent",
-        ],
+        *(
+            [
+                f"{counted(some['num_agents'], 'agent')}{' in one program' * (some['num_agents'] == 1)}",
+                *(_range(some[key], 1) for key in ("env_steps_per_second", "updates_per_second")),
+                f"{_range(some['iteration_of_an_agent_ms'], 1)} per agent",
+            ]
+            for some in result.get("agents_curve", [many])
+        ),
     ]
     found = [(title, ["", "env steps/s", "updates/s", "iteration, ms"], rows)]
 

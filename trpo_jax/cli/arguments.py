@@ -74,7 +74,9 @@ def make_parser() -> argparse.ArgumentParser:
     benchmark = commands.add_parser("benchmark", help="measure throughput, memory and where the time goes")
     benchmark.add_argument("env", nargs="?", default="CartPole-v1", help="environment (default: CartPole-v1)")
     benchmark.add_argument("--output", help="JSON file for every figure (default: none)")
-    benchmark.number("--num-agents", 64, "agents side by side")
+    benchmark.add_argument(
+        "--num-agents", type=_whole_numbers, default=[64], metavar="N,N", help="agents side by side (default: 64)"
+    )
     benchmark.number("--repetitions", 7, "times each figure is taken")
     benchmark.add_argument("--threshold", type=float, help="return to train to (default: Gymnasium's, if it names one)")
     benchmark.number("--num-seeds", 16, "agents trained until they reach it")
@@ -258,6 +260,11 @@ def _whole(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a whole number")
 
 
+def _whole_numbers(text: str) -> list[int]:
+    """Whole numbers, such as 1,8,64."""
+    return [_whole(part) for part in text.split(",")]
+
+
 def _env_arg(text: str) -> tuple[str, Any]:
     """Name and value of an environment's setting: a number, true or false, or a word."""
     name, equals, value = text.partition("=")
@@ -281,7 +288,10 @@ def flags_of(parser: argparse.ArgumentParser, command: str) -> list[str]:
 
 def check_arguments(namespace: argparse.Namespace) -> None:
     """Check the arguments that are not settings: the range of numbers, and that no text contains a NUL."""
-    check_limits({name: value for name, value in vars(namespace).items() if name not in SETTINGS})
+    numbers = {name: value for name, value in vars(namespace).items() if name not in SETTINGS}
+    for number in numbers.pop("num_agents", ()):
+        check_limits({"num_agents": number})
+    check_limits(numbers)
     for name, value in vars(namespace).items():
         if isinstance(value, str) and "\0" in value:
             raise UsageError(f"{name} must not contain the character NUL, got {value[:60]!r}.")
