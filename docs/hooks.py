@@ -1,0 +1,53 @@
+"""What the site has beside its pages: pictures of the experiments, tables, examples, and mathematics as MathML."""
+
+from __future__ import annotations
+
+import html
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parent.parent
+_INCLUDE = re.compile(r"^<!-- (example|table|text): (\S+) -->$", re.MULTILINE)
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pictures of the experiments, as pictures/EXPERIMENT/NAME.png."""
+    for picture in sorted((ROOT / "experiments").glob("*/*.png")):
+        name = f"pictures/{picture.parent.name}/{picture.name}"
+        files.append(File.generated(config, name, abs_src_path=str(picture)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put examples and tables where a page names them: `<!-- example: sweep.py -->`, `<!-- table: settings -->`."""
+    return _INCLUDE.sub(lambda found: _included(*found.groups()), markdown)
+
+
+def _included(kind: str, name: str) -> str:
+    if kind == "example":
+        return f"```python\n{(ROOT / 'docs' / 'examples' / name).read_text().rstrip()}\n```"
+    if kind == "text":
+        return (ROOT / name).read_text()
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import readme_tables
+
+    head, rows = {
+        "settings": ("| setting | kind | meaning |\n|---|---|---|", readme_tables.settings_rows),
+        "metrics": ("| metric | meaning |\n|---|---|", readme_tables.metrics_rows),
+    }[name]
+    return "\n".join([head, *rows()])
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Turn formulas into MathML, which every browser draws by itself: no script and no font is needed."""
+
+    def draw(found: re.Match[str]) -> str:
+        return convert(html.unescape(found[2]), display="inline" if found[1] == "span" else "block")
+
+    return _FORMULA.sub(draw, content)

@@ -1,0 +1,129 @@
+"""The site: every public name has its page and an example that runs, every command is one, and the pages build."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import trpo_jax
+from trpo_jax.cli.arguments import make_parser
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted((DOCS / "pages").rglob("*.md"))
+EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
+# What needs another library is shown, and not run: `<!-- not run: needs stable-baselines3 -->` stands before it.
+BLOCK = re.compile(r"(?P<not_run><!-- not run: [^\n]+ -->\n+)?^```python\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def name_of(path):
+    return str(path.relative_to(DOCS))
+
+
+def blocks(page):
+    return [found["code"] for found in BLOCK.finditer(page.read_text()) if not found["not_run"]]
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """All Python that runs: the blocks of the pages, and the examples."""
+    return "\n".join([*(code for page in PAGES for code in blocks(page)), *(file.read_text() for file in EXAMPLES)])
+
+
+@pytest.mark.parametrize("name", trpo_jax.__all__)
+def test_every_public_name_has_a_page_and_an_example(name, shown):
+    assert any(f"\n::: trpo_jax.{name}\n" in f"\n{page.read_text()}\n" for page in PAGES), "no page has `::: trpo_jax.…`"
+    assert re.search(rf"\b{name}\b", shown), "no example uses it"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
+def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "page.py"
+    script.write_text("\n\n".join(blocks(page)))
+    run(script, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
+def test_example_runs_and_prints(example, tmp_path):
+    assert run(example, tmp_path)
+    assert len(example.read_text().splitlines()) <= 80, "short enough to copy"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
+def test_notebook_runs(notebook, tmp_path):
+    cells = json.loads(notebook.read_text())["cells"]
+    script = tmp_path / "notebook.py"
+    script.write_text("\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
+    run(script, tmp_path)
+
+
+def run(script, folder):
+    """What a script prints; each has a process of its own, as its reader has."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    result = subprocess.run(
+        [sys.executable, script], cwd=folder, env=environment, capture_output=True, text=True, timeout=250
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def commands(page):
+    for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("trpo-jax "):
+                yield line
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list(commands(page))], ids=name_of)
+def test_commands_of_a_page_are_commands(page):
+    for line in commands(page):
+        arguments = shlex.split(line, comments=True)[1:]
+        if "--help" not in arguments:
+            with contextlib.redirect_stderr(None):
+                make_parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_are_written_and_speak_plain_english(page):
+    text = page.read_text()
+    assert "To be written" not in text
+    assert not re.search(r"\b(so often|a seed each|once a second|rows an agent|per each)\b", text)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site."""
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("needs the extra docs: pip install '.[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    arguments = ["build", "--strict", "--config-file", str(DOCS / "mkdocs.yml"), "--site-dir", str(folder)]
+    result = subprocess.run([sys.executable, "-m", "mkdocs", *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+def test_the_site_builds_and_fetches_nothing_from_elsewhere(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > len(PAGES)
+    for page in pages:
+        fetched = re.findall(r"<(?:script|img|iframe)[^>]+src=\"?(?:https?:)?//|<link[^>]+stylesheet[^>]+//", page.read_text())
+        assert not fetched, page
+
+
+def test_the_site_opens_without_a_network(site, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs Chromium")
