@@ -23,10 +23,10 @@ def gae(
     gae_lambda: Scalar,
     ratios: Array | None = None,
 ) -> Array:
-    """Estimate advantages by one backward scan.
+    """Generalized advantage estimation, by one backward scan.
 
-    δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t)
-    A_t = δ_t + γ λ (1 − terminated_t)(1 − truncated_t) A_{t+1}
+        δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t)
+        A_t = δ_t + γ λ (1 − terminated_t)(1 − truncated_t) A_{t+1}
 
     A termination has no future; a truncation (time limit) has one that was not seen, so its value bootstraps from
     the observation *before* the reset. Where both flags are set, terminated wins.

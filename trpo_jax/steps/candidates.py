@@ -15,7 +15,7 @@ from trpo_jax.steps.types import Array, PolicyApply, PyTree, at_least_float32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CandidateEstimate:
-    """What a stored batch says about a candidate, each a scalar.
+    """What a stored batch tells about a candidate policy; each field is a scalar.
 
     Attributes:
       surrogate_gain: L̂(θ') − L̂(θ), in units of the advantage.

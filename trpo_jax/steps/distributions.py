@@ -24,7 +24,7 @@ class Distribution(Protocol):
     """What the update steps ask of a policy's output. `...` is the batch shape."""
 
     def sample(self, key: Array) -> Array:
-        """One action a batch element."""
+        """One action per batch element."""
         ...
 
     def log_prob(self, action: Array) -> Array:

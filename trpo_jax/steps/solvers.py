@@ -51,10 +51,12 @@ def conjugate_gradient(
     """Solve A x = b for a symmetric positive semi-definite A, starting from x = 0.
 
     The loop has a fixed length and *freezes* — x no longer changes — once one of these holds:
+
       - ‖r‖ ≤ tolerance · ‖b‖, or r consists of the rounding errors of A x, so that what follows would be noise: on a
         singular A it would fill x with null-space directions while the residual still looks small;
       - the curvature pᵀA p is not positive, or is zero at working precision beside the largest curvature met;
       - a product is not finite.
+
     b is scaled by a power of two first, so x(c·b) = c·x(b) however small c is, with no ε in any denominator.
 
     Args:
