@@ -1,4 +1,4 @@
-"""A sweep in memory whose agents are kept: choose the best by one set of episodes, judge it by another."""
+"""A sweep in memory that keeps its agents: choose the best one, then judge it on other episodes."""
 
 import itertools
 

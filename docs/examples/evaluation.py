@@ -19,10 +19,11 @@ print(evaluations.episode_return.shape)  # (2, 4, 16): agents, evaluations, epis
 print("mean returns:", jnp.round(evaluations.episode_return.mean(axis=-1)))
 print("iterations until the stop:", states.iteration)
 
-# Fresh episodes judge the result: the evaluation that stopped an agent was chosen because it was good.
+# Judge on fresh episodes: the evaluation that stopped an agent did so because it was good.
 judge = jax.jit(jax.vmap(lambda state, key: evaluate(config, state, key, num_episodes=32)))
 final = judge(states, jax.random.split(jax.random.key(1), 2))
-print("on 32 fresh episodes:", final.episode_return.mean(axis=-1), "all finished:", final.finished.all())
+print("on 32 fresh episodes:", final.episode_return.mean(axis=-1))
+print("all of them finished:", final.finished.all())
 
 # By sampled actions in place of the most likely ones.
 agent = jax.tree.map(lambda leaf: leaf[0], states)

@@ -8,7 +8,8 @@ from trpo_jax import Config, DiagonalGaussian, Network, train
 
 def dense(key, inputs, outputs, scale=1.0):
     """Parameters of a layer."""
-    return {"w": scale * jax.random.normal(key, (inputs, outputs)) / inputs**0.5, "b": jnp.zeros(outputs)}
+    kernel = scale * jax.random.normal(key, (inputs, outputs)) / inputs**0.5
+    return {"w": kernel, "b": jnp.zeros(outputs)}
 
 
 def policy_init(key, observation):

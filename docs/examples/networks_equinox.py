@@ -1,4 +1,4 @@
-"""Networks of your own in Equinox: `partition` tells parameters from the rest, `combine` puts them together."""
+"""Networks of your own in Equinox: `partition` takes the parameters out, `combine` puts them back."""
 
 import equinox as eqx
 import jax
@@ -8,10 +8,10 @@ from trpo_jax import Categorical, Config, Network, train
 
 
 class Policy(eqx.Module):
-    """One observation, [4], to a distribution over two actions. The scale is no parameter: it is not trained."""
+    """One observation, [4], to a distribution over two actions."""
 
     mlp: eqx.nn.MLP
-    scale: tuple = (2.4, 3.0, 0.2, 3.0)  # floats of Python are not arrays, so `partition` leaves them in the rest
+    scale: tuple = (2.4, 3.0, 0.2, 3.0)  # no array, and so no parameter: it is not trained
 
     def __call__(self, observation):
         return Categorical(0.1 * self.mlp(observation / jnp.array(self.scale)))
@@ -24,7 +24,7 @@ def as_network(make):
     def init(key, observation):
         return eqx.partition(make(key), eqx.is_inexact_array)[0]
 
-    def apply(params, observation):  # [..., 4]; an Equinox layer takes one sample, so map over the batch axes
+    def apply(params, observation):  # [..., 4]; Equinox layers take one sample: map over the batch
         module = eqx.combine(params, rest)
         for _ in observation.shape[:-1]:
             module = jax.vmap(module)

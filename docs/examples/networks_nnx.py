@@ -1,4 +1,4 @@
-"""Networks of your own in Flax NNX: `nnx.split` tells parameters from the rest, `nnx.merge` puts them together."""
+"""Networks of your own in Flax NNX: `split` takes the parameters out, `merge` puts them back."""
 
 import jax
 from flax import nnx

@@ -1,8 +1,8 @@
-"""One large agent over several devices: each steps its share of the environments, and every sum is over all."""
+"""One large agent on several devices, each of which steps its share of the environments."""
 
 import os
 
-# A CPU can pose as several devices, which is good for trying this out. On GPUs or TPUs leave this line away.
+# A CPU can pose as several devices, to try this out. On GPUs or TPUs leave this line out.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
 import jax
@@ -14,7 +14,7 @@ config = Config(
     env="CartPole-v1",
     num_envs=64,  # a multiple of the number of devices
     num_steps=32,
-    fisher_fraction=1.0,  # divides the curvature among the devices, too; a small sample of it each repeats
+    fisher_fraction=1.0,  # divides the curvature, too; each device repeats that of a small sample
 )
 state = shard_environments(init(config, jax.random.key(0)))
 print("environments:", state.actor.observation.sharding.spec)

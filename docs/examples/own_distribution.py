@@ -12,7 +12,7 @@ from trpo_jax import Config, Network, train
 @jax.tree_util.register_dataclass  # a pytree of float arrays, so that JAX can differentiate it
 @dataclasses.dataclass(frozen=True)
 class Laplace:
-    """Independent dimensions with density exp(−|a − mean| / b) / 2b, where b = exp(log_scale); both are [..., D]."""
+    """Independent dimensions of density exp(−|a − mean| / b) / 2b with b = exp(log_scale), [..., D]."""
 
     mean: jax.Array
     log_scale: jax.Array
@@ -31,7 +31,7 @@ class Laplace:
         return jnp.sum(1 + jnp.log(2.0) + self.log_scale, axis=-1)
 
     def kl(self, other):
-        """KL(self ‖ other), [...], exactly 0 against itself; b'' / b' is exp(r) with r = log b − log b'."""
+        """KL(self ‖ other), [...], exactly 0 against itself."""
         r = self.log_scale - other.log_scale
         distance = jnp.abs(self.mean - other.mean) * jnp.exp(-self.log_scale)
         return jnp.sum(jnp.exp(r) * (jnp.expm1(-distance) + distance) + jnp.expm1(r) - r, axis=-1)
@@ -56,7 +56,8 @@ class Policy(nn.Module):
         return Laplace(mean, jnp.broadcast_to(log_scale, mean.shape))
 
 
-one, other = Laplace(jnp.array([0.3]), jnp.array([0.1])), Laplace(jnp.array([0.0]), jnp.array([0.4]))
+one = Laplace(jnp.array([0.3]), jnp.array([0.1]))
+other = Laplace(jnp.array([0.0]), jnp.array([0.4]))
 action = jax.vmap(one.sample)(jax.random.split(jax.random.key(1), 100_000))
 print("KL:", one.kl(other), "sampled:", jnp.mean(one.log_prob(action) - other.log_prob(action)))
 

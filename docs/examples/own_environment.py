@@ -14,7 +14,7 @@ def reset(key):
 
 
 def step(key, state, action):
-    """Push a cart by `action`, [1], towards the origin. No reset here: the trainer begins the next episode."""
+    """Push a cart by `action`, [1], towards the origin. The trainer begins the next episode."""
     velocity = 0.9 * state["velocity"] + 0.1 * action[0]
     position = state["position"] + velocity
     state = {"position": position, "velocity": velocity, "time": state["time"] + 1}
@@ -30,7 +30,12 @@ def observe(state):
 
 
 environment = Environment(
-    name="Cart", observation_shape=(2,), action_space=Box([-1.0], [1.0]), max_steps=50, reset=reset, step=step
+    name="Cart",
+    observation_shape=(2,),
+    action_space=Box([-1.0], [1.0]),
+    max_steps=50,
+    reset=reset,
+    step=step,
 )
 
 print("wrong with it:", check_environment(environment) or "nothing")

@@ -1,4 +1,4 @@
-"""Steps of the library in a loop of your own, in the style of PureJaxRL: one scan, and `vmap` over it."""
+"""Steps of the library in a loop of your own: one scan in the style of PureJaxRL, and `vmap` over it."""
 
 import flax.linen as nn
 import gymnax

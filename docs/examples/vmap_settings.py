@@ -1,4 +1,4 @@
-"""One compiled program for seeds x settings x physics: `vmap` over keys, over floats of Config, and over gravity."""
+"""Seeds x settings x gravity in one compiled program."""
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,13 @@ over_seeds = jax.vmap(over_settings, in_axes=(0, None, None))
 
 keys = jax.random.split(jax.random.key(0), 2)
 deltas = jnp.array([0.003, 0.03])
-gravities = jnp.array([5.0, 9.8, 20.0])
-states, metrics = jax.jit(over_seeds)(keys, deltas, gravities)
+gravities = [5.0, 9.8, 20.0]
+states, metrics = jax.jit(over_seeds)(keys, deltas, jnp.array(gravities))
 
 print(metrics.episode_return.shape)  # (2, 2, 3, 10): seeds, settings, gravities, iterations
-for delta, row in zip(deltas, metrics.episode_return[..., -1].mean(axis=0), strict=True):
-    print(f"max_kl {delta:.3f}: " + ", ".join(f"{r:.0f} at {g:.1f} m/s²" for r, g in zip(row, gravities, strict=True)))
+last = metrics.episode_return[..., -1].mean(axis=0)  # over seeds
+for delta, returns in zip(deltas, last, strict=True):
+    print(f"max_kl {delta:.3f}:", dict(zip(gravities, returns.round().tolist(), strict=True)))
 
 # The states are stacked in the same way; one agent is a slice of every leaf.
 agent = jax.tree.map(lambda leaf: leaf[0, 1, 2], states)
