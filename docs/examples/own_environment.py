@@ -21,7 +21,8 @@ def step(key, state, action):
     reward = -(position**2) - 0.01 * action[0] ** 2
     terminated = jnp.abs(position) > 3  # a terminal state has no future
     truncated = state["time"] >= 50  # a time limit only cuts the episode off
-    return Step(observe(state), state, jnp.where(terminated, -50.0, reward), terminated, truncated)
+    reward = jnp.where(terminated, -50.0, reward)
+    return Step(observe(state), state, reward, terminated, truncated)
 
 
 def observe(state):
