@@ -1,36 +1,31 @@
-"""A sweep in memory that keeps its agents: choose the best one, then judge it on other episodes."""
-
-import itertools
+"""A sweep in a folder that keeps its agents: load the best one, then judge it on other episodes."""
 
 import jax
-import jax.numpy as jnp
 
-from trpo_jax import Config, evaluate, interquartile_mean, train
+from trpo_jax import evaluate, interquartile_mean, load_agent, run_sweep
+from trpo_jax.sweeps.grids import Spec
+from trpo_jax.sweeps.storage import Folder
 
-config = Config(env="CartPole-v1", num_envs=8, num_steps=128, num_iterations=25)
-points = list(itertools.product([0.003, 0.03], [0.9, 0.98]))  # max_kl, gae_lambda
-max_kl, gae_lambda = jnp.array(points).T
-keys = jax.random.split(jax.random.key(0), 3)
+spec = Spec(
+    base={"env": "CartPole-v1", "num_envs": 8, "num_steps": 128, "num_iterations": 25},
+    grid={"max_kl": [0.003, 0.03], "gae_lambda": [0.9, 0.98]},
+    num_seeds=3,
+    num_episodes=16,  # that score each agent when its training has ended
+    keep="best",  # the trained state of the best agent per point; "all" keeps every agent
+)
+print(run_sweep("sweeps/kept", spec))  # the same call continues a sweep that was stopped
 
+columns = ["point", "max_kl", "gae_lambda", "seed", "final_return"]
+rows = Folder("sweeps/kept").read_results(columns).to_pylist()
+for point in range(4):
+    own = [row for row in rows if row["point"] == point]
+    returns = [row["final_return"] for row in own]
+    print(own[0]["max_kl"], own[0]["gae_lambda"], "IQM:", interquartile_mean(returns), returns)
 
-def run(max_kl, gae_lambda, key):
-    """One agent, trained and evaluated: its state is kept, which `sweep` does not do."""
-    key_train, key_choose = jax.random.split(key)
-    changed = config.replace(max_kl=max_kl, gae_lambda=gae_lambda)
-    state, _ = train(changed, key_train)
-    return state, evaluate(changed, state, key_choose, num_episodes=16).episode_return.mean()
+config, agent = load_agent("sweeps/kept")  # the best of all; (folder, point, seed) names another
+print("the best has max_kl", config.max_kl, "and gae_lambda", config.gae_lambda)
+print("it was chosen with", max(row["final_return"] for row in rows))
 
-
-over_seeds = jax.vmap(run, in_axes=(None, None, 0))
-states, score = jax.jit(jax.vmap(over_seeds, in_axes=(0, 0, None)))(max_kl, gae_lambda, keys)
-
-for point, scores in zip(points, score, strict=True):  # score: [points, seeds]
-    print("max_kl {}, gae_lambda {}: IQM {:.0f}".format(*point, interquartile_mean(scores)), scores)
-
-best = jnp.unravel_index(jnp.argmax(score), score.shape)
-agent = jax.tree.map(lambda leaf: leaf[best], states)
-print("best agent:", points[int(best[0])], "seed", int(best[1]), "chosen with", score[best])
-
-# The best of many noisy scores overstates itself, so judge it on episodes that did not choose it.
+# The best of many noisy scores overstates itself: judge it on episodes that did not choose it.
 fresh = evaluate(config, agent, jax.random.key(1), num_episodes=64).episode_return
 print("on fresh episodes:", fresh.mean(), "±", fresh.std() / 8)
