@@ -37,7 +37,7 @@ LIMITS: dict[str, tuple[bool, str]] = {
 
 
 class UsageError(ValueError):
-    """A setting, file or environment cannot be used. The message is one sentence with the mend in it."""
+    """Raised where a setting, file or environment cannot be used; the message is one sentence that says what to do."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

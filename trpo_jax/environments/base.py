@@ -18,7 +18,7 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Discrete:
-    """One of `n` actions, int32 []."""
+    """A choice among `n` actions; an action is int32 []."""
 
     n: int
 
@@ -82,7 +82,7 @@ Space = Discrete | MultiDiscrete | Box
 
 
 class Step(NamedTuple):
-    """What one step leads to.
+    """The outcome of one step of an environment.
 
     Attributes:
       observation: float32; at the end of an episode its last.
@@ -106,7 +106,7 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Environment:
-    """An environment for one agent, as pure functions; `vmap` makes it many. Compared and hashed by identity.
+    """An environment for one agent, as pure functions, which `vmap` makes many. Compared and hashed by identity.
 
     Attributes:
       name: for messages and files.

@@ -194,7 +194,7 @@ def _suite_of(env: Any) -> str | None:
 
 
 def available_environments() -> dict[str, Environment | str]:
-    """Every environment known by name: its `Environment`, or the sentence why it cannot be made here.
+    """Every environment known by name, with its `Environment` or a sentence that says why it cannot be made here.
 
     A suite other than gymnax takes long to build, and stands there once, as its prefix and one sentence: the names of
     its environments, or what to install.

@@ -24,7 +24,7 @@ from trpo_jax.sentences import UsageError, check_number, shown
 
 
 def limit_steps(environment: Environment, max_steps: int) -> Environment:
-    """`environment`, truncated after `max_steps` steps, beside whatever limit it has itself.
+    """Truncate the episodes of `environment` after `max_steps` steps, beside whatever limit it has itself.
 
     Raises:
       UsageError: if `max_steps` is not a whole number, or the environment resets itself.
@@ -44,7 +44,7 @@ def limit_steps(environment: Environment, max_steps: int) -> Environment:
 
 
 def repeat_actions(environment: Environment, times: int) -> Environment:
-    """`environment`, stepped `times` times with each action; the rewards add up until the episode ends.
+    """Step `environment` `times` times with each action; the rewards add up until the episode ends.
 
     A step is then `times` of the environment's, in `max_steps` and wherever steps are counted. Its keys are split from
     the step's.
@@ -73,7 +73,7 @@ def repeat_actions(environment: Environment, times: int) -> Environment:
 
 
 def stack_frames(environment: Environment, num_frames: int) -> Environment:
-    """`environment` with its last `num_frames` observations in one, the latest last, side by side in the last axis.
+    """Join the last `num_frames` observations of `environment` along the last axis, the latest last.
 
     D entries become num_frames · D, and a picture of C channels one of num_frames · C. At the start of an episode all
     of them are the first observation.
@@ -115,7 +115,7 @@ def stack_frames(environment: Environment, num_frames: int) -> Environment:
 
 
 def flatten_observations(environment: Environment) -> Environment:
-    """`environment` with each observation as one vector, row by row."""
+    """Flatten each observation of `environment` to one vector, row by row."""
     _check(environment, "flatten_observations")
     if environment.entries is not None:
         return dataclasses.replace(environment, entries={n: (math.prod(s),) for n, s in environment.entries.items()})
@@ -148,7 +148,7 @@ def keep_entries(environment: Environment, names: Sequence[str]) -> Environment:
 
 
 def hide_entries(environment: Environment, hidden: Sequence[int] | Sequence[str]) -> Environment:
-    """`environment` without some entries of its observations: a partially observed one, for a policy with a memory.
+    """Hide entries of the observations of `environment`: a partially observed task, for a policy with a memory.
 
     Args:
       environment: its observations are vectors.
@@ -195,7 +195,7 @@ def _hide_by_name(environment: Environment, entries: Entries, hidden: Sequence[A
 
 
 def append_time(environment: Environment) -> Environment:
-    """`environment` with one entry more at the end of its observations: the share of the time limit that is gone.
+    """Append to the observations of `environment` the share of the time limit that is gone.
 
     Where a time limit is part of the task, what a state is worth depends on the time left, which is then observed.
 

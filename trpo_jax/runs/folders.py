@@ -106,7 +106,7 @@ def create_run(
 
 
 def open_run(path: str | os.PathLike[str], env: str | None = None) -> Run:
-    """Read a run's config.json.
+    """Open the folder of a run, as its config.json describes it.
 
     Args:
       path: folder of the run.

@@ -37,7 +37,7 @@ def open_sink(
     wandb_project: str = "trpo_jax",
     wandb_name: str | None = None,
 ) -> OpenSink:
-    """A sink and the function that closes it.
+    """Open a sink for metrics; returns it with the function that closes it.
 
     Args:
       name: "tensorboard" writes event files under `folder`/tensorboard, one run per seed; "wandb" logs to Weights &

@@ -117,7 +117,7 @@ def full_step(
     shrink: Scalar = defaults.LINE_SEARCH_SHRINK,
     max_steps: int = defaults.LINE_SEARCH_STEPS,
 ) -> tuple[PyTree, LineSearchInfo]:
-    """No search: take the whole step, whatever it gains and however far it leads, unless something is not finite.
+    """Take the whole step without a search, whatever it gains and however far it leads, if everything is finite.
 
     With it `trpo_update` is the natural gradient method. Arguments and result as in `backtracking_line_search`;
     max_kl, shrink and max_steps are not looked at.

@@ -119,7 +119,7 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True)
 class SweepResult:
-    """What a sweep gives back: G points, S seeds, I iterations.
+    """What `sweep` returns, with G points, S seeds and I iterations.
 
     Attributes:
       points: the varied settings of each point, [G].

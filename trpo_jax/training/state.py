@@ -123,7 +123,7 @@ class LearnerState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that the next iteration needs; arrays only.
+    """Everything that the next iteration needs, as arrays.
 
     Attributes:
       iteration: iterations done, int32.
@@ -141,7 +141,7 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """One scalar per iteration each (`train` stacks them to [num_iterations]).
+    """Metrics of an iteration: each field is a scalar, which `train` stacks to [num_iterations].
 
     Attributes:
       episode_return: mean undiscounted return of the episodes that ended; where none did (num_episodes is 0), that of
