@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import re
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
+
+from trpo_jax import Config, Metrics
 
 ROOT = Path(__file__).parent.parent
 _INCLUDE = re.compile(r"^<!-- (example|table|text): (\S+) -->$", re.MULTILINE)
@@ -34,14 +37,25 @@ def _included(kind: str, name: str) -> str:
         return f"```python\n{(ROOT / 'docs' / 'examples' / name).read_text().rstrip()}\n```"
     if kind == "text":
         return (ROOT / name).read_text()
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import readme_tables
-
     head, rows = {
-        "settings": ("| setting | kind | meaning |\n|---|---|---|", readme_tables.settings_rows),
-        "metrics": ("| metric | meaning |\n|---|---|", readme_tables.metrics_rows),
+        "settings": ("| setting | kind | meaning |\n|---|---|---|", settings_rows),
+        "metrics": ("| metric | meaning |\n|---|---|", metrics_rows),
     }[name]
     return "\n".join([head, *rows()])
+
+
+def settings_rows() -> Iterator[str]:
+    """The rows of the table of settings, as `Config` has them."""
+    for field in dataclasses.fields(Config):
+        kind = "static" if field.metadata["static"] else "traced"
+        default = "the default" if field.default is None else f"`{field.default}`"
+        yield f"| `{field.name}` = {default} | {kind} | {field.metadata['help']} |"
+
+
+def metrics_rows() -> Iterator[str]:
+    """The rows of the table of metrics, as the docstring of `Metrics` has them."""
+    for name, meaning in re.findall(r"^      ?(\w+): (.*(?:\n        .*)*)", Metrics.__doc__ or "", re.MULTILINE):
+        yield f"| `{name}` | {' '.join(meaning.split()).rstrip('.')} |"
 
 
 def on_page_content(content: str, **_: Any) -> str:

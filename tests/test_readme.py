@@ -1,15 +1,12 @@
-"""What the README says is true: its code runs, its commands exist, its tables are complete."""
+"""What the README says is true: its code runs, and so do its commands."""
 
-import dataclasses
 import re
 import runpy
 import tomllib
 from pathlib import Path
 
 import pytest
-from readme_tables import metrics_rows, settings_rows
 
-from trpo_jax import Metrics
 from trpo_jax.cli import main
 from trpo_jax.sweeps.grids import make_points, make_spec
 
@@ -34,14 +31,14 @@ def test_python_block_runs(index, tmp_path, capsys):
 def test_sweep_file_means_what_it_says():
     (text,) = TOML_BLOCKS
     points = make_points(make_spec(tomllib.loads(text)))
-    assert len(points) == 4 * 3 * 2 * 4 and {point.config.env for point in points} == {"CartPole-v1", "Pendulum-v1"}
+    assert len(points) == 3 * 2 and {point.config.env for point in points} == {"CartPole-v1"}
 
 
 def smaller_sweep():
     """The README's sweep with the first value of each list and short runs."""
     table = tomllib.loads(TOML_BLOCKS[0])
     lines = ["num_seeds = 2", "num_episodes = 1", "[base]", "num_envs = 2", "num_steps = 64", "num_iterations = 2"]
-    for section in ("grid", "zip"):
+    for section in ("grid",):
         lines += [f"[{section}]", *(f"{n} = {v[:1]}" for n, v in table[section].items() if n != "total_steps")]
     return "\n".join(lines)
 
@@ -59,7 +56,7 @@ max_kl = { log_uniform = [0.001, 0.1] }
 
 
 # Given after README's own flags, these count: nothing is trained for long.
-SHORTER = {"--total-steps": "4096", "--num-trials": "4", "--num-iterations": "5"}
+SHORTER = {"--total-steps": "4096", "--eval-every": "1", "--num-trials": "4", "--num-iterations": "5"}
 
 
 @pytest.mark.long
@@ -84,11 +81,3 @@ def test_first_two_commands_install():
     ci = (ROOT / ".ci" / "run").read_text()
     assert test in ci
     assert install.split()[-1] in ci
-
-
-def test_tables_are_those_of_the_code():
-    assert [re.match(r"\| `(\w+)`", row).group(1) for row in metrics_rows()] == [
-        f.name for f in dataclasses.fields(Metrics)
-    ]
-    missing = [row for row in (*settings_rows(), *metrics_rows()) if row not in README]
-    assert not missing, "run scripts/readme_tables.py; missing:\n" + "\n".join(missing)
