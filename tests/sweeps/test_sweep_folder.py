@@ -1,6 +1,5 @@
 """A sweep's folder: what it holds, and that kills, full disks and damage cost nothing that was finished."""
 
-import dataclasses
 import json
 import os
 import random
@@ -21,7 +20,7 @@ from trpo_jax import UsageError
 from trpo_jax.cli import main
 from trpo_jax.runs.descriptions import made_by
 from trpo_jax.sweeps import in_folder
-from trpo_jax.sweeps.grids import read_spec
+from trpo_jax.sweeps.grids import Spec, read_spec
 from trpo_jax.sweeps.storage import Folder
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -178,8 +177,8 @@ def test_a_sweep_that_was_killed_at_its_first_file_begins_anew(tmp_path, left):
     (tmp_path / left).write_text("{")
     folder = Folder(tmp_path)
     with folder.locked(0):
-        folder.describe({"num_seeds": 2}, {})
-    assert folder.description() == {"num_seeds": 2, "made_by": {}}
+        folder.describe(Spec(num_seeds=2), {})
+    assert folder.description() == {**Spec(num_seeds=2).description, "made_by": {}}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])
@@ -226,10 +225,10 @@ def test_read_only_folder_is_one_sentence(finished, tmp_path, capsys, monkeypatc
 def test_what_rounds_otherwise_is_not_mixed_in_one_folder(finished, tmp_path, monkeypatch, capsys):
     spec, begun = read_spec(finished.parent / "sweep.toml"), {**made_by(), "jaxlib": "0.4.1"}
     for name, mend in (("threads", "set NPROC=77, and"), ("devices", "give --num-devices 77.")):
-        Folder(tmp_path / name).describe(dataclasses.asdict(spec), {**begun, name: 77})
+        Folder(tmp_path / name).describe(spec, {**begun, name: 77})
         with pytest.raises(UsageError, match=rf"with 77 {name}, and here there would be \d+, which .*; {mend}"):
             in_folder.run_sweep(tmp_path / name, spec)
-    Folder(tmp_path / "other").describe(dataclasses.asdict(spec), begun)
+    Folder(tmp_path / "other").describe(spec, begun)
     in_folder._check_rounding(Folder(tmp_path / "other"))
     assert "was started with jaxlib 0.4.1; the agents that are left may round" in capsys.readouterr().err
 
@@ -246,13 +245,13 @@ def test_a_sweep_that_another_process_begins_meanwhile_is_joined(tmp_path, monke
 
     def begin_then_list(path):
         monkeypatch.setattr(os, "listdir", listdir)
-        others.describe({"num_seeds": 2}, {"threads": 3})
+        others.describe(Spec(num_seeds=2), {"threads": 3})
         others.settle_program(0, {"agents": 4})
         return listdir(path)
 
     monkeypatch.setattr(os, "listdir", begin_then_list)
-    mine.describe({"num_seeds": 2}, {"threads": 5})
-    assert mine.description() == {"num_seeds": 2, "made_by": {"threads": 3}}
+    mine.describe(Spec(num_seeds=2), {"threads": 5})
+    assert mine.description() == {**Spec(num_seeds=2).description, "made_by": {"threads": 3}}
 
 
 @pytest.mark.long

@@ -66,7 +66,7 @@ def test_learning_from_a_batch_builds_no_environment(monkeypatch):
     def forbidden(*arguments, **options):
         raise AssertionError("an environment was asked for")
 
-    monkeypatch.setattr(agents, "make_environment", forbidden)
+    monkeypatch.setattr(agents, "environment_of", forbidden)
     broken = dataclasses.replace(agent.environment, reset=forbidden, step=forbidden)
     learn = jax.jit(functools.partial(update_learner, agent._replace(environment=broken)))
     learner, _, info = learn(state.learner, batch, state.actor.carry, jnp.int32(0), jax.random.key(2))
