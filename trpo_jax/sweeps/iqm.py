@@ -42,7 +42,7 @@ def stratified_bootstrap(
       Lower and upper bound; NaN if there is nothing to draw from, and where a bound lies among samples without an
       IQM, which count as lowest.
     """
-    if not scores or any(len(task) == 0 for task in scores):
+    if not len(scores) or any(len(task) == 0 for task in scores):
         return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
     drawn = [np.asarray(task)[rng.integers(len(task), size=(resamples, len(task)))] for task in scores]
