@@ -68,6 +68,7 @@ def test_the_limit_is_rollout_and_two_gradients(result):
     assert steps * seconds == pytest.approx(32)  # medians of an odd number of quotients and of their inverses
 
 
+@pytest.mark.long
 def test_memory_is_predicted_within_a_tenth(result):
     assert result["many_agents"]["memory_bytes"] > 0
     assert result["many_agents"]["predicted_over_measured_memory"] == pytest.approx(1, abs=0.1)
@@ -121,6 +122,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.long
 def test_a_peer_answers_from_its_own_environment_or_says_why_it_stopped(tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
@@ -131,6 +133,7 @@ def test_a_peer_answers_from_its_own_environment_or_says_why_it_stopped(tmp_path
             ask("stop")
 
 
+@pytest.mark.long
 def test_a_peer_that_cannot_be_installed_is_named(monkeypatch):
     absent = peers.Peer("somebody", "none.py", (("--no-index", "no-such-distribution==1"),))
     monkeypatch.setitem(peers.PEERS, "somebody", absent)

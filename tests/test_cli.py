@@ -131,6 +131,7 @@ def test_bad_input_is_one_sentence(arguments, sentence, capsys, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_other_settings_leave_a_run_alone(tiny_run, capsys):
     before = snapshot(tiny_run)
     assert main(["train", *TINY, "--num-seeds", "2", "--max-kl", "0.5", "--output", str(tiny_run)]) == 2
@@ -430,6 +431,7 @@ def test_training_goes_on_where_its_display_is_lost(error, tmp_path, capsys, mon
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("error, status", [(FULL, 2), (GONE, 0)], ids=["full", "gone"])
 @pytest.mark.parametrize("command", [["envs"], ["evaluate", "RUN", "--num-episodes", "1"]], ids=lambda c: c[0])
 def test_an_answer_that_cannot_be_shown_is_one_sentence(command, error, status, tiny_run, capsys, monkeypatch):

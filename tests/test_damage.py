@@ -267,6 +267,7 @@ def test_the_state_of_another_run_is_not_taken_for_this_ones(run, tmp_path, caps
         assert "of another run" in errors and contents(out) == before
 
 
+@pytest.mark.long
 def test_rows_of_another_sweep_or_block_are_not_taken_for_this_ones(sweep, tmp_path, capsys):
     out = spoiled(sweep, tmp_path, [], "missing")
     other = out / "results" / "00-0001.parquet"

@@ -102,6 +102,7 @@ def test_other_actions_are_refused():
         play(config, init(config, jax.random.key(0)), "MountainCarContinuous-v0")
 
 
+@pytest.mark.long
 def test_a_picture_of_an_episode(trained, tmp_path):
     file = tmp_path / "new" / "cartpole.gif"
     returns = play(*trained, "CartPole-v1", num_episodes=1, gif=file)
@@ -135,6 +136,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_sentence(trained, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "Breakout-MinAtar"])
 def test_an_exported_policy_acts_as_the_agent_does(env, tmp_path):
     config = Config(env=env, normalize_observations=True, **SMALL)
@@ -187,6 +189,7 @@ EXPORTED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", EXPORTED.values(), ids=EXPORTED.keys())
 def test_the_script_beside_an_export_acts_as_the_agent_does(settings, tmp_path, capsys):
     config = Config(**{**SMALL, **settings})

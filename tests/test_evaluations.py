@@ -15,6 +15,8 @@ from trpo_jax.runs.learning_curve import plot_learning_curve
 from trpo_jax.runs.metrics import read_metrics
 from trpo_jax.training.evaluation import judge
 
+pytestmark = pytest.mark.long
+
 CONFIG = Config(num_envs=2, num_steps=32, cg_iterations=2, num_iterations=7, eval_every=3, eval_episodes=6)
 
 

@@ -147,6 +147,7 @@ def test_a_distribution_by_duck_typing_obeys_the_identities_of_the_update():
     assert policy.apply(new, observation).mode().mean() > distribution.mode().mean()
 
 
+@pytest.mark.long
 def test_a_distribution_by_duck_typing_trains():
     environment = probes.ReachTarget()
     config = Config(

@@ -19,6 +19,8 @@ from trpo_jax import (
 from trpo_jax.cli import main
 from trpo_jax.runs.metrics import read_metrics
 
+pytestmark = pytest.mark.long
+
 CONFIG = Config(num_envs=2, num_steps=16, num_iterations=2, cg_iterations=2, normalize_observations=True)
 FLAGS = ("--num-envs", "2", "--num-steps", "16", "--cg-iterations", "2", "--normalize-observations")
 

@@ -300,6 +300,7 @@ def test_no_gradient_of_a_large_batch_on_a_gpu_is_one_sum_over_it(samples, longe
     assert max(sums) == longest
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize(
     "samples, kernel, strides",

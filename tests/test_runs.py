@@ -196,6 +196,7 @@ sys.exit(main(["train", "gymnasium/World-v0", "--num-envs", "1", "--num-steps", 
 """
 
 
+@pytest.mark.long
 def test_numbers_that_are_not_finite_and_episodes_that_never_end_are_said(tmp_path, python):
     pytest.importorskip("gymnasium", reason="a world of one's own by name is Gymnasium's")
     result = python("-c", NAN, cwd=tmp_path)

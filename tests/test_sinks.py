@@ -12,6 +12,8 @@ from trpo_jax.runs.sinks import open_sink
 from trpo_jax.sweeps.grids import Spec
 from trpo_jax.sweeps.storage import Folder
 
+pytestmark = pytest.mark.long
+
 BASE = {"num_envs": 2, "num_steps": 16, "num_iterations": 4, "cg_iterations": 2}
 
 

@@ -108,6 +108,7 @@ MASKED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("env, space, mask_shape, normalize", MASKED.values(), ids=MASKED.keys())
 def test_the_default_policy_takes_legal_actions_only(env, space, mask_shape, normalize):
     environment = jumanji.from_timesteps(env, "jumanji/Legal", None)

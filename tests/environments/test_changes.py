@@ -12,6 +12,8 @@ from trpo_jax.environments.make import environment_of
 from trpo_jax.fields import parse_ranges
 from trpo_jax.runs.folders import open_run
 
+pytestmark = pytest.mark.long
+
 SMALL = {"num_envs": 4, "num_steps": 16, "num_iterations": 2, "cg_iterations": 2}
 BOTH = "hide_entries=1,3 stack_frames=2"
 

@@ -185,6 +185,7 @@ def test_what_cannot_be_seen_is_said_in_one_sentence(settings, message):
 # Masks
 
 
+@pytest.mark.long
 def test_illegal_actions_are_never_taken_and_their_mask_is_kept():
     config = small_config(Forbidden(), policy=None, value=None, num_envs=8, num_steps=12, entropy_coefficient=0.1)
     config = config.replace(normalize_observations=True)  # which a mask must not see

@@ -220,6 +220,7 @@ def test_an_episode_that_cannot_be_rebuilt_is_cut_off_where_it_stood_and_begins_
     assert not onward.truncated.any() and (onward.state.time == 1).all()
 
 
+@pytest.mark.long
 def test_a_run_in_an_environment_that_does_not_repeat_itself_can_be_resumed(register, tmp_path):
     config = small(register("Unsteady-v0", Unsteady)).replace(num_iterations=4)
     run = create_run(tmp_path / "run", config, seed=0, num_seeds=1)

@@ -205,6 +205,7 @@ OWN_STEPS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, num_steps", OWN_STEPS)
 def test_trajectories_are_those_of_gymnax(name, num_steps):
     environment = make_environment(name)
@@ -499,6 +500,7 @@ def test_plotting_libraries_run_when_something_is_drawn(python):
     assert python("-c", code).stdout.splitlines() == ["[]", "True Figure ListedColormap", "4 True"]
 
 
+@pytest.mark.long
 def test_plotting_libraries_that_were_there_are_left_alone(python):
     code = DRAWING.format(before=f"{IMPORTS}; plt.mark = seaborn.mark = 1", after="print(pong.plt.mark, pong.sns.mark)")
     all_there = "['matplotlib.figure', 'pandas', 'seaborn.utils']"

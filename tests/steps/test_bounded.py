@@ -104,6 +104,7 @@ def test_kl_is_invariant_under_tanh_and_entropy_is_that_of_the_density(mean, std
     assert d.kl(other) == d.base.kl(other.base)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("action", [LOW, HIGH, LOW - 1, HIGH + 1, 1.0, np.nextafter(np.float32(HIGH), np.float32(0))])
 def test_log_probabilities_and_scores_are_finite_at_the_bounds_and_beyond(action):
     squashed = TanhGaussian(

@@ -12,6 +12,8 @@ from trpo_jax.sweeps.plans import plan
 from trpo_jax.sweeps.reports import make_report
 from trpo_jax.sweeps.storage import Folder
 
+pytestmark = pytest.mark.long
+
 SMALL = {"num_envs": 2, "num_steps": 16, "num_iterations": 2, "cg_iterations": 2}
 SPEC = Spec(base=SMALL, grid={"gamma": [0.9, 0.99]}, num_seeds=2, num_episodes=3, keep="all")
 
@@ -81,7 +83,6 @@ def test_in_memory_states_are_those_in_the_folder(folder):
         sweep(config, {"gamma": [0.9]}, jax.random.key(0), keep="some")
 
 
-@pytest.mark.long
 def test_commands_take_an_agent_of_a_sweep(folder, tmp_path, capsys):
     assert main(["evaluate", str(folder), "--point", "1", "--agent", "0", "--num-episodes", "2"]) == 0
     assert f"Point 1, seed 0 of {folder}." in capsys.readouterr().out
@@ -92,7 +93,6 @@ def test_commands_take_an_agent_of_a_sweep(folder, tmp_path, capsys):
     assert "--checkpoint is of a run" in capsys.readouterr().err
 
 
-@pytest.mark.long
 def test_a_sweep_takes_new_values_and_more_seeds(folder, tmp_path, capsys):
     first = Spec(base=SMALL, grid={"gamma": [0.9, 0.99]}, num_seeds=2, num_episodes=3)
     more = Spec(base=SMALL, grid={"gamma": [0.99, 0.95], "cg_damping": [0.1]}, num_seeds=3, num_episodes=3)

@@ -41,6 +41,7 @@ def test_sweep_hands_out_what_it_was_asked_for():
     assert np.isnan(result.final_return).all() and (result.failed_at == 0).all()
 
 
+@pytest.mark.long
 def test_a_poisoned_agent_is_flagged_and_leaves_the_others_alone():
     config = small_config(Faulty(16, 16), num_iterations=4, num_steps=8)  # NaN in the third iteration, step 17
     sound = small_config(Faulty(-1, -1), num_iterations=4, num_steps=8)
@@ -76,6 +77,7 @@ class SometimesFaulty(Faulty):
         return ((new, marked), time), reward, terminated, truncated
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where, poison", [("reward", np.nan), ("observation", np.inf)])
 def test_poison_in_one_agent_leaves_every_bit_of_the_others(where, poison):
     def trained(value):  # programs that differ in one constant

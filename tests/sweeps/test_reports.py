@@ -278,6 +278,7 @@ def test_report_of_an_unfinished_sweep_says_of_how_many(tmp_path, capsys):
     assert make_report(whole).extent == "24 agents"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "values",
     [[np.nan] * SEEDS, [np.nan] * 3 + [1.0] * 5, [-np.inf] + [np.inf] * 7, [3e38] * SEEDS],

@@ -60,6 +60,7 @@ def searched(tmp_path_factory):
     return folder, file, best, reports, seeds
 
 
+@pytest.mark.long
 def test_worse_half_stops_at_each_stage(searched):
     folder, _, best, reports, _ = searched
     found = trials(folder)
@@ -151,6 +152,7 @@ def test_page_shows_history_importance_and_best(tmp_path):
     assert int(shares["max_kl"]) > 70 and int(shares["line_search"]) < 30
 
 
+@pytest.mark.long
 def test_command_line(tmp_path, python):
     lines = ["num_seeds = 2", "[base]", *(f"{name} = {value}" for name, value in BASE.items())]
     lines += ["[random]", "count = 99", "max_kl = { log_uniform = [0.001, 0.1] }"]
@@ -483,6 +485,7 @@ def test_changed_score_of_a_trial_is_found(half, tmp_path, untrained):
         tune(tmp_path / "s", make(ALL), batch=4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", ["q?x", "a#b", "100%", "%20", "a b", "{x}", "ü", "a'b", "x" * 255, os.fsdecode(b"\xff")]
 )

@@ -10,6 +10,8 @@ from trpo_jax.sweeps.in_folder import run_sweep
 from trpo_jax.sweeps.search import tune
 from trpo_jax.sweeps.storage import Folder
 
+pytestmark = pytest.mark.long
+
 SMALL = Config(num_envs=2, num_steps=32, cg_iterations=2, num_iterations=5, eval_every=2, eval_episodes=4)
 GRID = {"gamma": [0.9, 0.99]}
 BASE = {name: getattr(SMALL, name) for name in ("num_envs", "num_steps", "num_iterations", "cg_iterations")}

@@ -126,6 +126,7 @@ def test_twenty_kills_leave_no_mark(finished, tmp_path, start):
         done += 5
 
 
+@pytest.mark.long
 def test_interrupt_says_how_to_go_on(finished, tmp_path, start):
     out = tmp_path / "out"
     arguments = ("sweep", finished.parent / "sweep.toml", "--output", out, *COMMON)

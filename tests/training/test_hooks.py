@@ -12,6 +12,8 @@ from probes import lane, same_bits, small_config
 from trpo_jax import UsageError, evaluate, init, train, train_step
 from trpo_jax.training.evaluation import judge
 
+pytestmark = pytest.mark.long
+
 CONFIG = small_config(probes.MatchObservation(), num_iterations=7)
 KEY = jax.random.key(3)
 

@@ -154,6 +154,7 @@ LANES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "choices, values",
     [pytest.param(*case, id=name, marks=marks) for case, (name, marks) in zip(SWEPT, LANES.items(), strict=True)],

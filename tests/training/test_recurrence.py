@@ -139,6 +139,7 @@ def test_the_fisher_product_through_time_is_the_dense_matrix(x64):
     assert np.abs(dense).max() > 1e-3
 
 
+@pytest.mark.long
 def test_a_fraction_of_sequences_is_whole_sequences(x64):
     """Half of six sequences is three of them, each of all its steps."""
     network = gru()
@@ -162,6 +163,7 @@ def test_a_fraction_of_sequences_is_whole_sequences(x64):
     assert half.accepted and not np.allclose(half.predicted_gain, whole.predicted_gain, rtol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "fit, changes",
     [("gauss-newton", {}), ("adam", {"update": "ppo", "policy_minibatches": 2, "policy_epochs": 2})],

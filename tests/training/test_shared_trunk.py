@@ -46,6 +46,7 @@ def bent_policy():
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("memory, fit", [(False, "adam"), (True, "gauss-newton")])
 def test_a_head_on_the_observation_is_the_value_function_of_its_own(memory, fit):
     wrap = with_idle_memory if memory else lambda network: network
@@ -63,6 +64,7 @@ def test_a_head_on_the_observation_is_the_value_function_of_its_own(memory, fit)
     assert_trees_close(head[1], own[1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", [{}, {"reuse": 2}, {"update": "ppo"}], ids=str)
 def test_the_head_is_fitted_to_the_new_trunk_and_used_on_it(changes):
     """What the fit is given are the features of the batch under the parameters that the update left."""

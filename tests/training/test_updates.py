@@ -300,6 +300,7 @@ def one_iteration(**changes):
     return parameters
 
 
+@pytest.mark.long
 def test_minibatches_are_shuffled_by_the_key_and_nothing_else_is():
     epochs = {"update": "ppo", "value_fit": "adam", "policy_epochs": 1, "value_epochs": 1}
     parts = one_iteration(policy_minibatches=4, value_minibatches=4, **epochs)
