@@ -31,8 +31,9 @@ from trpo_jax import (
     train,
 )
 from trpo_jax.cli import main
-from trpo_jax.deployment import acting_policy, export_policy, play
+from trpo_jax.deployment import acting_policy, export_policy
 from trpo_jax.environments.base import Box, Discrete
+from trpo_jax.playing import play
 from trpo_jax.runs.folders import open_run
 from trpo_jax.runs.metrics import read_metrics
 from trpo_jax.runs.sinks import open_sink
@@ -105,7 +106,7 @@ def test_other_actions_are_refused():
 @pytest.mark.long
 def test_a_picture_of_an_episode(trained, tmp_path):
     file = tmp_path / "new" / "cartpole.gif"
-    returns = play(*trained, "CartPole-v1", num_episodes=1, gif=file)
+    returns = play(*trained, "CartPole-v1", num_episodes=1, video=file)
     with Image.open(file) as picture:
         assert returns[0] / 4 < picture.n_frames <= min(500, returns[0])  # equal ones in a row are one
         assert picture.width == 300
@@ -121,7 +122,7 @@ def test_mujoco_is_drawn_without_a_screen(tmp_path, monkeypatch):
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     config = Config(env="gymnasium/Hopper-v5", **SMALL)
-    play(config, init(config, jax.random.key(0)), "Hopper-v5", num_episodes=1, gif=tmp_path / "hopper.gif")
+    play(config, init(config, jax.random.key(0)), "Hopper-v5", num_episodes=1, video=tmp_path / "hopper.gif")
     with Image.open(tmp_path / "hopper.gif") as picture:
         assert picture.n_frames > 1 and len(picture.convert("L").getcolors()) > 8
 
@@ -131,8 +132,8 @@ def test_what_cannot_be_drawn_is_refused_in_one_sentence(trained, tmp_path, monk
         raise RuntimeError("no screen.\nA second line")
 
     monkeypatch.setattr(gymnasium.core.Wrapper, "render", fail)
-    with pytest.raises(UsageError, match=r"^CartPole-v1 cannot be drawn here \(no screen\); leave out --gif"):
-        play(*trained, "CartPole-v1", num_episodes=1, gif=tmp_path / "none.gif")
+    with pytest.raises(UsageError, match=r"^CartPole-v1 cannot be drawn here \(no screen\); leave out --output"):
+        play(*trained, "CartPole-v1", num_episodes=1, video=tmp_path / "none.gif")
     assert not list(tmp_path.iterdir())
 
 
@@ -219,11 +220,11 @@ def test_a_disk_that_takes_no_files_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UsageError, match=r"^cannot write .*policy\.stablehlo: .*; choose another --output\.$"):
         export_policy(*trained, tmp_path / "file" / "policy")
-    with pytest.raises(UsageError, match=r"^cannot write .*x\.gif: .*; choose another --gif\.$"):
-        play(*trained, "CartPole-v1", num_episodes=1, gif=tmp_path / "file" / "x.gif")
+    with pytest.raises(UsageError, match=r"^cannot write .*x\.gif: .*; choose another --output\.$"):
+        play(*trained, "CartPole-v1", num_episodes=1, video=tmp_path / "file" / "x.gif")
     (tmp_path / "x.gif").mkdir()
-    with pytest.raises(UsageError, match=r"^cannot write .*x\.gif: .*; choose another --gif\.$"):
-        play(*trained, "CartPole-v1", num_episodes=1, gif=tmp_path / "x.gif")
+    with pytest.raises(UsageError, match=r"^cannot write .*x\.gif: .*; choose another --output\.$"):
+        play(*trained, "CartPole-v1", num_episodes=1, video=tmp_path / "x.gif")
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.endswith(".tmp")] == []
 
 
@@ -364,7 +365,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half(run, tmp_path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    assert main([command[0], str(run), *command[1:], str(tmp_path / "out")]) == 2
+    assert main([command[0], str(run), *command[1:], str(tmp_path / "out.gif")]) == 2
     error = capsys.readouterr().err
     assert "cannot write" in error and "No space left on device; choose" in error and error.count("\n") == 1
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]

@@ -31,6 +31,8 @@ LAYERS = {
     "networks": 2,
     "training": 3,
     "deployment": 4,
+    "playing": 4,
+    "videos": 4,
     "runs": 4,
     "benchmarks": 5,
     "sweeps": 5,

@@ -1,12 +1,9 @@
-"""Using a trained policy elsewhere: playing it in Gymnasium's own environments, and exporting it as StableHLO."""
+"""A trained policy as a function of observations, and its export as portable StableHLO."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +11,15 @@ import numpy as np
 
 from trpo_jax.config_pytree import Config
 from trpo_jax.environments.base import Box, Environment
-from trpo_jax.environments.checks import one_sentence
-from trpo_jax.environments.entries import WHOLE, join, split
-from trpo_jax.environments.gymnasium import host_action_space, host_observations
+from trpo_jax.environments.entries import join, split
 from trpo_jax.fields import AUTO
 from trpo_jax.files import write_atomically
-from trpo_jax.sentences import UsageError, first_line
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.agents import make_agent, with_normalization, with_what_is_seen
 from trpo_jax.training.recurrence import initial_carries
 from trpo_jax.training.state import TrainState
 
 _PLATFORMS = "cpu", "cuda", "tpu"
-_MOST_STEPS = 100_000  # of an episode without a time limit
-_GIF_WIDTH = 300  # pixels
-_GIF_FRAMES = 500
 _ELSEWHERE = "choose another --output"
 _LOAD = '''"""Acts with the exported policy. Needs jax and numpy, not trpo_jax.
 
@@ -70,7 +61,8 @@ def acting_policy(config: Config, state: TrainState) -> tuple[Callable[[PyTree, 
     """
     agent = make_agent(config)
     policy = with_normalization(config, state.learner.statistics, agent.policy)
-    space, everything, seen = agent.environment.action_space, agent.environment.entries, _environment(config).entries
+    space, everything = agent.environment.action_space, agent.environment.entries
+    seen = seen_environment(config).entries
 
     def act(carry: PyTree, observation: Array) -> tuple[PyTree, Array]:
         if seen != everything and seen is not None and everything is not None:
@@ -84,85 +76,10 @@ def acting_policy(config: Config, state: TrainState) -> tuple[Callable[[PyTree, 
     return act, initial_carries(policy, 1)
 
 
-def _environment(config: Config) -> Environment:
+def seen_environment(config: Config) -> Environment:
     """The environment of training with those entries of its observations alone that the policy sees."""
     environment = make_agent(config).environment
     return environment if config.policy is not None else with_what_is_seen(environment, AUTO)
-
-
-def play(
-    config: Config,
-    state: TrainState,
-    env: str,
-    *,
-    num_episodes: int = 10,
-    seed: int = 0,
-    gif: Path | None = None,
-) -> np.ndarray:
-    """Play whole episodes in an environment of Gymnasium: the same policy, another implementation.
-
-    Args:
-      config: the settings the state was trained with.
-      state: one agent.
-      env: Gymnasium's id of the environment, such as "CartPole-v1". If it is the one of training, it is made with the
-        same `env_args`; another is played as it is.
-      num_episodes: episodes, one after the other.
-      seed: of the first reset.
-      gif: file for an animation of the first episode (at most 500 frames).
-
-    Returns:
-      Undiscounted returns, [num_episodes].
-
-    Raises:
-      UsageError: if Gymnasium lacks the environment or what it needs, or its spaces are not those of training.
-    """
-    import gymnasium
-
-    if gif:  # drawing to memory needs neither a screen nor a sound card
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-        os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
-        if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
-            os.environ.setdefault("MUJOCO_GL", "egl")  # Gymnasium would take GLFW, which opens windows only
-    args = config.env_args if env == str(config.env).removeprefix("gymnasium/") else {}
-    try:
-        world = gymnasium.make(env, render_mode="rgb_array" if gif else None, disable_env_checker=True, **args)
-    except Exception as error:  # of a name's form, of its module, or of the environment's own code
-        if args and isinstance(error, TypeError):
-            raise UsageError(
-                f"Gymnasium's {env} cannot be made with {', '.join(args)} as in training ({first_line(error)}); "
-                f"evaluate the run instead, or name another environment by --env."
-            ) from error
-        raise UsageError(
-            f"Gymnasium cannot make {env} ({first_line(error)}); name one of its environments by "
-            "--env, or install what it needs: pip install '.[play]'."
-        ) from error
-    environment = _environment(config)
-    with one_sentence(f"reset of {env}"):
-        _, info = world.reset(seed=seed)
-    observe, to_world = _interface(environment, world, info, env)
-    act, carry_at_start = acting_policy(config, state)
-    act = jax.jit(act)
-    limit = environment.max_steps or _MOST_STEPS
-    returns: list[float] = []
-    frames: list[np.ndarray] = []
-    for episode in range(num_episodes):
-        with one_sentence(f"reset of {env}"):
-            observation, info = world.reset(seed=seed + episode)
-        carry, total = carry_at_start, 0.0
-        for _ in range(limit):
-            if gif and episode == 0 and len(frames) < _GIF_FRAMES:
-                frames.append(_render(world, env))
-            carry, action = act(carry, observe(observation, info).reshape(1, *environment.observation_shape))
-            with one_sentence(f"step of {env}"):
-                observation, reward, terminated, truncated, info = world.step(to_world(np.asarray(action)[0]))
-            total += np.asarray(reward).item()
-            if terminated or truncated:
-                break
-        returns.append(total)
-    world.close()
-    if gif:
-        _write_gif(gif, frames, world.metadata.get("render_fps") or 30)
-    return np.array(returns)
 
 
 def export_policy(config: Config, state: TrainState, folder: Path) -> Path:
@@ -185,7 +102,7 @@ def export_policy(config: Config, state: TrainState, folder: Path) -> Path:
       UsageError: if a file cannot be written.
     """
     act, carry = acting_policy(config, state)
-    environment = _environment(config)
+    environment = seen_environment(config)
     (batch,) = jax.export.symbolic_shape("batch")
     observation = jax.ShapeDtypeStruct((batch, *environment.observation_shape), jnp.float32)
     if jax.tree.leaves(carry):
@@ -240,51 +157,3 @@ def _meaning(environment: Environment) -> str:
         layout = ", ".join(f"{name} {list(shape)}" for name, shape in environment.entries.items())
         return f", whose entries are, one after the other,\n{layout}"
     return " (bytes of pictures divided by 255)" if len(environment.observation_shape) == 3 else ""
-
-
-def _interface(environment: Environment, world: Any, info: Any, env: str) -> tuple[Callable, Callable]:
-    """Gymnasium's observations for the policy, and the policy's actions for Gymnasium, as in training there."""
-    wanted = environment.entries or {WHOLE: environment.observation_shape}
-    entries, shape, observe = host_observations(world.observation_space, info, environment.action_space, env)
-    given = {WHOLE: shape} if entries is None or (environment.entries is None and WHOLE not in entries) else entries
-    if any(np.prod(given.get(name, 0)) != np.prod(shape) for name, shape in wanted.items()):
-        trained = environment.entries or f"shape {environment.observation_shape}"
-        raise UsageError(
-            f"{env} observes {world.observation_space}, but the policy was trained on observations of {trained}; "
-            "choose another --env."
-        )
-    ours, (theirs, to_world) = environment.action_space, host_action_space(world.action_space, env)
-    same = theirs.shape == ours.shape if isinstance(ours, Box) and isinstance(theirs, Box) else theirs == ours
-    if not same:
-        raise UsageError(f"{env} takes actions of {world.action_space}, but the policy was trained to give {ours}.")
-
-    def select(observation: Any, info: Any) -> np.ndarray:
-        whole = np.ravel(observe(observation, info))
-        ends = np.cumsum([int(np.prod(shape)) for shape in given.values()])
-        parts = dict(zip(given, np.split(whole, ends[:-1]), strict=True))
-        return np.concatenate([parts[name] for name in wanted])
-
-    return select, to_world
-
-
-def _render(world: Any, env: str) -> np.ndarray:
-    try:
-        return world.render()
-    except Exception as error:  # each renderer fails in its own way
-        raise UsageError(
-            f"{env} cannot be drawn here ({str(error).splitlines()[0].rstrip('.')}); leave out --gif, or install what "
-            "it needs: pip install '.[play]', and for MuJoCo without a screen EGL (the system's libegl1)."
-        ) from error
-
-
-def _write_gif(file: Path, frames: list[np.ndarray], frames_per_second: float) -> None:
-    from PIL import Image
-
-    def small(frame: np.ndarray) -> Any:
-        picture = Image.fromarray(frame)
-        height = round(picture.height * _GIF_WIDTH / picture.width)
-        return picture.resize((_GIF_WIDTH, height)).quantize(64)
-
-    first, *rest = map(small, frames)
-    options = {"save_all": True, "append_images": rest, "duration": 1000 / frames_per_second, "loop": 0}
-    write_atomically(file, lambda sink: first.save(sink, "GIF", **options), "choose another --gif")

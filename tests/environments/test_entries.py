@@ -32,8 +32,9 @@ from trpo_jax import (
     train,
     validate,
 )
-from trpo_jax.deployment import acting_policy, export_policy, play
+from trpo_jax.deployment import acting_policy, export_policy
 from trpo_jax.environments.wrappers import keep_entries
+from trpo_jax.playing import play
 from trpo_jax.training.agents import make_agent
 from trpo_jax.training.rollouts import rollout
 

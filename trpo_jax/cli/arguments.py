@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_sweep_commands(commands)
 
     benchmark = commands.add_parser("benchmark", help="measure throughput, memory and where the time goes")
-    benchmark.add_argument("env", nargs="?", default="CartPole-v1", help="environment (default: CartPole-v1)")
+    benchmark.add_argument("env", nargs="?", default="CartPole-v1", help="environment, or MODULE:FACTORY")
     benchmark.add_argument("--output", help="JSON file for every figure (default: none)")
     benchmark.add_argument(
         "--num-agents", type=_whole_numbers, default=[64], metavar="N,N", help="agents side by side (default: 64)"
@@ -114,14 +114,16 @@ def _add_run_commands(commands: Any) -> None:
     _add_env(resume)
     _add_sinks(resume)
 
-    play = commands.add_parser("play", help="play a trained policy in Gymnasium's own environment")
+    play = commands.add_parser("play", help="play a trained policy in Gymnasium's own environment, or that of training")
     play.add_argument("path", help="folder of the run")
     play.add_argument("--env", help="Gymnasium's id of the environment (default: the name it was trained on)")
     play.number("--num-episodes", 10, "episodes")
     play.number("--seed", 0, "seed of the first episode")
     _add_agent(play)
     _add_checkpoint(play)
-    play.add_argument("--gif", help="file for an animation of the first episode")
+    play.add_argument("--output", "--gif", metavar="FILE", help="file for a video of the first episode, .gif or .mp4")
+    drawn = "play in the environment of training itself, and draw it (default of --output: RUN/episode.gif)"
+    play.add_argument("--render", action="store_true", help=drawn)
 
     export = commands.add_parser("export", help="write a trained policy as portable StableHLO")
     export.add_argument("path", help="folder of the run")

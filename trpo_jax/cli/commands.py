@@ -138,19 +138,32 @@ def _agent_of(namespace: argparse.Namespace) -> tuple[Run, TrainState]:
 
 
 def play(namespace: argparse.Namespace) -> int:
-    """Play a trained policy in Gymnasium's own environment."""
-    run, state = _agent_of(namespace)
-    from trpo_jax import deployment
+    """Play a trained policy in Gymnasium's own environment, or in that of training."""
+    start_quickly()
+    from trpo_jax import playing
+    from trpo_jax.videos import check_video
 
-    env = (namespace.env or str(run.config.env)).removeprefix("gymnasium/")
-    gif = Path(namespace.gif) if namespace.gif else None
-    returns = deployment.play(run.config, state, env, num_episodes=namespace.num_episodes, seed=namespace.seed, gif=gif)
+    default = Path(namespace.path) / "episode.gif" if namespace.render else None
+    video = Path(namespace.output) if namespace.output else default
+    if video:
+        check_video(video)
+        playing.draw_without_a_screen()
+    run, state = _agent_of(namespace)
+    options: dict[str, Any] = {"num_episodes": namespace.num_episodes, "seed": namespace.seed, "video": video}
+    env = str(run.config.env)
+    if namespace.render:
+        if namespace.env not in (None, env):
+            raise UsageError(f"--render draws the environment of training, {env}; leave out --env.")
+        returns, where = playing.play_here(run.config, state, **options), env
+    else:
+        env = (namespace.env or env).removeprefix("gymnasium/")
+        returns, where = playing.play(run.config, state, env, **options), f"{env} of Gymnasium"
     print(
-        f"{env} of Gymnasium, {counted(len(returns), 'episode')}: return {returns.mean():.1f} on average, "
+        f"{where}, {counted(len(returns), 'episode')}: return {returns.mean():.1f} on average, "
         f"{returns.min():.1f} to {returns.max():.1f}."
     )
-    if gif:
-        print(f"First episode: {gif}")
+    if video:
+        print(f"First episode: {video}")
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,6 +104,21 @@ class Step(NamedTuple):
         return self.terminated | self.truncated
 
 
+class Film(NamedTuple):
+    """Pictures of an episode.
+
+    Attributes:
+      frames: uint8 [height, width, 3] each.
+      per_second: how many of them a second of the episode has.
+    """
+
+    frames: Sequence[np.ndarray]
+    per_second: float
+
+
+Render = Callable[[Sequence[PyTree]], Film]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Environment:
     """An environment for one agent, as pure functions, which `vmap` makes many. Compared and hashed by identity.
@@ -126,6 +141,7 @@ class Environment:
       entries: None, or name and shape of the parts that an observation [D] is made of, in their order: what the default
         networks see of it can be chosen by name. One of the name "action_mask" is a mask (legal where above 0), which
         none of them sees, and of which the function `action_mask` is made, if it is not given.
+      render: None, or `render(states)` -> `Film`, pictures of states, one each, made outside of any program.
     """
 
     name: str
@@ -138,6 +154,7 @@ class Environment:
     costly_reset: bool = False
     action_mask: Callable[[Array], Array] | None = None
     entries: Mapping[str, tuple[int, ...]] | None = None
+    render: Render | None = None
 
     def __post_init__(self) -> None:
         if self.action_mask is None:
@@ -152,6 +169,11 @@ class Environment:
 
 RawReset = Callable[[Array], tuple[Array, PyTree]]
 RawStep = Callable[[Array, PyTree, Array], tuple[Array, PyTree, Array, Array, Array]]
+
+
+def render_inner(render: Render | None) -> Render | None:
+    """`render` for states that are pairs (what it draws, something of a wrapper's)."""
+    return None if render is None else lambda states: render([inner for inner, _ in states])
 
 
 def make_box(low: Any, high: Any, shape: tuple[int, ...]) -> Box:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import io
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from trpo_jax.environments import base
-from trpo_jax.environments.base import Array, Environment, PyTree
+from trpo_jax.environments.base import Array, Environment, Film, PyTree
 from trpo_jax.environments.checks import one_sentence
 from trpo_jax.environments.suites import assemble, check_name, quiet_mujoco, require
 from trpo_jax.sentences import UsageError
@@ -48,6 +50,7 @@ def from_brax(
       max_steps: the time limit.
       randomization_fn: draws the bodies of each episode, see `_Randomized`; None: they are as they are.
     """
+    drawn_by = getattr(env, "unwrapped", env)
     if randomization_fn is not None:
         env = _Randomized(env, name, randomization_fn)
 
@@ -59,8 +62,14 @@ def from_brax(
         state = env.step(state, action)
         return _observation(state.obs), state, state.reward, state.done > 0, False
 
+    def render(states: Sequence[PyTree]) -> Film:
+        own = [state.state if isinstance(state, DrawnState) else state for state in states]
+        own = [getattr(state, "pipeline_state", state) for state in own]  # which Playground's states have not
+        with contextlib.redirect_stderr(io.StringIO()):  # Playground shows a progress bar
+            return Film(drawn_by.render(own, height=240, width=320), 1 / float(drawn_by.dt))
+
     box = base.make_box(-1.0, 1.0, (env.action_size,))
-    return assemble(name, box, reset, step, max_steps=max_steps)
+    return assemble(name, box, reset, step, max_steps=max_steps, render=render)
 
 
 class _Randomized:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from trpo_jax.environments import wrappers
-from trpo_jax.environments.base import Array, Environment, PyTree, Step
+from trpo_jax.environments.base import Array, Environment, PyTree, Step, render_inner
 from trpo_jax.fields import NONE
 from trpo_jax.sentences import UsageError, shown
 
@@ -71,4 +71,4 @@ def draw_settings(
         raise UsageError(
             f"{base.name} resets itself in its own step, so its settings cannot be drawn for each episode."
         )
-    return dataclasses.replace(base, reset=reset, step=step)
+    return dataclasses.replace(base, reset=reset, step=step, render=render_inner(base.render))

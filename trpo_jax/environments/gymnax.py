@@ -11,7 +11,7 @@ import inspect
 import math
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.env_args import EnvArgs
-from trpo_jax.environments.base import Array, Environment, PyTree
+from trpo_jax.environments.base import Array, Environment, Film, PyTree
 from trpo_jax.environments.checks import one_sentence
 from trpo_jax.environments.entries import MASK, with_mask
 from trpo_jax.environments.spaces import action_space, observer
@@ -115,7 +115,14 @@ def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Envi
     limit = int(limit) if _is_known(limit) else None
     functions = _raw_functions if _inherits_gymnax_step(env) else _public_functions
     reset, step, restart = functions(env, extra, observe, to_env, name)
-    return assemble(name, space, reset, step, limit=limit, max_steps=max_steps, restart=restart)
+
+    def render(states: Sequence[PyTree]) -> Film:
+        from trpo_jax.environments.pictures import film_of_gymnax
+
+        own = [state.state if isinstance(state, _Resetting) else state for state in states]
+        return film_of_gymnax(env, extra, own, name)
+
+    return assemble(name, space, reset, step, limit=limit, max_steps=max_steps, restart=restart, render=render)
 
 
 @contextlib.contextmanager

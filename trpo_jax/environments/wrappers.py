@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.environments.base import Array, Environment, PyTree, Step
+from trpo_jax.environments.base import Array, Environment, Film, PyTree, Step, render_inner
 from trpo_jax.environments.entries import MASK, WHOLE, Entries, join, size_of, split
 from trpo_jax.sentences import UsageError, check_number, shown
 
@@ -68,8 +68,15 @@ def repeat_actions(environment: Environment, times: int) -> Environment:
         none = jnp.zeros(environment.observation_shape), state, jnp.float32(0), jnp.bool_(False), jnp.bool_(False)
         return jax.lax.scan(again, Step(*none), jax.random.split(key, times))[0]
 
-    limit = environment.max_steps
-    return dataclasses.replace(environment, step=step, max_steps=None if limit is None else -(-limit // times))
+    limit, draw = environment.max_steps, environment.render
+
+    def render(states: Sequence[PyTree]) -> Film:
+        assert draw is not None
+        film = draw(states)
+        return film._replace(per_second=film.per_second / times)
+
+    steps = None if limit is None else -(-limit // times)
+    return dataclasses.replace(environment, step=step, max_steps=steps, render=None if draw is None else render)
 
 
 def stack_frames(environment: Environment, num_frames: int) -> Environment:
@@ -260,7 +267,7 @@ def _wrap(
         return seen(*restart_inner(key, state[0]))
 
     changes["restart"] = None if restart_inner is None else restart
-    return dataclasses.replace(environment, reset=reset, step=step, **changes)
+    return dataclasses.replace(environment, reset=reset, step=step, render=render_inner(environment.render), **changes)
 
 
 def _with_observations(environment: Environment, see: Callable[[Array], Array], **changes: Any) -> Environment:
