@@ -85,6 +85,7 @@ for line in sys.stdin:
 '''
 
 SWEEP = """
+keep = "best"
 num_seeds = 2
 num_episodes = 2
 [base]

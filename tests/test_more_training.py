@@ -119,6 +119,8 @@ def test_what_does_not_fit_is_one_sentence(run, tmp_path, capsys):
     wider = said(str(run.path), "--num-seeds", "2", "--hidden", "32,32")
     assert "the policy to start from does not fit the settings: its " in wider and "float32[64]" in wider
     assert "normalize_observations=True; its networks expect" in said(str(run.path), "--no-normalize-observations")
+    relu = said(str(run.path), "--num-seeds", "2", "--activation", "relu")  # shapes that fit, and another function
+    assert "was trained with activation=auto; its networks expect that, not relu: give the same." in relu
     assert "is not the folder of a run" in said(str(tmp_path))
     assert not (tmp_path / "x").exists()
 

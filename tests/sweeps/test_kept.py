@@ -1,5 +1,7 @@
 """What a sweep keeps of its trained agents, how they are taken up again, and sweeps that grow."""
 
+import shutil
+
 import jax
 import numpy as np
 import probes
@@ -24,6 +26,15 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sweep") / "sweep"
     assert run_sweep(path, SPEC) == "complete"
     return path
+
+
+def files(path):
+    """The bytes of results and trained states, and whatever checkpoints are left."""
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for part in ("results", "states", "checkpoints")
+        for file in sorted((path / part).glob("[!.]*"))
+    }
 
 
 def results(path):
@@ -64,10 +75,75 @@ def test_the_best_of_each_point_is_kept_and_results_stay_as_they_are(folder, tmp
     plain = tmp_path / "none"
     assert run_sweep(plain, Spec(**{**SPEC.__dict__, "keep": "none"})) == "complete"
     assert str(results(plain)) == str(results(folder))  # NaN is not equal to itself
-    with pytest.raises(UsageError, match=r"keeps no trained states there .* sweep with --keep best or all"):
+    with pytest.raises(UsageError, match=r"keeps no trained states; sweep with --keep best or all into another"):
         load_agent(plain)
     with pytest.raises(UsageError, match="has no finished agent of point 7"):
         load_agent(folder, 7)
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+def killed_twice(path, spec, monkeypatch, **options):
+    """Start a sweep that is interrupted after its first chunk, then dies between writing states and results."""
+    with monkeypatch.context() as patch:
+        patch.setattr("trpo_jax.runs.runner._CHUNK_SECONDS", 0)
+        assert run_sweep(path, spec, report=lambda progress: False, **options) == "interrupted"
+    assert any((path / "checkpoints").glob("[!.]*.npz"))
+
+    def die(self, block, columns):
+        assert self._states_file(block).exists()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write_results", die)
+        with pytest.raises(Killed):
+            run_sweep(path, spec)
+
+
+def test_a_sweep_that_was_killed_keeps_the_same_states(folder, tmp_path, monkeypatch):
+    killed_twice(tmp_path, SPEC, monkeypatch)
+    with pytest.raises(UsageError, match="has no finished agent; its report lists what there is"):
+        load_agent(tmp_path)
+    assert run_sweep(tmp_path, SPEC) == "complete"
+    assert files(tmp_path) == files(folder)
+
+
+def test_a_sweep_that_was_killed_as_it_grew_is_the_one_that_grew(folder, tmp_path, monkeypatch):
+    more = Spec(**{**SPEC.__dict__, "num_seeds": 3})
+    killed, alone = tmp_path / "killed", tmp_path / "alone"
+    for path in (killed, alone):
+        shutil.copytree(folder, path)
+    assert run_sweep(alone, more, extend=True) == "complete"
+    killed_twice(killed, more, monkeypatch, extend=True)
+    assert run_sweep(killed, more) == "complete"  # it is that sweep already, so that it need not be extended again
+    assert files(killed) == files(alone)
+    assert files(folder).items() <= files(killed).items()
+    _, third = load_agent(killed, point=1, seed=2)
+    assert probes.same_bits(learner(third), learner(load_agent(alone, point=1, seed=2)[1]))
+
+
+def test_states_that_are_damaged_or_missing_are_trained_anew(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    whole = files(folder)
+    states = [tmp_path / name for name in whole if name.startswith("states/")]
+
+    def damage(file):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 255
+        file.write_bytes(data)
+
+    for spoil in (damage, lambda file: file.unlink()):
+        for file in states:
+            spoil(file)
+        with pytest.raises(
+            UsageError, match=r"npz is missing or damaged; the command of the sweep, given again, mends"
+        ):
+            load_agent(tmp_path)
+        assert run_sweep(tmp_path, SPEC) == "complete"
+        assert f"{states[0]} is missing or damaged. Its agents are trained anew." in capsys.readouterr().err
+        assert files(tmp_path) == whole
 
 
 def test_in_memory_states_are_those_in_the_folder(folder):
@@ -91,6 +167,8 @@ def test_commands_take_an_agent_of_a_sweep(folder, tmp_path, capsys):
     capsys.readouterr()
     assert main(["evaluate", str(folder), "--checkpoint", "best"]) == 2
     assert "--checkpoint is of a run" in capsys.readouterr().err
+    assert main(["evaluate", str(folder), "--point", "0", "--agent", "7"]) == 2
+    assert "has no finished agent of point 0 and seed 7; its report" in capsys.readouterr().err
 
 
 def test_a_sweep_takes_new_values_and_more_seeds(folder, tmp_path, capsys):

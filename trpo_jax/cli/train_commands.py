@@ -52,11 +52,13 @@ def _start_from(namespace: argparse.Namespace, config: Config) -> TrainState:
     from trpo_jax.runs.folders import load_run
 
     trained_with, state = load_run(namespace.init_from, env=namespace.env)
-    if trained_with.normalize_observations != config.normalize_observations:
-        raise UsageError(
-            f"{namespace.init_from} was trained with normalize_observations={trained_with.normalize_observations}; its "
-            "networks expect such observations: give the same."
-        )
+    for name in ("normalize_observations", "activation", "action_distribution"):  # no shape tells them apart
+        before, now = getattr(trained_with, name), getattr(config, name)
+        if before != now:
+            raise UsageError(
+                f"{namespace.init_from} was trained with {name}={before}; its networks expect that, not {now}: "
+                "give the same."
+            )
     return state
 
 

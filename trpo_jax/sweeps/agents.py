@@ -65,7 +65,8 @@ def choose_agent(path: str | os.PathLike[str], point: int | None, seed: int | No
             chosen &= columns[column] == value
     if not chosen.any():
         asked = " of" * (point is not None or seed is not None)
-        asked += f" point {point}" * (point is not None) + f" seed {seed}" * (seed is not None)
+        numbers = {"point": point, "seed": seed}
+        asked += " and".join(f" {name} {value}" for name, value in numbers.items() if value is not None)
         raise UsageError(f"{folder.path} has no finished agent{asked}; its report lists what there is.")
     score = np.array(table[name].to_pylist(), np.float64)
     best = np.flatnonzero(chosen)[np.argmax(np.nan_to_num(score[chosen], nan=-np.inf))]

@@ -31,7 +31,7 @@ from trpo_jax.sentences import UsageError, counted, first_line
 from trpo_jax.sweeps.cohorts import Snapshot, blank
 from trpo_jax.sweeps.grids import Spec
 from trpo_jax.sweeps.plans import earlier_forms, extended, own_part
-from trpo_jax.training.checkpoints import Checkpoints, read, save, without_mend
+from trpo_jax.training.checkpoints import Checkpoints, is_sound, read, save, without_mend
 from trpo_jax.training.loop import init
 from trpo_jax.training.state import TrainState
 
@@ -139,7 +139,9 @@ class Folder:
     # Results
 
     def is_finished(self, block: Block) -> bool:
-        """Whether a block's results are there; a damaged file is reported and counts as missing.
+        """Whether a block's results are there, and its trained states where they are kept.
+
+        A damaged file is reported and counts as missing.
 
         Raises:
           UsageError: if the file holds other agents than it should.
@@ -156,6 +158,9 @@ class Folder:
             return False
         if rows.num_rows != block.size or not self._is_ours(rows, block):
             raise UsageError(f"{file} holds other agents than it should; restore it, or choose another --output.")
+        if self._keeps() and not is_sound(self._states_file(block)):
+            say(f"{self._states_file(block)} is missing or damaged. Its agents are trained anew.")
+            return False
         self._finished.add(block)
         return True
 
@@ -223,16 +228,19 @@ class Folder:
           UsageError: if there are none, or the file cannot be used.
         """
         file = self._states_file(block)
-        if not file.exists():
-            raise UsageError(
-                f"{self.path} keeps no trained states there ({file} is missing); sweep with --keep best or all."
-            )
+        if not self._keeps():
+            raise UsageError(f"{self.path} keeps no trained states; sweep with --keep best or all into another folder.")
+        if not is_sound(file):
+            raise UsageError(f"{file} is missing or damaged; the command of the sweep, given again, mends it.")
         like = {"agent": jax.ShapeDtypeStruct((), np.int32), "state": jax.eval_shape(init, config, jax.random.key(0))}
         found, note = read(file, like)
         if not isinstance(note, dict) or note.get("of") != self._mark(block):
             raise UsageError(f"{file} is of another sweep or block; restore the right one.")
         one = lambda i: jax.tree.map(lambda leaf: jnp.asarray(leaf[i]), found["state"])  # noqa: E731
         return {int(agent): one(i) for i, agent in enumerate(found["agent"])}
+
+    def _keeps(self) -> bool:
+        return bool(self.description().get("keep", "none") != "none")
 
     def _states_file(self, block: Block) -> Path:
         return self.path / "states" / f"{block}.npz"

@@ -104,6 +104,15 @@ def read(path: str | os.PathLike[str], like: PyTree) -> tuple[Any, Any]:
     return jax.tree.unflatten(jax.tree.structure(like), leaves), note
 
 
+def is_sound(path: Path) -> bool:
+    """Whether a file that `save` wrote is there, and each of its arrays as it was written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # zipfile answers each kind of damage with another exception
+        return False
+
+
 def _read(path: Path) -> tuple[dict[str, Any], Any]:
     """The arrays of a file by name, keys typed, and its note."""
     try:
