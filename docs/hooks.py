@@ -15,7 +15,7 @@ from mkdocs.structure.files import File
 from trpo_jax import Config, Metrics
 
 ROOT = Path(__file__).parent.parent
-_INCLUDE = re.compile(r"^<!-- (example|table|text): (\S+) -->$", re.MULTILINE)
+_INCLUDE = re.compile(r"^<!-- (example|table): (\S+) -->$", re.MULTILINE)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -35,8 +35,6 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def _included(kind: str, name: str) -> str:
     if kind == "example":
         return f"```python\n{(ROOT / 'docs' / 'examples' / name).read_text().rstrip()}\n```"
-    if kind == "text":
-        return (ROOT / name).read_text()
     head, rows = {
         "settings": ("| setting | kind | meaning |\n|---|---|---|", settings_rows),
         "metrics": ("| metric | meaning |\n|---|---|", metrics_rows),

@@ -58,26 +58,10 @@ OFFLINE = [
     "Swimmer-misc",
     "UmbrellaChain-bsuite",
 ]
-# Those that compile for long, and those whose spaces another environment shares or that other tests train.
-EXPENSIVE = {"Asterix-MinAtar", "Freeway-MinAtar", "Pong-misc", "Seaquest-MinAtar", "SpaceInvaders-MinAtar"}
-ALIKE = {
-    "Acrobot-v1",
-    "BernoulliBandit-misc",
-    "CartPole-v1",
-    "DeepSea-bsuite",
-    "DiscountingChain-bsuite",
-    "FourRooms-misc",
-    "GaussianBandit-misc",
-    "MemoryChain-bsuite",
-    "MetaMaze-misc",
-    "MountainCar-v0",
-    "MountainCarContinuous-v0",
-    "Pendulum-v1",
-    "Reacher-misc",
-    "SimpleBandit-bsuite",
-    "Swimmer-misc",
-}
-FEW_AT_FIRST = [pytest.param(name, marks=[pytest.mark.long] if name in EXPENSIVE | ALIKE else []) for name in OFFLINE]
+# A grid, and one of every kind of space and ending. Each of the others compiles for seconds, shares its spaces with one of
+# these, or is trained by other tests.
+FEW = {"Breakout-MinAtar", "Catch-bsuite", "FrozenLake-misc", "PointRobot-misc", "UmbrellaChain-bsuite"}
+FEW_AT_FIRST = [pytest.param(name, marks=[] if name in FEW else [pytest.mark.long]) for name in OFFLINE]
 NUM_ENVS, NUM_STEPS = 3, 30
 
 

@@ -57,7 +57,7 @@ def run_sweep(
       path: the folder.
       spec: the sweep.
       process: this process's number and how many there are; block b is done by process b mod the second.
-      checkpoint_seconds: a block at work is saved so often.
+      checkpoint_seconds: seconds between two saves of a block at work.
       most_agents: agents a device takes in one program at most; None: as many as serve.
       report: called after every chunk of iterations; if it returns False, the sweep is interrupted there.
       open_sinks: `open_sinks(part, settings)`, called for each point of a finished block with its name, such as
