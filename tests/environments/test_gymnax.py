@@ -58,8 +58,8 @@ OFFLINE = [
     "Swimmer-misc",
     "UmbrellaChain-bsuite",
 ]
-# A grid, and one of every kind of space and ending. Each of the others compiles for seconds, shares its spaces with one of
-# these, or is trained by other tests.
+# A grid, and one of every kind of space and ending. Each of the others compiles for seconds, shares its spaces with one
+# of these, or is trained by other tests.
 FEW = {"Breakout-MinAtar", "Catch-bsuite", "FrozenLake-misc", "PointRobot-misc", "UmbrellaChain-bsuite"}
 FEW_AT_FIRST = [pytest.param(name, marks=[] if name in FEW else [pytest.mark.long]) for name in OFFLINE]
 NUM_ENVS, NUM_STEPS = 3, 30
