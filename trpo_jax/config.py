@@ -1,7 +1,7 @@
-"""Every setting once: its name, default, meaning and range. Imports no JAX, so the command line can show it at once.
+"""All settings, each defined once with its name, default, meaning and range. Imports no JAX, so that help is fast.
 
-A setting is *static* if it changes a shape, a loop length or a Python branch: each value compiles a program of its
-own. Every other setting is a float that is *traced*: one program serves all its values, and `jax.vmap` over it works.
+A setting is *static* if it changes a shape, a loop length or a Python branch: each value compiles its own program.
+Every other setting is a *traced* float: one program serves all its values, and `jax.vmap` maps over them.
 """
 
 from __future__ import annotations
@@ -19,50 +19,50 @@ from trpo_jax.steps import defaults
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of a training run. A pytree: floats are leaves, the rest is static.
+    """Settings of a training run: a pytree whose leaves are the traced floats. All other settings are static.
 
-    `help` and ranges stand in each field's metadata; `trpo-jax train --help` prints them. `config.replace(name=value)`
-    returns a changed copy. Each value is checked as the Config is made, which is the last moment at which it is
-    concrete; whether values go together is checked at use, by `validate`, so that they can be replaced one by one.
+    The metadata of each field hold its help and range, printed by `trpo-jax train --help`. `config.replace(name=value)`
+    returns a changed copy. Each value is checked when the Config is made, the last moment at which it is concrete.
+    `validate` checks at use whether values go together, so that they can be replaced one by one.
     """
 
-    env: Any = own_object("CartPole-v1", "a gymnax name, an Environment, or any object with gymnax's six-value step")
-    env_args: Any = own_object(EnvArgs(), "settings of the environment by name: floats are traced, the others static")
+    env: Any = own_object("CartPole-v1", "a name, an Environment, or any object with gymnax's six-value step")
+    env_args: Any = own_object(EnvArgs(), "environment settings by name: floats are traced, all others static")
     max_steps: int = static(
-        0, "time limit of an episode, beside the environment's; 0: none", interval="[0, 2147483647]"
+        0, "time limit of an episode in steps, in addition to the environment's; 0: none", interval="[0, 2147483647]"
     )
-    randomize: Any = text(fields.NONE, "ranges that settings of the environment are drawn from, as gravity=5..20")
-    wrappers: str = text(fields.NONE, "what changes the environment, first to last: hide_entries=1,3 stack_frames=4")
+    randomize: Any = text(fields.NONE, "ranges from which environment settings are drawn, such as gravity=5..20")
+    wrappers: str = text(fields.NONE, "wrappers of the environment, innermost first: hide_entries=1,3 stack_frames=4")
     policy: Any = own_object(None, "a Network whose apply returns a distribution; None: see `network`")
     value: Any = own_object(None, "a Network whose apply returns V, [...]; None: see `network`")
     num_envs: int = static(16, "environments stepped in parallel, N", high=10_000_000)
-    num_steps: int = static(128, "steps in each environment per iteration, T", high=10_000_000)
+    num_steps: int = static(128, "steps per environment and iteration, T", high=10_000_000)
     num_iterations: int = static(150, "iterations (one rollout and one update each)", high=10_000_000)
     gamma: float = traced(0.99, "discount γ", interval="[0, 1]")
     gae_lambda: float = traced(0.98, "λ of generalized advantage estimation", interval="[0, 1]")
-    baseline: bool = static(True, "weight actions by advantages; False: by returns, as REINFORCE without a baseline")
+    baseline: bool = static(True, "weight actions by advantages; False: by returns, as in REINFORCE without a baseline")
     update: Any = static(
         "trpo",
-        "how the policy is updated; all but trpo take gradient steps: one (policy-gradient), or epochs of minibatches "
-        "on the clipped (ppo) or the penalised surrogate (kl-penalty)",
+        "policy update; all but trpo take gradient steps: one per batch (policy-gradient), or epochs of minibatches on "
+        "the clipped (ppo) or penalised surrogate (kl-penalty)",
         choices=tuple(fields.ALGORITHMS),
     )
     max_kl: float = traced(
         defaults.MAX_KL,
-        "trust-region radius δ: bound on the divergence of an update, nats; the first, if it adapts",
+        "trust-region radius δ: upper bound on the divergence of an update, nats; the initial one if it adapts",
         interval="(0, 1e6]",
         used=fields.TRPO,
     )
     constraint: str = static(
         "mean-kl",
-        "the divergence that δ bounds: mean or maximum of KL(old‖new) over the batch, or the mean of KL(new‖old)",
+        "the divergence that δ bounds: mean or maximum of KL(old‖new) over the batch, or mean of KL(new‖old)",
         choices=("mean-kl", "max-kl", "reverse-kl"),
         used=fields.TRPO,
     )
     radius_rule: str = static(
         "fixed",
-        "ratio: δ grows while the realised gain, measured on the next batch, is near the predicted one, and shrinks "
-        "where it is not; divergence: δ moves until the divergence is near target_kl",
+        "ratio: δ grows while the realised gain, measured on the next batch, is near the predicted gain, and shrinks "
+        "otherwise; divergence: δ adapts until the divergence is near target_kl",
         choices=("fixed", "ratio", "divergence"),
         used=fields.TRPO,
     )
@@ -74,42 +74,42 @@ class Config:
     )
     target_kl: float = traced(
         0.01,
-        "divergence that radius_rule=divergence and kl-penalty aim at",
+        "target divergence of radius_rule=divergence and of kl-penalty, nats",
         interval="(0, 1e6]",
         used=({"radius_rule": ("divergence",)}, {"update": ("kl-penalty",)}),
     )
     anneal_max_kl: float = traced(
         0.0,
-        "share of δ that is gone at the end of the run, linearly; 1: shrinks towards 0",
+        "share by which δ falls linearly over the run; 1: towards 0",
         interval="[0, 1]",
         used=fields.TRPO,
     )
     reuse: int = static(
-        1, "batches an update learns from: the newest and reuse − 1 before it", used=fields.TRPO, high=1_000
+        1, "batches per update: the newest one and the reuse − 1 before it", used=fields.TRPO, high=1_000
     )
     entropy_coefficient: float = traced(
         0.0,
-        "weight of the policy's mean entropy in the objective; of a default Gaussian it asks for log σ up to 2 at "
-        "most, in units of half the action range",
+        "weight of the policy's mean entropy in the objective; for a default Gaussian the bonus grows up to log σ = 2 in "
+        "units of half the action range",
         interval="[0, 1e6]",
     )
     cg_damping: float = traced(
         defaults.CG_DAMPING, "damping λ_d of the Fisher matrix in the solver", interval="[0, 1e6]", used=fields.TRPO
     )
-    cg_iterations: int = static(defaults.CG_ITERATIONS, "conjugate-gradient iterations k at most", used=fields.TRPO)
+    cg_iterations: int = static(defaults.CG_ITERATIONS, "at most k conjugate-gradient iterations", used=fields.TRPO)
     cg_tolerance: float = traced(
         defaults.CG_TOLERANCE,
-        "relative residual at which conjugate gradient stops before k; 0: never",
+        "relative residual at which conjugate gradient stops early; 0: never",
         interval="[0, 1)",
         used=fields.CURVATURE,
     )
     fisher_fraction: float = static(
-        defaults.FISHER_FRACTION, "share of the batch for the curvature", interval="(0, 1]", used=fields.CURVATURE
+        defaults.FISHER_FRACTION, "share of the batch for curvature", interval="(0, 1]", used=fields.CURVATURE
     )
     line_search: str = static(
         "auto",
-        "one candidate after the other, or all in one batched pass; auto: parallel on accelerators; none: the full "
-        "step is taken as it is, which is the natural gradient method",
+        "one candidate after the other, or all in one batched pass; auto: parallel on accelerators; none: take the full"
+        " step, as in the natural gradient method",
         choices=("auto", "backtracking", "parallel", "none"),
         used=fields.TRPO,
     )
@@ -117,11 +117,11 @@ class Config:
         defaults.LINE_SEARCH_SHRINK, "factor α from one candidate to the next", interval="(0, 1)", used=fields.SEARCH
     )
     line_search_steps: int = static(
-        defaults.LINE_SEARCH_STEPS, "candidates that the line search tries", used=fields.SEARCH, high=1_000
+        defaults.LINE_SEARCH_STEPS, "number of candidates in the line search", used=fields.SEARCH, high=1_000
     )
     policy_optimizer: str = static(
         "adam",
-        "gradient steps: by Adam, or plain, θ + learning rate · gradient",
+        "gradient steps: adam, or plain steps θ + learning rate · gradient (sgd)",
         choices=("adam", "sgd"),
         used=fields.GRADIENT_STEPS,
     )
@@ -131,28 +131,28 @@ class Config:
     policy_epochs: int = static(10, "ppo, kl-penalty: passes over the batch", used=fields.EPOCHS)
     policy_minibatches: int = static(
         8,
-        "ppo, kl-penalty: minibatches per pass, shuffled anew in each; must divide the batch",
+        "ppo, kl-penalty: minibatches per pass, reshuffled in each; must divide the batch",
         used=fields.EPOCHS,
         high=10_000_000,
     )
     clip_ratio: float = traced(
-        0.2, "ppo: ε, the ratio counts within [1 − ε, 1 + ε]", interval="(0, 1e6]", used=({"update": ("ppo",)},)
+        0.2, "ppo: ε; the ratio is clipped to [1 − ε, 1 + ε]", interval="(0, 1e6]", used=({"update": ("ppo",)},)
     )
     max_grad_norm: float = traced(
         0.5,
-        "ppo, kl-penalty: a longer gradient of a minibatch is scaled to this norm; 0: never",
+        "ppo, kl-penalty: largest gradient norm of a minibatch, to which longer gradients are scaled; 0: no limit",
         interval="[0, 1e6]",
         used=fields.EPOCHS,
     )
     initial_penalty: float = traced(
         1.0,
-        "kl-penalty: coefficient β of the KL at the start; adapts to target_kl",
+        "kl-penalty: initial coefficient β of the KL; adapts to target_kl",
         interval="(0, 1e6]",
         used=({"update": ("kl-penalty",)},),
     )
     value_fit: Any = static(
         "gauss-newton",
-        "how the value function is fitted: one damped Gauss-Newton step, or epochs of minibatches by Adam",
+        "value fit: one damped Gauss-Newton step, or epochs of minibatches with Adam",
         choices=tuple(fields.VALUE_FITS),
     )
     value_damping: float = traced(
@@ -162,18 +162,20 @@ class Config:
         used=fields.GAUSS_NEWTON,
     )
     value_cg_iterations: int = static(
-        defaults.VALUE_CG_ITERATIONS, "gauss-newton: conjugate-gradient iterations at most", used=fields.GAUSS_NEWTON
+        defaults.VALUE_CG_ITERATIONS,
+        "gauss-newton: at most k conjugate-gradient iterations",
+        used=fields.GAUSS_NEWTON,
     )
     value_learning_rate: float = traced(3e-3, "adam: learning rate", interval="[0, 1e6]", used=fields.ADAM)
     value_clip: float = traced(
         0.0,
-        "adam: V counts within ± this of what it was, where that raises the loss; 0: everywhere",
+        "adam: in the loss, clip V to its old value ± this where that raises the loss, as in PPO; 0: never",
         interval="[0, 1e12]",
         used=fields.ADAM,
     )
     anneal_learning_rates: float = traced(
         0.0,
-        "share of both learning rates that is gone at the end of the run, linearly",
+        "share by which both learning rates fall linearly over the run",
         interval="[0, 1]",
         used=(*fields.GRADIENT_STEPS, *fields.ADAM),
     )
@@ -183,13 +185,13 @@ class Config:
     )
     normalize_advantages: bool = static(
         True,
-        "shift and scale the advantages of a batch to mean 0 and variance 1; with baseline=False only scale the "
-        "returns, to a mean square of 1",
+        "normalise the advantages of a batch to mean 0 and variance 1; with baseline=False scale the returns to a mean "
+        "square of 1",
     )
     normalize_observations: bool = static(
         False,
-        "running normalisation of observations, frozen within an iteration; starts from a rollout that nothing is "
-        "learned from",
+        "normalise observations by running statistics, which are frozen within an iteration and start from a rollout "
+        "without learning",
     )
     observation_clip: float = traced(
         defaults.OBSERVATION_CLIP,
@@ -198,71 +200,69 @@ class Config:
         used=({"normalize_observations": (True,)},),
     )
     normalize_rewards: bool = static(False, "divide rewards by the running standard deviation of the discounted return")
-    reward_clip: float = traced(
-        0.0, "clip rewards to ± this, after their normalisation; 0: never", interval="[0, 1e12]"
-    )
+    reward_clip: float = traced(0.0, "clip rewards to ± this, after any normalisation; 0: never", interval="[0, 1e12]")
     network: str = static(
         "auto",
-        "what the default policy and value function are made of; auto: cnn for observations of rank 3, else mlp; gru "
-        "remembers",
+        "kind of the default policy and value networks; auto: cnn for observations of rank 3, else mlp; gru is "
+        "recurrent",
         choices=("auto", "mlp", "cnn", "gru"),
     )
     hidden: Sequence[int] | str = widths(
         "auto",
-        "widths of the layers, the last also a gru's units; auto: 64,64, of a gru 64, of a cnn 128",
+        "widths of the layers, the last is also that of the gru; auto: 64,64 (gru: 64, cnn: 128)",
         used=fields.HIDDEN,
     )
     value_hidden: Sequence[int] | str = widths(
-        "auto", "those of the value function; auto: as hidden, or 64 on a shared trunk", used=fields.OWN_VALUE
+        "auto", "layer widths of the value function; auto: as hidden, or 64 on a shared trunk", used=fields.OWN_VALUE
     )
     channels: Sequence[int] | str = widths(
-        (16,), "cnn: filters of each convolution, of which the first spans grids of any size", used=fields.CONVOLUTIONS
+        (16,), "cnn: filters per convolution; the first reduces larger grids to about 10 x 10", used=fields.CONVOLUTIONS
     )
     activation: str = static(
         "auto",
-        "what follows each layer but the last; auto: tanh, in a cnn relu",
+        "activation after each layer but the last; auto: tanh (cnn: relu)",
         choices=("auto", "tanh", "relu", "swish", "gelu"),
         used=fields.OWN_NETWORK,
     )
     layer_norm: bool = static(
-        False, "normalise what each layer but the last gives, before its activation", used=fields.OWN_NETWORK
+        False, "normalise the output of each layer but the last, before its activation", used=fields.OWN_NETWORK
     )
     initialisation: str = static(
         "orthogonal",
-        "weights at the start: orthogonal with a gain of √2, or lecun-normal; the policy's last layer times 0.01",
+        "initial weights: orthogonal with a gain of √2, or lecun-normal; those of the policy's last layer times 0.01",
         choices=("orthogonal", "lecun-normal"),
         used=fields.OWN_NETWORK,
     )
     shared_trunk: bool = static(
         False,
-        "the value function is a small network on what the policy's last layer sees; nothing below learns from it",
+        "V is a small network on the input of the policy's last layer; its fit leaves the shared layers as they are",
     )
     action_distribution: str = static(
         "gaussian",
-        "of actions in a Box: unbounded, through tanh, or beta; the last two need bounds",
+        "policy for actions in a Box: unbounded Gaussian, Gaussian through tanh, or beta; the last two need bounds",
         choices=("gaussian", "tanh", "beta"),
         used=fields.OWN_POLICY,
     )
     value_observation: str = text(
-        "auto", "entries of a dict that the value function sees, as a,b; auto: as the policy", used=fields.VIEW
+        "auto", "entries of a dict that the value function sees, such as a,b; auto: as the policy", used=fields.VIEW
     )
     state_dependent_std: bool = static(False, "a Gaussian's σ depends on the observation", used=fields.GAUSSIAN)
     initial_log_std: float = traced(
         0.0,
-        "log σ of a Gaussian policy at the start, in units of half the action range; of tanh before it",
+        "initial log σ of a Gaussian policy, in units of half the action range; for tanh, before squashing",
         interval="[-20, 20]",
         used=fields.GAUSSIAN,
     )
     eval_every: int = static(
-        0, "iterations from one evaluation during training to the next; 0: none", interval="[0, 10000000]"
+        0, "iterations between evaluations during training; 0: no evaluation", interval="[0, 10000000]"
     )
-    eval_episodes: int = static(32, "episodes of an evaluation during training", used=fields.EVALUATED, high=1_000_000)
+    eval_episodes: int = static(32, "episodes per evaluation during training", used=fields.EVALUATED, high=1_000_000)
     eval_stochastic: bool = static(
-        False, "evaluation during training samples actions instead of taking the mode", used=fields.EVALUATED
+        False, "sample actions in evaluations during training, instead of the mode", used=fields.EVALUATED
     )
     stop_at_return: float = static(
         fields.NEVER,
-        "mean return of an evaluation during training at which the agent's training ends; from 1e30 on: never",
+        "training of an agent ends when an evaluation during training has this mean return; 1e30 or more: never",
         interval="[-1e38, 1e38]",
         used=fields.EVALUATED,
     )
@@ -276,7 +276,7 @@ class Config:
                 check_setting(name, value)
 
     def replace(self, **changes: Any) -> Config:
-        """A copy with some settings changed."""
+        """Return a copy with some settings changed."""
         for name in changes:
             if name not in FIELDS:
                 raise UsageError(f"Config has no setting {name!r}{nearest(name, FIELDS)}")
@@ -293,5 +293,5 @@ _TRACED = frozenset(name for name, field in FIELDS.items() if not field.metadata
 
 
 def check_setting(name: str, value: Any, source: str = "") -> None:
-    """Raise `UsageError` unless a setting, from the file `source`, may have this value; traced ones all pass."""
+    """Raise `UsageError` unless a setting, from the file `source`, may have this value; traced values always pass."""
     check_value(FIELDS[name], f"{name} in {source}" if source else name, value)

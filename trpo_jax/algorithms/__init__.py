@@ -1,1 +1,1 @@
-"""How a policy is updated and a value function fitted: one file per algorithm, each with `make(config)`."""
+"""Policy updates and value fits: one file per algorithm, each with a function `make(config)`."""

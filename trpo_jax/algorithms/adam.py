@@ -1,4 +1,4 @@
-"""The value function by epochs of minibatches by Adam, optionally clipped as PPO's is (Engstrom et al. 2020)."""
+"""Value fit by Adam: epochs of minibatches, optionally clipped as in PPO (Engstrom et al. 2020)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trpo_jax.steps.values import fit_value_function
 
 
 def make(config: Config) -> ValueFit:
-    """Adam as the settings have it."""
+    """Build the Adam fit for these settings."""
     import optax  # deferred: the default fit does not need it
 
     def update(

@@ -1,4 +1,4 @@
-"""What an algorithm is to the trainer: two pure functions, and the batch that they learn from.
+"""The interface between an algorithm and the trainer: two pure functions, and the batch they learn from.
 
     def make(config):
         optimizer = optax.adam(config.policy_learning_rate)
@@ -8,7 +8,8 @@
 
         return Algorithm(lambda params, statistics: optimizer.init(params), update)
 
-`Config(update=make)` trains with it. Those of the package have a name: one file, and one line in config.py.
+`Config(update=make)` trains with it. The algorithms of the package have names: each is one file, and one line of
+`ALGORITHMS` in fields.py.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ from trpo_jax.steps.types import Array, PolicyApply, PyTree
 
 
 class Experience(NamedTuple):
-    """What a policy update learns from: B samples of the newest K batches.
+    """The data of a policy update: B samples from the newest K batches.
 
     Attributes:
-      batch: the samples. Its advantages are normalised as the settings say; without a baseline they are returns.
+      batch: the samples. The advantages are normalised if `normalize_advantages` is set; without a baseline they are
+        returns.
       advantage: the advantages before normalisation, [B].
-      scale: what a unit of the batch's advantage is in units of the raw one.
-      num_new: samples of the newest batch, which come first (static).
-      iteration: iterations done before this one, int32.
-      statistics: those by which the observations are normalised.
+      scale: the size of one unit of the batch's advantages in units of the raw ones.
+      num_new: number of samples from the newest batch, which come first (static).
+      iteration: iterations completed before this one, int32.
+      statistics: the statistics that normalise the observations.
       apply_under: `apply_under(statistics)` -> the `policy_apply` of an agent with other statistics.
     """
 
@@ -49,14 +51,14 @@ class Experience(NamedTuple):
 
 
 class Algorithm(NamedTuple):
-    """How a policy is updated.
+    """A way to update a policy.
 
     Attributes:
-      init: `init(params, statistics)` -> what the algorithm keeps from update to update, a pytree of arrays; None if
-        it keeps nothing.
+      init: `init(params, statistics)` -> the state that the algorithm keeps between updates, a pytree of arrays, or
+        None.
       update: `update(policy_apply, params, state, experience, key)` -> (params, state, `UpdateInfo`). The parameters
         are one flat vector [P]; `experience` is an `Experience`.
-      shuffles: whether minibatches are shuffled in every epoch, those of the value function too.
+      shuffles: whether every epoch reshuffles its minibatches, including those of the value fit.
     """
 
     init: Callable[[Array, RunningStatistics], PyTree]
@@ -65,14 +67,14 @@ class Algorithm(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What a value function is fitted to: B samples.
+    """The data of a value fit: B samples.
 
     Attributes:
       observation: [B, ...], an array or a pytree of arrays.
       target: λ-returns, [B].
       old_values: V before the fit, [B].
-      sample_ndim: leading axes of B that tell independent samples apart; None: all.
-      iteration: iterations done before this one, int32.
+      sample_ndim: number of leading axes of B that index independent samples; None: all.
+      iteration: iterations completed before this one, int32.
     """
 
     observation: PyTree
@@ -83,12 +85,12 @@ class Targets(NamedTuple):
 
 
 class ValueFit(NamedTuple):
-    """How a value function is fitted.
+    """A way to fit a value function.
 
     Attributes:
-      init: `init(params)` -> what the fit keeps from iteration to iteration; None if it keeps nothing.
-      update: `update(value_apply, params, state, targets, key)` -> (params, state, loss); `targets` is a `Targets`,
-        the key None where minibatches are not shuffled.
+      init: `init(params)` -> the state that the fit keeps between iterations, or None.
+      update: `update(value_apply, params, state, targets, key)` -> (params, state, loss). `targets` is a `Targets`; the
+        key is None where minibatches are not shuffled.
     """
 
     init: Callable[[PyTree], PyTree]
@@ -96,12 +98,12 @@ class ValueFit(NamedTuple):
 
 
 def make_algorithm(config: Config) -> Algorithm:
-    """The algorithm that `config.update` names, or that it makes."""
+    """Build the algorithm that `config.update` names; if `config.update` is a function, call it."""
     return _maker(config.update, ALGORITHMS)(config)
 
 
 def make_value_fit(config: Config) -> ValueFit:
-    """The value fit that `config.value_fit` names, or that it makes."""
+    """Build the value fit that `config.value_fit` names; if `config.value_fit` is a function, call it."""
     return _maker(config.value_fit, VALUE_FITS)(config)
 
 
@@ -110,12 +112,12 @@ def _maker(choice: Any, modules: dict[str, str]) -> Callable[[Config], Any]:
 
 
 def annealed(value: Any, share: Any, config: Config, iteration: Array) -> Array:
-    """A setting of which a share is gone at the end of the run: value (1 − share min(k, n)/n) in iteration k of n."""
+    """A setting that falls by a share of itself over the run: value (1 − share min(k, n)/n) in iteration k of n."""
     return value * (1 - share * jnp.minimum(iteration, config.num_iterations) / config.num_iterations)
 
 
 def policy_optimizer(config: Config, iteration: Array | int = 0) -> Any:
-    """The optax optimizer of a policy that takes gradient steps, with the learning rate of an iteration."""
+    """The optax optimizer for a policy's gradient steps, with the learning rate of the given iteration."""
     import optax  # deferred: the default algorithm does not need it
 
     learning_rate = annealed(config.policy_learning_rate, config.anneal_learning_rates, config, jnp.int32(iteration))

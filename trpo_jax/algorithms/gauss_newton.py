@@ -1,4 +1,4 @@
-"""The value function by one damped Gauss–Newton step, with the machinery of the policy's step."""
+"""Value fit by one damped Gauss–Newton step, with the same machinery as the policy step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trpo_jax.steps.values import gauss_newton_fit
 
 
 def make(config: Config) -> ValueFit:
-    """The Gauss–Newton fit as the settings have it."""
+    """Build the Gauss–Newton fit for these settings."""
 
     def update(
         value_apply: Callable[..., Array], params: PyTree, state: None, targets: Targets, key: Any

@@ -21,14 +21,14 @@ _INVERSE_PENALTIES = 1e-4, 1e4  # bounds of 1/β
 
 
 class PenaltyState(NamedTuple):
-    """State of the optimizer, and the coefficient β of the KL in the next update."""
+    """State of the optimizer, and the coefficient β of the KL for the next update."""
 
     optimizer: PyTree
     penalty: Array
 
 
 def make(config: Config) -> Algorithm:
-    """The penalised objective as the settings have it."""
+    """Build the KL-penalty algorithm for these settings."""
 
     def init(params: Array, statistics: RunningStatistics) -> PenaltyState:
         return PenaltyState(policy_optimizer(config).init(params), jnp.float32(config.initial_penalty))

@@ -1,4 +1,4 @@
-"""The plain policy gradient: one step along mean_n[∇log π(a_n|s_n) · A_n], of Adam or θ + α g (Williams 1992)."""
+"""The plain policy gradient: one step along mean_n[∇log π(a_n|s_n) · A_n], by Adam or as θ + α g (Williams 1992)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trpo_jax.steps.types import Array, PolicyApply, PyTree
 
 
 def make(config: Config) -> Algorithm:
-    """The policy gradient as the settings have it; on one batch, further steps would no longer follow it."""
+    """Build the policy-gradient algorithm: one step per batch, since a second one would not follow its gradient."""
 
     def update(
         policy_apply: PolicyApply, params: Array, state: PyTree, experience: Experience, key: Array

@@ -10,7 +10,7 @@ from trpo_jax.steps.types import Array, PolicyApply, PyTree
 
 
 def make(config: Config) -> Algorithm:
-    """PPO as its users know it: minibatches shuffled in every epoch, gradients clipped."""
+    """Build PPO in its usual form: every epoch reshuffles the minibatches, and gradients are clipped."""
 
     def update(
         policy_apply: PolicyApply, params: Array, state: PyTree, experience: Experience, key: Array
@@ -29,7 +29,7 @@ def take_epochs(
     key: Array,
     objective: Objective,
 ) -> tuple[Array, PyTree, UpdateInfo]:
-    """Epochs of shuffled minibatches on an objective, as the settings have them."""
+    """Run the epochs of shuffled minibatches that the settings call for on an objective."""
     return first_order_update(
         policy_apply,
         params,

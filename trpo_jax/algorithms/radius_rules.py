@@ -1,4 +1,4 @@
-"""How the trust-region radius moves from update to update: not at all, by the divergence, or by the realised gain."""
+"""Rules for the trust-region radius between updates: fixed, adapted to the divergence, or to the realised gain."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from trpo_jax.steps.types import Array, PolicyApply, PyTree, Scalar
 
 
 class RadiusRule(NamedTuple):
-    """A rule, as three functions.
+    """A radius rule as three functions.
 
     Attributes:
-      init: `init(config, params, statistics)` -> its state.
+      init: `init(config, params, statistics)` -> its initial state.
       before: `before(config, policy_apply, params, state, experience)` -> (state, δ of this update, realised over
-        predicted gain of the update before, NaN where it was not measured).
-      after: `after(config, params, state, experience, info, radius)` -> the state for the next update; `params` are
-        those before this one, `radius` is δ that it had, after annealing and the share left to it under reuse.
+        predicted gain of the previous update, NaN where it was not measured).
+      after: `after(config, params, state, experience, info, radius)` -> the state for the next update. `params` are
+        those before this update; `radius` is the δ that it used, after annealing and the reduction for reuse.
     """
 
     init: Callable[..., PyTree]
@@ -35,14 +35,14 @@ class RadiusRule(NamedTuple):
 
 
 class PreviousUpdate(NamedTuple):
-    """What the next batch needs to know of an update in order to measure its gain.
+    """The facts about an update that the next batch needs to measure its gain.
 
     Attributes:
       policy_params: θ before it, [P].
-      statistics: of the observations, as that policy had them.
-      gain: surrogate gain that it promised, entropy bonus included, in units of the raw advantage; 0 if rejected.
-      entropy_weight: what a nat of entropy counts for in it, in the same units.
-      at_boundary: whether the radius, not the gain, limited the step, bool.
+      statistics: the observation statistics of that policy.
+      gain: its surrogate gain, including the entropy bonus, in units of the raw advantage; 0 if it was rejected.
+      entropy_weight: the value of one nat of entropy in that gain, in the same units.
+      at_boundary: whether the radius, rather than the gain, limited the step, bool.
     """
 
     policy_params: Array
@@ -60,13 +60,13 @@ class MeasuredRadius(NamedTuple):
 
 
 def was_refused(info: UpdateInfo) -> Array:
-    """Whether a step was there and none was taken, which counts as one that went too far."""
+    """Whether the gradient was usable but no step was taken; the rules treat this as a step that went too far."""
     finite = info.gradient_norm < jnp.finfo(jnp.float32).max
     return ~info.accepted & (info.gradient_norm > 0) & finite
 
 
 def effective_divergence(info: UpdateInfo, target: Scalar) -> Array:
-    """The divergence that a rule reacts to: infinite where the step was refused, the target where there was none."""
+    """The divergence for a radius rule: infinite if the step was refused, the target if there was no step to take."""
     return jnp.where(was_refused(info), jnp.inf, jnp.where(info.accepted, info.divergence, target))
 
 
@@ -81,7 +81,7 @@ def _unmeasured(config: Config, policy_apply: PolicyApply, params: Array, state:
 def _by_divergence(
     config: Config, params: Array, radius: Array, experience: Experience, info: UpdateInfo, used_radius: Array
 ) -> Array:
-    # What annealing and reuse take from the radius, they take from its target.
+    # Annealing and reuse reduce the radius, and its target by the same factor.
     target = config.target_kl * (used_radius / radius)
     divergence = effective_divergence(info, target)
     return adapt_radius_by_divergence(radius, divergence, target, config.smallest_max_kl, config.largest_max_kl)
@@ -95,14 +95,15 @@ def _init_ratio(config: Config, params: Array, statistics: RunningStatistics) ->
 def _measure(
     config: Config, policy_apply: PolicyApply, params: Array, state: MeasuredRadius, experience: Experience
 ) -> tuple[MeasuredRadius, Array, Array]:
-    """Realised over predicted gain of the previous update, and the radius that follows from it.
+    """Compare realised and predicted gain of the previous update, and adapt the radius to their ratio.
 
-    From this batch, which the new policy collected, the same surrogate says what going back would cost,
-    b = mean[(1 − π_last/π) A]. The gain along the step is the mean of both ends' slopes times its length, exactly so
-    where η is quadratic, so r = ½ (p + b)/p with p as the last batch promised. Its noise does not grow as the step
-    shrinks, as that of a difference of returns would; b is from samples that did not choose the step; and pure noise
-    gives r = ½, on which the radius holds. A standard error is left to either side before the radius moves.
-    An entropy bonus counts in p as in b, by what it weighed then: there w (H(π) − H(π_last)) on this batch's states.
+    The new policy collected this batch, so the same surrogate gives the cost of going back, b = mean[(1 − π_last/π) A].
+    The gain along the step is its length times the mean of the slopes at both ends, exactly so where η is quadratic.
+    Hence r = ½ (p + b)/p, with the surrogate gain p on the previous batch. The noise of r does not grow as the step
+    shrinks, unlike that of a difference of returns. The samples behind b did not choose the step. Pure noise gives
+    r = ½, at which the radius stays. Before the rule uses r, it is moved one standard error towards ½.
+    An entropy bonus counts in p and in b with the weight w that it had then: in b as w (H(π) − H(π_last)) on the states
+    of this batch.
     """
     last = state.previous
     newest = experience.batch.observation, experience.batch.action, experience.advantage
@@ -125,7 +126,7 @@ def _measure(
 def _remember(
     config: Config, params: Array, state: MeasuredRadius, experience: Experience, info: UpdateInfo, radius: Array
 ) -> MeasuredRadius:
-    """What the next batch measures; a refused step makes the radius shrink at once."""
+    """Store the update for the next batch to measure; after a refused step, shrink the radius at once."""
     at_boundary = info.divergence > radius / 2
     bounds = config.smallest_max_kl, config.largest_max_kl
     shrunk = adapt_radius_by_ratio(state.radius, 0.0, at_boundary, *bounds)

@@ -1,4 +1,4 @@
-"""Trust region policy optimization, with a radius that is fixed, or that follows from how the last update went."""
+"""Trust region policy optimization, with a radius that is fixed or adapts to the results of earlier updates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONSTRAINTS = {"mean-kl": mean_kl, "max-kl": maximum_kl, "reverse-kl": reverse_k
 
 
 def make(config: Config) -> Algorithm:
-    """TRPO as the settings have it."""
+    """Build TRPO for these settings."""
     rule = RADIUS_RULES[config.radius_rule]
 
     def update(
@@ -50,7 +50,7 @@ def make(config: Config) -> Algorithm:
 
 
 def line_search_of(config: Config) -> functools.partial:
-    """The line search that the settings name on this backend."""
+    """The line search for these settings on this backend."""
     turns = backend.candidates_take_turns() if config.line_search == "auto" else config.line_search == "backtracking"
     search = full_step if config.line_search == "none" else backtracking_line_search if turns else parallel_line_search
     return functools.partial(search, shrink=config.line_search_shrink, max_steps=config.line_search_steps)
@@ -59,9 +59,9 @@ def line_search_of(config: Config) -> functools.partial:
 def radius_of(config: Config, radius: Array, iteration: Array) -> Array:
     """The trust-region radius of this update, nats, from δ of the radius rule.
 
-    Learning from batches up to K − 1 policies old, the policies since then have used up part of what may be trusted:
-    δ / (Σ_i ν_i (i + 1))², where ν_i is the share of the samples that are i policies old (Queeney et al. 2021, with
-    δ = ε²/2).
+    Where the batch has samples up to K − 1 policies old, the changes of the policy since then have used up part of the
+    trust region: δ / (Σ_i ν_i (i + 1))², where ν_i is the share of samples that are i policies old (Queeney et al.
+    2021, with δ = ε²/2).
     """
     radius = annealed(radius, config.anneal_max_kl, config, iteration)
     if config.reuse > 1:

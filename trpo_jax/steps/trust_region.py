@@ -44,13 +44,13 @@ _MOVED = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NaturalGradientInfo:
-    """What the solve for a step says of itself; not finite for a gradient that is not.
+    """Report of the solve for a step; its numbers are not finite if the gradient is not.
 
     Attributes:
       predicted_gain: gᵀs, the surrogate gain of the linear model at the full step s.
       gradient_norm: ‖g‖₂.
       cg_residual: ‖g − (F + λ_d I) x‖ / ‖g‖.
-      cg_iterations: conjugate-gradient steps taken before it froze, int32.
+      cg_iterations: conjugate-gradient steps taken before the solver froze, int32.
     """
 
     predicted_gain: Array
@@ -69,17 +69,17 @@ def natural_gradient(
     weight: Array | None = None,
     **moved: Any,
 ) -> tuple[PyTree, NaturalGradientInfo]:
-    """The step s = β x with x ≈ (F + λ_d I)⁻¹ g and β = √(2δ / xᵀF x), so that ½ sᵀF s = δ.
+    """Compute the step s = β x with x ≈ (F + λ_d I)⁻¹ g and β = √(2δ / xᵀF x), so that ½ sᵀF s = δ.
 
     β uses the *undamped* curvature, which the residual r of conjugate gradient gives without another product:
-    xᵀF x = xᵀ(g − r) − λ_d ‖x‖². With the damped one the step would fall short of the trust region.
+    xᵀF x = xᵀ(g − r) − λ_d ‖x‖². With the damped curvature the step would end short of the boundary.
 
     Args:
       distribution_fn: `distribution_fn(params)` -> distribution with batch shape [B].
       params: θ_old, a pytree.
       gradient: g = ∇L(θ_old), the direction of ascent, a pytree like params.
       max_kl: δ > 0, in nats.
-      solver: λ_d, the number of iterations k, and the residual ‖g − (F + λ_d I) x‖ / ‖g‖ at which it stops before that.
+      solver: λ_d, at most k iterations, and the residual ‖g − (F + λ_d I) x‖ / ‖g‖ at which it stops before that.
       weight: sample weights [B] for F, see `fisher_vector_product`.
 
     Returns:
@@ -100,7 +100,7 @@ def natural_gradient(
     applied = jax.tree.map(jnp.subtract, unit, cg.residual)  # (F + λ_d I) x
     curvature = trees.dot(x, applied) - solver.damping * trees.dot(x, x)  # xᵀF x
     positive = (curvature > 0) & jnp.isfinite(curvature)
-    # A hair inside the region: where the KL is exactly quadratic, its rounding must not refuse the full step.
+    # Slightly inside the region: where the KL is exactly quadratic, rounding must not reject the full step.
     beta = jnp.where(positive, _inside(curvature) * jnp.sqrt(2 * max_kl / jnp.where(positive, curvature, 1)), 0)
     step = jax.tree.map(lambda leaf: jnp.where(positive, beta * leaf, 0).astype(leaf.dtype), x)
     info = NaturalGradientInfo(
@@ -113,7 +113,7 @@ def natural_gradient(
 
 
 def _inside(like: Array) -> Any:
-    """Just less than 1, by the rounding of a divergence."""
+    """A factor below 1 by the rounding error of a divergence."""
     return 1 - 16 * jnp.finfo(like.dtype).eps
 
 
@@ -129,28 +129,28 @@ def trpo_update(
     entropy_coefficient: Scalar = 0.0,
     **moved: Any,
 ) -> tuple[PyTree, UpdateInfo]:
-    """One trust-region step on a batch that the policy at `params` collected, or policies before it.
+    """Take one trust-region step on a batch that was collected by the policy at `params`, or by earlier policies.
 
         trpo_update(policy_apply, params, observation, action, advantage, max_kl=δ)
 
     The gradient, the line search's surrogate and its KL use every sample; the Fisher matrix uses an evenly spread
-    fraction of them. The step is taken only if the surrogate improves and the divergence stays within max_kl;
-    otherwise, and whenever anything is not finite, the parameters come back bit-identical.
+    fraction of them. The step is taken only if the surrogate improves and the divergence stays within max_kl.
+    Otherwise, or if any number is not finite, the parameters are returned bit for bit.
 
     Args:
       policy_apply: `policy_apply(params, observation)` -> a `Distribution`: `Categorical`, `DiagonalGaussian`,
         `MultiCategorical` or any object with their methods. It may come from linen, nnx, equinox or plain functions.
       params: policy parameters, a pytree of float arrays.
-      parts: the observation [B, ...], action [B] or [B, D] and advantage [B] of the batch; or a `Batch`.
+      parts: observation [B, ...], action [B] or [B, D] and advantage [B] of the batch; or one `Batch`.
       max_kl: δ > 0, a bound on the divergence (not a target), nats.
       constraint: the divergence that δ bounds, `constraint(old_distribution, distribution)` -> a scalar: `mean_kl`;
-        `maximum_kl`, which the theory asks for; `reverse_kl`; or another that equals the KL to second order.
-      fisher_fraction: share of the batch that the Fisher matrix is estimated from, in (0, 1] (static).
-      solver: how (F + λ_d I) x = g is solved. λ_d damps the direction, not the length of the step.
-      line_search: `backtracking_line_search`, `parallel_line_search`, or `full_step`, the natural gradient method;
-        `functools.partial(backtracking_line_search, shrink=α, max_steps=n)` for other candidates.
+        `maximum_kl`, as in the theory; `reverse_kl`; or another that equals the KL to second order.
+      fisher_fraction: share of the batch from which the Fisher matrix is estimated, in (0, 1] (static).
+      solver: settings for solving (F + λ_d I) x = g. λ_d damps the direction, not the length of the step.
+      line_search: `backtracking_line_search`, `parallel_line_search`, or `full_step` (the natural gradient method). For
+        other candidates give `functools.partial(backtracking_line_search, shrink=α, max_steps=n)`.
       entropy_coefficient: c of a bonus c · mean entropy in the objective.
-      moved: none; options of earlier versions are answered by what took their place.
+      moved: nothing; an option of an earlier version raises an error that names its replacement.
 
     Returns:
       The new parameters and an `UpdateInfo` of scalars.
@@ -158,7 +158,7 @@ def trpo_update(
     Raises:
       ValueError: if `fisher_fraction` is a number outside (0, 1], `constraint` or `line_search` is no function,
         `solver` is no `Solver`, or a leaf of `params` is not an array of floats.
-      TypeError: if there is no such option, or no batch.
+      TypeError: if an option is unknown, or the batch is missing.
       AssertionError: if the log-probabilities of the actions do not have the shape of the advantages.
 
     Source: Schulman et al. 2015, section 6 and Appendix C.
@@ -179,7 +179,7 @@ def trpo_update(
     )
     sample = curvature_sample(batch.observation, batch.sample_shape, fisher_fraction)
     step, solve = natural_gradient(lambda p: policy_apply(p, sample), params, gradient, max_kl=max_kl, solver=solver)
-    if constraint is not mean_kl:  # for which the step has its length
+    if constraint is not mean_kl:  # otherwise the step has its length already
         step, solve = _shortened(evaluate, params, step, solve, max_kl)
     new_params, search = line_search(evaluate, params, step, max_kl=max_kl)
     mean, maximum, sample_fraction = search.extra
@@ -202,7 +202,7 @@ def trpo_update(
 def _shortened(
     evaluate: Evaluate, params: PyTree, step: PyTree, solve: NaturalGradientInfo, max_kl: Scalar
 ) -> tuple[PyTree, NaturalGradientInfo]:
-    """The step, scaled to where its divergence meets max_kl: to second order it grows with the square of a step."""
+    """Shorten the step until its divergence meets max_kl: to second order, it grows with the square of the step."""
     excess = evaluate(trees.add_scaled(params, jnp.ones(()), step))[1] / max_kl
     factor = jnp.where(excess > 1, _inside(excess) / jnp.sqrt(excess), 1)
     step = jax.tree.map(lambda leaf: (factor * leaf).astype(leaf.dtype), step)

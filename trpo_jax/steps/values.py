@@ -1,4 +1,4 @@
-"""Fitting the value function to λ-returns, and how well it fits."""
+"""Fits of the value function to λ-returns, and their quality."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import optax
 
 _SOLVER = Solver(defaults.VALUE_DAMPING, defaults.VALUE_CG_ITERATIONS, defaults.CG_TOLERANCE)
-_TRIED_ON = 1024  # samples that tell whether a step lowers the loss; the whole of a larger batch tells no more
+_TRIED_ON = 1024  # samples on which a step is tested; the whole of a larger batch tells no more
 
 
 def gauss_newton_fit(
@@ -36,25 +36,25 @@ def gauss_newton_fit(
     fisher_fraction: float = defaults.FISHER_FRACTION,
     sample_ndim: int | None = None,
 ) -> tuple[PyTree, Array]:
-    """One damped Gauss–Newton step on ½ mean_n[(V(s_n) − target_n)²], by the machinery of the policy's step.
+    """Fit V by one damped Gauss–Newton step on ½ mean_n[(V(s_n) − target_n)²], with the machinery of the policy step.
 
     The step is x ≈ (G + λ I)⁻¹ mean_n[(target_n − V(s_n)) ∇V(s_n)] with G = mean_n[∇V ∇Vᵀ], the Fisher matrix of
-    N(V(s), 1), solved by conjugate gradient. It is halved until the loss falls, on 1024 samples spread
-    over a larger batch. Such a step fits as well as dozens of Adam steps at the price of a few, and has no learning
-    rate.
+    N(V(s), 1), solved by conjugate gradient. The step is halved until the loss falls; for a larger batch, this loss is
+    computed on 1024 samples spread over it. Such a step fits as well as dozens of Adam steps at the price of a few, and
+    has no learning rate.
 
     Args:
       value_apply: `value_apply(params, observation)` -> values [B].
       params: parameters of the value function, a pytree.
       observation: [B, ...], an array or a pytree of arrays.
       target: [B], B of any rank.
-      solver: how the system is solved, with λ.
-      fisher_fraction: share of the batch that G is estimated from, as in `trpo_update`.
-      sample_ndim: leading axes of B that tell independent samples apart, as in `trpo_update`.
+      solver: settings of the solver, including λ.
+      fisher_fraction: share of the batch from which G is estimated, as in `trpo_update`.
+      sample_ndim: number of leading axes of B that index independent samples, as in `trpo_update`.
 
     Returns:
-      New parameters, and the mean squared error that they leave on those samples. If no step helps or
-      anything is not finite, the parameters come back bit-identical.
+      New parameters, and their mean squared error on those samples. If no step helps or any number is not finite, the
+      parameters are returned bit for bit.
 
     Source: Schulman et al. 2016, section 5 (there with a trust region in place of the damping).
     """
@@ -103,26 +103,27 @@ def fit_value_function(
     key: Array | None = None,
     sample_ndim: int | None = None,
 ) -> tuple[PyTree, optax.OptState, Array]:
-    """Minimise mean_n[(V(s_n) − target_n)²] by minibatch steps of an optax optimizer, see `minibatch_descent`.
+    """Fit V by minibatch steps of an optax optimizer on mean_n[(V(s_n) − target_n)²].
 
     Args:
       value_apply: `value_apply(params, observation)` -> values [B].
       params: parameters of the value function, a pytree.
-      optimizer_state: `optimizer.init(params)`, or what the last call returned.
+      optimizer_state: `optimizer.init(params)`, or the state that the last call returned.
       observation: [B, ...], an array or a pytree of arrays.
       target: [B].
       old_values: V(s_n) before the fit, [B], needed for `clip`.
-      clip: ε > 0 replaces the squared error by the larger one of V's and of V's clipped to old value ± ε, as in PPO
-        (Engstrom et al. 2020); 0 does not.
+      clip: ε > 0 replaces the squared error of each sample by the larger of two, that of V and that of V clipped to its
+        old value ± ε, as in PPO (Engstrom et al. 2020); 0 does not.
       optimizer: an optax transformation.
       epochs: passes over the batch (static).
       minibatches: M, which must divide the number of samples (static).
-      key: PRNG key by which the samples are shuffled anew in every epoch; None: they never are.
-      sample_ndim: leading axes of B that tell independent samples apart, as in `trpo_update`.
+      key: PRNG key that reshuffles the samples in every epoch. None: minibatch m of every epoch holds the samples m,
+        m + M, m + 2M, … of the flattened batch.
+      sample_ndim: number of leading axes of B that index independent samples, as in `trpo_update`.
 
     Returns:
       New parameters, new optimizer state, and the mean loss over the last epoch. If any of the new numbers is not
-      finite, parameters and state come back as they were.
+      finite, parameters and state are returned unchanged.
     """
 
     check_parameters(params)
