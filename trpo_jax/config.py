@@ -89,7 +89,7 @@ class Config:
     )
     entropy_coefficient: float = traced(
         0.0,
-        "weight of the policy's mean entropy in the objective; for a default Gaussian the bonus grows up to log σ = 2 in "
+        "weight of the policy's mean entropy in the objective; a default Gaussian's bonus grows up to log σ = 2, in "
         "units of half the action range",
         interval="[0, 1e6]",
     )

@@ -174,10 +174,10 @@ def test_a_batch_is_its_three_parts_bit_for_bit_within_a_program_and_handed_to_i
 @pytest.mark.parametrize("number", [0, 1, 2, 4])
 def test_other_numbers_of_parts_are_refused(step, number):
     params, *parts = problem()
-    with pytest.raises(TypeError, match=r"^a step learns from one Batch, or from an observation, an action and an a"):
+    with pytest.raises(TypeError, match=r"^a step takes one Batch, or an observation, an action and an advantage"):
         step(params, *[*parts, parts[-1]][:number])
     if number == 2:
-        with pytest.raises(TypeError, match=r"^a step learns from one Batch, or"):
+        with pytest.raises(TypeError, match=r"^a step takes one Batch, or"):
             step(params, Batch(*parts), parts[-1])
 
 

@@ -1,4 +1,4 @@
-"""Generalized advantage estimation (Schulman et al. 2016), with terminations and time limits told apart.
+"""Generalized advantage estimation (Schulman et al. 2016), which treats terminations and time limits differently.
 
 Shapes: T steps; `...` any batch shape, usually the N environments.
 """
@@ -23,28 +23,28 @@ def gae(
     gae_lambda: Scalar,
     ratios: Array | None = None,
 ) -> Array:
-    """Generalized advantage estimation, by one backward scan.
+    """Compute generalized advantage estimates by one backward scan.
 
         δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t)
         A_t = δ_t + γ λ (1 − terminated_t)(1 − truncated_t) A_{t+1}
 
-    A termination has no future; a truncation (time limit) has one that was not seen, so its value bootstraps from
-    the observation *before* the reset. Where both flags are set, terminated wins.
+    After a termination there is no future. After a truncation (time limit) there would have been one, so the value
+    bootstraps from the observation *before* the reset. Where both flags are set, `terminated` takes precedence.
 
     Args:
       rewards: [T, ...].
       values: V(s_t), [T, ...].
       next_values: V(s'_t) of the observation that step t produced, before any reset, [T, ...].
       terminated: whether the episode ended in a terminal state, bool [T, ...].
-      truncated: whether a time limit cut it off, bool [T, ...].
+      truncated: whether a time limit ended it, bool [T, ...].
       gamma: discount γ in [0, 1].
       gae_lambda: λ in [0, 1]: 0 is the one-step temporal difference, 1 the discounted return minus V.
-      ratios: π(a_t|s_t)/π_b(a_t|s_t), [T, ...], if another policy π_b took the actions than the one whose advantage is
-        asked for: λ becomes λ min(1, ratio_{t+1}), which cuts the sum where they part (Munos et al. 2016).
+      ratios: π(a_t|s_t)/π_b(a_t|s_t), [T, ...], where π_b took the actions and π is the policy whose advantages are
+        computed: λ becomes λ min(1, ratio_{t+1}), which cuts the sum where the two differ (Munos et al. 2016).
 
     Returns:
-      Advantages, [T, ...], float32 or wider whatever the inputs are. Add `values` for the λ-return that a value
-      function is fitted to.
+      Advantages, [T, ...], in float32 or wider. Their sum with `values` is the λ-return, which a value function is
+      fitted to.
 
     Raises:
       AssertionError: if the shapes differ or there is no time axis.
@@ -71,7 +71,7 @@ def parallel_gae(
     gae_lambda: Scalar,
     ratios: Array | None = None,
 ) -> Array:
-    """`gae` by an associative scan: O(log T) depth, for accelerators. Arguments and result as in `gae`.
+    """Compute `gae` by an associative scan of depth O(log T), for accelerators. Arguments and result as in `gae`.
 
     The recursion A = δ + f·A' is a composition of affine maps, (f₁, δ₁) ∘ (f₂, δ₂) = (f₁ f₂, δ₁ + f₁ δ₂).
     """
@@ -102,7 +102,7 @@ def _deltas(
     # Selected, not multiplied: the value after a terminal state may be anything, even NaN.
     bootstrap = jnp.where(terminated, 0, next_values)
     deltas = rewards + gamma * bootstrap - values
-    # In the dtype of the result before a ratio meets it: γ and λ may both be the integer 1.
+    # Cast to the dtype of the result before multiplying by a ratio: γ and λ may both be the integer 1.
     decay = jnp.asarray(jnp.where(terminated | truncated, 0, gamma * gae_lambda), dtype)
     if ratios is not None:
         ratios = at_least_float32(ratios)

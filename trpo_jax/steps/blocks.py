@@ -1,4 +1,4 @@
-"""The forward pass and gradient of a large batch, block by block where that keeps them in a processor's cache."""
+"""Forward pass and gradient of a large batch, in blocks where these fit a processor's cache."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def forward_and_gradient(
 ) -> tuple[Any, PyTree]:
     """Evaluate a network on a batch and pull the gradient of a batch mean back to its parameters, in one pass.
 
-    A flat batch [B] is independent samples: on CPU a large one is worked through in blocks, which is up to twice as
-    fast and needs the memory of one block. A batch of higher rank, such as [T, N], is taken whole.
+    A flat batch [B] consists of independent samples: on CPU a large one is processed in blocks, which is up to twice as
+    fast and needs the memory of one block. A batch of higher rank, such as [T, N], is processed whole.
 
     Args:
       apply: `apply(params, observation)` -> outputs.
       params: a pytree.
       observation: [B, ...], an array or a pytree of arrays.
       cotangent: `cotangent(outputs, *others)` -> the gradient of a mean over the batch with respect to the outputs.
-      others: what it needs besides, each [B, ...]; the first has the shape of the batch.
+      others: further arguments of `cotangent`, each [B, ...]; the first has the shape of the batch.
 
     Returns:
       The outputs and the gradient, a pytree like params.
@@ -58,7 +58,7 @@ def forward_and_gradient(
 
 
 def _number_of_blocks(shape: tuple[int, ...]) -> int:
-    """The largest number of equal blocks of at least _BLOCK samples; 1 where blocks do not pay."""
+    """The largest number of equal blocks of at least _BLOCK samples; 1 where blocks bring no gain."""
     size = math.prod(shape)
     if len(shape) != 1 or size < _FROM or not backend.blocks_stay_in_cache():
         return 1

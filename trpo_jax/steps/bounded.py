@@ -1,4 +1,4 @@
-"""Distributions of actions between bounds: a Gaussian through tanh, and Beta.
+"""Distributions of bounded actions: a Gaussian squashed by tanh, and Beta.
 
 Shapes: `...` is the batch shape, D the action dimensions. Bounds are static: a number, or D of them as a tuple.
 """
@@ -16,20 +16,20 @@ from trpo_jax.steps.distributions import Array, DiagonalGaussian
 
 Bounds = float | tuple[float, ...]
 
-_END = 5.0  # |u| from which on tanh u counts as ±1: float32 could no longer tell one u from another
+_END = 5.0  # tanh u counts as ±1 where |u| is at least this: float32 could not recover u from it
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(16)  # of Gauss–Hermite quadrature
-_SHIFT = 6  # x + 6, where Stirling's series has the digits that a float32 needs at any x > 0, and ten of them
+_SHIFT = 6  # Stirling's series is used at x + 6: ten digits there for any x > 0, more than a float32 needs
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TanhGaussian:
-    """centre + half range · tanh u with u from a `DiagonalGaussian`.
+    """A Gaussian squashed by tanh: centre + half range · tanh u, with u from a `DiagonalGaussian`.
 
-    Actions with |u| ≥ 5, within 5e-5 of the range of a bound, are the bound itself, which so has a probability
-    and no density: that of the Gaussian's tail. Every log-probability is thus finite, and the score has mean 0 however
-    far a policy saturates. KL and Fisher product are the Gaussian's: tanh is a bijection, which changes neither, and
-    where tails become one action they are upper bounds.
+    Where |u| ≥ 5, which is within 5e-5 of the range from a bound, the action is the bound itself. A bound thus has a
+    probability, that of the Gaussian's tail, and no density. Every log-probability is finite, and the score has mean 0
+    however far a policy saturates. KL and Fisher product are the Gaussian's: tanh is a bijection and changes neither.
+    Where a tail becomes one action, they are upper bounds.
 
     Attributes:
       base: the distribution of u, [..., D].
@@ -42,11 +42,11 @@ class TanhGaussian:
     high: Bounds = dataclasses.field(metadata={"static": True})
 
     def sample(self, key: Array) -> Array:
-        """Actions within the bounds, [..., D]."""
+        """Sample actions within the bounds, [..., D]."""
         return self._squashed(self.base.sample(key))
 
     def log_prob(self, action: Array) -> Array:
-        """Log-density at `action` [..., D], summed over D; at a bound the log of its probability.
+        """Log-density at `action` [..., D], summed over D; at a bound, the log of its probability.
 
         log N(u) − log(half range) − log(1 − tanh² u).
         """
@@ -63,7 +63,8 @@ class TanhGaussian:
     def entropy(self) -> Array:
         """Differential entropy, [...]: H(u) + E[log(half range) + log(1 − tanh² u)], which has no closed form.
 
-        The mean is by Gauss–Hermite quadrature with 16 nodes: within 1e-4 nats per dimension for σ ≤ 1, 0.1 for σ = 5.
+        The mean is computed by Gauss–Hermite quadrature with 16 nodes. Errors per dimension: 1e-4 nats for σ ≤ 1, 0.1
+        for σ = 5.
         """
         _, half = _middle(self.low, self.high, self.base.mean.dtype)
         nodes = jnp.asarray(_NODES, half.dtype)
@@ -77,11 +78,11 @@ class TanhGaussian:
         return self.base.kl(other.base)
 
     def mode(self) -> Array:
-        """The median, centre + half range · tanh(mean), [..., D]; a wide one has its modes near the bounds."""
+        """The median, centre + half range · tanh(mean), [..., D]; a wide distribution has its modes near the bounds."""
         return self._squashed(self.base.mean)
 
     def fisher_product(self, tangent: TanhGaussian) -> TanhGaussian:
-        """That of the underlying Gaussian."""
+        """The Fisher product of the underlying Gaussian."""
         return dataclasses.replace(self, base=self.base.fisher_product(tangent.base))
 
     def _squashed(self, u: Array) -> Array:
@@ -92,10 +93,10 @@ class TanhGaussian:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Beta:
-    """Independent Beta(α, β) action dimensions, stretched to the bounds (Chou et al. 2017).
+    """Independent Beta(α, β) action dimensions, scaled to the bounds (Chou et al. 2017).
 
     Attributes:
-      alpha: α > 0, [..., D]; with α, β > 1 there is one mode, inside.
+      alpha: α > 0, [..., D]; if α, β > 1 there is one mode, between the bounds.
       beta: β > 0, [..., D].
       low: lower bounds (static).
       high: upper bounds, each above its lower one (static).
@@ -107,12 +108,12 @@ class Beta:
     high: Bounds = dataclasses.field(metadata={"static": True})
 
     def sample(self, key: Array) -> Array:
-        """Actions within the bounds, [..., D]."""
+        """Sample actions within the bounds, [..., D]."""
         gammas = _log_gamma_sample(key, jnp.stack([self.alpha, self.beta]))
         return self._stretched(jax.nn.sigmoid(gammas[0] - gammas[1]))
 
     def log_prob(self, action: Array) -> Array:
-        """Log-density at `action` [..., D], summed over D; finite at the bounds, as of the next float inside."""
+        """Log-density at `action` [..., D], summed over D; at a bound, the finite one of the next float inside."""
         low, high = (jnp.asarray(bound, self.alpha.dtype) for bound in (self.low, self.high))
         least = jnp.finfo(self.alpha.dtype).eps
         above, below = (jnp.clip(part / (high - low), least, 1) for part in (action - low, high - action))
@@ -135,7 +136,7 @@ class Beta:
         return jnp.sum(apart - _log_gamma_rest(a + b, other_a + other_b), axis=-1)
 
     def mode(self) -> Array:
-        """The most probable action, [..., D]: at (α − 1)/(α + β − 2), at a bound, or, of two such bounds, the mean."""
+        """The most probable action, [..., D]: at (α − 1)/(α + β − 2), or a bound; the mean if both bounds are modes."""
         a, b = jnp.maximum(self.alpha - 1, 0), jnp.maximum(self.beta - 1, 0)
         peak = a / jnp.where(a + b > 0, a + b, 1)
         return self._stretched(jnp.where(a + b > 0, peak, self.alpha / (self.alpha + self.beta)))
@@ -155,7 +156,7 @@ class Beta:
 
 
 def _middle(low: Bounds, high: Bounds, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Centre and half of a range, [D] or []."""
+    """Centre and half width of a range, [D] or []."""
     bounds = np.asarray(low, np.float64), np.asarray(high, np.float64)
     return jnp.asarray((bounds[1] + bounds[0]) / 2, dtype), jnp.asarray((bounds[1] - bounds[0]) / 2, dtype)
 
@@ -181,7 +182,7 @@ def _log_gamma_sample(key: Array, shape: Array) -> Array:
         return key, done | accepted, jnp.where(done | ~accepted, kept, w)
 
     key, key_boost = jax.random.split(key)
-    never = ~(jnp.isfinite(shape) & (shape > 0))  # what is no number would never be accepted
+    never = ~(jnp.isfinite(shape) & (shape > 0))  # a shape that is not finite would never be accepted
     start = key, never, jnp.zeros_like(shape)
     _, _, w = jax.lax.while_loop(lambda carry: ~jnp.all(carry[1]), round_, start)
     boost = jnp.log(jax.random.uniform(key_boost, shape.shape, shape.dtype, minval=least)) / shape

@@ -1,4 +1,4 @@
-"""What a batch that another policy collected says about a candidate policy, before anything is committed to it."""
+"""Estimates of a candidate policy from a batch that another policy collected, before the candidate is used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trpo_jax.steps.types import Array, PolicyApply, PyTree, at_least_float32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CandidateEstimate:
-    """What a stored batch tells about a candidate policy; each field is a scalar.
+    """Estimates of a candidate policy from a stored batch; each field is a scalar.
 
     Attributes:
       surrogate_gain: L̂(θ') − L̂(θ), in units of the advantage.
@@ -23,7 +23,7 @@ class CandidateEstimate:
       high: upper end of its bootstrap interval.
       mean_kl: mean KL(old ‖ candidate) over the batch, nats.
       maximum_kl: largest KL(old ‖ candidate) of a single sample, nats.
-      effective_sample_fraction: (Σw)²/(B Σw²) of the importance ratios: what share of the batch speaks about θ'.
+      effective_sample_fraction: (Σw)²/(B Σw²) of the importance ratios: the share of the batch that informs about θ'.
     """
 
     surrogate_gain: Array
@@ -46,23 +46,23 @@ def estimate_candidate(
     confidence: float = 0.95,
     resamples: int = 1000,
 ) -> CandidateEstimate:
-    """Estimate, from the old policy's batch alone, what a candidate would gain and how far that can be trusted.
+    """Estimate a candidate's gain and its confidence interval from the old policy's batch alone.
 
         L̂(θ') − L̂(θ) = mean_n[(π_θ'(a_n|s_n) / π_θ(a_n|s_n) − 1) · A_n]
 
-    The interval is a percentile bootstrap. Samples of one environment depend on each other, so a batch of [T, N] is
-    resampled by whole environments; a flat one by samples. It covers the noise of the batch, neither an error in the
-    advantages nor the states that only the candidate would visit: keep an eye on `mean_kl`.
+    The interval is a percentile bootstrap. Samples of one environment are correlated, so a batch of [T, N] is resampled
+    by whole environments, and a flat one by samples. The interval covers the noise of the batch. It covers neither
+    errors in the advantages nor states that only the candidate would visit, so watch `mean_kl`.
 
     Args:
       policy_apply: `policy_apply(params, observation)` -> a distribution.
-      old_params: θ, which collected the batch.
+      old_params: θ, the parameters that collected the batch.
       candidate: θ', in the same structure.
       observation: [*batch, ...], an array or a pytree of arrays.
       action: [*batch, ...].
       advantage: advantage estimates under θ, [*batch]: [B], or [T, N] with N ≥ 2.
       key: PRNG key of the resampling.
-      confidence: probability of the interval.
+      confidence: coverage probability of the interval.
       resamples: bootstrap samples (static).
 
     Returns:

@@ -23,21 +23,21 @@ def fisher_vector_product(
 ) -> Matvec:
     """Linearise a policy once and return v ↦ (F + damping · I) v.
 
-    F = 1/B Σ_n Jₙᵀ Mₙ Jₙ, with B the batch size. The forward pass is made here; each product then costs one
+    F = 1/B Σ_n Jₙᵀ Mₙ Jₙ, with B the batch size. The forward pass is done here; each product then costs one
     tangent and one transposed pass (7–8 B·P FLOP for P parameters, half of differentiating the KL twice).
 
     Args:
       distribution_fn: `distribution_fn(params)` -> distribution with batch shape [B] (any rank).
       params: θ, a pytree of float arrays.
       damping: λ_d ≥ 0 added to the diagonal.
-      weight: weights of the samples, the batch shape, that replace the plain mean by 1/B Σ_n weightₙ(…).
+      weight: sample weights, of the batch shape, which replace the plain mean by 1/B Σ_n weightₙ(…).
 
     Returns:
       A function from a pytree like `params` to a pytree like `params`.
 
     Source: Schulman et al. 2015, Appendix C; Martens 2020 on the Gauss–Newton form.
     """
-    # TF32 and bfloat16 products lose three digits, as much as the KL itself is large.
+    # TF32 and bfloat16 products lose three digits, an error as large as the KL itself.
     with jax.default_matmul_precision("highest"):
         distribution, push_forward = jax.linearize(distribution_fn, params)
     pull_back = jax.linear_transpose(push_forward, params)
@@ -58,12 +58,12 @@ def fisher_vector_product(
 
 
 def curvature_sample(observation: PyTree, batch_shape: tuple[int, ...], fraction: float) -> PyTree:
-    """An evenly spread fraction of a batch, to estimate the curvature from.
+    """Select an evenly spread fraction of a batch, from which to estimate the curvature.
 
     Args:
       observation: [*batch_shape, ...], an array or a pytree of arrays.
       batch_shape: shape of the batch.
-      fraction: in (0, 1], a Python number (static). A larger one contains the samples of a smaller one.
+      fraction: in (0, 1], a Python number (static). A larger one includes the samples of a smaller one.
 
     Raises:
       ValueError: if `fraction` is not a number in (0, 1].

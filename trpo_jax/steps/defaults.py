@@ -1,4 +1,4 @@
-"""Defaults that `Config` and the steps share, each said once. Imports no JAX."""
+"""Defaults that `Config` and the steps share. Imports no JAX."""
 
 MAX_KL = 0.01
 CG_DAMPING = 0.1

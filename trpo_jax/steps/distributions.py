@@ -1,10 +1,10 @@
-"""Action distributions: the log-probability, the KL divergence and the Fisher metric of each.
+"""Action distributions, each with its log-probability, KL divergence and Fisher metric.
 
 Shapes: `...` is any batch shape ([B], [T, N], none); A the number of actions; D the action dimensions; K the
 number of discrete components. Every distribution is a pytree of float arrays, so it passes through `jit`, `vmap`
 and `jax.linearize`, whose tangents and cotangents are distributions of the same type.
 
-`fisher_product(tangent)` multiplies a tangent of the distribution's parameters with the Fisher matrix M of those
+`fisher_product(tangent)` multiplies a tangent of the distribution's parameters by the Fisher matrix M of those
 parameters, sample by sample: the metric in F = Jᵀ M J (Schulman et al. 2015, Appendix C).
 """
 
@@ -21,10 +21,10 @@ Array = jax.Array
 
 
 class Distribution(Protocol):
-    """What the update steps ask of a policy's output. `...` is the batch shape."""
+    """The methods that the update steps need from a policy's output. `...` is the batch shape."""
 
     def sample(self, key: Array) -> Array:
-        """One action per batch element."""
+        """Sample one action per batch element."""
         ...
 
     def log_prob(self, action: Array) -> Array:
@@ -44,7 +44,7 @@ class Distribution(Protocol):
         ...
 
     def fisher_product(self, tangent: Any) -> Any:
-        """M · tangent, in the type of the distribution itself."""
+        """M · tangent, as a distribution of the same type."""
         ...
 
 
@@ -60,7 +60,7 @@ class Categorical:
     logits: Array
 
     def sample(self, key: Array) -> Array:
-        """Action indices, int32 [...]."""
+        """Sample action indices, int32 [...]."""
         return jax.random.categorical(key, self.logits)
 
     def log_prob(self, action: Array) -> Array:
@@ -86,7 +86,7 @@ class Categorical:
     def fisher_product(self, tangent: Categorical) -> Categorical:
         """(diag(p) − p pᵀ) t, computed as p ⊙ (t − pᵀt)."""
         probs = jax.nn.softmax(self.logits)
-        # A forbidden action (p = 0) has a tangent 0 · ∞ upstream of it; its share of the metric is 0.
+        # The tangent of a forbidden action (p = 0) is 0 · ∞; its share of the metric is 0.
         direction = jnp.where(probs > 0, tangent.logits, 0)
         mean = jnp.sum(probs * direction, axis=-1, keepdims=True)
         return Categorical(probs * (direction - mean))
@@ -100,8 +100,8 @@ class DiagonalGaussian:
       mean: [..., D].
       log_std: natural logarithm of the standard deviation; broadcast to the shape of `mean`, so one [D] vector
         serves a policy whose σ does not depend on the state.
-      largest_log_std: beyond which an entropy bonus does not ask for more of each dimension, D numbers; None: it always
-        does. Nothing else limits σ where a bonus outweighs the advantages, until its square is no number any more.
+      largest_log_std: largest `log_std` of each dimension that an entropy bonus rewards, D numbers; None: no limit.
+        Without one, a bonus that outweighs the advantages lets σ grow until its square overflows.
     """
 
     mean: Array
@@ -115,7 +115,7 @@ class DiagonalGaussian:
         self.largest_log_std = None if largest_log_std is None else tuple(map(float, largest_log_std))
 
     def sample(self, key: Array) -> Array:
-        """mean + σ · noise, [..., D]."""
+        """Sample mean + σ · noise, [..., D]."""
         noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
         return self.mean + jnp.exp(self.log_std) * noise
 
@@ -129,9 +129,9 @@ class DiagonalGaussian:
         return jnp.sum(self.log_std + 0.5 * (1 + jnp.log(2 * jnp.pi)), axis=-1)
 
     def bonus(self) -> Array:
-        """What an entropy bonus counts: the entropy, but less and less of log σ in the last 2 before its largest.
+        """The entropy for an entropy bonus: its slope in log σ falls from 1 to 0 over the last 2 before the largest.
 
-        Its slope falls from 1 to 0 over them. With a kink in their place no step would gain once σ stood there.
+        With a kink in its place, no step would gain once σ had reached it.
         """
         if self.largest_log_std is None:
             return self.entropy()
@@ -165,13 +165,13 @@ class DiagonalGaussian:
         return distribution
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
-        """For JAX."""
+        """Return leaves and static parts, for JAX."""
         key = jax.tree_util.GetAttrKey
         return ((key("mean"), self.mean), (key("log_std"), self.log_std)), self.largest_log_std
 
     @classmethod
     def tree_unflatten(cls, largest_log_std: Any, children: tuple[Any, Any]) -> Self:
-        """For JAX."""
+        """Rebuild the distribution, for JAX."""
         return cls._with(*children, largest_log_std)
 
 
@@ -192,7 +192,7 @@ class MultiCategorical:
         return tuple(Categorical(logits) for logits in self.logits)
 
     def sample(self, key: Array) -> Array:
-        """Action indices, int32 [..., K]."""
+        """Sample action indices, int32 [..., K]."""
         keys = jax.random.split(key, len(self.logits))
         return jnp.stack([c.sample(k) for c, k in zip(self.components, keys, strict=True)], axis=-1)
 
@@ -201,7 +201,7 @@ class MultiCategorical:
         return sum_of(c.log_prob(action[..., k]) for k, c in enumerate(self.components))
 
     def entropy(self) -> Array:
-        """Σ_k of the components' entropies, [...]."""
+        """Sum of the components' entropies, [...]."""
         return sum_of(c.entropy() for c in self.components)
 
     def kl(self, other: MultiCategorical) -> Array:

@@ -2,8 +2,8 @@
 
     maximise  mean_n[objective(π_θ, π_old, A_n)] + c · mean entropy
 
-by gradient steps. One step of the surrogate from θ_old is the policy gradient; what keeps several steps on one batch
-from running away is the objective: PPO clips the ratio, the penalty counts the KL against the gain.
+by gradient steps. One step on the surrogate from θ_old is the policy gradient. With several steps per batch the
+objective has to limit the change: PPO clips the ratio, the penalty subtracts the KL from the gain.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
     import optax
 
 Objective = Callable[[Distribution, Distribution, Array, Array], Array]
-"""`objective(distribution, old_distribution, ratio [b], advantage [b])` -> what each sample contributes, [b]."""
+"""`objective(distribution, old_distribution, ratio [b], advantage [b])` -> the contribution of each sample, [b]."""
 
 
 def surrogate_objective(
     distribution: Distribution, old_distribution: Distribution, ratio: Array, advantage: Array
 ) -> Array:
-    """ratio · A. Its gradient at θ_old is the policy gradient, mean_n[∇log π(a_n|s_n) · A_n]."""
+    """The surrogate ratio · A, whose gradient at θ_old is the policy gradient, mean_n[∇log π(a_n|s_n) · A_n]."""
     del distribution, old_distribution
     return ratio * advantage
 
 
 def clipped_objective(clip_ratio: Scalar) -> Objective:
-    """min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A) (Schulman et al. 2017, equation 7)."""
+    """Make PPO's objective min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A) (Schulman et al. 2017, equation 7)."""
 
     def objective(distribution: Distribution, old_distribution: Distribution, ratio: Array, advantage: Array) -> Array:
         del distribution, old_distribution
@@ -54,7 +54,7 @@ def clipped_objective(clip_ratio: Scalar) -> Objective:
 
 
 def penalized_objective(penalty: Scalar) -> Objective:
-    """ratio · A − β KL(old ‖ new): minorize–maximize with a coefficient for practice (Schulman et al. 2017, eq. 8)."""
+    """Make the penalised objective ratio · A − β KL(old ‖ new) (Schulman et al. 2017, equation 8)."""
 
     def objective(distribution: Distribution, old_distribution: Distribution, ratio: Array, advantage: Array) -> Array:
         return ratio * advantage - penalty * old_distribution.kl(distribution)
@@ -75,30 +75,30 @@ def first_order_update(
     key: Array | None = None,
     max_grad_norm: Scalar = 0.0,
 ) -> tuple[PyTree, optax.OptState, UpdateInfo]:
-    """Gradient ascent on an objective over a batch that the policy at `params` collected.
+    """Maximise an objective by gradient steps on a batch that the policy at `params` collected.
 
-    With the defaults it is one step of the policy gradient: REINFORCE where `advantage` is the return, the advantage
-    form where it is an advantage.
+    The defaults give one policy-gradient step: REINFORCE if `advantage` is a return, the advantage form if it is an
+    advantage.
 
     Args:
       policy_apply: `policy_apply(params, observation)` -> a distribution.
       params: policy parameters, a pytree of float arrays.
-      optimizer_state: `optimizer.init(params)`, or what the last call returned.
-      parts: the batch: its observation [B, ...], action [B] or [B, D] and what weights each action, [B]; or a `Batch`.
+      optimizer_state: `optimizer.init(params)`, or the state that the last call returned.
+      parts: observation [B, ...], action [B] or [B, D] and weight of each action [B]; or one `Batch`.
       optimizer: an optax transformation; `optax.sgd(α)` is the plain step θ + α g.
       objective: `surrogate_objective`, `clipped_objective(ε)` or `penalized_objective(β)`.
       epochs: passes over the batch (static).
       minibatches: minibatches per pass, which must divide the number of samples (static).
-      entropy_coefficient: c.
-      key: PRNG key by which the samples are shuffled anew in every epoch, as PPO's users know it; None: every epoch
-        goes through the same strided minibatches, see `minibatch_descent`.
-      max_grad_norm: a longer gradient of a minibatch is scaled to this norm; 0: never.
+      entropy_coefficient: c, weight of the mean entropy.
+      key: PRNG key that reshuffles the samples in every epoch, as is usual in PPO. None: minibatch m of every epoch
+        holds the samples m, m + M, m + 2M, … of the flattened batch, with M minibatches.
+      max_grad_norm: largest norm of a minibatch's gradient, to which a longer one is scaled; 0: no limit.
 
     Returns:
-      New parameters, new optimizer state, and an `UpdateInfo` of the surrogate and KL as for `trpo_update`:
+      New parameters, new optimizer state, and an `UpdateInfo` with surrogate and KL as in `trpo_update`:
       `step_fraction` is 1, `cg_residual` 0, `predicted_gain` gᵀ(θ_new − θ_old), and `surrogate_gain` may be negative.
-      If any of the new numbers is not finite, of the parameters or of what is told of them, all come back as they were
-      and `accepted` is False.
+      If any new parameter or any number of the report is not finite, parameters and state are returned unchanged and
+      `accepted` is False.
 
     Source: Williams 1992 (REINFORCE); Schulman et al. 2017 (PPO).
     """
@@ -136,7 +136,7 @@ def first_order_update(
 
 
 def _info(gradient: PyTree, step: PyTree, evaluation: tuple[Array, ...], entropy: Array, untouched: Any) -> UpdateInfo:
-    """What there is to tell of a step that was taken if all of it is finite."""
+    """The report of a step, which is taken if all of its numbers are finite."""
     predicted, norm = trees.dot(gradient, step), trees.norm(gradient)
     moved = (trees.max_abs(step) > 0) & trees.all_finite((evaluation, predicted, norm))
     gain, divergence, mean_kl, maximum_kl = (jnp.where(moved, value, 0) for value in evaluation[:4])

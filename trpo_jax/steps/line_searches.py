@@ -1,8 +1,8 @@
-"""How far to go along a step: the largest αʲ that improves the surrogate inside the trust region.
+"""Line searches: the largest αʲ with which a step improves the surrogate inside the trust region.
 
-Two searches with one signature and one answer. The sequential one stops at the first candidate that passes; the
-parallel one evaluates all of them in one batched pass, which suits accelerators and many agents in one program,
-where a loop runs until its slowest member is done.
+Two searches with one signature and one result. The sequential one stops at the first candidate that passes. The
+parallel one evaluates all of them in one batched pass, which suits accelerators, and many agents in one program:
+there a loop runs until its slowest member is done.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from trpo_jax.steps import defaults, trees
 from trpo_jax.steps.types import Array, PyTree, Scalar, at_least_float32
 
 Evaluate = Callable[[PyTree], tuple[Any, ...]]
-"""`evaluate(params)` -> (gain over the start, divergence from the start, *anything else worth keeping)."""
+"""`evaluate(params)` -> (gain over the start, divergence from the start, *any other values to keep)."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LineSearchInfo:
-    """How a line search ended. Everything is 0 where no candidate was accepted.
+    """Result of a line search. If no candidate was accepted, every field except `num_rejected` is 0.
 
     Attributes:
       accepted: whether a candidate passed, bool.
       step_fraction: αʲ of the accepted candidate.
       surrogate_gain: its surrogate gain, > 0.
-      divergence: how far it is from the start, ≤ max_kl: the mean KL, or what else `evaluate` measures.
+      divergence: its divergence from the start, ≤ max_kl: the mean KL, or another one that `evaluate` measures.
       num_rejected: candidates that failed before it, int32.
-      extra: a tuple of whatever else `evaluate` returned for it.
+      extra: a tuple of the other values that `evaluate` returned for it.
     """
 
     accepted: Array
@@ -56,7 +56,7 @@ def backtracking_line_search(
     """Try params + shrinkʲ · step for j = 0, 1, … and keep the first candidate that passes.
 
     A candidate passes if its parameters, gain and divergence are finite, gain > 0 and divergence ≤ max_kl. If none of
-    `max_steps` candidates passes, `params` comes back bit-identical and `info.accepted` is False.
+    `max_steps` candidates passes, `params` are returned bit for bit and `info.accepted` is False.
 
     Args:
       evaluate: `evaluate(params)` -> (surrogate gain, divergence, *extra), usually with the mean KL(old ‖ new).
@@ -97,7 +97,7 @@ def parallel_line_search(
     shrink: Scalar = defaults.LINE_SEARCH_SHRINK,
     max_steps: int = defaults.LINE_SEARCH_STEPS,
 ) -> tuple[PyTree, LineSearchInfo]:
-    """`backtracking_line_search` with all candidates evaluated in one batched pass. Same arguments, same answer."""
+    """Like `backtracking_line_search`, with all candidates evaluated in one batched pass; the result is the same."""
     fractions = _fractions(step, shrink, max_steps)
     candidates = jax.vmap(lambda fraction: trees.add_scaled(params, fraction, step))(fractions)
     evaluations = jax.vmap(evaluate)(candidates)
@@ -117,10 +117,10 @@ def full_step(
     shrink: Scalar = defaults.LINE_SEARCH_SHRINK,
     max_steps: int = defaults.LINE_SEARCH_STEPS,
 ) -> tuple[PyTree, LineSearchInfo]:
-    """Take the whole step without a search, whatever it gains and however far it leads, if everything is finite.
+    """Take the full step without a search, whatever its gain and divergence, if all numbers are finite.
 
     With it `trpo_update` is the natural gradient method. Arguments and result as in `backtracking_line_search`;
-    max_kl, shrink and max_steps are not looked at.
+    max_kl, shrink and max_steps are ignored.
 
     Source: Kakade 2001.
     """
@@ -148,7 +148,7 @@ def _passes(candidate: PyTree, evaluation: tuple[Any, ...], max_kl: Scalar) -> A
 def _conclude(
     params: PyTree, step: PyTree, fractions: Array, index: Array, accepted: Array, evaluation: tuple[Any, ...]
 ) -> tuple[PyTree, LineSearchInfo]:
-    accepted &= trees.max_abs(step) > 0  # what a step of 0 seems to gain is rounding
+    accepted &= trees.max_abs(step) > 0  # the gain of a step of 0 is rounding error
     # Selected, not scaled by 0: 0 · NaN is NaN.
     candidate = trees.add_scaled(params, fractions[index], step)
     new_params = trees.select(accepted, candidate, params)

@@ -1,4 +1,4 @@
-"""Epochs of minibatch steps by an optax optimizer: what first-order methods and the regression of values share."""
+"""Epochs of minibatch steps with an optax optimizer, for the first-order methods and the value fit."""
 
 from __future__ import annotations
 
@@ -30,24 +30,25 @@ def minibatch_descent(
     key: Array | None = None,
     max_grad_norm: Scalar = 0.0,
 ) -> tuple[PyTree, optax.OptState, Array]:
-    """Minimise a mean over a batch.
+    """Minimise the mean loss over a batch by epochs of minibatch steps.
 
     Args:
       loss_fn: `loss_fn(params, *minibatch)` -> a scalar.
       params: a pytree.
-      optimizer_state: `optimizer.init(params)`, or what the last call returned.
+      optimizer_state: `optimizer.init(params)`, or the state that the last call returned.
       batch: arrays or pytrees of arrays, [*batch_shape, ...] each.
       batch_shape: shape of the batch.
       optimizer: an optax transformation.
       epochs: passes over the batch (static).
       minibatches: M, which must divide the batch size (static).
-      key: PRNG key by which the samples are shuffled anew in every epoch. None: minibatch m of every epoch holds the
-        samples m, m + M, m + 2M, … of the flattened batch.
-      max_grad_norm: c > 0 scales a longer gradient of a minibatch to ‖g‖₂ = c before the optimizer sees it; 0 does not.
+      key: PRNG key that reshuffles the samples in every epoch. None: minibatch m of every epoch holds the samples m,
+        m + M, m + 2M, … of the flattened batch.
+      max_grad_norm: c > 0: a minibatch's gradient longer than c is scaled to ‖g‖₂ = c before the optimizer's step. 0:
+        no limit.
 
     Returns:
       New parameters, new optimizer state, and the mean loss over the last epoch. If any of the new numbers is not
-      finite, parameters and state come back as they were.
+      finite, parameters and state are returned unchanged.
     """
     import optax  # deferred: only this function pays for it
 
@@ -75,10 +76,10 @@ def minibatch_descent(
 
 
 def shuffled(key: Array, size: int) -> Array:
-    """The numbers 0 … size − 1 in random order, by one sort of random words whose lowest bits are the number.
+    """Shuffle the numbers 0 … size − 1, by one sort of random words whose lowest bits are the number.
 
-    A third of the time of `jax.random.permutation`. Words that are equal in their other bits stay in order beside each
-    other, which matters to minibatches only where a boundary parts them.
+    Takes a third of the time of `jax.random.permutation`. Words that agree in all other bits stay in order and side by
+    side, which affects minibatches only where a boundary falls between them.
     """
     bits = (size - 1).bit_length()
     words = jax.random.bits(key, (size,), jnp.uint32) >> bits << bits
@@ -86,7 +87,7 @@ def shuffled(key: Array, size: int) -> Array:
 
 
 def clip_norm(gradient: PyTree, max_norm: Scalar) -> PyTree:
-    """g · min(1, c / ‖g‖₂); g itself where c is 0. A norm near the largest number makes it 0, or leaves it as it is."""
+    """Scale a gradient: g · min(1, c / ‖g‖₂), or g if c is 0. A norm near the largest float gives 0, or g itself."""
     norm = trees.norm(gradient)
     clips = (jnp.asarray(max_norm) > 0) & (norm > max_norm)
     scale = jnp.where(clips, max_norm / jnp.where(clips, norm, 1), 1)

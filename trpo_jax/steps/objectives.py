@@ -1,4 +1,4 @@
-"""What the update maximises and what limits it: the surrogate and the mean KL divergence.
+"""The objective of the update and its constraints: the surrogate, and KL divergences.
 
 Shapes: B is the batch, of any rank.
 """
@@ -30,7 +30,7 @@ def surrogate(distribution: Distribution, old_log_prob: Array, action: Array, ad
 
 
 def entropy_bonus(distribution: Distribution) -> Array:
-    """What an entropy bonus counts of each sample, [B]: `bonus()` of a distribution that has one, or its entropy."""
+    """The term of each sample in an entropy bonus, [B]: `bonus()` if the distribution has it, else its entropy."""
     bonus = getattr(distribution, "bonus", distribution.entropy)
     return bonus()
 
@@ -60,7 +60,7 @@ def mean_kl(old_distribution: Distribution, distribution: Distribution) -> Array
 
 
 def maximum_kl(old_distribution: Distribution, distribution: Distribution) -> Array:
-    """Largest KL(old ‖ new) of a single sample, nats: what the theory bounds (Schulman et al. 2015, equation 11)."""
+    """Largest KL(old ‖ new) of a single sample, nats, as bounded in theory (Schulman et al. 2015, equation 11)."""
     return jnp.max(old_distribution.kl(distribution))
 
 

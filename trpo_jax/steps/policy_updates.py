@@ -1,4 +1,4 @@
-"""What every policy update shares: its batch, its gradient, the evaluation of candidates, and its report.
+"""The parts that policy updates share: batch, gradient, evaluation of candidates, and report.
 
 Shapes: B is the batch, of any rank; P the number of policy parameters, in any pytree.
 """
@@ -33,16 +33,17 @@ Divergence = Callable[[Distribution, Distribution], Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a policy update learns from.
+    """The data of a policy update.
 
     Attributes:
       observation: [B, ...], an array or a pytree of arrays.
       action: actions taken, [B] or [B, D].
-      advantage: advantage estimates, [B], usually normalised by the caller. B may be of any rank, such as [T, N].
-      behaviour_log_prob: log-probabilities [B] of the actions under the policies that took them, if not all θ_old's.
-        Each sample then counts by its per-decision ratio π_θ/π_behaviour; the divergence is the mean over all states.
-      sample_ndim: how many leading axes of B tell samples apart that may be evaluated without each other: all (None),
-        or 1 where B is [N, T] and a recurrent policy needs whole sequences (static).
+      advantage: advantage estimates, [B], usually normalised by the caller. B may have any rank, such as [T, N].
+      behaviour_log_prob: log-probabilities [B] of the actions under the policies that took them, if θ_old did not take
+        all. Each sample is then weighted by its per-decision ratio π_θ/π_behaviour; the divergence is the mean over all
+        states.
+      sample_ndim: number of leading axes of B that index independent samples: all (None), or 1 where B is [N, T] and a
+        recurrent policy needs whole sequences (static).
     """
 
     observation: PyTree
@@ -53,43 +54,44 @@ class Batch:
 
     @classmethod
     def of(cls, *parts: Any) -> Batch:
-        """The batch that a step was given: a `Batch`, or an observation, action and advantage, with float advantages.
+        """A batch with float advantages, from a `Batch` or from an observation, an action and an advantage.
 
         Raises:
-          TypeError: if it was given neither.
+          TypeError: for anything else.
         """
         batch = parts[0] if len(parts) == 1 else cls(*parts) if len(parts) == 3 else None
         if not isinstance(batch, cls):
-            raise TypeError("a step learns from one Batch, or from an observation, an action and an advantage.")
+            raise TypeError("a step takes one Batch, or an observation, an action and an advantage.")
         return dataclasses.replace(batch, advantage=at_least_float32(batch.advantage))
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """The leading axes of B that tell samples apart."""
+        """The shape of the leading axes that index samples."""
         return self.advantage.shape[: self.sample_ndim]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class UpdateInfo:
-    """What one policy update did. A rejected update has gain, KL and step fraction 0 and a sample fraction of 1.
+    """Report of one policy update. After a rejected one, gain, KL and step fraction are 0 and θ is unchanged.
 
-    Every number is finite: the largest of its dtype stands for a `gradient_norm` that is not, and elsewhere ± that
-    number for ±∞, and 0 for NaN.
+    Every number is finite: the largest float of its dtype replaces a `gradient_norm` that is not finite; elsewhere ±
+    that float replaces ±∞, and 0 replaces NaN.
 
     Attributes:
       accepted: whether a candidate passed the line search, bool.
-      surrogate_gain: L(θ_new) − L(θ_old), with the entropy bonus if there is one.
+      surrogate_gain: L(θ_new) − L(θ_old), including the entropy bonus if there is one.
       predicted_gain: gain of the linear model at the full step, gᵀs.
-      divergence: what the constraint bounds, nats: the mean KL, unless another one was chosen.
+      divergence: the divergence that the constraint bounds, nats: the mean KL, unless another one was chosen.
       mean_kl: mean over the batch of KL(old ‖ new), nats.
       maximum_kl: largest KL(old ‖ new) of any sample in the batch, nats.
       entropy: mean entropy of the policy before the update, nats.
       step_fraction: fraction αʲ of the full step that was taken.
-      effective_sample_fraction: (Σw)²/(B Σw²) of the new ratios w to the policies that took the actions.
+      effective_sample_fraction: (Σw)²/(B Σw²) of the ratios w of the new policy to the policies that took the actions;
+        1 after a rejected update if θ_old took them.
       gradient_norm: ‖∇L‖₂ at θ_old.
-      cg_residual: relative residual that conjugate gradient left.
-      extra: what an algorithm adds, {name: scalar}; of these, `radius`, `gain_ratio` and `penalty` become metrics.
+      cg_residual: relative residual after conjugate gradient.
+      extra: further numbers of the algorithm, {name: scalar}; `radius`, `gain_ratio` and `penalty` become metrics.
     """
 
     accepted: Array
@@ -107,7 +109,7 @@ class UpdateInfo:
 
 
 def finite_info(info: UpdateInfo) -> UpdateInfo:
-    """The report in finite numbers, see `UpdateInfo`."""
+    """Replace the numbers of a report that are not finite, see `UpdateInfo`."""
     norm = info.gradient_norm
     info = jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else trees.finite(leaf), info)
     return dataclasses.replace(info, gradient_norm=trees.finite(norm, nan=jnp.finfo(norm.dtype).max))
@@ -116,7 +118,7 @@ def finite_info(info: UpdateInfo) -> UpdateInfo:
 def surrogate_gradient(
     policy_apply: PolicyApply, params: PyTree, batch: Batch, *, entropy_coefficient: Scalar = 0.0
 ) -> tuple[PyTree, Distribution]:
-    """The gradient of the surrogate at θ_old and the distributions there, from one forward pass for both.
+    """Compute the gradient of the surrogate at θ_old and the distributions there, from one forward pass for both.
 
     Arguments as in `trpo_update`.
     """
@@ -144,9 +146,9 @@ def surrogate_gradient(
 
 
 def of_old_policy(batch: Batch, old_distribution: Distribution) -> tuple[Batch, Any]:
-    """A batch as if θ_old had taken its actions, and the effective sample fraction before any step.
+    """Rewrite a batch as if θ_old had taken its actions, and give the effective sample fraction before any step.
 
-    π_θ/π_b · A = π_θ/π_old · (π_old/π_b · A): the update on other advantages.
+    π_θ/π_b · A = π_θ/π_old · (π_old/π_b · A): only the advantages change.
     """
     if batch.behaviour_log_prob is None:
         return batch, 1.0
@@ -168,10 +170,10 @@ def make_evaluate(
     entropy_coefficient: Scalar = 0.0,
     constraint: Divergence = mean_kl,
 ) -> Callable[[PyTree], tuple[Array, ...]]:
-    """What the line search asks of parameters, as a function of them.
+    """Make the function that evaluates candidate parameters in the line search.
 
-    Its answers: (surrogate gain, divergence, mean KL, largest KL, effective sample fraction). Arguments as in
-    `trpo_update`, but the advantages are those of θ_old; `old_distribution` is what `surrogate_gradient` returned.
+    It returns (surrogate gain, divergence, mean KL, largest KL, effective sample fraction). Arguments as in
+    `trpo_update`, but the advantages are those of θ_old; `old_distribution` is the one from `surrogate_gradient`.
     """
     old_distribution = trees.widened(old_distribution)
     old_log_prob = old_distribution.log_prob(batch.action)

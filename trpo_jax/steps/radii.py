@@ -1,7 +1,7 @@
-"""Rules that widen and narrow a trust region by how well the last step did.
+"""Rules that adapt a trust-region radius to the success of the last step.
 
-Plain functions of scalars, for exact and for sampled problems: traced or not, and safe where a ratio or a divergence is
-not finite.
+Plain functions of scalars, traced or not, for exact and for sampled problems. A ratio or a divergence may be infinite
+or NaN.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from trpo_jax.steps.types import Array, Scalar
 
 
 def adapt_radius_by_ratio(radius: Scalar, ratio: Scalar, at_boundary: bool | Array, low: Scalar, high: Scalar) -> Array:
-    """The next radius by how well the model predicted: r < ¼ → δ/4; r > ¾ at the boundary → 2δ; otherwise δ.
+    """Adapt the radius to the accuracy of the predicted gain: r < ¼ → δ/4; r > ¾ at the boundary → 2δ; otherwise δ.
 
     Args:
       radius: δ > 0, in any unit: a length, or a KL divergence in nats.
@@ -32,10 +32,10 @@ def adapt_radius_by_ratio(radius: Scalar, ratio: Scalar, at_boundary: bool | Arr
 
 
 def adapt_radius_by_divergence(radius: Scalar, kl: Scalar, target: Scalar, low: Scalar, high: Scalar) -> Array:
-    """The next radius by how far the policy moved: KL > 1.5 target → δ/2; KL < target/1.5 → 2δ; otherwise δ.
+    """Adapt the radius to the divergence of the last step: KL > 1.5 target → δ/2; KL < target/1.5 → 2δ; otherwise δ.
 
     Args:
-      radius: δ > 0, whatever limits the step.
+      radius: δ > 0, the limit of the step in any unit.
       kl: the divergence that the step caused, nats. One that is not finite counts as too large.
       target: the divergence wanted, nats.
       low: δ_min, the smallest radius returned.
@@ -44,7 +44,7 @@ def adapt_radius_by_divergence(radius: Scalar, kl: Scalar, target: Scalar, low: 
     Returns:
       A scalar in [low, high].
 
-    Source: the rule for the penalty in Schulman et al. 2017, section 4, turned to a radius.
+    Source: the rule for the penalty in Schulman et al. 2017, section 4, applied to a radius.
     """
     far = ~(kl <= 1.5 * jnp.asarray(target))  # true for NaN
     near = kl < target / 1.5

@@ -1,4 +1,4 @@
-"""Conjugate gradient over pytrees, safe at every singular point that a Fisher matrix can offer."""
+"""Conjugate gradient over pytrees, safe for every degenerate case of a Fisher matrix."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from trpo_jax.steps.types import Array, Matvec, PyTree, Scalar
 
 
 class Solver(NamedTuple):
-    """How (A + λ I) x = b is solved by conjugate gradient.
+    """Settings for solving (A + λ I) x = b by conjugate gradient.
 
     Attributes:
       damping: λ ≥ 0, added to the diagonal.
-      iterations: products k at most (static).
-      tolerance: relative residual at which it stops before k products; 0 asks for all that help.
+      iterations: largest number k of products (static).
+      tolerance: relative residual at which it stops before k products; 0: only where no further product would help.
     """
 
     damping: Scalar = defaults.CG_DAMPING
@@ -30,13 +30,13 @@ class Solver(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ConjugateGradientInfo:
-    """How a solve ended.
+    """Result of a solve.
 
     Attributes:
       residual: b − A x, a pytree like b.
-      relative_residual: ‖b − A x‖ / ‖b‖; 0 for b = 0, not finite for a b that is not.
-      num_iterations: steps taken before it froze, int32.
-      converged: whether the residual met the tolerance or the limit of the arithmetic, bool.
+      relative_residual: ‖b − A x‖ / ‖b‖; 0 for b = 0, not finite if b is not.
+      num_iterations: steps taken before the solver froze, int32.
+      converged: whether the residual reached the tolerance or the limit of the arithmetic, bool.
     """
 
     residual: PyTree
@@ -52,9 +52,9 @@ def conjugate_gradient(
 
     The loop has a fixed length and *freezes* — x no longer changes — once one of these holds:
 
-      - ‖r‖ ≤ tolerance · ‖b‖, or r consists of the rounding errors of A x, so that what follows would be noise: on a
-        singular A it would fill x with null-space directions while the residual still looks small;
-      - the curvature pᵀA p is not positive, or is zero at working precision beside the largest curvature met;
+      - ‖r‖ ≤ tolerance · ‖b‖, or r consists of the rounding errors of A x, so that further steps would be noise: for a
+        singular A they would fill x with null-space directions while the residual still looks small;
+      - the curvature pᵀA p is not positive, or is zero at working precision compared with the largest curvature so far;
       - a product is not finite.
 
     b is scaled by a power of two first, so x(c·b) = c·x(b) however small c is, with no ε in any denominator.
@@ -91,7 +91,7 @@ def conjugate_gradient(
         new_x, new_r = trees.add_scaled(x, alpha, p), trees.add_scaled(r, -alpha, a_p)
         new_r_norm = jnp.sqrt(trees.dot(new_r, new_r))
         # A residual made of rounding errors lies mostly outside the range of a singular A. A step along it multiplies
-        # the residual by the tangent of its angle to A r, which gives such a step away before it is taken.
+        # the residual by the tangent of its angle to A r, which reveals such a step before it is taken.
         noise = (r_norm <= 1e3 * eps * b_norm) & (new_r_norm > 10 * r_norm)
         moved = positive & jnp.isfinite(new_r_norm) & ~noise
         x, r = trees.select(moved, new_x, x), trees.select(moved, new_r, r)
@@ -104,7 +104,7 @@ def conjugate_gradient(
         return x, r, p, r_norm, largest, moved & ~converged, converged, count + moved
 
     def step_if_active(i: Array, carry: tuple) -> tuple:
-        # A frozen step costs nothing where a branch is cheap. An accelerator would wait for it.
+        # Where branches are cheap, a frozen step is skipped. An accelerator would wait for the branch.
         if not backend.branches_are_cheap():
             return step(i, carry)
         return jax.lax.cond(carry[5], lambda: step(i, carry), lambda: carry)

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from trpo_jax.steps import defaults, trees
 from trpo_jax.steps.types import Array, Scalar, at_least_float32
 
-_ROUNDING = 10  # machine epsilons of the magnitude, below which a spread says nothing
+_ROUNDING = 10  # machine epsilons of the magnitude; a spread below them is rounding error
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RunningStatistics:
-    """Mean and variance of everything seen so far. `...` is the shape of one observation.
+    """Mean and variance of all observations so far. `...` is the shape of one observation.
 
     Attributes:
       count: number of observations, float32 scalar.
@@ -30,29 +30,29 @@ class RunningStatistics:
 
 
 def init_statistics(shape: tuple[int, ...]) -> RunningStatistics:
-    """Statistics of nothing yet, under which `normalize` changes nothing."""
+    """Statistics before the first observation: `normalize` with them only clips."""
     return RunningStatistics(jnp.float32(0), jnp.zeros(shape, jnp.float32), jnp.ones(shape, jnp.float32))
 
 
 def varies(spread: Array, magnitude: Array) -> Array:
-    """Whether a spread (a standard deviation, say) is more than the rounding of numbers of that magnitude.
+    """Whether a spread (a standard deviation, say) exceeds the rounding error of numbers of that magnitude.
 
-    The mean of equal numbers is rounded, so their deviation from it is that rounding, not 0. Whoever divides by a
-    spread asks this first.
+    The mean of equal numbers is rounded, so their deviation from it is rounding error, not 0. Check this before you
+    divide by a spread.
     """
     return spread > _ROUNDING * jnp.finfo(spread.dtype).eps * jnp.abs(magnitude)
 
 
 def update_statistics(statistics: RunningStatistics, batch: Array) -> RunningStatistics:
-    """Merge a batch [B..., ...] of observations.
+    """Merge a batch [B..., ...] of observations into the statistics.
 
     mean = mean₁ + (mean₂ − mean₁) n₂/n,   M2 = M2₁ + M2₂ + (mean₂ − mean₁)² n₁n₂/n,   variance = M2/n.
-    A batch that is not finite leaves the statistics as they were.
+    A batch that is not finite leaves the statistics unchanged.
     """
     batch = at_least_float32(batch)
     axes = tuple(range(batch.ndim - statistics.mean.ndim))
     batch_count = batch.size // max(1, statistics.mean.size)
-    # About one of them, so that equal numbers have their mean exactly, and a variance of 0, however many they are.
+    # Relative to the first, so that equal numbers, however many, have exactly their mean and a variance of 0.
     first = batch[(0,) * len(axes)]
     batch_mean = first + jnp.mean(batch - first, axes)
     batch_variance = jnp.mean((batch - batch_mean) ** 2, axes)
@@ -65,7 +65,7 @@ def update_statistics(statistics: RunningStatistics, batch: Array) -> RunningSta
 
 
 def normalize(statistics: RunningStatistics, observation: Array, *, clip: Scalar = defaults.OBSERVATION_CLIP) -> Array:
-    """(observation − mean) / σ, clipped to ±clip; a constant entry (σ = 0) maps to 0."""
+    """Normalise an observation: (observation − mean) / σ, clipped to ±clip; a constant entry (σ = 0) maps to 0."""
     std = jnp.sqrt(statistics.variance)
     varied = varies(std, statistics.mean)
     scaled = jnp.where(varied, (observation - statistics.mean) / jnp.where(varied, std, 1), 0)

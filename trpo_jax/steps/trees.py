@@ -12,7 +12,7 @@ from trpo_jax.steps.types import Array, PyTree, at_least_float32
 
 
 def check_parameters(params: PyTree, name: str = "params") -> None:
-    """Raise `ValueError`, in one sentence, unless every leaf is an array of floats that is there to be trained."""
+    """Raise `ValueError`, with one sentence, unless every leaf is a trainable array of floats."""
     found = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_running_average)
     for path, leaf in found:
         where, mend = name + jax.tree_util.keystr(path), "keep it out of the parameters and close over it in apply"
@@ -27,12 +27,12 @@ def check_parameters(params: PyTree, name: str = "params") -> None:
 
 
 def _is_running_average(leaf: Any) -> bool:
-    """Whether this is what flax.nnx calls those of a normalising layer."""
+    """Whether this is a running average of a normalisation layer in flax.nnx."""
     return type(leaf).__name__ == "BatchStat"
 
 
 def widened(tree: PyTree) -> PyTree:
-    """A pytree, a distribution for instance, with leaves of half precision as float32."""
+    """Convert the leaves of half precision in a pytree, such as a distribution, to float32."""
     return jax.tree.map(lambda leaf: at_least_float32(leaf) if _is_float(leaf) else leaf, tree)
 
 
@@ -55,12 +55,12 @@ def norm(tree: PyTree) -> Array:
 
 
 def divisor(x: Array) -> Array:
-    """A number x > 0, or one near it whose reciprocal, by which XLA multiplies, is not so small that it counts as 0."""
+    """x > 0, reduced where necessary so that its reciprocal, by which XLA multiplies, does not become 0."""
     return jnp.minimum(x, jnp.asarray(2.0 ** (jnp.finfo(x.dtype).maxexp - 2), x.dtype))
 
 
 def max_abs(tree: PyTree) -> Array:
-    """The largest absolute entry of all leaves; NaN if there is one."""
+    """The largest absolute entry of all leaves; NaN if any is NaN."""
     return jax.tree.reduce(jnp.maximum, jax.tree.map(lambda leaf: jnp.max(jnp.abs(leaf), initial=0), tree))
 
 
@@ -70,12 +70,12 @@ def add_scaled(a: PyTree, factor: Array, b: PyTree) -> PyTree:
 
 
 def select(condition: Array, a: PyTree, b: PyTree) -> PyTree:
-    """a where the scalar condition holds, else b, bit for bit (also if the other one is NaN)."""
+    """a where the scalar condition holds, else b, bit for bit (even if the other one is NaN)."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
 def finite(x: Array, nan: Any = 0.0) -> Array:
-    """A float for the record: ±the largest number in place of ±∞, `nan` in place of NaN."""
+    """Make a float finite for reports: ± the largest float for ±∞, `nan` for NaN."""
     return jnp.nan_to_num(x, nan=nan)
 
 

@@ -1,4 +1,4 @@
-"""Names for the types that the update steps share."""
+"""Types shared by the update steps."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ PolicyApply = Callable[[PyTree, Any], Distribution]
 
 
 def at_least_float32(x: Any) -> Array:
-    """An array as floating-point numbers of 32 bits or more: integers, booleans and half precision as float32."""
+    """Convert to floating point of at least 32 bits: integers, booleans and half precision become float32."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else float)

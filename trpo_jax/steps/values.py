@@ -150,7 +150,7 @@ def fit_value_function(
 
 
 def explained_variance(values: Array, targets: Array) -> Array:
-    """1 − Var[targets − values] / Var[targets]; 1 is perfect, 0 no better than a constant; 0 for constant targets."""
+    """Compute 1 − Var[targets − values] / Var[targets]: 1 is perfect, 0 a constant's worth. Constant targets give 0."""
     values, targets = at_least_float32(values), at_least_float32(targets)
     variance = jnp.var(targets)
     varied = varies(jnp.max(targets) - jnp.min(targets), jnp.max(jnp.abs(targets)))
