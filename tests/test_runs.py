@@ -75,7 +75,7 @@ def test_networks_asked_for_are_those_of_the_folder(tmp_path):
 
 
 def test_layers_beyond_the_memory_are_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(UsageError, match=r"GiB are needed for so large .*hidden \(65,536\)"):
+    with pytest.raises(UsageError, match=r"GiB are needed for .*hidden \(65,536\)"):
         create_run(tmp_path / "run", Config(hidden=(2**16,) * 60), 0, 1)
     assert not (tmp_path / "run").exists()
 
@@ -172,7 +172,7 @@ def test_two_at_once_are_refused_and_onlookers_are_not(run, capsys):
 def test_a_state_of_other_seeds_is_passed_over(run, tmp_path, capsys):
     shutil.copytree(run.path, tmp_path / "other")
     write_table(tmp_path / "other" / "config.json", {**run.description, "seed": 4})
-    with pytest.raises(UsageError, match=r"npz is of another run, whose settings differ; restore"):
+    with pytest.raises(UsageError, match=r"npz belongs to another run, whose settings differ; restore"):
         newest_state(open_run(tmp_path / "other"))
 
 

@@ -48,17 +48,17 @@ WRONG = {
     "a choice for a box": (
         BOX,
         {"policy": linear_policy()},
-        r"^policy gives actions int32\[3\] for 3 observations, which",
+        r"^policy returns actions int32\[3\] for 3 observations, which",
     ),
     "a float for a choice": (
         None,
         {"policy": linear_gaussian()},
-        r"^policy gives actions float32\[3, 1\] for 3 obs.*fit",
+        r"^policy returns actions float32\[3, 1\] for 3 obs.*fit",
     ),
     "too many dimensions": (
         BOX,
         {"policy": linear_gaussian(1, 2)},
-        r"^policy gives actions float32\[3, 2\] for 3 obse",
+        r"^policy returns actions float32\[3, 2\] for 3 obse",
     ),
     "wrong sizes": (
         probes.PairOfChoices(),
@@ -68,43 +68,43 @@ WRONG = {
     "one choice of two": (
         probes.PairOfChoices(),
         {"policy": linear_policy()},
-        r"^policy gives actions int32\[3\] for 3",
+        r"^policy returns actions int32\[3\] for 3",
     ),
     "no batch": (
         None,
         {"policy": changed(linear_policy(), lambda d: Categorical(d.logits[0]))},
-        r"^policy gives actions int32\[\] for 3 observations",
+        r"^policy returns actions int32\[\] for 3 observations",
     ),
     "an axis too many": (
         BOX,
         {"policy": changed(linear_gaussian(), lambda d: DiagonalGaussian(d.mean[..., None], d.log_std[..., None]))},
-        r"^policy gives actions float32\[3, 1, 1\]",
+        r"^policy returns actions float32\[3, 1, 1\]",
     ),
     "no distribution": (
         None,
         {"policy": changed(linear_policy(), lambda d: d.logits)},
-        r"^policy must give a distribution such as Categorical\(logits\), but gives an array, which has no sample\(\)",
+        r"^policy must return a distribution such as Categorical\(logits\), but returns an array, which has no sample",
     ),
     "values [B, 1]": (
         None,
         {"value": changed(linear_value(), lambda v: v[..., None])},
-        r"^value must give values as floats of the batch shape of its observations, \[2, 3\] for \[2, 3, \.\.\.\], but "
-        r"gives float32\[2, 3, 1\]",
+        r"^value must return values as floats of the batch shape of its observations, \[2, 3\] for \[2, 3, \.\.\.\], "
+        r"but returns float32\[2, 3, 1\]",
     ),
     "one value": (
         None,
         {"value": changed(linear_value(), jnp.mean)},
-        r"^value must give values .*gives float32\[\]",
+        r"^value must return values .*returns float32\[\]",
     ),
     "integer values": (
         None,
         {"value": changed(linear_value(), lambda v: v.astype(int))},
-        r"^value must give values as floats .*gives int32\[2, 3\]",
+        r"^value must return values as floats .*returns int32\[2, 3\]",
     ),
     "another carry": (
         None,
         {"policy": remembering(lambda c: c[..., :1])},
-        r"^policy must give back a carry like its initial_carry, .*\(3, 2\).* but gives .*\(3, 1\)",
+        r"^policy must return a carry like its initial_carry, .*\(3, 2\).* but returns .*\(3, 1\)",
     ),
     "a module": (
         None,
@@ -166,5 +166,5 @@ def test_networks_that_fit_are_let_in():
     "changes", [{"policy": probes.linear_policy()}, {"value": probes.linear_policy()}], ids=["policy", "value"]
 )
 def test_one_network_from_outside_is_looked_at_beside_a_default_one(changes):
-    with pytest.raises(UsageError, match=r"policy chooses among 2 actions|value must give values"):
+    with pytest.raises(UsageError, match=r"policy chooses among 2 actions|value must return values"):
         jax.eval_shape(lambda key: init(Config(env=probes.OneStep(), **changes), key), jax.random.key(0))

@@ -174,7 +174,7 @@ def test_foreign_files(tmp_path, config):
     refusal(path, config)
     np.savez(path, __header__=np.frombuffer(b"\xff\xfe", np.uint8))
     refusal(path, config)
-    alone = "an earlier version of trpo_jax, whose states this one cannot read; continue with that one, or train anew"
+    alone = "an earlier version of trpo_jax, whose states this one cannot read; continue with that one, or train again"
     for number, words in ((1, alone), (9, "a later version of trpo_jax")):
         header = json.dumps({"format": f"trpo_jax state {number}", "keys": {}}).encode()
         np.savez(path, __header__=np.frombuffer(header, np.uint8))
@@ -199,9 +199,9 @@ def test_other_settings(path, config):
     wide = config.replace(policy=two)
     text = refusal(path, wide)
     assert ".learner.policy_params" in text and "settings it was saved with" in text
-    assert "is float32[2] where the settings ask for float32[3]" in text
-    assert "holds no .learner.policy_params" in refusal(path, config.replace(policy=None))
-    assert "it also holds" in refusal(path, {})
+    assert "is float32[2], but the settings need float32[3]" in text
+    assert "contains no .learner.policy_params" in refusal(path, config.replace(policy=None))
+    assert "it also has" in refusal(path, {})
 
 
 def test_another_environment(tmp_path, path, config):
@@ -278,12 +278,12 @@ def test_checkpoints_of_other_work_or_another_iteration_are_not_taken(tmp_path):
     tree = {"w": np.arange(3.0)}
     Checkpoints(tmp_path, "theirs", "run").save(tree, 4)
     ours = Checkpoints(tmp_path, "ours", "run")
-    with pytest.raises(UsageError, match=r"00000004\.npz is of another run; restore the right one, or train anew"):
+    with pytest.raises(UsageError, match=r"00000004\.npz belongs to another run; restore the right one, or train"):
         ours.newest(lambda done: tree)
     ours.save(tree, 5)
     assert [file.name for file in ours.files()] == ["00000005.npz"]  # what is older goes
     (tmp_path / "00000005.npz").rename(tmp_path / "00000009.npz")
-    with pytest.raises(UsageError, match=r"00000009\.npz is of iteration 5, which its name denies"):
+    with pytest.raises(UsageError, match=r"00000009\.npz is from iteration 5, unlike its name"):
         ours.newest(lambda done: tree)
     ours.drop()
     assert ours.newest(lambda done: tree) is None

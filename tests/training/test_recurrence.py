@@ -264,7 +264,7 @@ def test_a_memory_solves_what_needs_one():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"reuse": 2}, "reuse=2 needs networks without a memory"),
+        ({"reuse": 2}, "reuse=2 needs networks that are not recurrent"),
         ({"update": "ppo", "policy_minibatches": 8}, "policy_minibatches=8 must divide num_envs=4"),
         ({"value_fit": "adam", "value_minibatches": 16}, "value_minibatches=16 must divide num_envs=4"),
     ],

@@ -131,7 +131,7 @@ def test_what_cannot_share_is_refused():
     recurrent = make_value(make_agent(Config()).environment, network="gru")
     for changes, message in (
         ({"policy": linear_policy()}, "shared_trunk=True needs a policy with features"),
-        ({"value": recurrent}, "shared_trunk=True needs a value function without a memory"),
+        ({"value": recurrent}, "shared_trunk=True needs a value function that is not recurrent"),
     ):
         with pytest.raises(UsageError, match=message):
             init(Config(shared_trunk=True, **changes), jax.random.key(0))

@@ -142,7 +142,7 @@ def best_file(run: Run) -> Path:
 def _read_best(run: Run) -> tuple[Any, list[float]]:
     states, note = read(best_file(run), run.config)
     if not isinstance(note, dict) or note.get("of") != run.checkpoints.owner:
-        raise UsageError(f"{best_file(run)} is of another run, whose settings differ; restore the right one.")
+        raise UsageError(f"{best_file(run)} belongs to another run, whose settings differ; restore the right one.")
     return states, note["means"]
 
 

@@ -213,7 +213,7 @@ def start_of(run: Run) -> TrainState | None:
     """The states that a run starts from, if those are not fresh ones.
 
     Raises:
-      UsageError: if they are missing, or of another run.
+      UsageError: if they are missing, or belong to another run.
     """
     if not run.init_from:
         return None
@@ -224,7 +224,7 @@ def start_of(run: Run) -> TrainState | None:
         )
     state, note = read(file, run.config)
     if note != run.init_from:
-        raise UsageError(f"{file} is of another run; restore the right one, or train anew into another folder.")
+        raise UsageError(f"{file} belongs to another run; restore the right one, or train again into another folder.")
     return jax.tree.map(jnp.asarray, state)
 
 

@@ -1,4 +1,4 @@
-"""What a `Config` stands for: an environment, two networks, an algorithm and a value fit."""
+"""The parts that a `Config` selects: an environment, two networks, an algorithm and a value fit."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from trpo_jax.validation import minibatches, validate
 
 
 class Agent(NamedTuple):
-    """What a `Config` stands for, built once for all stages of an iteration.
+    """The parts that a `Config` selects, built once for all stages of an iteration.
 
     Attributes:
       config: the settings.
-      environment: what the agent acts in.
+      environment: the environment that the agent acts in.
       policy: the policy, on observations as the environment gives them.
       value: the value function; with `shared_trunk` its head, on the policy's features.
       algorithm: how the policy is updated.
@@ -49,17 +49,17 @@ class Agent(NamedTuple):
 
     @property
     def has_memory(self) -> bool:
-        """Whether one of the networks has a memory, so that whole sequences are one sample each."""
+        """Whether the policy or the value function is recurrent; each sample is then a whole sequence."""
         return self.policy.has_memory or self.value.has_memory
 
     @property
     def sample_ndim(self) -> int | None:
-        """How many axes of a batch tell samples apart, see `Batch`: with a memory, the steps of one belong together."""
+        """Number of leading axes of a batch that index samples, see `Batch`; 1 (whole sequences) for recurrent ones."""
         return 1 if self.has_memory else None
 
 
 def make_agent(config: Config) -> Agent:
-    """Build what a configuration names; raise `UsageError` for what cannot be."""
+    """Build the parts that a configuration selects; raise `UsageError` for one that cannot be built."""
     validate(config)
     _check_scalars(config)
     environment = environment_of(config)
@@ -75,7 +75,7 @@ def make_agent(config: Config) -> Agent:
 
 
 def _make_networks(config: Config, environment: Environment) -> tuple[Network, Network]:
-    """The policy and the value function: those given, or the default ones as the settings have them."""
+    """The policy and the value function: those given, or the default ones for these settings."""
     style: dict[str, Any] = {name: getattr(config, name) for name in ("activation", "layer_norm", "initialisation")}
     layers: dict[str, Any] = {"network": config.network, "channels": config.channels, **style}
     policy = config.policy or make_policy(
@@ -95,7 +95,7 @@ def _make_networks(config: Config, environment: Environment) -> tuple[Network, N
 
 
 def with_what_is_seen(environment: Environment, *views: str) -> Environment:
-    """An environment whose observations have what some views have, each as `value_observation`, and a mask."""
+    """Keep only the entries of observations that some views select (see `value_observation`), and a mask."""
     if environment.entries is None:
         return environment
     seen = {entry for view in views for entry in chosen(environment.entries, view, environment.name)}
@@ -103,13 +103,13 @@ def with_what_is_seen(environment: Environment, *views: str) -> Environment:
 
 
 def _check_scalars(config: Config) -> None:
-    """Raise `UsageError` if a setting has several values where one agent trains; within `vmap` it has but one."""
+    """Raise `UsageError` if a setting is an array of several values; within `vmap` it is a single one."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for name, value in (values | {f"{PREFIX}{name}": value for name, value in config.env_args.items()}).items():
         if isinstance(value, (jax.Array, np.ndarray)) and value.shape != ():
             raise UsageError(
                 f"{name} must be one number for one agent, got an array of shape {value.shape}; map over its "
-                "values by jax.vmap."
+                "values with jax.vmap."
             )
 
 
@@ -117,20 +117,20 @@ def _check_trunk(agent: Agent) -> None:
     if agent.policy.features is None:
         raise UsageError("shared_trunk=True needs a policy with features; give its Network features=..., or use False.")
     if agent.value.has_memory:
-        raise UsageError("shared_trunk=True needs a value function without a memory; the memory is the policy's.")
+        raise UsageError("shared_trunk=True needs a value function that is not recurrent; only the policy may be.")
 
 
 def _check_sequences(config: Config) -> None:
-    """A network with a memory needs whole sequences: an environment's steps are one sample."""
+    """Check that samples can be whole sequences, one per environment, as a recurrent network needs."""
     if config.reuse > 1:
-        raise UsageError(f"reuse={config.reuse} needs networks without a memory, such as network=mlp.")
+        raise UsageError(f"reuse={config.reuse} needs networks that are not recurrent, such as network=mlp.")
     for name, number in minibatches(config):
         if config.num_envs % number:
-            raise UsageError(f"{name}={number} must divide num_envs={config.num_envs} where a network has a memory.")
+            raise UsageError(f"{name}={number} must divide num_envs={config.num_envs} for a recurrent network.")
 
 
 def init_parameters(network: RecurrentNetwork, key: Array, observation: Array, name: str) -> PyTree:
-    """The parameters that a network starts from, all of them arrays of floats."""
+    """The initial parameters of a network, checked to be arrays of floats."""
     params = network.init(key, observation)
     try:
         check_parameters(params, name)
@@ -140,12 +140,12 @@ def init_parameters(network: RecurrentNetwork, key: Array, observation: Array, n
 
 
 def check_networks(agent: Agent, policy_params: PyTree, value: RecurrentNetwork, value_params: PyTree) -> None:
-    """Raise `UsageError` unless the networks give what the environment and the trainer ask for, by tracing alone.
+    """Raise `UsageError` unless the outputs of the networks fit the environment and the trainer, by tracing alone.
 
     Args:
       agent: the environment and the policy.
       policy_params: parameters of the policy.
-      value: the value function, of observations.
+      value: the value function of observations.
       value_params: its parameters.
     """
     name, space, shape = agent.environment.name, agent.environment.action_space, agent.environment.observation_shape
@@ -158,8 +158,8 @@ def check_networks(agent: Agent, policy_params: PyTree, value: RecurrentNetwork,
         for method in ("sample", "log_prob", "entropy", "kl", "mode", "fisher_product"):
             if not callable(getattr(distribution, method, None)):
                 raise UsageError(
-                    f"policy must give a distribution such as Categorical(logits), but gives {_kind(distribution)}, "
-                    f"which has no {method}()."
+                    "policy must return a distribution such as Categorical(logits), but returns "
+                    f"{_kind(distribution)}, which has no {method}()."
                 )
         sizes.append(_sizes(distribution))
         action = distribution.sample(key)
@@ -172,7 +172,7 @@ def check_networks(agent: Agent, policy_params: PyTree, value: RecurrentNetwork,
     kind = jnp.floating if isinstance(space, Box) else jnp.integer
     if action.shape != (*batch, *space.shape) or not jnp.issubdtype(action.dtype, kind):
         raise UsageError(
-            f"policy gives actions {action.dtype}{list(action.shape)} for {batch[0]} observations, which do not fit "
+            f"policy returns actions {action.dtype}{list(action.shape)} for {batch[0]} observations, which do not fit "
             f"{name}: {fits}."
         )
     wanted = None if isinstance(space, Box) else (space.n,) if isinstance(space, Discrete) else space.n
@@ -180,7 +180,7 @@ def check_networks(agent: Agent, policy_params: PyTree, value: RecurrentNetwork,
         raise UsageError(f"policy chooses among {_join(sizes[0])} actions, but {name} has {_join(wanted)}: {space}.")
     for leaf in per_sample:
         _check_shape("policy", "log-probabilities and entropies", leaf, batch)
-    if not value.has_memory:  # it is asked about whole rollouts, too
+    if not value.has_memory:  # it is also evaluated on whole rollouts
         batch = (2, 3)
         observation = jax.ShapeDtypeStruct((*batch, *shape), jnp.float32)
     values = jax.eval_shape(lambda p, o: _checked_step("value", value, p, o), value_params, observation)
@@ -188,12 +188,12 @@ def check_networks(agent: Agent, policy_params: PyTree, value: RecurrentNetwork,
 
 
 def _checked_step(name: str, network: RecurrentNetwork, params: PyTree, observation: Array) -> Any:
-    """The output for a batch [B, ...] at an episode's start; a memory must come back as it was given."""
+    """The output for a batch [B, ...] at the start of an episode, with a check of the recurrent state."""
     carry = initial_carries(network, observation.shape[0])
     after, output = network.step(params, carry, observation)
     before, after = (jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), c) for c in (carry, after))
     if before != after:
-        raise UsageError(f"{name} must give back a carry like its initial_carry, {before}, but gives {after}.")
+        raise UsageError(f"{name} must return a carry like its initial_carry, {before}, but returns {after}.")
     return output
 
 
@@ -201,8 +201,8 @@ def _check_shape(name: str, what: str, leaf: Any, batch: tuple[int, ...]) -> Non
     if getattr(leaf, "shape", None) != batch or not jnp.issubdtype(leaf.dtype, jnp.floating):
         found = f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else _kind(leaf)
         raise UsageError(
-            f"{name} must give {what} as floats of the batch shape of its observations, {list(batch)} for "
-            f"[{', '.join(map(str, batch))}, ...], but gives {found}."
+            f"{name} must return {what} as floats of the batch shape of its observations, {list(batch)} for "
+            f"[{', '.join(map(str, batch))}, ...], but returns {found}."
         )
 
 
@@ -211,7 +211,7 @@ def _kind(output: Any) -> str:
 
 
 def _sizes(distribution: Any) -> tuple[int, ...] | None:
-    """Among how many actions each choice is; None for what is not a choice, or of the user's own kind."""
+    """The number of actions in each choice; None for any other distribution."""
     if isinstance(distribution, Categorical):
         return (distribution.logits.shape[-1],)
     if isinstance(distribution, MultiCategorical):
@@ -224,23 +224,23 @@ def _join(sizes: Any) -> str:
 
 
 def with_normalization(config: Config, statistics: RunningStatistics, network: RecurrentNetwork) -> RecurrentNetwork:
-    """A network on observations as the settings have them normalised."""
+    """Add the normalisation of observations to a network, if `normalize_observations` is set."""
     if not config.normalize_observations:
         return network
     return network.with_inputs(lambda observation: normalize(statistics, observation, clip=config.observation_clip))
 
 
 def trunk_of(policy: RecurrentNetwork) -> RecurrentNetwork:
-    """The policy without its last layer: its output is features."""
+    """The policy without its last layer; its outputs are features."""
     assert policy.features is not None
     return policy._replace(step=policy.features)
 
 
 def on_trunk(policy: RecurrentNetwork, policy_params: PyTree, head: RecurrentNetwork) -> RecurrentNetwork:
-    """The value function, of observations, that a head on the features of a policy is; its parameters are the head's.
+    """Build a value function of observations from a policy's trunk and a head, with the head's parameters.
 
-    Only those are fitted: a step of the value function through the trunk would move the policy, out of its trust
-    region and after its line search.
+    Only the head is fitted. A step through the trunk would move the policy as well, after its line search and out of
+    its trust region.
     """
     trunk = trunk_of(policy)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: a state in one file that gives the same bits back, without pickle, and the newest of several files."""
+"""Checkpoints: states saved bit for bit, one per file, without pickle, and the choice of the newest one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trpo_jax.sentences import UsageError
 from trpo_jax.steps.types import PyTree
 from trpo_jax.training.loop import init
 
-_FORMAT = 2  # the shape of `TrainState` is part of it
+_FORMAT = 2  # changes with the structure of `TrainState`
 
 
 def save(path: str | os.PathLike[str], state: PyTree, *, note: Any = None, mend: str = WRITABLE) -> None:
@@ -34,8 +34,8 @@ def save(path: str | os.PathLike[str], state: PyTree, *, note: Any = None, mend:
     Args:
       path: the file.
       state: the pytree; its leaves may be JAX's or NumPy's.
-      note: what else to keep, as JSON has it; `read` gives it back.
-      mend: the end of the sentence if that fails.
+      note: further data to save, as JSON; `read` returns them.
+      mend: advice for the error message if that fails.
 
     Raises:
       UsageError: if the file cannot be written.
@@ -53,7 +53,7 @@ def save(path: str | os.PathLike[str], state: PyTree, *, note: Any = None, mend:
 
 
 def _write(sink: IO[bytes], arrays: dict[str, np.ndarray]) -> None:
-    """Write what `np.savez` writes, without the time of day: equal arrays give equal files."""
+    """Write like `np.savez`, but without timestamps: equal arrays give equal files."""
     with zipfile.ZipFile(sink, "w") as archive:
         for name, array in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
@@ -61,12 +61,12 @@ def _write(sink: IO[bytes], arrays: dict[str, np.ndarray]) -> None:
 
 
 def load(path: str | os.PathLike[str], like: PyTree) -> Any:
-    """Read what `save` wrote, bit for bit.
+    """Read a state that `save` wrote, bit for bit.
 
     Args:
       path: the file.
-      like: what the file should hold: the `Config` it was trained with, for a `TrainState`; or a pytree of arrays or
-        shapes. States of several agents, stacked along leading axes, load with the same `like` as one agent's.
+      like: the structure to expect: the `Config` of the training, for a `TrainState`; or a pytree of arrays or shapes.
+        States of several agents, stacked along leading axes, load with the same `like` as one agent's.
 
     Returns:
       A pytree of JAX arrays in the structure of `like`.
@@ -78,7 +78,7 @@ def load(path: str | os.PathLike[str], like: PyTree) -> Any:
 
 
 def read(path: str | os.PathLike[str], like: PyTree) -> tuple[Any, Any]:
-    """What `load` returns, as NumPy arrays and typed PRNG keys, and the note that was saved with it."""
+    """Like `load`, but return NumPy arrays and typed PRNG keys, and the note that was saved with them."""
     path = Path(path)
     if isinstance(like, Config):
         like = jax.eval_shape(init, like, jax.random.key(0))
@@ -86,38 +86,38 @@ def read(path: str | os.PathLike[str], like: PyTree) -> tuple[Any, Any]:
     leaves, batches = [], set()
     for name, target in named_leaves(like):
         if name not in arrays:
-            raise UsageError(f"{path} holds no {name}; it was saved with other settings or another version.")
+            raise UsageError(f"{path} contains no {name}; it was saved with other settings or another version.")
         leaf: Any = arrays.pop(name)
         if not is_key(leaf) and leaf.dtype.kind == "V" and leaf.dtype.itemsize == target.dtype.itemsize:
-            leaf = leaf.view(target.dtype)  # npz forgets the name of bfloat16 and its like, not the bits
+            leaf = leaf.view(target.dtype)  # npz keeps the bits of types like bfloat16, but not their names
         batch_ndim = leaf.ndim - len(target.shape)
         if batch_ndim < 0 or leaf.shape[batch_ndim:] != target.shape or leaf.dtype != target.dtype:
             raise UsageError(
-                f"{name} in {path} is {leaf.dtype}{list(leaf.shape)} where the settings ask for "
+                f"{name} in {path} is {leaf.dtype}{list(leaf.shape)}, but the settings need "
                 f"{target.dtype}{list(target.shape)}; use the settings it was saved with."
             )
         batches.add(leaf.shape[:batch_ndim])
         leaves.append(leaf)
     if arrays or len(batches) > 1:
         extra = ", ".join(sorted(arrays)) or "leaves of different numbers of agents"
-        raise UsageError(f"{path} does not fit these settings (it also holds {extra}); use the ones it was saved with.")
+        raise UsageError(f"{path} does not fit these settings (it also has {extra}); use the ones it was saved with.")
     return jax.tree.unflatten(jax.tree.structure(like), leaves), note
 
 
 def is_sound(path: Path) -> bool:
-    """Whether a file that `save` wrote is there, and each of its arrays as it was written."""
+    """Whether a file is there and all of its arrays match their checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except Exception:  # zipfile answers each kind of damage with another exception
+    except Exception:  # zipfile has a different exception for each kind of damage
         return False
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Any]:
-    """The arrays of a file by name, keys typed, and its note."""
+    """Read the arrays of a file by name, with typed keys, and its note."""
     try:
         with zipfile.ZipFile(path) as archive:
-            # Read to its end, each member is held against its checksum, whatever its own header says.
+            # Reading each member to its end compares it with its checksum, whatever its own header claims.
             members = ((name.removesuffix(".npy"), io.BytesIO(archive.read(name))) for name in archive.namelist())
             arrays: dict[str, Any] = {n: np.lib.format.read_array(data, allow_pickle=False) for n, data in members}
         header = json.loads(bytes(arrays.pop("__header__")))
@@ -133,20 +133,20 @@ def _read(path: Path) -> tuple[dict[str, Any], Any]:
         raise UsageError(f"cannot read {path}: {error.strerror}; choose a file that can be read.") from None
     except UsageError:
         raise
-    except Exception as error:  # zipfile answers each kind of damage with another exception
+    except Exception as error:  # zipfile has a different exception for each kind of damage
         raise UsageError(
-            f"{path} is damaged or not a checkpoint of trpo_jax ({type(error).__name__}); restore it, or take another."
+            f"{path} is damaged or not a checkpoint of trpo_jax ({type(error).__name__}); restore it, or use another."
         ) from error
 
 
 def _check_format(path: Path, found: str) -> None:
-    """Raise `UsageError` if a checkpoint is of another version, and `ValueError` if it is of none."""
+    """Raise `UsageError` if a checkpoint is from another version, and `ValueError` if it is from none."""
     number = int(found.removeprefix("trpo_jax state "))
     if number != _FORMAT:
         which, mend = ("an earlier", "continue with that one") if number < _FORMAT else ("a later", "install that one")
         raise UsageError(
             f"{path} was saved by {which} version of trpo_jax, whose states this one cannot read; {mend}, or train "
-            "anew into another folder."
+            "again into another folder."
         )
 
 
@@ -176,7 +176,7 @@ def is_key(leaf: Any) -> bool:
 
 
 class Saved(NamedTuple):
-    """What a checkpoint holds: a state of NumPy arrays and typed keys, iterations done, and the note saved with it."""
+    """A checkpoint: a state of NumPy arrays and typed keys, the iterations done, and the note saved with it."""
 
     state: Any
     done: int
@@ -184,11 +184,11 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one piece of work: FOLDER/PREFIX00000012.npz is its state after 12 iterations.
+    """The checkpoints of one training: FOLDER/PREFIX00000012.npz is its state after 12 iterations.
 
-    Each bears its `owner`, equal for equal work, so that none is taken for another's; `kind` names the work in
-    sentences, `mend` ends the one about a file that cannot be written. The newest `kept` that were saved here stay, and
-    those of every `every`-th iteration.
+    Each stores its `owner`, a text that is the same for the same training, so that no training uses the checkpoints of
+    another. `kind` names the training in messages, and `mend` is the advice if a file cannot be written. The newest
+    `kept` files that were saved here stay, and those of every `every`-th iteration.
     """
 
     def __init__(
@@ -207,11 +207,11 @@ class Checkpoints:
         self._saved: list[Path] = []
 
     def files(self) -> list[Path]:
-        """All files, the newest first."""
+        """All files, newest first."""
         return sorted(self.folder.glob(f"{self.prefix}{'[0-9]' * 8}.npz"), reverse=True)
 
     def save(self, state: PyTree, done: int, **note: Any) -> None:
-        """Save a state after `done` iterations; when it is whole, older ones go."""
+        """Save the state after `done` iterations; once it is complete, remove older ones."""
         file = self.folder / f"{self.prefix}{done:08d}.npz"
         save(file, state, note={**note, "of": self.owner, "done": done}, mend=self.mend)
         self._saved = [*self._saved, file][-self.kept :]
@@ -219,7 +219,7 @@ class Checkpoints:
         self._remove(old for old in older if not self.every or _iterations(old) % self.every)
 
     def drop(self) -> None:
-        """Remove all of them."""
+        """Remove all files."""
         self._remove(self.files())
 
     def _remove(self, files: Iterable[Path]) -> None:
@@ -230,13 +230,13 @@ class Checkpoints:
     def newest(
         self, like: Callable[[int], PyTree], check: Callable[[Saved], None] = lambda saved: None
     ) -> Saved | None:
-        """The newest checkpoint that can be used; None if there is none at all.
+        """Return the newest checkpoint that can be used; None if there is none at all.
 
-        `like(iterations)` is what the state is like, see `load`; `check` raises `UsageError` if what a checkpoint
-        stands on is not as it was. What is passed over on the way to an older one is said.
+        `like(iterations)` is the structure to expect, see `load`. `check` raises `UsageError` if the inputs of a
+        checkpoint have changed. A message tells which newer ones were passed over.
 
         Raises:
-          UsageError: if there are some and none can be used: why the newest one cannot.
+          UsageError: if there are some but none can be used, with the reason for the newest one.
         """
         passed: list[UsageError] = []
         for file in self.files():
@@ -256,7 +256,7 @@ class Checkpoints:
         return None
 
     def at(self, done: int, like: PyTree) -> Saved:
-        """The checkpoint after so many iterations; `UsageError` if there is none that can be used."""
+        """Return the checkpoint after `done` iterations; raise `UsageError` if it cannot be used."""
         file = self.folder / f"{self.prefix}{done:08d}.npz"
         if not file.exists():
             there = ", ".join(str(_iterations(file)) for file in sorted(self.files()))
@@ -269,19 +269,19 @@ class Checkpoints:
     def _open(self, file: Path, like: Callable[[int], PyTree]) -> Saved:
         done = _iterations(file)
         state, note = read(file, like(done))
-        mend = "restore the right one, or train anew into another folder"
+        mend = "restore the right one, or train again into another folder"
         if not isinstance(note, dict) or note.get("of") != self.owner:
-            raise UsageError(f"{file} is of another {self.kind}; {mend}.")
+            raise UsageError(f"{file} belongs to another {self.kind}; {mend}.")
         if note.get("done") != done:
-            raise UsageError(f"{file} is of iteration {note.get('done')}, which its name denies; {mend}.")
+            raise UsageError(f"{file} is from iteration {note.get('done')}, unlike its name; {mend}.")
         return Saved(state, done, note)
 
 
 def _iterations(file: Path) -> int:
-    """The number in the name of a checkpoint."""
+    """The iterations in the name of a checkpoint."""
     return int(file.stem[-8:])
 
 
 def without_mend(error: UsageError) -> str:
-    """The first part of an error's message: what is wrong, without what to do about it."""
+    """The first part of an error message: the problem without the advice."""
     return str(error).rstrip(".").split("; ")[0]

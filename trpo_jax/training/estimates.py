@@ -1,4 +1,4 @@
-"""From a batch to advantages: scaled rewards, values of what steps led to, GAE, and the weights of the actions."""
+"""From a batch to advantages: scaled rewards, values of next observations, GAE, and the weights of the actions."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from trpo_jax.steps.types import Array, at_least_float32
 from trpo_jax.training.state import Transition
 
 ValueFn = Callable[[Array], Array]
-"""`value_fn(next_observation)` -> V, with its leading axes."""
+"""`value_fn(next_observation)` -> V, with the same leading axes."""
 
 
 def observe_returns(
     config: Config, statistics: Any, running: Any, batch: Transition
 ) -> tuple[RunningStatistics, Array]:
-    """Statistics of the running discounted return R ← γ R + r of every environment, with those of a batch merged.
+    """Merge a batch into the statistics of the running discounted return R ← γ R + r of every environment.
 
-    R starts at 0 with each episode. Unlike those of observations they are merged before they are used: no reward is
-    looked at while the batch is collected, so even the first batch is scaled.
+    R starts at 0 in each episode. Unlike statistics of observations, these are merged before they are used: the rollout
+    uses no rewards, so even the first batch is scaled.
 
     Returns:
       The statistics, and R of the running episodes, [N].
@@ -44,7 +44,7 @@ def observe_returns(
 
 
 def scale_rewards(config: Config, statistics: Any, reward: Array) -> Array:
-    """Rewards as the settings have them normalised and clipped; normalised ones are divided by σ, not centred."""
+    """Normalise and clip rewards, each if it is set; normalised rewards are divided by σ, not centred."""
     if config.normalize_rewards:
         positive = statistics.variance > 0
         std = jnp.sqrt(jnp.where(positive, statistics.variance, 1))
@@ -63,16 +63,16 @@ def estimate_advantages(
     sparse: bool = True,
     max_steps: int | None = None,
 ) -> Array:
-    """GAE over the rollout, [T, N]: sequential on CPU, associative on accelerators.
+    """Compute GAE over the rollout, [T, N]: sequentially on CPU, associatively on accelerators.
 
     Args:
       config: the settings.
       batch: transitions [T, N, ...].
       values: V of their observations, [T, N].
-      value_fn: V of what steps led to.
+      value_fn: V of next observations.
       ratios: see `gae`.
-      sparse: whether `value_fn` takes any batch of next observations, or [T, N] whole.
-      max_steps: the environment's time limit, if it is known.
+      sparse: whether `value_fn` accepts any batch of next observations, or only [T, N] as a whole.
+      max_steps: the environment's time limit, if known.
     """
     estimate = gae if backend.scans_are_sequential() else parallel_gae
     return estimate(
@@ -94,12 +94,12 @@ def next_values(
     sparse: bool = True,
     max_steps: int | None = None,
 ) -> Array:
-    """V of the observation that each step led to, [T, N]; anything after a terminal state, where nothing asks for it.
+    """Compute V of each step's next observation, [T, N]; after a terminal state it is arbitrary, since nothing uses it.
 
-    It is V of the next row, but for truncated steps and the last row. V is evaluated for those alone, if it can be
-    (`sparse`). On CPU, where a branch is cheap, if no environment was truncated twice. On an accelerator, where under
-    `vmap` both sides of a branch would be taken, for one truncated step of every environment after the other; if the
-    time limit `max_steps` promises that so many are few.
+    It is V of the next row, except at truncated steps and in the last row. V is evaluated for those alone if `sparse`
+    allows it. On CPU, where branches are cheap, this needs at most one truncation per environment. On an accelerator,
+    where `vmap` takes both sides of a branch, it takes one truncated step of every environment at a time, and needs a
+    time limit `max_steps` that keeps their number small.
     """
     next_observation, num_steps = batch.next_observation, batch.reward.shape[0]
     on_cpu = backend.branches_are_cheap()
@@ -120,9 +120,9 @@ def next_values(
 
 
 def _one_truncation_at_a_time(truncated: Array, values: Array, value_fn: ValueFn, next_observation: Array) -> Array:
-    """V of next observations [T, N], by a pass over N of them for every truncation that an environment had.
+    """Compute V of next observations [T, N] in passes over N of them, one for every truncation of an environment.
 
-    Each environment looks along its own steps, so that environments that are spread over devices stay where they are.
+    Each environment looks along its own steps, so that environments on several devices stay where they are.
     """
     environments = jnp.arange(truncated.shape[1])
 
@@ -138,11 +138,11 @@ def _one_truncation_at_a_time(truncated: Array, values: Array, value_fn: ValueFn
 
 
 def normalize_weights(config: Config, weight: Array, of: Array | None = None) -> tuple[Array, Array]:
-    """The number that the weights of the actions are divided by, and what the update is given.
+    """Normalise the weights of the actions; return the divisor and the weights for the update.
 
-    Advantages are centred and divided by their standard deviation; equal ones, but for the rounding of what they are
-    differences `of`, say nothing and become 0. Without a baseline the weights are returns, which are divided by the
-    root of their mean square: to subtract their mean would be a baseline after all.
+    Advantages are centred and divided by their standard deviation. If they are equal, up to the rounding error of the
+    numbers `of` which they are differences, they carry no information and become 0. Without a baseline the weights are
+    returns, which are divided by their root mean square: subtracting their mean would be a baseline after all.
     """
     if not config.normalize_advantages:
         return jnp.ones_like(weight.ravel()[0]), weight
@@ -158,5 +158,5 @@ def normalize_weights(config: Config, weight: Array, of: Array | None = None) ->
     spread = largest - smallest
     varied = varies(spread, magnitude)
     scale = jnp.where(varied, jnp.std(weight), 1)
-    # What is not finite stays so, for the update to refuse.
+    # Numbers that are not finite stay so, and the update rejects them.
     return scale, jnp.where(varied | ~jnp.isfinite(spread), (weight - jnp.mean(weight)) / scale, 0)

@@ -1,4 +1,4 @@
-"""Judging a policy: whole episodes, without learning."""
+"""Evaluation of a policy by whole episodes, without learning."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from trpo_jax.training.recurrence import initial_carries
 from trpo_jax.training.resets import reset_environments
 from trpo_jax.training.state import TrainState, check_key
 
-_TO_JUDGE = 2**32 - 3  # folded into the run's key for evaluations during training; no iteration bears this number
-_TO_JUDGE_ANEW = 2**32 - 4  # for the evaluation of a state that was chosen by one of those
+_TO_JUDGE = 2**32 - 3  # folded into the run's key for evaluations during training; no iteration has this number
+_TO_JUDGE_ANEW = 2**32 - 4  # for a second evaluation of a state that was selected by the first
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +29,7 @@ class Evaluation:
     Attributes:
       episode_return: undiscounted return, float32 [E].
       episode_length: steps, int32 [E].
-      finished: whether the episode ended by itself or by its time limit before `max_steps`, bool [E].
+      finished: whether the episode ended, by itself or by its time limit, before `max_steps`, bool [E].
     """
 
     episode_return: Array
@@ -53,11 +53,11 @@ def evaluate(
       config: the settings the state was trained with.
       state: the agent.
       key: a typed PRNG key, for resets, transitions and sampled actions.
-      num_episodes: E, episodes run side by side (static). The first episode of each environment counts, so that
+      num_episodes: E, episodes run side by side (static). Only the first episode of each environment counts, so that
         short episodes are not favoured.
       deterministic: act by the distribution's mode instead of sampling (static).
-      max_steps: steps after which an episode without an end is cut off (static).
-      randomize: draw settings of the environment as training did, if `config.randomize` says so (static).
+      max_steps: steps after which an unfinished episode is cut off (static).
+      randomize: draw environment settings as in training, if `config.randomize` is set (static).
 
     Returns:
       An `Evaluation`.
@@ -100,35 +100,35 @@ def evaluate(
 
 
 def judge(config: Config, state: TrainState, *, anew: bool = False) -> Evaluation:
-    """The evaluation of a state during training, as `eval_episodes` and `eval_stochastic` have it.
+    """Evaluate a state during training, with the settings `eval_episodes` and `eval_stochastic`.
 
-    Its key comes from the run's key and the iteration, so that it draws nothing from training and is the same wherever
-    it takes place. The best of many noisy evaluations overstates itself: with `anew` the episodes are others.
+    Its key comes from the run's key and the iteration, so that it draws nothing from training and gives the same result
+    wherever it runs. The best of many noisy evaluations is biased upwards; `anew` evaluates other episodes.
     """
     key = jax.random.fold_in(jax.random.fold_in(state.key, _TO_JUDGE_ANEW if anew else _TO_JUDGE), state.iteration)
     return evaluate(config, state, key, num_episodes=config.eval_episodes, deterministic=not config.eval_stochastic)
 
 
 def stops(config: Config) -> bool:
-    """Whether the training of an agent may end before the last iteration."""
+    """Whether an agent's training may end before the last iteration."""
     return config.eval_every > 0 and config.stop_at_return < NEVER
 
 
 def has_reached(config: Config, evaluation: Evaluation) -> Array:
-    """Whether an evaluation ends the training of its agent: its mean return is `stop_at_return` or more."""
+    """Whether an evaluation ends its agent's training: the mean return is `stop_at_return` or more."""
     return jnp.mean(evaluation.episode_return) >= config.stop_at_return
 
 
 def _step_running(
     environment: Environment, keys: Array, running: Array, observation: Array, state: PyTree, action: Array
 ) -> tuple[Array, PyTree, Array, Array]:
-    """Step E environments with the keys of training, and begin no episode, for only the first of each counts.
+    """Step E environments with the keys of training, but start no new episodes, since only the first of each counts.
 
-    Those that have ended stand still. What resets itself goes on: to stop it would mean to step an old state again,
-    for which Gymnasium's host would have to play the whole episode once more.
+    Those that have ended stand still. An environment that resets itself goes on: stopping it would mean stepping an old
+    state again, for which Gymnasium's host would have to replay the whole episode.
 
     Returns:
-      Observations and states, and of this step the rewards and whether it ended the episode, [E] each.
+      Observations and states, and the rewards of this step and whether it ended the episode, [E] each.
     """
 
     def step(key: Array, running: Array, observation: Array, state: PyTree, action: Array) -> tuple:

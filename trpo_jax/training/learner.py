@@ -1,6 +1,6 @@
-"""What one batch changes: prepare → estimate → update the policy → fit the value function → adapt.
+"""Learning from one batch: prepare → estimate → update the policy → fit the value function → adapt.
 
-Each stage is a pure function of the agent, the learner's state and what the stages before it found; none of them
+Each stage is a pure function of the agent, the learner's state and the results of the stages before it. None of them
 builds or steps an environment.
 """
 
@@ -26,18 +26,18 @@ from trpo_jax.training.state import Carry, LearnerState, ReplayBuffer, Transitio
 
 
 class Prepared(NamedTuple):
-    """A batch as the networks are evaluated on it: one axis B = N·T, or [N, T] where one of them has a memory.
+    """A batch in the layout of the networks: one axis B = N·T, or [N, T] if one of them is recurrent.
 
     Attributes:
       batch: transitions [T, K·N, ...] of the newest K batches, with scaled rewards.
-      observation: what the networks see, [B, ...].
-      start: where episodes begin, bool [N, T]; None without a memory.
+      observation: input of the networks, [B, ...].
+      start: where episodes begin, bool [N, T]; None without recurrent networks.
       action: [B, ...].
       carry: what the running episodes carried before the first step.
       ratios: π(a|s) over the probability under the policy that took the action, [T, K·N]; None without reuse.
       buffer: the newest K batches; None without reuse.
-      return_statistics: those of the discounted return with this batch; None unless `normalize_rewards`.
-      discounted_return: that of the running episodes after the batch, [N]; None likewise.
+      return_statistics: statistics of the discounted return with this batch; None unless `normalize_rewards`.
+      discounted_return: that of the running episodes after the batch, [N]; None unless `normalize_rewards`.
     """
 
     batch: Transition
@@ -52,12 +52,12 @@ class Prepared(NamedTuple):
 
     @property
     def policy_input(self) -> Sequence:
-        """What the policy is evaluated on."""
+        """The input of the policy."""
         return Sequence(self.observation, self.start, self.carry.policy)
 
 
 class Estimates(NamedTuple):
-    """What the value function says of a batch: V, advantages and λ-returns, [B] each, and its carry after it."""
+    """Estimates from the value function: V, advantages and λ-returns, [B] each, and its carry after the batch."""
 
     values: Array
     advantage: Array
@@ -66,7 +66,7 @@ class Estimates(NamedTuple):
 
 
 class TrainInfo(NamedTuple):
-    """What learning from a batch has to tell, each a scalar."""
+    """Report of learning from a batch, in scalars."""
 
     update: UpdateInfo
     value_loss: Array
@@ -76,7 +76,7 @@ class TrainInfo(NamedTuple):
 def init_learner(
     agent: Agent, key_policy: Array, key_value: Array, observation: Array, statistics: RunningStatistics
 ) -> LearnerState:
-    """The state before the first batch; `observation` is a single one, `statistics` those that are known of them."""
+    """Build the state before the first batch, from a single observation and the statistics known so far."""
     config = agent.config
     policy_params = init_parameters(agent.policy, key_policy, observation, "policy")
     value = agent.value
@@ -103,15 +103,15 @@ def update_learner(
     """Learn from one batch [T, N].
 
     Args:
-      agent: what learns.
+      agent: the agent that learns.
       learner: its state.
       batch: transitions that its policy collected.
-      carry: what the running episodes carried before them.
+      carry: what the running episodes carried before the batch.
       iteration: iterations done before this one.
-      key: PRNG key by which minibatches are shuffled; it decides nothing else.
+      key: PRNG key for shuffling minibatches, and nothing else.
 
     Returns:
-      The state after it, what the episodes carry on (the policy's part as it was), and what there is to tell.
+      The state after it, what the episodes carry on (the policy's part unchanged), and a report.
     """
     key_policy, key_value = jax.random.split(key)
     prepared = prepare(agent, learner, batch, carry, iteration)
@@ -130,7 +130,7 @@ def update_learner(
 
 
 def prepare(agent: Agent, learner: LearnerState, batch: Transition, carry: Carry, iteration: Array) -> Prepared:
-    """Scale rewards, put earlier batches beside the new one, and lay all out as the networks are evaluated on it."""
+    """Scale rewards, put earlier batches beside the new one, and arrange all of it in the layout of the networks."""
     config = agent.config
     return_statistics, discounted_return = learner.return_statistics, carry.discounted_return
     if config.normalize_rewards:
@@ -141,8 +141,8 @@ def prepare(agent: Agent, learner: LearnerState, batch: Transition, carry: Carry
         buffer, ratios = append(policy, learner, batch, iteration, config.reuse)
         batch = buffer.batch
     # One batch axis: a product over two of them makes XLA's CPU backend transpose its operands, at twice the time. The
-    # environments lead, so that a batch whose environments are spread over devices stays where it is. Only a memory
-    # needs the two axes, and whole sequences.
+    # environments lead, so that a batch whose environments are on several devices stays where it is. Only recurrent
+    # networks need the two axes, and whole sequences.
     lay_out = swap_time_axis if agent.has_memory else flatten_batch
     observation, action = jax.tree.map(lay_out, (batch.observation, batch.action))
     start = swap_time_axis(starts(batch.terminated, batch.truncated)) if agent.has_memory else None
@@ -153,9 +153,9 @@ def prepare(agent: Agent, learner: LearnerState, batch: Transition, carry: Carry
 def append(
     policy: RecurrentNetwork, learner: LearnerState, batch: Transition, iteration: Array, reuse: int
 ) -> tuple[ReplayBuffer, Array]:
-    """The newest K batches side by side [T, K·N], and ratios to today's policy.
+    """Put the newest K batches side by side, [T, K·N], and compute their ratios to the current policy.
 
-    In the first K − 1 iterations, copies of the first batch take the places of those that never were.
+    In the first K − 1 iterations, copies of the first batch take the places of missing ones.
     """
     assert learner.buffer is not None
 
@@ -164,14 +164,14 @@ def append(
         return jnp.concatenate([new, jnp.where(iteration == 0, copies, kept)], axis=1)
 
     together = jax.tree.map(beside, batch, learner.buffer.batch)
-    # One pass over all of them, which has the newest in it too.
+    # One pass over all of them, including the newest.
     today = policy.step(learner.policy_params, (), together.observation)[1].log_prob(together.action)
     log_prob = beside(today[:, : batch.reward.shape[1]], learner.buffer.log_prob)
     return ReplayBuffer(together, log_prob), jnp.exp(today - log_prob)
 
 
 def estimate(agent: Agent, learner: LearnerState, prepared: Prepared) -> Estimates:
-    """Values, advantages and λ-returns of a batch by the value function as it was before it."""
+    """Compute values, advantages and λ-returns of a batch with the value function from before it."""
     config, batch = agent.config, prepared.batch
     value, inputs = value_and_input(agent, learner, prepared)
     carries, values = unroll(value, learner.value_params, inputs)
@@ -179,7 +179,7 @@ def estimate(agent: Agent, learner: LearnerState, prepared: Prepared) -> Estimat
     def value_of_next(observation: Array) -> Array:
         if not agent.has_memory:
             return value.step(learner.value_params, (), observation)[1]
-        # A next observation is evaluated with what is remembered at its step; that needs all of [T, N].
+        # A next observation is evaluated with the recurrent state of its step; that needs all of [T, N].
         return swap_time_axis(value.step(learner.value_params, carries, swap_time_axis(observation))[1])
 
     advantage = estimate_advantages(
@@ -192,7 +192,7 @@ def estimate(agent: Agent, learner: LearnerState, prepared: Prepared) -> Estimat
         max_steps=agent.environment.max_steps,
     )
     advantage = swap_time_axis(advantage) if agent.has_memory else flatten_batch(advantage)
-    # Of a value target, unlike of an advantage, the first action may be off-policy too.
+    # In a value target, unlike in an advantage, the first action may be off-policy too.
     on_policy = 1 if prepared.ratios is None else jnp.minimum(flatten_batch(prepared.ratios), 1)
     value_carry = prepared.carry.value
     if not config.shared_trunk and agent.has_memory:
@@ -202,7 +202,7 @@ def estimate(agent: Agent, learner: LearnerState, prepared: Prepared) -> Estimat
 
 
 def value_and_input(agent: Agent, learner: LearnerState, prepared: Prepared) -> tuple[RecurrentNetwork, Sequence]:
-    """The value function as it was before the batch, and what it is evaluated on."""
+    """The value function before the batch, and its input."""
     if not agent.config.shared_trunk:
         value = with_normalization(agent.config, learner.statistics, agent.value)
         return value, Sequence(prepared.observation, prepared.start, prepared.carry.value)
@@ -213,7 +213,7 @@ def value_and_input(agent: Agent, learner: LearnerState, prepared: Prepared) -> 
 def update_policy(
     agent: Agent, learner: LearnerState, prepared: Prepared, estimates: Estimates, iteration: Array, key: Array
 ) -> tuple[PyTree, PyTree, UpdateInfo]:
-    """New policy parameters, what the algorithm keeps, and what it did."""
+    """Update the policy; return its new parameters, the algorithm's state and its report."""
     config = agent.config
     # One flat vector instead of a pytree halves the time to compile the solver.
     vector, unravel = ravel_pytree(learner.policy_params)
@@ -248,8 +248,8 @@ def fit_value(
     iteration: Array,
     key: Array,
 ) -> tuple[PyTree, PyTree, Array]:
-    """New value-function parameters, what the fit keeps, and its loss; `policy_params` are the policy's new ones."""
-    if agent.config.shared_trunk:  # what the head is fitted to is the trunk that it will be used on
+    """Fit V, after the policy's update to `policy_params`; return its parameters, the state of the fit and its loss."""
+    if agent.config.shared_trunk:  # the head is fitted on the trunk that it will be used with
         trunk = trunk_of(with_normalization(agent.config, learner.statistics, agent.policy))
         value, inputs = agent.value, Sequence(outputs_of(trunk)(policy_params, prepared.policy_input), None, ())
     else:
@@ -260,7 +260,7 @@ def fit_value(
 
 
 def adapt(agent: Agent, learner: LearnerState, prepared: Prepared) -> LearnerState:
-    """The learner with a batch among its statistics, and in its buffer in place of the oldest."""
+    """Merge a batch into the learner's statistics, and put it in place of the oldest in the buffer."""
     config = agent.config
     statistics, buffer = learner.statistics, prepared.buffer
     if config.normalize_observations:
@@ -274,7 +274,7 @@ def adapt(agent: Agent, learner: LearnerState, prepared: Prepared) -> LearnerSta
 
 
 def blank_buffer(batch: Any, reuse: int) -> ReplayBuffer:
-    """Zeros of the shape of K − 1 batches like `batch`, which may be shapes; the first batch overwrites them."""
+    """A buffer of zeros for K − 1 batches like `batch` (arrays or shapes); the first batch overwrites it."""
     width = (reuse - 1) * batch.reward.shape[1]
     shapes = ReplayBuffer(batch, batch.reward)
     return jax.tree.map(lambda leaf: jnp.zeros((leaf.shape[0], width, *leaf.shape[2:]), leaf.dtype), shapes)

@@ -1,4 +1,4 @@
-"""The loop: rollout → advantages → trust-region update → value fit, repeated by one `lax.scan`."""
+"""The training loop: rollout → advantages → trust-region update → value fit, repeated by one `lax.scan`."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from trpo_jax.training.rollouts import init_actor, rollout
 from trpo_jax.training.state import ActorState, EpisodeTotals, LearnerState, Metrics, TrainState, check_key
 
 _ENVS_TO_FILL_A_CORE = 32
-_BEFORE_FIRST = 2**32 - 1  # folded into the key for initialisation; no iteration bears this number
-_AFTER_ROLLOUT = 2**32 - 2  # folded into an iteration's key for what is shuffled; the rollout splits that key itself
+_BEFORE_FIRST = 2**32 - 1  # folded into the key for initialisation; no iteration has this number
+_AFTER_ROLLOUT = 2**32 - 2  # folded into an iteration's key for shuffling; the rollout splits that key itself
 _TO_LOOK_AROUND = 2**32 - 2  # folded into the run's key for the first statistics of observations
 
 
 def init(config: Config, key: Array) -> TrainState:
-    """The state before the first iteration: fresh parameters and N fresh environments.
+    """Build the state before the first iteration: fresh parameters and N fresh environments.
 
     Args:
       config: the settings.
-      key: a typed PRNG key, `jax.random.key(seed)`. It decides everything random in the run.
+      key: a typed PRNG key, `jax.random.key(seed)`. It determines all randomness of the run.
 
     Raises:
       UsageError: if a setting, the environment or the key cannot be used.
@@ -53,10 +53,11 @@ def init(config: Config, key: Array) -> TrainState:
 
 
 def _look_around(agent: Agent, learner: LearnerState, actor: ActorState, key: Array) -> LearnerState:
-    """The learner with statistics of what the first policy observes in one rollout, which is then forgotten.
+    """Start the observation statistics from one rollout of the first policy, which is then discarded.
 
-    Without them the first update would end with a jump from (0, 1) to those of its batch, which moves the policy that
-    acts next away from the one whose divergence was bounded.
+    Without it, the statistics would jump from (0, 1) to those of the first batch after the first update. This would
+    move
+    the policy that acts next away from the one whose divergence was bounded.
     """
     raw = agent._replace(config=agent.config.replace(normalize_observations=False))
     _, batch, _ = rollout(raw, learner, actor, jax.random.fold_in(key, _TO_LOOK_AROUND))
@@ -66,7 +67,7 @@ def _look_around(agent: Agent, learner: LearnerState, actor: ActorState, key: Ar
 
 
 Hook = Callable[[Config, TrainState, Metrics], PyTree]
-"""`hook(config, state, metrics)` -> a pytree of arrays, from the state after an iteration and what it was like."""
+"""`hook(config, state, metrics)` -> a pytree of arrays, from the state after an iteration and its metrics."""
 
 
 def train(config: Config, key: Array, *, callback: Hook | None = None, every: int = 1) -> tuple[Any, ...]:
@@ -75,20 +76,20 @@ def train(config: Config, key: Array, *, callback: Hook | None = None, every: in
     A pure function of its arguments, for the caller to transform:
     `jax.jit(train)(config, key)`, `jax.jit(jax.vmap(train, in_axes=(None, 0)))(config, keys)`.
 
-    Neither a callback nor evaluation changes a bit of the training. Both take place within the program, when they are
-    due and only then, also under `vmap`.
+    Neither a callback nor evaluation changes a bit of the training. Both run within the program, and only when they are
+    due, also under `vmap`.
 
     Args:
       config: the settings; its floats are traced, so one compiled program serves all their values.
       key: a typed PRNG key.
       callback: called with the state and the metrics after every `every`-th iteration.
-      every: iterations from one call to the next, k.
+      every: k, iterations between calls.
 
     Returns:
-      The final state and `Metrics` of [num_iterations] each; then, where `config.eval_every` asks for it, an
-      `Evaluation` of [num_iterations // eval_every, eval_episodes]; then, with a callback, what its calls returned,
-      stacked along a first axis of [num_iterations // k]. An agent that has reached `config.stop_at_return` stays as it
-      is: `state.iteration` says when, metrics are NaN from there on, and evaluations repeat the last one.
+      The final state and `Metrics` of [num_iterations] each; then, if `config.eval_every` is set, an `Evaluation` of
+      [num_iterations // eval_every, eval_episodes]; then, with a callback, the results of its calls, stacked along a
+      first axis of [num_iterations // k]. An agent that has reached `config.stop_at_return` no longer changes:
+      `state.iteration` tells when, metrics are NaN from there on, and evaluations repeat the last one.
 
     Raises:
       UsageError: if a setting, the environment or `every` cannot be used.
@@ -108,7 +109,7 @@ def train(config: Config, key: Array, *, callback: Hook | None = None, every: in
 
 
 def _train_with(config: Config, state: TrainState, hooks: Sequence[tuple[Hook, int]]) -> tuple[Any, ...]:
-    """The scan of `train` with hooks, each due so often, evaluation first: what `train` returns."""
+    """The scan of `train` with hooks, each at its own interval and evaluation first; returns what `train` does."""
     iterations = config.num_iterations
     after = jax.eval_shape(lambda s: train_step(config, s), state)
 
@@ -131,7 +132,7 @@ def _train_with(config: Config, state: TrainState, hooks: Sequence[tuple[Hook, i
 
 
 def _step_unless(stopped: Array, config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
-    """`train_step`, or the state as it is and metrics of nothing."""
+    """Run `train_step`, or if stopped return the state unchanged and empty metrics."""
     shapes = jax.eval_shape(lambda s: train_step(config, s)[1], state)
     nothing = jax.tree.map(lambda m: jnp.full(m.shape, jnp.nan if m.dtype == jnp.float32 else 0, m.dtype), shapes)
     return jax.lax.cond(stopped, lambda s: (s, nothing), lambda s: train_step(config, s), state)
@@ -140,21 +141,22 @@ def _step_unless(stopped: Array, config: Config, state: TrainState) -> tuple[Tra
 def _record(
     hook: Hook, every: int, i: Array, stacked: PyTree, config: Config, state: TrainState, metrics: Metrics
 ) -> PyTree:
-    """`stacked` [num_iterations // every, ...] with what the hook returns, if it is due after iteration i, from 0."""
+    """Write the hook's result into `stacked` [num_iterations // every, ...] if it is due after iteration i, from 0."""
     if every > config.num_iterations:
         return stacked  # it is never due
-    # The counter is the same for all agents under `vmap`, so that this stays a branch and is no selection.
+    # The counter is the same for all agents under `vmap`, so that this stays a branch instead of a selection.
     blank = jax.tree.map(lambda all: jnp.zeros(all.shape[1:], all.dtype), stacked)
     due = (i + 1) % every == 0
     output = jax.lax.cond(due, lambda: jax.tree.map(jnp.asarray, hook(config, state, metrics)), lambda: blank)
-    # Until an output is due its place is blank, and there is none for iterations after the last one.
+    # The place of an output is blank until it is due, and iterations after the last output have none.
     return jax.tree.map(lambda all, one: all.at[i // every].set(one, mode="drop"), stacked, output)
 
 
 def train_chunk(config: Config, state: TrainState, num_iterations: Array, capacity: int) -> tuple[TrainState, Metrics]:
     """Continue for a *traced* number of iterations ≤ capacity: the scan of `train` in pieces of any length.
 
-    One program serves every length, so where a run is cut leaves no mark on its bits.
+    One program serves every length, so the places where a run is cut do not affect its bits.
+
 
     Returns:
       The state, and `Metrics` of [capacity] of which the first `num_iterations` are filled.
@@ -178,15 +180,16 @@ def train_step(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     that acts next differs by one merge from the one whose divergence was bounded. The value
     function is fitted after the advantages were computed with the old one.
     """
-    # On CPU, many agents under `vmap` are quicker one after the other, each within the cache and with branches and
-    # early exits of its own: the update nearly twice, the rollout where its environments fill the vector units alone.
+    # On CPU, many agents under `vmap` are faster one after the other, each within the cache and with its own branches
+    # and
+    # early exits: the update nearly twice as fast, the rollout if its environments fill the vector units by themselves.
     if backend.agents_take_turns() and config.num_envs >= _ENVS_TO_FILL_A_CORE:
         return take_turns(iterate, config, state)
     return iterate(config, state)
 
 
 def iterate(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
-    """The iteration of `train_step`: build the agent, roll the actor, update the learner, and tell what happened."""
+    """Run the iteration of `train_step`: build the agent, roll out, update the learner, and compute the metrics."""
     agent = make_agent(config)
     key = jax.random.fold_in(state.key, state.iteration)
     actor, batch, episodes = rollout(agent, state.learner, state.actor, key)
@@ -195,7 +198,7 @@ def iterate(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     learner, carry, info = take_turns(learn, *arguments) if backend.agents_take_turns() else learn(*arguments)
     actor = dataclasses.replace(actor, carry=carry._replace(policy=actor.carry.policy))
     after = TrainState(state.iteration + 1, state.key, learner, actor)
-    # Where JAX computes in 64 bits, a sum of what has 32 may have them; a state keeps the dtypes that it began with.
+    # In JAX's 64-bit mode, sums of 32-bit numbers may have 64 bits; a state keeps the dtypes that it began with.
     after = jax.tree.map(lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype), after, state)
     finite = _all_finite(
         (batch.reward, batch.observation, batch.next_observation, learner.policy_params, learner.value_params)
@@ -204,9 +207,10 @@ def iterate(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
 
 
 def take_turns(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, which `vmap` runs for one lane after the other."""
-    # Flat, because a Config's own structure depends on what its leaves are. Traced here and once, so that what it
-    # closes over, such as parameters of an environment that are mapped too, is among the arguments.
+    """Compute `function(*arguments)`, under `vmap` for one lane after the other."""
+    # Flat, because a Config's structure depends on its leaves. Traced once, here, so that the values it closes over,
+    # such
+    # as parameters of an environment that are mapped too, are among the arguments.
     leaves, structure = jax.tree.flatten(arguments)
     trace = jax.make_jaxpr(lambda *flat: function(*jax.tree.unflatten(structure, flat)), return_shape=True)
     program, shapes = trace(*leaves)
@@ -223,7 +227,7 @@ def _all_finite(tree: PyTree) -> Array:
 
 
 def _metrics(ended: EpisodeTotals, episodes: EpisodeTotals, info: TrainInfo, finite: Array) -> Metrics:
-    """The figures of an iteration: `ended` of the last episodes that there were, `episodes` of those within it."""
+    """The metrics of an iteration: `ended` are the totals of the latest episodes, `episodes` of those within it."""
     count = jnp.sum(ended.count)
     update, extra, absent = info.update, info.update.extra, jnp.float32(jnp.nan)
 

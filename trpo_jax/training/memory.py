@@ -1,4 +1,4 @@
-"""How much memory a program of many agents takes, before it is built."""
+"""Prediction of the memory that a program of many agents needs, before it is built."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from trpo_jax.training.loop import init, train_step
 from trpo_jax.training.rollouts import rollout
 from trpo_jax.training.state import Metrics, TrainState
 
-_PROBES = (8, 16), (256, 512)  # agents; fewer are programs of another form
+_PROBES = (8, 16), (256, 512)  # agents; programs of fewer have another form
 _NEGLIGIBLE = 2**26  # bytes
 _NARROW = 1024  # units of a layer
 
 
 def program_memory(compiled: Any) -> int:
-    """Bytes that a compiled program holds at once: arguments, results and scratch, less what results take over."""
+    """Bytes that a compiled program holds at once: arguments, results and scratch, less the arguments it overwrites."""
     sizes = compiled.memory_analysis()
     return (
         sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
@@ -33,7 +33,7 @@ def program_memory(compiled: Any) -> int:
 
 
 def compile_agents(config: Config, num_agents: int, iterations: int = 1) -> Any:
-    """Iterations of K agents side by side as a compiled program (config, states [K, ...]) -> (states, metrics)."""
+    """Compile iterations of K agents side by side to a program (config, states [K, ...]) -> (states, metrics)."""
 
     def run(config: Config, states: TrainState) -> tuple[TrainState, Metrics]:
         step = jax.vmap(train_step, in_axes=(None, 0))
@@ -45,13 +45,13 @@ def compile_agents(config: Config, num_agents: int, iterations: int = 1) -> Any:
 
 
 def predict_memory(config: Config, num_agents: int, iterations: int = 1) -> int:
-    """Bytes that a program of K agents needs at once, without building that program.
+    """Predict the bytes that a program of K agents needs at once, without building it.
 
-    At any moment of an iteration XLA holds a constant plus a multiple of K: on CPU, for instance, one workspace for
-    all agents as they learn, and each agent's batch as they act. What it allocates is the most of any moment: with
-    few agents the workspace, with many the batches. So the programs of 8 and 16 agents are compiled, and those of 256
-    and 512: a line goes through each pair, of which the higher one counts. Such a maximum is convex, so that up to 16
-    agents it is the first line and from 256 on the second.
+    At any moment of an iteration XLA holds a constant plus a multiple of K: on CPU, for instance, one workspace for all
+    agents as they learn, and each agent's batch as they act. It allocates the largest of these: the workspace with few
+    agents, the batches with many. So the programs of 8 and 16 agents are compiled, and those of 256 and 512. A line
+    goes through each pair, and the higher line counts. Such a maximum is convex, so that it is the first line up to 16
+    agents, and the second from 256 on.
     """
 
     def line(few: int, more: int) -> float:
@@ -64,10 +64,10 @@ def predict_memory(config: Config, num_agents: int, iterations: int = 1) -> int:
 
 
 def check_memory(config: Config, num_agents: int, free: int) -> None:
-    """Compare what K agents side by side hold at least, before anything is compiled, with the bytes that are free.
+    """Check before compiling that K agents side by side can fit into the bytes that are free.
 
     Raises:
-      UsageError: if it is more, with one sentence.
+      UsageError: if they cannot, with one sentence.
     """
     observation = 4 * int(np.prod(make_agent(config).environment.observation_shape))
     chosen = {name: getattr(config, name) for name in ("hidden", "value_hidden", "channels")}
@@ -82,7 +82,7 @@ def check_memory(config: Config, num_agents: int, free: int) -> None:
 
 
 def check_episodes(config: Config, num_agents: int, num_episodes: int, free: int, name: str = "num_episodes") -> None:
-    """The same for episodes side by side, as `evaluate` runs them."""
+    """Check the same for episodes side by side, as `evaluate` runs them."""
     environment = make_agent(config).environment
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_episodes))
     states = jax.eval_shape(jax.vmap(environment.reset), keys)
@@ -93,13 +93,13 @@ def _compare(least: int, free: int, sizes: dict[str, int]) -> None:
     if least > free:
         named = ", ".join(f"{name} ({size:,})" for name, size in sizes.items() if size > 1)
         raise UsageError(
-            f"at least {least / 2**30:,.1f} GiB are needed for so large {named}, and {free / 2**30:,.1f} GiB are free; "
+            f"at least {least / 2**30:,.1f} GiB are needed for {named}, but {free / 2**30:,.1f} GiB are free; "
             "lower one of them."
         )
 
 
 def least_memory(config: Config, num_agents: int) -> int:
-    """Bytes that K agents side by side hold at least: their states, and the batches that are learned from at a time."""
+    """Least number of bytes for K agents side by side: their states, and the batches that are in use at a time."""
     agent = make_agent(config)
     state = jax.eval_shape(init, config, jax.eval_shape(lambda: jax.random.key(0)))
     batch = jax.eval_shape(lambda s: rollout(agent, s.learner, s.actor, s.key)[1], state)
@@ -113,7 +113,7 @@ def _bytes(tree: Any) -> int:
 
 
 def free_memory(devices: Sequence[Any]) -> int:
-    """Bytes free on each device; on a CPU an equal share of what the machine, or the container, has left."""
+    """Bytes free on each device; on a CPU an equal share of what is free on the machine, or in the container."""
     if devices[0].platform != "cpu":
         statistics = [device.memory_stats() or {} for device in devices]
         return min(s.get("bytes_limit", 2**62) - s.get("bytes_in_use", 0) for s in statistics)
@@ -129,6 +129,6 @@ def _free_host_memory() -> int:
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
         found.append(int(text) - int(used.read_text()))
-    if not found:  # no Linux: half of what is built in
+    if not found:  # no Linux: half of the installed memory
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     return max(0, min(found))

@@ -1,6 +1,6 @@
 """Networks over time: one step at a time while acting, whole sequences while learning.
 
-A network without a memory has the empty carry `()`, and a batch of any shape is one step of it.
+A network that is not recurrent has the empty carry `()`, and evaluates a batch of any shape in one step.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from trpo_jax.steps.types import Array, PyTree
 
 
 class Sequence(NamedTuple):
-    """What a network is evaluated on.
+    """The input of a network.
 
     Attributes:
-      observation: [B, ...]; of networks with a memory T steps of each of N environments, whole, [N, T, ...].
-      start: whether an episode begins with this observation, so that the memory starts anew, bool [N, T]; None
-        without a memory.
-      carry: the memory before the first observation, [N, ...].
+      observation: [B, ...]; for recurrent networks T whole steps of each of N environments, [N, T, ...].
+      start: whether an episode begins with this observation and the recurrent state is reset, bool [N, T]; None if the
+        network is not recurrent.
+      carry: the recurrent state before the first observation, [N, ...].
     """
 
     observation: Array
@@ -30,12 +30,12 @@ class Sequence(NamedTuple):
 
 
 def initial_carries(network: RecurrentNetwork, num_envs: int) -> PyTree:
-    """The memory at the start of N episodes, [N, ...]."""
+    """The recurrent state at the start of N episodes, [N, ...]."""
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_envs, *jnp.shape(leaf))), network.initial_carry())
 
 
 def restart(network: RecurrentNetwork, done: Array, carry: PyTree) -> PyTree:
-    """The memory of an episode's start where `done`, bool [N]."""
+    """Reset the recurrent state where `done`, bool [N]."""
 
     def choose(new: Array, old: Array) -> Array:
         return jnp.where(done.reshape(done.shape + (1,) * (new.ndim - 1)), new, old)
@@ -44,7 +44,7 @@ def restart(network: RecurrentNetwork, done: Array, carry: PyTree) -> PyTree:
 
 
 def unroll(network: RecurrentNetwork, params: PyTree, sequence: Sequence) -> tuple[PyTree, Any]:
-    """The memory after each step and the outputs, both [N, T, ...]; without a memory, of a batch of any shape."""
+    """Compute the recurrent state after each step and the outputs, both [N, T, ...]; if not recurrent, in any shape."""
     if not network.has_memory:
         return network.step(params, sequence.carry, sequence.observation)
 
@@ -59,14 +59,14 @@ def unroll(network: RecurrentNetwork, params: PyTree, sequence: Sequence) -> tup
 
 
 def outputs_of(network: RecurrentNetwork) -> Any:
-    """`apply(params, sequence)` -> the outputs of a network on a batch."""
+    """Make `apply(params, sequence)` -> the outputs of a network on a batch."""
     return lambda params, sequence: unroll(network, params, sequence)[1]
 
 
 def starts(terminated: Array, truncated: Array) -> Array:
     """Where episodes begin within a rollout, [T, N] like its arguments: after each end.
 
-    Not at its first step: where the rollout before ended an episode, the carry is that of a fresh one already.
+    The first step is not marked: if the rollout before it ended an episode, the carry is reset already.
     """
     done = terminated | truncated
     return jnp.concatenate([jnp.zeros_like(done[:1]), done[:-1]])

@@ -1,4 +1,4 @@
-"""First states of N environments, drawn at the start and wherever an episode ends."""
+"""Initial states of N environments, at the start and wherever an episode ends."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from trpo_jax.steps.types import Array, PyTree
 
 
 def reset_environments(environment: Environment, key: Array, num_envs: int) -> tuple[Array, PyTree]:
-    """First observations [N, ...] and states of N environments."""
+    """Draw initial observations [N, ...] and states of N environments."""
     return jax.vmap(environment.reset)(jax.random.split(key, num_envs))
 
 
 def step_environments(
     environment: Environment, key: Array, state: PyTree, action: Array
 ) -> tuple[Step, tuple[Array, PyTree]]:
-    """`Step`s of N environments, [N, ...], and the observations and states to go on from: where it ended, of the next.
+    """Step N environments; return their `Step`s, and the observations and states to go on from, [N, ...] each.
 
-    Drawing first states can cost more than the step itself, and in most steps no episode ends: where branches are
-    cheap they are then not drawn at all. (Under `vmap` the branch becomes a selection, which costs what drawing always
-    costs.) Costly ones are drawn a few at a time, everywhere; what resets itself has drawn them already.
+    Where an episode ended, the latter are those of the next one. Drawing them can cost more than the step itself, and
+    in most steps no episode ends: where branches are cheap, none are drawn then. (Under `vmap` the branch becomes a
+    selection, which always has the cost of drawing.) Costly ones are drawn a few at a time on every backend. An
+    environment that resets itself has drawn them already.
     """
     if environment.restart is not None:
         own = jax.random.split(key, action.shape[0])
@@ -30,7 +31,7 @@ def step_environments(
         return step, _begin(step, jax.vmap(environment.restart)(own, step.state))
 
     # The split that gymnax's own step makes, so that trajectories agree key by key. All of it is here, so that a branch
-    # which draws no first state does not compute keys for one.
+    # without initial states computes no keys for them.
     def keys(which: int) -> Array:
         return jax.vmap(jax.random.split)(jax.random.split(key, action.shape[0]))[:, which]
 
@@ -47,7 +48,7 @@ def step_environments(
 
 
 def _begin(step: Step, first: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-    """`first` observations and states where an episode ended, [N, ...], and elsewhere those of the step."""
+    """Select `first` observations and states where an episode ended, [N, ...], and elsewhere those of the step."""
 
     def select(done: Array, first: PyTree, onward: PyTree) -> PyTree:
         return jax.tree.map(lambda a, b: jnp.where(done, a, b), first, onward)
@@ -56,7 +57,7 @@ def _begin(step: Step, first: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
 
 
 def _begin_few(step: Step, environment: Environment, keys: Array) -> tuple[Array, PyTree]:
-    """The same, with first states drawn a sixteenth of N at a time, until there are enough."""
+    """Do the same, but draw initial states for a sixteenth of N at a time, until there are enough."""
     num_envs = keys.shape[0]
     at_once = -(-num_envs // 16)
 

@@ -1,4 +1,4 @@
-"""Collecting a batch of experience: N environments stepped T times by the current policy."""
+"""Collection of a batch of experience: the current policy steps N environments T times."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def rollout(
     ratio at θ_old is then exactly 1. Episode statistics are reduced to sums here, so memory does not grow with T·N.
 
     Args:
-      agent: what acts, and in what.
-      learner: its parameters θ, and the statistics by which it sees observations.
-      actor: where the environments stand.
+      agent: the agent that acts, with its environment.
+      learner: its parameters θ, and the statistics that normalise observations.
+      actor: the current states of the environments.
       key: PRNG key for this rollout.
 
     Returns:
-      Where they stand after it, the transitions [T, N, ...], and totals of the episodes that ended in it, [N].
+      Their states after it, the transitions [T, N, ...], and totals of the episodes that ended in it, [N].
     """
 
     policy = with_normalization(agent.config, learner.statistics, agent.policy)
@@ -58,7 +58,7 @@ def rollout(
         )
         return actor, transition
 
-    # Summed per environment until the end: a reduction per step would be a kernel per step.
+    # Summed per environment until the end: a reduction in every step would be one more kernel each.
     start = dataclasses.replace(actor, ended=jax.tree.map(jnp.zeros_like, actor.ended))
     end, transitions = jax.lax.scan(step, start, jax.random.split(key, (agent.config.num_steps, 2)))
     any_ended = jnp.sum(end.ended.count) > 0
@@ -67,7 +67,7 @@ def rollout(
 
 
 def init_actor(agent: Agent, key: Array) -> ActorState:
-    """N fresh environments."""
+    """Reset N environments."""
     num_envs = agent.config.num_envs
     observation, env_state = reset_environments(agent.environment, key, num_envs)
     none, nothing = jnp.zeros(num_envs, jnp.int32), jnp.zeros(num_envs, jnp.float32)

@@ -1,4 +1,4 @@
-"""Starting from trained networks."""
+"""Start of training from trained networks."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from trpo_jax.training.state import TrainState
 
 
 def warm_start(config: Config, key: Array, trained: TrainState) -> TrainState:
-    """The state before the first iteration, with the networks of a trained agent.
+    """Build the state before the first iteration, with the networks of a trained agent.
 
-    Policy, value function and what is known of observations and returns are the trained agent's. The environments, the
-    iteration, earlier batches, and what the algorithms keep from update to update begin anew.
+    Policy, value function, and statistics of observations and returns are the trained agent's. Environments, iteration,
+    earlier batches, and the states of the algorithms start afresh.
 
     Args:
-      config: the settings, with the networks that the agent was trained with.
+      config: the settings, with the same networks as the trained agent.
       key: a typed PRNG key, see `init`.
       trained: one agent.
 
     Raises:
-      UsageError: if its networks are not those that the settings ask for.
+      UsageError: if its networks do not fit the settings.
     """
     agent, state = make_agent(config), init(config, key)
     fresh, old = state.learner, trained.learner
@@ -59,6 +59,6 @@ def _check_like(wanted: PyTree, found: PyTree, what: str) -> None:
     for name in {**wanted, **found}:
         if wanted.get(name) != found.get(name):
             raise UsageError(
-                f"the {what} to start from does not fit the settings: its {name} is {found.get(name, 'missing')} where "
-                f"they ask for {wanted.get(name, 'none')}; give the settings of networks that it was trained with."
+                f"the {what} to start from does not fit the settings: its {name} is {found.get(name, 'missing')}, but "
+                f"they need {wanted.get(name, 'none')}; use the network settings that it was trained with."
             )
