@@ -98,7 +98,7 @@ def test_an_object_of_ones_own_draws_itself(tmp_path):
         assert picture.size == (300, 214)
     wrong = Drawn()
     wrong.picture = np.zeros((5, 7))
-    with pytest.raises(UsageError, match=r"must return .* uint8 \[height, width, 3\], and gives float64 \[5, 7\]\.$"):
+    with pytest.raises(UsageError, match=r"must return .* uint8 \[height, width, 3\], but returns float64 \[5, 7\]\.$"):
         play_here(*fresh(wrong), num_episodes=1, video=tmp_path / "wrong.gif")
 
 

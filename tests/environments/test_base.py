@@ -34,7 +34,7 @@ def test_max_steps_cuts_a_gymnax_environment():
 
 
 def test_max_steps_cannot_be_imposed_on_an_environment_that_resets_itself():
-    with pytest.raises(UsageError, match=r"max_steps cannot be imposed"):
+    with pytest.raises(UsageError, match=r"it cannot be given max_steps"):
         make_environment(probes.Endless(), max_steps=10)
 
 
@@ -242,26 +242,26 @@ REFUSED = {
     "five values": (FiveValues(), r"^FiveValues\.step must return gymnax 1\.x's six values .* returned 5"),
     "no final observation": (NoFinalObservation(), r"^NoFinalObservation\.step must .*info\['final_observation'\]"),
     "dict observations": (DictObservation(), r"^observations of DictObservation, entry camera, must be single arrays"),
-    "strange actions": (StrangeActions(), r"^actions of StrangeActions lie in 'up or down'; Discrete, MultiDiscrete"),
+    "strange actions": (StrangeActions(), r"^actions of StrangeActions lie in 'up or down'; only Discrete, Multi"),
     "no step": (
         SimpleNamespace(reset=lambda key: key),
         r"has no method step\(\); an environment needs reset, step and",
     ),
     "no reset": (SimpleNamespace(step=lambda key: key), r"has no method reset\(\)"),
     "no action_space": (SimpleNamespace(reset=len, step=len), r"has no method action_space\(\)"),
-    "no actions": (NoActions(), r"^actions of NoActions lie in Discrete\(0\), in which there is no action"),
+    "no actions": (NoActions(), r"^actions of NoActions lie in Discrete\(0\), which contains no action"),
     "another state": (
         Changeable(),
-        r"^Changeable gives another state after a step than after a reset: \.state \[3\] after \.state \[\]",
+        r"^Changeable returns a different state after a step than after a reset: \.state \[3\] instead of \.state \[\]",
     ),
-    "another observation": (Growing(), r"^Growing gives another observation after .*: \[2\] after \[1\]"),
-    "two rewards": (TwoRewards(), r"^TwoRewards must give one reward per step, got an array of shape \(2,\)"),
+    "another observation": (Growing(), r"^Growing returns a different observation after .*: \[2\] instead of \[1\]"),
+    "two rewards": (TwoRewards(), r"^TwoRewards must return one reward per step, got an array of shape \(2,\)"),
     "an error": (Broken(), r"^step of Broken fails \(\w+: .*, test_base\.py:\d+ in move\)"),
     "complex": (Imaginary(), r"^observations of Imaginary are complex"),
-    "a class": (probes.OneStep, r"^env must be an environment, and OneStep is a class; hand over one of its instances"),
+    "a class": (probes.OneStep, r"^env must be an environment, but OneStep is a class; give one of its instances"),
     "brax": (
         Hopper(),
-        r"^Hopper is an environment object of brax; give its name in place of it, such as env=.brax/NAME",
+        r"^Hopper is an environment object of brax; give its name instead, such as env=.brax/NAME",
     ),
     "gymnasium": (
         gymnasium.make("CartPole-v1"),
@@ -269,7 +269,7 @@ REFUSED = {
     ),
     "own shape": (
         own(observation_shape=(7,)),
-        r"^own\.reset must give an observation of float32\[7\], got float32\[1\]",
+        r"^own\.reset must return an observation of float32\[7\], got float32\[1\]",
     ),
     "own actions": (
         own(action_space=3),
@@ -278,21 +278,21 @@ REFUSED = {
     "own step": (own(step=lambda *_: 3), r"^step of own fails \(TypeError"),
     "own step that resets": (
         own(step=resets_itself),
-        r"^own\.step gives six values, but a step no longer resets itself",
+        r"^own\.step returns six values, but a step must not reset",
     ),
     "own Step of six": (
         own(step=six_values),
-        r"^own\.step gives six values, but a step no longer resets itself: give ",
+        r"^own\.step returns six values, but a step must not reset the environment: return ",
     ),
     "own state": (
         own(
             step=lambda key, state, action: Step(jnp.zeros(1), jnp.float32(0), *resets_itself(key, state, action)[2:5])
         ),
-        r"^own\.step must keep the state that reset gives, of \.state int32\[\], got float32\[\]",
+        r"^own\.step must keep the state of reset, of \.state int32\[\], got float32\[\]",
     ),
     "own restart": (
         own(restart=lambda key, state: (jnp.zeros(2), state)),
-        r"^own\.restart must give an observation of float32\[1\], got float32\[2\]",
+        r"^own\.restart must return an observation of float32\[1\], got float32\[2\]",
     ),
     "None": (None, r"^env must be a name, an Environment or an environment object, got None"),
     "a number": (3, r"^env must be a name.*got 3"),

@@ -105,11 +105,11 @@ def test_settings_that_are_traced_go_with_ranges_and_wrappers():
         ({"randomize": 3}, "must be ranges, or a randomization_fn of Brax or Playground, got 3"),
         (
             {"randomize": {"gravty": [5, 20]}},
-            r"CartPole-v1 has no parameter gravty that could be drawn; it has gravity",
+            r"CartPole-v1 has no parameter gravty that can be drawn; it has gravity",
         ),
-        ({"randomize": {"max_steps_in_episode": [5, 20]}}, "has no parameter max_steps_in_episode that could be drawn"),
+        ({"randomize": {"max_steps_in_episode": [5, 20]}}, "has no parameter max_steps_in_episode that can be drawn"),
         ({"env": "brax/ant", "randomize": {"x": [5, 20]}}, "draws parameters of gymnax's environments"),
-        ({"randomize": lambda model, keys: None}, "randomize takes a function for brax/ and playground/ alone"),
+        ({"randomize": lambda model, keys: None}, "randomize may be a function for brax/ and playground/ only"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_sentence(changes, message):

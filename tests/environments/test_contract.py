@@ -45,7 +45,7 @@ FAULTS = {
     "observation": (make(replaced(observation=jnp.full(2, jnp.nan))), r"^observations must be finite, .* at step 1\.$"),
     "reward": (make(replaced(reward=jnp.float32(jnp.inf))), r"^rewards must be finite"),
     "endless": (make(replaced(terminated=jnp.bool_(False))), r"^no episode ended within 1,000 random steps"),
-    "dtype": (make(replaced(reward=jnp.int32(1))), r"step must give a reward of float32\[\], got int32\[\]\.$"),
+    "dtype": (make(replaced(reward=jnp.int32(1))), r"step must return a reward of float32\[\], got int32\[\]\.$"),
     "state": (make(replaced(state=(jnp.int32(0), 1))), r"must keep the state"),
     "host": (make(host_counter), r"^two runs from the same key differ"),
     "mask": (

@@ -166,7 +166,7 @@ def test_a_value_function_that_sees_more_explains_more():
         ({"value_observation": "speed,"}, r"^value_observation names '', but"),
         (
             {"env": "CartPole-v1", "value_observation": "x"},
-            r"^value_observation=x names entries, and .* of CartPole",
+            r"^value_observation=x names entries, but .* of CartPole",
         ),
         (
             {"network": "cnn", "value_observation": "speed"},
@@ -260,9 +260,12 @@ class NoChoice(Forbidden):
 @pytest.mark.parametrize(
     "probe, message",
     [
-        (OnlyInfo, r"OnlyInfo\.step gives info\['action_mask'\], but its reset has no info, .* a method action_mask"),
+        (
+            OnlyInfo,
+            r"OnlyInfo\.step returns info\['action_mask'\], but its reset returns no info, .* a method action_mask",
+        ),
         (TooShort, r"^action_mask of TooShort must have an entry for each action, 4 in all, got 3\.$"),
-        (NoChoice, r"^NoChoice has a mask of legal actions, action_mask, but its actions are no choices"),
+        (NoChoice, r"^NoChoice has a mask of legal actions, action_mask, but its actions are not discrete"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused_in_one_sentence(probe, message):
@@ -273,7 +276,7 @@ def test_masks_that_do_not_fit_are_refused_in_one_sentence(probe, message):
 def test_an_environment_of_ones_own_declares_its_entries():
     environment = make_environment(Forbidden())
     assert make_environment(dataclasses.replace(environment)).entries == environment.entries
-    with pytest.raises(UsageError, match=r"^entries of Forbidden make up 6 numbers, but observation_shape is \(5,\)"):
+    with pytest.raises(UsageError, match=r"^entries of Forbidden have 6 numbers, but observation_shape is \(5,\)"):
         make_environment(dataclasses.replace(environment, entries={"action_mask": (4,), "observation": (2,)}))
 
 
@@ -303,7 +306,7 @@ def test_what_a_mask_follows_from_is_kept():
     masked = dataclasses.replace(environment, action_mask=lambda o: o[..., 2:] > 0)
     assert keep_entries(environment, ["state"]).entries == {"state": (2,)}
     assert keep_entries(masked, ["state"]) is masked
-    with pytest.raises(UsageError, match=r"^which actions of shapes are legal follows from its whole observation"):
+    with pytest.raises(UsageError, match=r"^the legal actions of shapes depend on its whole observation"):
         hide_entries(masked, ["state"])
     with pytest.raises(UsageError, match=r"^observations of CartPole-v1 are single arrays, and have no entries"):
         make_environment("CartPole-v1").split(jnp.zeros(4))

@@ -375,7 +375,9 @@ def test_a_subclass_with_a_step_of_its_own_is_taken_at_its_word():
 
 def test_gymnax_tuples_and_dictionaries():
     assert make_environment(Pairs()).action_space == MultiDiscrete((2, 3))
-    with pytest.raises(UsageError, match=r"^Dictionaries gives another observation after a step than after a reset"):
+    with pytest.raises(
+        UsageError, match=r"^Dictionaries returns a different observation after a step than after a reset"
+    ):
         make_environment(Dictionaries())
 
 
@@ -510,7 +512,7 @@ WRONG_PARAMETERS = {
     "many": ({"gravity": np.ones(3)}, r"^parameter gravity of CartPole-v1 must be like 9\.8, got array"),
     "of no kind": (
         9.8,
-        r"^params of CartPole-v1 must be a dict of those that differ, or all in one object, got 9\.8\.$",
+        r"^params of CartPole-v1 must be a dict of changes, or an object with all of them, got 9\.8\.$",
     ),
 }
 

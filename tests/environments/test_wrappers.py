@@ -262,7 +262,7 @@ REFUSED = {
     "no limit": (lambda: limit_steps(OBSERVED, None), r"^max_steps must be a whole number from 1 to .*, got None"),
     "a limit of another's": (
         lambda: limit_steps(make_environment(probes.Endless()), 3),
-        r"^Endless resets itself in its own step, so max_steps cannot be imposed on it",
+        r"^Endless resets itself in its own step, so it cannot be given max_steps",
     ),
     "an entry that is none": (
         lambda: hide_entries(OBSERVED, [4]),
@@ -270,10 +270,13 @@ REFUSED = {
     ),
     "one number": (lambda: hide_entries(OBSERVED, 1), r"^hidden must be indices among .*, got 1\."),
     "truth values": (lambda: hide_entries(OBSERVED, [True, False]), r"^hidden must be indices among"),
-    "all entries": (lambda: hide_entries(OBSERVED, range(4)), r"^hidden has all 4 entries of CartPole-v1; leave one"),
+    "all entries": (
+        lambda: hide_entries(OBSERVED, range(4)),
+        r"^hidden has all 4 entries of CartPole-v1; keep at least one",
+    ),
     "a picture": (
         lambda: hide_entries(make_environment("Breakout-MinAtar"), [0]),
-        r"^hide_entries needs observations that are vectors, and those of Breakout-MinAtar have shape \(10, 10, 4\)",
+        r"^hide_entries needs observations that are vectors, but those of Breakout-MinAtar have shape \(10, 10, 4\)",
     ),
     "a time of a picture": (
         lambda: append_time(make_environment("Breakout-MinAtar")),
@@ -281,12 +284,12 @@ REFUSED = {
     ),
     "a time without limit": (
         lambda: append_time(SOLE),
-        r"^pictures has no time limit of which .*; set one",
+        r"^pictures has no time limit, which append_time needs; set one",
     ),
     "a mask repeated": (lambda: repeat_actions(pictures((3,)), 2), r"^actions of pictures cannot be repeated"),
     "a mask half seen": (
         lambda: hide_entries(pictures((3,)), [0]),
-        r"^which actions of pictures are legal follows",
+        r"^the legal actions of pictures depend",
     ),
 }
 

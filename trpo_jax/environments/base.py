@@ -1,4 +1,4 @@
-"""The interface that every environment is brought to, and the reset, time limit and casting that the library owns."""
+"""The interface of every environment: its spaces, its steps, and the `Environment` itself."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class MultiDiscrete:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Box:
-    """A box of real actions. The policy sees it flat, [D]; the environment gets it in its own shape.
+    """A box of real actions: flat, [D], for the policy, and in its own shape for the environment.
 
     Attributes:
-      low: lower bounds, float32 [D]; −inf where there is none. A number, or an array of any shape, becomes that.
+      low: lower bounds, float32 [D]; −inf for none. A number, or an array of any shape, is converted.
       high: upper bounds, float32 [D].
     """
 
@@ -85,11 +85,11 @@ class Step(NamedTuple):
     """The outcome of one step of an environment.
 
     Attributes:
-      observation: float32; at the end of an episode its last.
-      state: what the next step is taken from, or, at the end of an episode, `restart`.
+      observation: float32; at the end of an episode, its last one.
+      state: the state for the next step, or, at the end of an episode, for `restart`.
       reward: float32 [].
       terminated: the episode ended in a terminal state, bool [].
-      truncated: a time limit cut the episode off, bool [].
+      truncated: a time limit ended the episode, bool [].
     """
 
     observation: Array
@@ -109,7 +109,7 @@ class Film(NamedTuple):
 
     Attributes:
       frames: uint8 [height, width, 3] each.
-      per_second: how many of them a second of the episode has.
+      per_second: frames per second of the episode.
     """
 
     frames: Sequence[np.ndarray]
@@ -121,27 +121,28 @@ Render = Callable[[Sequence[PyTree]], Film]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Environment:
-    """An environment for one agent, as pure functions, which `vmap` makes many. Compared and hashed by identity.
+    """An environment for one agent as pure functions, which `vmap` multiplies. Compared and hashed by identity.
 
     Attributes:
       name: for messages and files.
       observation_shape: shape of an observation, which is always float32.
       action_space: `Discrete`, `MultiDiscrete` or `Box`.
-      max_steps: the time limit in steps, if it is known.
+      max_steps: the time limit in steps that `step` applies; None if there is none, or it is unknown. This field only
+        declares the limit; `limit_steps` sets one.
       reset: `reset(key)` -> (observation, state), the start of an episode.
-      step: `step(key, state, action)` -> `Step`, without a reset: whoever steps it resets it. Casts everything to fixed
-        dtypes, and clips Box actions to their bounds.
-      restart: `restart(key, state)` -> (observation, state), what follows the end of an episode; None means
-        `reset(key)`. Of an object that resets itself in its own step: the step keeps in its state what comes next, and
-        `restart` hands it out without a draw.
-      costly_reset: whether a first state costs far more than a step, such as a whole world. The trainer then draws no
-        more of them than it must.
-      action_mask: `action_mask(observation)` -> which actions are allowed, bool [..., n]: of a Discrete space its n,
-        of a MultiDiscrete one the n of its components one after the other. The default policy never takes another.
-      entries: None, or name and shape of the parts that an observation [D] is made of, in their order: what the default
-        networks see of it can be chosen by name. One of the name "action_mask" is a mask (legal where above 0), which
-        none of them sees, and of which the function `action_mask` is made, if it is not given.
-      render: None, or `render(states)` -> `Film`, pictures of states, one each, made outside of any program.
+      step: `step(key, state, action)` -> `Step`, without a reset, which is left to the caller. Casts everything to
+        fixed dtypes, and clips Box actions to their bounds.
+      restart: `restart(key, state)` -> (observation, state), the start of the next episode; None means `reset(key)`. It
+        is for objects that reset themselves in their own step: the step keeps the next start in its state, and
+        `restart` returns it without a draw.
+      costly_reset: whether an initial state, such as a whole world, costs far more than a step. The trainer then draws
+        no more of them than it needs.
+      action_mask: `action_mask(observation)` -> which actions are legal, bool [..., n]: in a Discrete space its n, in a
+        MultiDiscrete one the n of its components in their order. The default policy takes no others.
+      entries: None, or names and shapes of the parts of an observation [D], in their order; the default networks can
+        select them by name. An entry named "action_mask" is a mask (legal where above 0). No network sees it, and it
+        gives the function `action_mask` if there is no other.
+      render: None, or `render(states)` -> `Film`, one picture per state, drawn outside of any program.
     """
 
     name: str
@@ -161,7 +162,7 @@ class Environment:
             object.__setattr__(self, "action_mask", entries.mask_function(self.entries))
 
     def split(self, observation: Array) -> dict[str, Array]:
-        """The entries of observations [..., D] by name, each [..., *shape]."""
+        """Split observations [..., D] into their entries by name, each [..., *shape]."""
         if self.entries is None:
             raise UsageError(f"observations of {self.name} are single arrays, and have no entries to split them into.")
         return entries.split(self.entries, observation)
@@ -172,17 +173,17 @@ RawStep = Callable[[Array, PyTree, Array], tuple[Array, PyTree, Array, Array, Ar
 
 
 def render_inner(render: Render | None) -> Render | None:
-    """`render` for states that are pairs (what it draws, something of a wrapper's)."""
+    """Make `render` for states that are pairs (the environment's, the wrapper's)."""
     return None if render is None else lambda states: render([inner for inner, _ in states])
 
 
 def make_box(low: Any, high: Any, shape: tuple[int, ...]) -> Box:
-    """A Box from scalar or array bounds of an environment's own shape."""
+    """Make a Box from scalar or array bounds in an environment's own shape."""
     return Box(np.broadcast_to(low, shape), np.broadcast_to(high, shape))
 
 
 def sizes_of(space: Space) -> tuple[int, ...]:
-    """Among how many actions each choice is; () of a Box."""
+    """The number of actions in each choice; () for a Box."""
     return () if isinstance(space, Box) else (space.n,) if isinstance(space, Discrete) else space.n
 
 

@@ -16,7 +16,7 @@ from trpo_jax.environments.checks import one_sentence
 from trpo_jax.environments.suites import assemble, check_name, quiet_mujoco, require
 from trpo_jax.sentences import UsageError
 
-# Brax has no time limit of its own; its results are of episodes of this length.
+# Brax has no time limit of its own; its published results are for episodes of this length.
 MAX_STEPS = 1000
 BACKENDS = ("generalized", "positional", "spring", "mjx")
 
@@ -42,20 +42,20 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
 def from_brax(
     env: Any, name: str, max_steps: int | None = None, randomization_fn: Callable[..., Any] | None = None
 ) -> Environment:
-    """An environment with Brax's interface: `reset(rng) -> State` and `step(State, action) -> State`.
+    """Adapt an environment with Brax's interface: `reset(rng) -> State` and `step(State, action) -> State`.
 
     Args:
-      env: its actions lie in [-1, 1].
-      name: with the suite's prefix.
+      env: the environment, with actions in [-1, 1].
+      name: its name, with the suite's prefix.
       max_steps: the time limit.
-      randomization_fn: draws the bodies of each episode, see `_Randomized`; None: they are as they are.
+      randomization_fn: draws the model of each episode, see `_Randomized`; None: the model is fixed.
     """
     drawn_by = getattr(env, "unwrapped", env)
     if randomization_fn is not None:
         env = _Randomized(env, name, randomization_fn)
 
     def reset(key: Array) -> tuple[Array, PyTree]:
-        state = env.reset(jax.random.key_data(key))  # Brax knows no typed keys
+        state = env.reset(jax.random.key_data(key))  # Brax takes no typed keys
         return _observation(state.obs), state
 
     def step(key: Array, state: PyTree, action: Array) -> tuple[Array, PyTree, Array, Array, Any]:
@@ -64,7 +64,7 @@ def from_brax(
 
     def render(states: Sequence[PyTree]) -> Film:
         own = [state.state if isinstance(state, DrawnState) else state for state in states]
-        own = [getattr(state, "pipeline_state", state) for state in own]  # which Playground's states have not
+        own = [getattr(state, "pipeline_state", state) for state in own]  # Playground's states have none
         with contextlib.redirect_stderr(io.StringIO()):  # Playground shows a progress bar
             return Film(drawn_by.render(own, height=240, width=320), 1 / float(drawn_by.dt))
 
@@ -73,10 +73,10 @@ def from_brax(
 
 
 class _Randomized:
-    """An environment whose model is drawn at each reset; its state carries (state, what was drawn).
+    """An environment whose model is drawn at each reset; its state carries (state, drawn leaves of the model).
 
-    `randomization_fn(model, keys [N])` -> (models, axes) is that of `brax.training` and of Playground: of the leaves of
-    the model those are drawn whose axis is 0.
+    `randomization_fn(model, keys [N])` -> (models, axes) is as in `brax.training` and Playground: the leaves of the
+    model with axis 0 are drawn.
     """
 
     def __init__(self, env: Any, name: str, randomization_fn: Callable[..., Any]):
@@ -103,19 +103,19 @@ class _Randomized:
             setattr(self._inner, self._attribute, self._model)
 
     def reset(self, key: Array) -> DrawnState:
-        """An episode's start, in a model of its own."""
+        """Start an episode in a newly drawn model."""
         key_draw, key_reset = jax.random.split(key)
         models, _ = self._draw(self._model, key_draw[None])
         drawn = [leaf[0] for leaf, own in zip(jax.tree.leaves(models), self._is_drawn, strict=True) if own]
         return DrawnState(self._with(drawn, self._env.reset, key_reset), drawn)
 
     def step(self, state: DrawnState, action: Array) -> DrawnState:
-        """The step that Brax takes, in the model of the episode."""
+        """Take Brax's step in the model of the episode."""
         return DrawnState(self._with(state.drawn, self._env.step, state.state, action), state.drawn)
 
 
 class DrawnState(NamedTuple):
-    """A state of Brax, and the leaves of the model that were drawn for its episode."""
+    """A state of Brax, and the leaves of the model drawn for its episode."""
 
     state: Any
     drawn: list[Array]
@@ -137,10 +137,10 @@ class DrawnState(NamedTuple):
 
 
 def _observation(observation: Any) -> Any:
-    """An array as it is, and any kind of dictionary, such as Playground's of "state" and "privileged_state", as one."""
+    """Return an array as it is, and any mapping, such as Playground's of "state" and "privileged_state", as a dict."""
     return dict(observation) if hasattr(observation, "keys") else observation
 
 
 def names() -> list[str]:
-    """Brax's environments; each takes a backend behind another slash."""
+    """Names of Brax's environments; each takes a backend after another slash."""
     return sorted(require("brax.envs", "brax")._envs)

@@ -1,4 +1,4 @@
-"""Changes of an environment that settings name: wrappers, and settings of its own that are drawn for each episode."""
+"""Changes of an environment by settings: wrappers, and parameters that are drawn for each episode."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NAMES = (*_WITH_NUMBER, *_ALONE, "hide_entries")
 
 
 def apply_wrappers(environment: Environment, text: str) -> Environment:
-    """`environment` within the wrappers that a text names, the first innermost: "hide_entries=1,3 stack_frames=4".
+    """Apply the wrappers that a text names to `environment`, innermost first: "hide_entries=1,3 stack_frames=4".
 
     Raises:
       UsageError: if there is no such wrapper, its value cannot be used, or it does not suit the environment.
@@ -27,10 +27,10 @@ def apply_wrappers(environment: Environment, text: str) -> Environment:
     for part in [] if text == NONE else text.split():
         name, equals, value = part.partition("=")
         if name not in _NAMES:
-            raise UsageError(f"wrappers names {shown(name)}, and there are {', '.join(_NAMES)}.")
+            raise UsageError(f"wrappers names {shown(name)}; choose among {', '.join(_NAMES)}.")
         if bool(equals) != (name not in _ALONE):
             form = name if name in _ALONE else f"{name}={'1,3' if name == 'hide_entries' else 4}"
-            raise UsageError(f"wrappers must have {form}, got {shown(part)}.")
+            raise UsageError(f"wrappers must have the form {form}, got {shown(part)}.")
         arguments = [] if name in _ALONE else [_value(name, value)]
         environment = getattr(wrappers, name)(environment, *arguments)
     return environment
@@ -44,11 +44,11 @@ def _value(name: str, text: str) -> Any:
 def draw_settings(
     base: Environment, make: Callable[[Mapping[str, Any]], Environment], ranges: Mapping[str, tuple[float, float]]
 ) -> Environment:
-    """`base` with some of its settings drawn uniformly from ranges, anew at the start of each episode of each instance.
+    """Draw some settings of `base` uniformly from ranges, at the start of each episode of each instance.
 
     Args:
-      base: the environment without.
-      make: the environment with traced values of those settings.
+      base: the environment with fixed settings.
+      make: makes the environment with traced values of those settings.
       ranges: {setting: (low, high)}.
     """
 

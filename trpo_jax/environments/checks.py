@@ -1,4 +1,4 @@
-"""Environments as they come: each is traced once without running it, and what cannot be trained is one sentence."""
+"""Checks of environments: each is traced once without running it, and every problem becomes one sentence."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from trpo_jax.sentences import UsageError, first_line
 def fixed_dtypes(
     reset: RawReset, step: Callable[..., Step], action: Any, name: str
 ) -> tuple[RawReset, Callable[..., Step]]:
-    """`reset` and `step` with states cast to one strong dtype per leaf, so that a scan's carry stays as it was.
+    """Cast the states of `reset` and `step` to one strong dtype per leaf, so that the carry of a scan keeps its types.
 
-    A leaf that `reset` makes an integer and `step` a float is a float from the start.
+    A leaf that is an integer after `reset` and a float after `step` is a float from the start.
 
     Raises:
-      UsageError: if one of them fails, or a step leads to another kind of state or observation than a reset.
+      UsageError: if one of them fails, or state or observation change their structure from reset to step.
     """
     key = base.key_shape()
     with one_sentence(f"reset of {name}"):
@@ -36,8 +36,8 @@ def fixed_dtypes(
     for what, first, after in (("observation", observation, stepped.observation), ("state", from_reset, stepped.state)):
         if differs := _difference(first, after):
             raise UsageError(
-                f"{name} gives another {what} after a step than after a reset: {differs[1]} after {differs[0]}; it "
-                "must keep its structure and shapes."
+                f"{name} returns a different {what} after a step than after a reset: {differs[1]} instead of "
+                f"{differs[0]}; it must keep its structure and shapes."
             )
     dtypes = jax.tree.map(
         lambda a, b: a.dtype if a.dtype == b.dtype else jnp.promote_types(a, b), from_reset, stepped.state
@@ -58,7 +58,7 @@ def fixed_dtypes(
 
 
 def _difference(first: PyTree, second: PyTree, *, with_dtypes: bool = False) -> tuple[str, str] | None:
-    """The first place where two trees of shapes differ, as text in each of them; None where they do not."""
+    """The first difference between two trees of shapes, as text for each of them; None if there is none."""
 
     def places(tree: PyTree) -> list[str]:
         named = ((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree))
@@ -73,7 +73,7 @@ def _difference(first: PyTree, second: PyTree, *, with_dtypes: bool = False) -> 
 
 @contextlib.contextmanager
 def one_sentence(what: str) -> Iterator[None]:
-    """Turn an error of an environment's own code into one sentence: what failed, how, and on which line."""
+    """Turn an error in an environment's own code into one sentence: what failed, how, and on which line."""
     try:
         yield
     except UsageError:
@@ -83,9 +83,9 @@ def one_sentence(what: str) -> Iterator[None]:
 
 
 def describe_error(error: BaseException, file: str | None = None) -> str:
-    """An error in a few words: its type, the first line of its message, and the last line of `file` on its way.
+    """Describe an error briefly: its type, the first line of its message, and the last line of `file` in its traceback.
 
-    Without such a file, or where it was not in it, the last line outside of JAX, NumPy and this package.
+    Without `file`, or if it is not in the traceback, the last line outside of JAX, NumPy and this package.
     """
     frames = traceback.extract_tb(error.__traceback__)
     ours = {"jax", "jaxlib", "numpy", "trpo_jax"}
@@ -96,7 +96,7 @@ def describe_error(error: BaseException, file: str | None = None) -> str:
 
 
 def outcome(reward: Any, terminated: Any, truncated: Any, name: str) -> tuple[Array, Array, Array]:
-    """A step's reward and flags as float32 [] and bool []; each must be one number, in whatever shape."""
+    """Convert a step's reward and flags to float32 [] and bool []; each must be one number, in any shape."""
     values = []
     for what, value, dtype in (
         ("reward", reward, jnp.float32),
@@ -104,29 +104,29 @@ def outcome(reward: Any, terminated: Any, truncated: Any, name: str) -> tuple[Ar
         ("truncated", truncated, bool),
     ):
         if np.size(value) != 1:
-            raise UsageError(f"{name} must give one {what} per step, got an array of shape {np.shape(value)}.")
+            raise UsageError(f"{name} must return one {what} per step, got an array of shape {np.shape(value)}.")
         values.append(jnp.asarray(value, dtype).reshape(()))
     return values[0], values[1], values[2]
 
 
 def check_space(space: Any, name: str) -> None:
-    """Raise `UsageError` unless actions in `space` can be sampled: something to choose from, bounds in order."""
+    """Raise `UsageError` unless actions in `space` can be sampled: it is not empty, and its bounds are in order."""
     if isinstance(space, (Discrete, MultiDiscrete)):
         sizes = np.atleast_1d(space.n)
         good = sizes.size > 0 and bool((sizes >= 1).all())
     elif isinstance(space, Box):
-        good = space.low.size > 0 and bool((space.low <= space.high).all())  # a NaN is neither
+        good = space.low.size > 0 and bool((space.low <= space.high).all())  # false for NaN
     else:
         raise UsageError(f"{name}.action_space must be a Discrete, MultiDiscrete or Box of trpo_jax, got {space!r}.")
     if not good:
-        raise UsageError(f"actions of {name} lie in {space}, in which there is no action; give it bounds in order.")
+        raise UsageError(f"actions of {name} lie in {space}, which contains no action; give it bounds in order.")
 
 
 def check_declaration(environment: Environment) -> None:
-    """Check an `Environment` that was not built here against its own declaration, without running it.
+    """Check an `Environment` that was made elsewhere against its own declaration, without running it.
 
     Raises:
-      UsageError: if it is not what `Environment` says, in one sentence.
+      UsageError: if it does not match its declaration, in one sentence.
     """
     name = environment.name
     check_space(environment.action_space, name)
@@ -141,25 +141,25 @@ def check_declaration(environment: Environment) -> None:
         result = _eval_step(environment, key, state)
     scalar, flag = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.bool_)
     checks = [
-        ("reset must give an observation", start, observation),
-        ("step must give an observation", result.observation, observation),
-        ("step must give a reward", result.reward, scalar),
-        ("step must give terminated", result.terminated, flag),
-        ("step must give truncated", result.truncated, flag),
-        ("step must keep the state that reset gives,", result.state, state),
+        ("reset must return an observation", start, observation),
+        ("step must return an observation", result.observation, observation),
+        ("step must return a reward", result.reward, scalar),
+        ("step must return terminated", result.terminated, flag),
+        ("step must return truncated", result.truncated, flag),
+        ("step must keep the state of reset,", result.state, state),
     ]
     if environment.restart is not None:
         with one_sentence(f"restart of {name}"):
             start, after = jax.eval_shape(environment.restart, key, state)
-        checks.append(("restart must give an observation", start, observation))
-        checks.append(("restart must keep the state that reset gives,", after, state))
+        checks.append(("restart must return an observation", start, observation))
+        checks.append(("restart must keep the state of reset,", after, state))
     for what, found, expected in checks:
         if differs := _difference(expected, found, with_dtypes=True):
             raise UsageError(f"{name}.{what} of {differs[0]}, got {differs[1]}.")
 
 
 def _eval_step(environment: Environment, key: Any, state: PyTree) -> Step:
-    """Shapes of a step; one that still resets itself, as steps once did, gives or makes a `Step` of six values."""
+    """Shapes of a step; one of the old kind, which resets itself, returns or makes a `Step` of six values."""
     try:
         result = jax.eval_shape(environment.step, key, state, base.zero_action(environment.action_space))
         resets_itself = len(result) == 6
@@ -169,7 +169,7 @@ def _eval_step(environment: Environment, key: Any, state: PyTree) -> Step:
             raise
     if resets_itself:
         raise UsageError(
-            f"{environment.name}.step gives six values, but a step no longer resets itself: give Step(observation, "
-            "state, reward, terminated, truncated) of what the action led to, and leave the reset to the trainer."
+            f"{environment.name}.step returns six values, but a step must not reset the environment: return "
+            "Step(observation, state, reward, terminated, truncated) of this step, and leave the reset to the trainer."
         )
     return Step(*result)

@@ -1,4 +1,4 @@
-"""Whether an environment keeps the contract: it is run with random actions, and what is wrong is said in sentences."""
+"""A check that an environment keeps the contract: it runs with random actions, and each problem is one sentence."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from trpo_jax.sentences import UsageError, check_limits, counted
 
 
 class Trace(NamedTuple):
-    """What N environments did in T steps: keys, states and actions before each, and what followed, [T, N, ...]."""
+    """The record of N environments over T steps: keys, states and actions before each, and the `Step`, [T, N, ...]."""
 
     key: Array
     state: PyTree
     action: Array
-    legal: Array  # whether there was an action to take
+    legal: Array  # whether there was a legal action
     step: Step
 
 
 def check_environment(env: Any, *, num_steps: int = 1000, seed: int = 0) -> list[str]:
-    """What is wrong with an environment, one sentence each; an empty list if nothing is.
+    """Check an environment; return one sentence per problem, and an empty list if there is none.
 
-    It is traced, and stepped with random actions: shapes and dtypes as declared, a state of constant structure,
-    finite observations and rewards, observations within the declared space, episodes that end, equal results from equal
-    keys, and under `vmap` the same as alone.
+    It is traced, and stepped with random actions. The checks are: shapes and dtypes as declared, a state of constant
+    structure, finite observations and rewards, observations within the declared space, episodes that end, equal results
+    from equal keys, and equal results alone and under `vmap`.
 
     Args:
-      env: what `make_environment` takes.
-      num_steps: steps of each of 8 environments at most; fewer where the time limit is shorter.
-      seed: of the actions and of the environments.
+      env: anything that `make_environment` takes.
+      num_steps: steps of each of 8 environments at most; fewer if the time limit is shorter.
+      seed: seed of the actions and of the environments.
 
     Raises:
       UsageError: if `num_steps` or `seed` cannot be used.
@@ -51,18 +51,18 @@ def check_environment(env: Any, *, num_steps: int = 1000, seed: int = 0) -> list
         alone = _first_alone(environment, trace)
     except UsageError as error:
         return [str(error)]
-    except Exception as error:  # the environment's own, as it may fail in any way
+    except Exception as error:  # the environment may fail in any way
         return [f"it cannot be run under jit and vmap ({describe_error(error)})."]
     wrong = _values(environment, trace, length) + _declared_bounds(env, environment, trace)
     if not _equal(trace.step, again.step):
-        wrong.append("two runs from the same key differ; draw everything random from the key that is given.")
+        wrong.append("two runs from the same key differ; draw all randomness from the given key.")
     if not _equal(jax.tree.map(lambda leaf: leaf[0, 0], trace.step), alone, tolerance=1e-4):
         wrong.append("a step under vmap differs from the same step alone.")
     return wrong
 
 
 def _walk(environment: Environment, key: Array, num_envs: int, length: int) -> Trace:
-    """N environments with random legal actions; where an episode ends the next begins."""
+    """Step N environments with random legal actions; where an episode ends, the next begins."""
 
     def one(carry: tuple[Array, PyTree], key: Array) -> tuple[tuple[Array, PyTree], Trace]:
         observation, state = carry
@@ -82,7 +82,7 @@ def _walk(environment: Environment, key: Array, num_envs: int, length: int) -> T
 
 
 def _random_action(environment: Environment, key: Array, observation: Array) -> tuple[Array, Array]:
-    """An action drawn evenly from the legal ones, and whether there was one."""
+    """Draw a legal action uniformly; return it, and whether there was one."""
     space = environment.action_space
     if isinstance(space, Box):
         drawn = jax.random.uniform(
@@ -104,7 +104,7 @@ def _first_alone(environment: Environment, trace: Trace) -> Step:
 
 
 def _values(environment: Environment, trace: Trace, length: int) -> list[str]:
-    """What is wrong with the numbers, as far as the steps went."""
+    """Check the numbers of all steps; return one sentence per problem."""
     step, done = trace.step, np.asarray(trace.step.done)
     wrong = []
     for name in ("observation", "reward"):
@@ -112,7 +112,7 @@ def _values(environment: Environment, trace: Trace, length: int) -> list[str]:
         if bad.any():
             wrong.append(f"{name}s must be finite, but one is not at step {1 + int(np.argwhere(bad)[0, 0])}.")
     if not np.asarray(trace.legal).all():
-        wrong.append("the mask of legal actions forbids all of them where an episode goes on.")
+        wrong.append("the mask of legal actions forbids all actions while an episode goes on.")
     if not done.any():
         limit = environment.max_steps
         if limit is not None and length > limit:
@@ -123,7 +123,7 @@ def _values(environment: Environment, trace: Trace, length: int) -> list[str]:
 
 
 def _declared_bounds(env: Any, environment: Environment, trace: Trace) -> list[str]:
-    """Whether observations lie in the space that a gymnax environment declares for them."""
+    """Check that observations lie in the space that a gymnax environment declares for them."""
     if isinstance(env, str):
         if "/" in env or ":" in env:
             return []
@@ -137,7 +137,7 @@ def _declared_bounds(env: Any, environment: Environment, trace: Trace) -> list[s
         observation = trace.step.observation
         seen = np.asarray(environment.split(observation)[WHOLE] if environment.entries else observation)
         outside = (seen < low - 1e-4) | (seen > high + 1e-4)
-    except (AttributeError, KeyError, NotImplementedError, ValueError):  # no bounds, or those of another shape
+    except (AttributeError, KeyError, NotImplementedError, ValueError):  # no bounds, or bounds of another shape
         return []
     if (high == 255).all() or not outside.any():  # pictures arrive divided by 255
         return []

@@ -1,4 +1,4 @@
-"""Craftax: an open world to survive in, in its full and its classic version."""
+"""Craftax: an open world of survival, in its full and its classic version."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FOREVER = jnp.iinfo(jnp.int32).max
 
 
 def names() -> list[str]:
-    """Environments that Craftax has; it keeps no list."""
+    """Names of Craftax's environments; Craftax itself keeps no list."""
     require("craftax.craftax_env", "craftax")
     return [f"Craftax-{variant}-v1" for variant in ("Classic-Pixels", "Classic-Symbolic", "Pixels", "Symbolic")]
 
@@ -24,7 +24,7 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
     env = require("craftax.craftax_env", "craftax").make_craftax_env_from_name(name, auto_reset=False)
     params = env.default_params.replace(**options)
     limits = [int(params.max_timesteps)] + ([] if max_steps is None else [max_steps])
-    # Its own limit looks like a death.
+    # It reports its own limit like a death.
     params = params.replace(max_timesteps=_FOREVER)
 
     def reset(key: Array) -> tuple[Array, PyTree]:

@@ -1,4 +1,4 @@
-"""Gymnasium environments, MuJoCo among them, which run in Python on the host."""
+"""Gymnasium environments, including MuJoCo, which run in Python on the host."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
         except gymnasium.error.DependencyNotInstalled as error:
             raise UsageError(
                 f"{full_name} needs a package that is not installed ({first_line(error)}); "
-                "pip install '.[gymnasium]' has what MuJoCo needs."
+                "install what MuJoCo needs with pip install '.[gymnasium]'."
             ) from error
         except gymnasium.error.UnregisteredEnv as error:
             raise UsageError(
@@ -52,7 +52,7 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
 
 
 def host_action_space(space: Any, name: str) -> tuple[Space, Callable[[Any], Any]]:
-    """Our space, and the function from an action in it to one of theirs, in its own dtype."""
+    """Our space, and the function from its actions to those of Gymnasium, in their own dtype."""
     ours, arrange = action_space(space, name)
 
     def act(action: Any) -> Any:
@@ -68,13 +68,13 @@ def host_action_space(space: Any, name: str) -> tuple[Space, Callable[[Any], Any
 def host_observations(
     space: Any, info: Any, actions: Space, name: str
 ) -> tuple[dict[str, tuple[int, ...]] | None, tuple[int, ...], Callable[[Any, Any], np.ndarray]]:
-    """Entries and shape of an observation, and the function from Gymnasium's observation and info to it, float32.
+    """Entries and shape of an observation, and the function that converts Gymnasium's observation and info to float32.
 
     Args:
-      space: of Gymnasium's observations; each entry of a Dict is one.
-      info: of a reset. Where it has "action_mask", such a mask is an entry, too; where it is missing later, as after
-        the last action of an episode, all actions are legal.
-      actions: which must be choices to be masked.
+      space: Gymnasium's observation space; each entry of a Dict becomes an entry.
+      info: info of a reset. A mask "action_mask" in it becomes an entry, too; where it is missing later, as after the
+        last action of an episode, all actions are legal.
+      actions: the action space, which must be discrete if there is a mask.
       name: for messages.
     """
     spaces = require("gymnasium", "gymnasium").spaces
@@ -100,13 +100,13 @@ def host_observations(
 
 
 def _flat_mask(mask: Any) -> np.ndarray:
-    """A mask, or one for each choice, as one vector."""
+    """Concatenate a mask, or one per choice, to one vector."""
     parts = mask if isinstance(mask, (tuple, list)) else (mask,)
     return np.concatenate([np.ravel(np.asarray(part, np.float32)) for part in parts])
 
 
 def observation_space(space: Any, name: str) -> tuple[tuple[int, ...], Callable[[Any], np.ndarray]]:
-    """Shape of an observation as float32, and the function that makes it one; all but a Box is one flat vector."""
+    """Shape of an observation, and its conversion to float32; any space but a Box becomes one flat vector."""
     spaces = require("gymnasium", "gymnasium").spaces
     if isinstance(space, spaces.Box):
         scale = np.float32(picture_scale(space.dtype, space.shape, space.low, space.high))
@@ -119,7 +119,7 @@ def observation_space(space: Any, name: str) -> tuple[tuple[int, ...], Callable[
 
 
 def _scales(space: Any) -> list[np.ndarray]:
-    """What each entry of a flattened observation is divided by."""
+    """The divisors for the entries of a flattened observation."""
     spaces = require("gymnasium", "gymnasium").spaces
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
         parts = space.spaces.values() if isinstance(space, spaces.Dict) else space.spaces
@@ -130,7 +130,7 @@ def _scales(space: Any) -> list[np.ndarray]:
 
 
 def names() -> list[str]:
-    """Environments that Gymnasium brings along, newest versions only."""
+    """Names of Gymnasium's own environments, newest versions only."""
     registry = require("gymnasium", "gymnasium").registry
     newest: dict[str, Any] = {}
     for spec in registry.values():

@@ -1,4 +1,4 @@
-"""gymnax 1.x environments, and any object that has gymnax's `reset` and six-value `step`."""
+"""gymnax 1.x environments, and any object with gymnax's `reset` and six-value `step`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from trpo_jax.sentences import UsageError, first_line, nearest
 
 @functools.cache
 def _gymnax() -> types.ModuleType:
-    """Import gymnax when it is first needed; plotting libraries, which only its `render` needs, run at their first use.
+    """Import gymnax at its first use, and the plotting libraries that only its `render` needs at theirs.
 
-    At once they would take a second, a third of the time from the command to the first iteration.
+    Together they would take a second, a third of the time from the command to the first iteration.
     """
     import matplotlib
 
@@ -44,13 +44,13 @@ def _gymnax() -> types.ModuleType:
     matplotlib.pyplot = sys.modules["matplotlib.pyplot"]  # type: ignore[attr-defined]
     try:
         return importlib.import_module("gymnax")
-    finally:  # not before: what LazyLoader has taken on runs at the next `import` of it, and gymnax has several
+    finally:  # not before: a module under LazyLoader runs at its next `import`, and gymnax has several
         for loader, module in later:
             loader.exec_module(module)
 
 
 def registered_names() -> list[str]:
-    """Names that gymnax knows, those registered by the user included."""
+    """Names of gymnax's environments, including those registered by the user."""
     return list(_gymnax().registered_envs)
 
 
@@ -76,7 +76,7 @@ def parameters(name: str) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=256)
 def is_traceable(name: str, parameter: str) -> bool:
-    """Whether a parameter of a registered environment can be traced: a float, and none that bounds its actions."""
+    """Whether a parameter of a registered environment can be traced: it is a float, and does not bound actions."""
     if not isinstance(parameters(name).get(parameter), float):
         return False
     env, defaults = make_by_name(name)
@@ -94,11 +94,11 @@ def _bounds(space: Any) -> list[Any]:
 
 
 def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Environment:
-    """Bring a gymnax-like object to the library's interface.
+    """Adapt a gymnax-like object to the library's interface.
 
-    An environment that inherits gymnax's own `step` is stepped raw (`step_env`, `reset_env`, `is_truncated`) and
-    reset here; one with a `step` of its own is taken at its word through that public `step`, whose
-    `info["final_observation"]` is the observation before the reset.
+    An environment that inherits gymnax's own `step` is stepped raw (`step_env`, `reset_env`, `is_truncated`) and reset
+    here. One with its own `step` is used through that public method, and its `info["final_observation"]` is taken as
+    the observation before the reset.
     """
     for method in ("reset", "step", "action_space"):
         if not callable(getattr(env, method, None)):
@@ -131,13 +131,13 @@ def _known_bounds(name: str) -> Iterator[None]:
         yield
     except jax.errors.TracerArrayConversionError:
         raise UsageError(
-            f"bounds of the actions of {name} follow from a parameter that is traced, and must be known before; make "
-            f"it with that parameter: env=make_environment({name!r}, params=...)."
+            f"action bounds of {name} depend on a traced parameter, but must be known before; make it with that "
+            f"parameter: env=make_environment({name!r}, params=...)."
         ) from None
 
 
 def _raw_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: str) -> tuple[Any, Any, None]:
-    """Reset and step of a gymnax environment without its own reset at the end of an episode."""
+    """Reset and step of a gymnax environment, without its own reset at the end of an episode."""
 
     def reset(key: Array) -> tuple[Array, PyTree]:
         observation, state = env.reset_env(key, *extra)
@@ -152,14 +152,14 @@ def _raw_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: str)
 
 
 class _Resetting(NamedTuple):
-    """State of an environment that resets itself; at the end of an episode the start of the next."""
+    """State of an environment that resets itself; at the end of an episode, the start of the next."""
 
     state: PyTree
     observation: PyTree  # in this state
 
 
 def _public_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: str) -> tuple[Any, Any, Any]:
-    """Public reset and step of an environment that resets itself, and what hands out the start that it drew."""
+    """Public reset and step of an environment that resets itself, and a `restart` that returns the start it drew."""
 
     def reset(key: Array) -> tuple[Array, _Resetting]:
         observation, state = env.reset(key, *extra)
@@ -177,7 +177,7 @@ def _public_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: s
             )
         observation, state, *rest, info = result
         _check_info(info, env, name)
-        # Beside the last observation of an episode stands the mask of the next one's first state: no action follows it.
+        # The last observation of an episode gets the mask of the next one's first state: no action follows it.
         last = observe(info["final_observation"], state)
         return last, _Resetting(state, observe(observation, state)), *rest
 
@@ -188,7 +188,7 @@ def _public_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: s
 
 
 def _masked(env: Any, extra: tuple, observe: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
-    """`see(observation, state)`: with a mask of legal actions where the environment has `action_mask(state)`."""
+    """Make `see(observation, state)`, with a mask of legal actions if the environment has `action_mask(state)`."""
     method = getattr(env, MASK, None)
     if not callable(method):
         return lambda observation, state: observe(observation)
@@ -200,11 +200,11 @@ def _masked(env: Any, extra: tuple, observe: Callable[[Any], Any]) -> Callable[[
 
 
 def _check_info(info: Any, env: Any, name: str) -> None:
-    """Raise `UsageError` if only a step says which actions are legal, so that of a first state nobody knows."""
+    """Raise `UsageError` if only a step tells which actions are legal, so that this is unknown in a first state."""
     if isinstance(info, Mapping) and MASK in info and not callable(getattr(env, MASK, None)):
         raise UsageError(
-            f"{name}.step gives info[{MASK!r}], but its reset has no info, so nothing says which actions are legal in "
-            f"a first state; give it a method {MASK}(state)."
+            f"{name}.step returns info[{MASK!r}], but its reset returns no info, so the legal actions of a first state "
+            f"are unknown; add a method {MASK}(state)."
         )
 
 
@@ -231,12 +231,12 @@ def _declared_observations(env: Any, extra: tuple) -> Any:
 
 
 def _is_known(limit: Any) -> bool:
-    """Whether a time limit is a number by now; one may be traced, to be mapped over."""
+    """Whether a time limit is a finite number; it may also be traced, to be mapped over."""
     return limit is not None and not isinstance(limit, jax.core.Tracer) and math.isfinite(limit)
 
 
 def _complete(params: Any, defaults: Any, name: str) -> Any:
-    """All parameters of an environment: its own, those given, or its own with those in a dict in their place."""
+    """All parameters of an environment: its defaults, those given, or its defaults with changes from a dict."""
     if isinstance(params, EnvArgs) and defaults is None:
         raise UsageError(f"{name} takes no settings, got {', '.join(params)}: it has no default_params.")
     if params is None or defaults is None or not isinstance(params, dict):
@@ -270,7 +270,7 @@ def _fields(params: Any) -> dict[str, Any]:
 
 
 def _is_like(value: Any, own: Any) -> bool:
-    """Whether a value can stand for an environment's own: a number of the same kind and shape, a float may be whole."""
+    """Whether a value can replace an environment's own: a number of the same kind and shape; a float may be whole."""
     if not _is_number(own):
         return True
     if not _is_number(value) or np.shape(value) != np.shape(own):

@@ -1,14 +1,14 @@
 """Environments that run in Python on the host, and are called from compiled code as pure functions.
 
-An episode follows from its seed and its actions, so these are the state: the host's instances are but a cache of it.
-A step names what happened so far by a token, a hash of seed, actions and outcomes; the host steps the instance in which
-just that happened. Where there is none (after a resume in another process, or where an old state is stepped once more)
-one is rebuilt: reset with the seed, and the actions replayed. `step` is thus a pure function, like that of any other
-environment: it can be repeated, mapped over agents, saved and resumed with equal bits.
+An episode follows from its seed and its actions, so these are the state; the host's instances are only a cache. A
+step identifies the history of its episode by a token, a hash of seed, actions and outcomes, and the host steps the
+instance with this history. If there is none (after a resume in another process, or when an old state is stepped
+again), one is rebuilt: reset with the seed, and the actions replayed. `step` is thus a pure function, like that of any
+other environment: it can be repeated, mapped over agents, saved and resumed with equal bits.
 
-An environment that does not repeat itself from its seed cannot be rebuilt. The step that would need it is then cut off
-like at a time limit, with no reward, where it stood: the value function is asked about the last observation that the
-agent saw, which is as much as anybody knows. The next episode starts anew.
+An environment whose episodes do not repeat from their seeds cannot be rebuilt. The step that would need it is then cut
+off like at a time limit, without a reward. The value function is evaluated on the last observation that the agent saw,
+since no later one is known. Then a new episode begins.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from trpo_jax.environments.base import Array, Box, Space, Step, zero_action
 from trpo_jax.environments.checks import describe_error
 from trpo_jax.sentences import UsageError
 
-# Instances that one environment may keep alive at most (about 1 MB each with MuJoCo), or four times its largest batch;
-# and those that all others together may keep while it is at work.
+# Most instances that one environment keeps alive (about 1 MB each with MuJoCo), or four times its largest batch; and
+# most that all others together keep while it is in use.
 MOST_INSTANCES = 1024
 MOST_IDLE = 64
 NOTHING, RESET, STEP, MUST_STEP = range(4)
 
 
 class HostState(NamedTuple):
-    """An episode so far; at the end of one, the start of the next.
+    """An episode so far; at its end, the start of the next one.
 
     Attributes:
-      token: names all that happened, uint32 [2].
-      seed: of its reset, int32 [].
-      time: steps since, int32 [].
-      actions: what was done, [limit, ...]; beyond `time`, anything.
-      observation: what to act on next, float32.
+      token: identifies the history, uint32 [2].
+      seed: seed of its reset, int32 [].
+      time: steps since the reset, int32 [].
+      actions: actions taken, [limit, ...]; arbitrary beyond `time`.
+      observation: the observation to act on next, float32.
     """
 
     token: Array
@@ -57,7 +57,7 @@ class HostState(NamedTuple):
 
 
 class _Outcome(NamedTuple):
-    """What the host answers; `found` is false where it has no instance with such a history, and can make none."""
+    """The host's answer; `found` is false if it has no instance with this history and cannot make one."""
 
     found: Any
     token: Any
@@ -68,18 +68,18 @@ class _Outcome(NamedTuple):
     next_observation: Any
 
 
-# JAX logs a callback's failure with its traceback; one sentence says it, at the end of the error that follows.
+# JAX logs a callback's failure with its traceback; the error that follows ends with one sentence about it.
 logging.getLogger("jax._src.callback").addFilter(
     lambda record: not (record.exc_info and isinstance(record.exc_info[1], UsageError))
 )
-_hosts: weakref.WeakKeyDictionary[Host, None] = weakref.WeakKeyDictionary()  # the latest at work comes last
+_hosts: weakref.WeakKeyDictionary[Host, None] = weakref.WeakKeyDictionary()  # the last one was used last
 
 
 class Host:
-    """The live instances of one environment, found by what happened in them. NumPy in and out, no JAX.
+    """The live instances of one environment, found by their histories. NumPy in and out, no JAX.
 
-    As many are kept as four of its largest batches have; where that makes it throw away and rebuild those that it needs
-    again, as with many agents that take turns, twice as many from then on. Those thrown away are closed.
+    It keeps four times as many as its largest batch has, and closes all others. If it then has to rebuild some of
+    these, as with many agents that take turns, it keeps twice as many from then on.
     """
 
     def __init__(self, name: str, make: Any, observe: Any, act: Any, observation_shape: tuple[int, ...]):
@@ -88,19 +88,20 @@ class Host:
         number, token = jax.ShapeDtypeStruct((), np.float32), jax.ShapeDtypeStruct((2,), np.uint32)
         self.answer = _Outcome(flag, token, observation, number, flag, flag, observation)  # of one environment
         self.live: collections.OrderedDict[bytes, list[Any]] = collections.OrderedDict()  # oldest first
-        self.dropped: set[bytes] = set()  # what happened in instances that had to go
+        self.dropped: set[bytes] = set()  # histories of instances that were closed
         self.count, self.most, self.warned = 0, 0, False
         self.lock = threading.RLock()  # several devices may call at once
         weakref.finalize(self, _close_all, self.live)
 
     def __call__(self, command: Any, token: Any, seed: Any, action: Any) -> _Outcome:
-        """Carry out a command for each of a batch of any shape.
+        """Carry out one command per environment, in a batch of any shape.
 
         Args:
-          command: nothing; reset with `seed`; step if there is an instance, or be sure that there is.
-          token: names the instance to step, uint32 [..., 2].
-          seed: of the reset now, or of the one after the end of an episode, int32 [...].
-          action: what to do, [..., *action.shape].
+          command: nothing; reset with `seed`; step if there is an instance; or step, and give up the episode if there
+            is none.
+          token: identifies the instance to step, uint32 [..., 2].
+          seed: of this reset, or of the one after the end of an episode, int32 [...].
+          action: the actions, [..., *action.shape].
         """
         command, token, seed, action = (np.asarray(x) for x in (command, token, seed, action))
         batch, size = command.shape, command.size
@@ -137,11 +138,11 @@ class Host:
             self._keep(out, i, env, observation, token, action.tobytes(), out.reward[i].tobytes())
 
     def _give_up(self, out: _Outcome, i: int, seed: int) -> None:
-        """Cut off an episode that cannot be rebuilt, and begin another; what it led to, only the state has."""
+        """Cut off an episode that cannot be rebuilt, and begin another; its last observation is only in the state."""
         if not self.warned:
             warnings.warn(
                 f"{self.name} does not repeat itself from equal seeds and actions; episodes that would have to be "
-                "rebuilt, as after a resume, are cut off and begin anew.",
+                "rebuilt, as after a resume, are cut off, and new ones begin.",
                 stacklevel=2,
             )
         self.warned = True
@@ -152,7 +153,7 @@ class Host:
         self._keep(out, i, env, self._run(env, "reset", seed)[0], seed.to_bytes(4, "little"))
 
     def _run(self, env: Any, method: str, argument: Any) -> tuple:
-        """Call an instance; (observation, reward, terminated, truncated) as they arrive in arrays."""
+        """Call an instance; return (observation, reward, terminated, truncated) as they arrive in arrays."""
         try:
             if method == "reset":
                 observation, info = env.reset(seed=argument)
@@ -161,14 +162,14 @@ class Host:
                 observation, reward, terminated, truncated, info = env.step(argument)
                 rest = np.asarray(reward, np.float32).item(), bool(terminated), bool(truncated)
             observation = self.observe(observation, info)
-        except Exception as error:  # Python of the user's
+        except Exception as error:  # the user's code
             self._close(env)
-            self.warned = True  # the program may run on a little, for an instance that has gone
+            self.warned = True  # the program may go on briefly, without this instance
             file = inspect.getsourcefile(type(getattr(env, "unwrapped", env)))
             raise UsageError(f"{method} of {self.name} fails ({describe_error(error, file)}).") from None
         if observation.shape != self.answer.observation.shape:
             raise UsageError(
-                f"{method} of {self.name} gives an observation of shape {observation.shape}, where its space has "
+                f"{method} of {self.name} returns an observation of shape {observation.shape}, but its space has "
                 f"{self.answer.observation.shape}."
             )
         return observation, *rest
@@ -180,7 +181,7 @@ class Host:
         self.live.setdefault(token, []).append(env)
 
     def _take(self, token: bytes) -> Any:
-        """The latest instance in which this happened, or None."""
+        """Take the latest instance with this history, or None."""
         instances = self.live.get(token)
         if not instances:
             return None
@@ -190,14 +191,14 @@ class Host:
         return env
 
     def _fresh(self) -> Any:
-        """A new instance, or the oldest where there are as many as may be."""
+        """Make a new instance, or take the oldest if there are as many as allowed."""
         if self.count >= self.most:
             return self._drop()
         others = [host for host in _hosts if host is not self]
         while sum(host.count for host in others) > MOST_IDLE:
             oldest = next(host for host in others if host.live)
             if not oldest.lock.acquire(blocking=False):
-                break  # at work at this moment
+                break  # in use at this moment
             try:
                 oldest._close(oldest._drop())
             finally:
@@ -210,7 +211,7 @@ class Host:
         _close(env)
 
     def _drop(self) -> Any:
-        """The oldest instance, taken from its episode."""
+        """Take the oldest instance from its episode."""
         token = next(iter(self.live))
         if len(self.dropped) >= 8 * MOST_INSTANCES:  # they may never be asked for again
             self.dropped.clear()
@@ -219,7 +220,7 @@ class Host:
 
 
 def _close(env: Any) -> None:
-    with contextlib.suppress(Exception):  # a window that has gone already, say
+    with contextlib.suppress(Exception):  # such as a window that is closed already
         env.close()
 
 
@@ -230,7 +231,7 @@ def _close_all(live: dict[bytes, list[Any]]) -> None:
 
 
 def pure_functions(host: Host, space: Space, limit: int) -> tuple[Any, Any, Any]:
-    """`reset`, `step` and `restart` of an `Environment`, of what the host does."""
+    """Make `reset`, `step` and `restart` of an `Environment` that a host runs."""
 
     def ask(command: Any, token: Any, seed: Any, action: Any) -> _Outcome:
         return jax.pure_callback(
@@ -253,8 +254,9 @@ def pure_functions(host: Host, space: Space, limit: int) -> tuple[Any, Any, Any]
         outcome = ask(STEP, state.token, next_seed, action)
 
         def rebuild(carry: tuple[Array, _Outcome]) -> tuple[Array, _Outcome]:
-            # Call 0 resets, calls 1 … time replay, the last one does what was to be done. Under `vmap` all lanes come
-            # along until the slowest is done; for those that are not `lost` the host then does nothing.
+            # Call 0 resets, calls 1 … time replay, and the last one takes the step. Under `vmap` all lanes run until
+            # the
+            # slowest is done; the host does nothing for those that are not `lost`.
             i, last = carry
             command = jnp.where(i == 0, RESET, jnp.where(i <= state.time, STEP, MUST_STEP))
             command = jnp.where(lost & (i <= state.time + 1), command, NOTHING)

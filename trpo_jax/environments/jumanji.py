@@ -14,7 +14,7 @@ from trpo_jax.sentences import UsageError
 
 
 def names() -> list[str]:
-    """Environments that Jumanji brings along."""
+    """Names of Jumanji's environments."""
     return sorted(require("jumanji", "jumanji").registered_environments())
 
 
@@ -26,10 +26,10 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
 
 
 def from_timesteps(env: Any, name: str, max_steps: int | None) -> Environment:
-    """Bring an environment with Jumanji's interface to the library's.
+    """Adapt an environment with Jumanji's interface.
 
-    All parts of an observation become one vector. A mask of legal actions comes first, as ±1; the policy obeys it where
-    each action, or each component of an action, has an entry of its own.
+    All parts of an observation become one vector. A mask of legal actions comes first, as ±1; the policy obeys it if
+    each action, or each component of an action, has its own entry.
     """
     if tuple(env.reward_spec.shape) != ():
         raise UsageError(f"{name} has several agents, each with its own reward; only one reward can be trained on.")
@@ -47,7 +47,7 @@ def from_timesteps(env: Any, name: str, max_steps: int | None) -> Environment:
     def step(key: Array, state: PyTree, action: Array) -> tuple:
         state, timestep = env.step(state, action.reshape(shape))
         last = timestep.last()
-        goes_on = jnp.all(timestep.discount > 0)  # as dm_env tells a time limit from an end
+        goes_on = jnp.all(timestep.discount > 0)  # at a time limit, in dm_env's convention
         return observe(timestep.observation), state, timestep.reward, last & ~goes_on, last & goes_on
 
     def observe(observation: PyTree) -> Array:
@@ -73,7 +73,7 @@ def from_timesteps(env: Any, name: str, max_steps: int | None) -> Environment:
 def _action_space(spec: Any, name: str) -> Space:
     sizes = getattr(spec, "num_values", None)
     if sizes is None:
-        raise UsageError(f"actions of {name} lie in {spec}; DiscreteArray and MultiDiscreteArray can be trained.")
+        raise UsageError(f"actions of {name} lie in {spec}; only DiscreteArray and MultiDiscreteArray can be trained.")
     if tuple(spec.shape) == ():
         return Discrete(int(sizes))
     return MultiDiscrete(tuple(int(n) for n in np.asarray(sizes).ravel()))

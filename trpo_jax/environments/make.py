@@ -1,4 +1,4 @@
-"""From a name or an object to an `Environment`, and the list of what there is."""
+"""Construction of an `Environment` from a name or an object, and the list of all environments."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _sound: weakref.WeakSet[Environment] = weakref.WeakSet()  # checked, or built he
 
 
 def make_environment(env: Any, *, params: Any = None, max_steps: int | None = None) -> Environment:
-    """Bring an environment to the interface that the trainer uses.
+    """Make an `Environment`, the interface that the trainer uses, from a name or an object.
 
     Args:
       env: a gymnax name such as "CartPole-v1"; the name of another suite's with its prefix, such as "brax/hopper";
-        "MODULE:FACTORY", a function that makes one, of keyword arguments `params`, from a module to be imported;
-        an `Environment`, returned as it is; or an object with gymnax's `reset(key, params)`, six-value
+        "MODULE:FACTORY", a function in a module to import that takes `params` as keyword arguments and returns an
+        environment; an `Environment`, returned as it is; or an object with gymnax's `reset(key, params)`, six-value
         `step(key, state, action, params)` and `action_space(params)`.
       params: the environment's own parameters, or a dict of those that differ from its `default_params`. An object
         without any is called without that argument. For a suite other than gymnax, a dict of keyword arguments of its
         constructor.
-      max_steps: a time limit of the library's own, beside the environment's.
+      max_steps: a time limit in steps, in addition to the environment's own.
 
     Raises:
       UsageError: if the name is unknown or the environment cannot be trained, in one sentence.
@@ -44,7 +44,9 @@ def make_environment(env: Any, *, params: Any = None, max_steps: int | None = No
     check_limits({"max_steps": max_steps})
     if isinstance(env, Environment):
         if params is not None or max_steps is not None:
-            raise UsageError(f"{env.name} is an Environment already; give params and max_steps where it is made.")
+            raise UsageError(
+                f"{env.name} is an Environment already; set a time limit by limit_steps, and params where it is made."
+            )
         if env not in _sound:
             check_declaration(env)
             _sound.add(env)
@@ -59,15 +61,15 @@ def make_environment(env: Any, *, params: Any = None, max_steps: int | None = No
 @functools.lru_cache(maxsize=64)
 def _by_name(name: str, params: EnvArgs, max_steps: int | None) -> Environment:
     # Cached so that every trace of the same configuration closes over the same environment. One with traced parameters
-    # is none to keep: it ends with its trace.
+    # is not cached: it ends with its trace.
     return _build(name, params or None, max_steps)
 
 
 def environment_of(config: Config) -> Environment:
-    """The environment that a configuration names, with its settings, its time limit, and its wrappers.
+    """Make the environment of a configuration, with its settings, its time limit and its wrappers.
 
     Raises:
-      UsageError: if it cannot be made so.
+      UsageError: if it cannot be made.
     """
     params = config.env_args if config.env_args or isinstance(config.env, str) else None
     max_steps = config.max_steps or None
@@ -84,21 +86,21 @@ def _changed(env: Any, params: Any, max_steps: int | None, randomize: Any, names
 
 
 def _randomized(env: Any, params: Any, max_steps: int | None, randomize: Any) -> Environment:
-    """The environment with what `randomize` says drawn for each episode, from ranges or by a function."""
+    """Draw what `randomize` names for each episode, from ranges or by a function."""
     suite = env.partition("/")[0] if isinstance(env, str) and "/" in env else ""
     if callable(randomize):
         if suite not in ("brax", "playground"):
-            raise UsageError(f"randomize takes a function for brax/ and playground/ alone, and env is {shown(env)}.")
+            raise UsageError(f"randomize may be a function for brax/ and playground/ only, but env is {shown(env)}.")
         return _build(env, {**(params or {}), "randomization_fn": randomize}, max_steps)
     ranges = parse_ranges(randomize)
     if not ranges:
         return make_environment(env, params=params, max_steps=max_steps)
     if suite or isinstance(env, Environment) or (isinstance(env, str) and ":" in env):
-        raise UsageError(f"randomize draws parameters of gymnax's environments, and {shown(env)} is none of them.")
+        raise UsageError(f"randomize draws parameters of gymnax's environments only, but env is {shown(env)}.")
     for name in ranges if isinstance(env, str) else ():
         if not gymnax.is_traceable(env, name):
             known = [one for one in gymnax.parameters(env) if gymnax.is_traceable(env, one)]
-            raise UsageError(f"{env} has no parameter {name} that could be drawn; it has {', '.join(known)}.")
+            raise UsageError(f"{env} has no parameter {name} that can be drawn; it has {', '.join(known)}.")
 
     def make(values: Mapping[str, Any]) -> Environment:
         return _of_name(env, values, max_steps) if isinstance(env, str) else _of_object(env, values, max_steps)
@@ -109,9 +111,9 @@ def _randomized(env: Any, params: Any, max_steps: int | None, randomize: Any) ->
 
 
 def settle(config: Config) -> Config:
-    """`config` with those of its `env_args` traced that can be.
+    """Trace those of the `env_args` of `config` that can be traced.
 
-    Those are the floats of the environment, though they be given as whole numbers, but what bounds its actions.
+    These are the floats of the environment, even if given as whole numbers, except those that bound its actions.
     """
     env, args = config.env, config.env_args
     if not args or not isinstance(env, str) or "/" in env or ":" in env:
@@ -143,12 +145,12 @@ def _of_name(name: str, params: Any, max_steps: int | None) -> Environment:
         return _of_factory(name, params or {}, max_steps)
     env, defaults = gymnax.make_by_name(name)
     if not isinstance(params, (dict, type(None), type(defaults))):
-        raise UsageError(f"params of {name} must be a dict of those that differ, or all in one object, got {params!r}.")
+        raise UsageError(f"params of {name} must be a dict of changes, or an object with all of them, got {params!r}.")
     return gymnax.from_object(env, params, name, max_steps)
 
 
 def _of_factory(name: str, params: dict[str, Any], max_steps: int | None) -> Environment:
-    """What a function of the user's makes, `MODULE:FACTORY`; modules of the working directory are found, too."""
+    """Call a user's function, `MODULE:FACTORY`; modules of the working directory are found, too."""
     module_name, _, factory_name = name.partition(":")
     if not (factory_name.isidentifier() and all(part.isidentifier() for part in module_name.split("."))):
         raise UsageError(f"env must be MODULE:FACTORY to name a function that makes it, got {shown(name)}.")
@@ -171,33 +173,32 @@ def _of_object(env: Any, params: Any, max_steps: int | None) -> Environment:
     if env is None or isinstance(env, (int, float, complex, bytes, list, tuple, dict, set)):
         raise UsageError(f"env must be a name, an Environment or an environment object, got {shown(env)}.")
     if isinstance(env, type):
-        raise UsageError(f"env must be an environment, and {env.__name__} is a class; hand over one of its instances.")
+        raise UsageError(f"env must be an environment, but {env.__name__} is a class; give one of its instances.")
     name = env.name if isinstance(getattr(env, "name", None), str) else type(env).__name__
     suite = _suite_of(env)
     if suite is not None:
         own_name = getattr(getattr(env, "spec", None), "id", None) or "NAME"
         raise UsageError(
-            f"{name} is an environment object of {suite}; give its name in place of it, such as "
-            f'env="{suite}/{own_name}".'
+            f'{name} is an environment object of {suite}; give its name instead, such as env="{suite}/{own_name}".'
         )
     return gymnax.from_object(env, params, name, max_steps)
 
 
 def _suite_of(env: Any) -> str | None:
-    """The suite whose interface an object has, where it is not gymnax's."""
+    """The suite to whose interface an object belongs, if that is not gymnax's."""
     modules = {cls.__module__.partition(".")[0] for cls in type(env).__mro__}
     packages = {suites.PACKAGES.get(suite, suite): suite for suite in suites.SUITES} | {"gym": "gymnasium"}
     of_package = [suite for package, suite in packages.items() if package in modules]
-    if of_package and of_package != ["craftax"]:  # which has gymnax's interface, so far as it goes
+    if of_package and of_package != ["craftax"]:  # whose interface is close to gymnax's
         return of_package[0]
     return None
 
 
 def available_environments() -> dict[str, Environment | str]:
-    """Every environment known by name, with its `Environment` or a sentence that says why it cannot be made here.
+    """All environments by name, each as an `Environment` or a sentence that says why it cannot be made here.
 
-    A suite other than gymnax takes long to build, and stands there once, as its prefix and one sentence: the names of
-    its environments, or what to install.
+    A suite other than gymnax takes long to build, so it has one entry, its prefix, and one sentence: the names of its
+    environments, or what to install.
     """
     found: dict[str, Environment | str] = {}
     for name in gymnax.registered_names():

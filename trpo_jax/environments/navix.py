@@ -14,7 +14,7 @@ _KINDS = (11, 6, 4)
 
 
 def names() -> list[str]:
-    """Environments that Navix brings along."""
+    """Names of Navix's environments."""
     return sorted(require("navix", "navix").registry())
 
 

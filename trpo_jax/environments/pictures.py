@@ -1,4 +1,4 @@
-"""Pictures of gymnax's environments: classic control as Gymnasium draws it, grids by colours, others by their own."""
+"""Pictures of gymnax's environments: classic control as in Gymnasium, grids in colours, others as they draw."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import numpy as np
 from trpo_jax.environments.base import Film, PyTree
 from trpo_jax.sentences import UsageError
 
-_CELL = 30  # pixels along a cell of a grid
-_GRID_FRAMES_PER_SECOND = 10.0  # as gymnax's own animations have
+_CELL = 30  # pixels per side of a grid's cell
+_GRID_FRAMES_PER_SECOND = 10.0  # as in gymnax's own animations
 
 
 def film_of_gymnax(env: Any, params: tuple, states: Sequence[PyTree], name: str) -> Film:
-    """Pictures of the states of an episode.
+    """Draw the states of an episode.
 
     Args:
-      env: an environment of gymnax, or an object like one; its `render(state, params)` counts before its observations.
-      params: (parameters,), or () of an object without any.
-      states: of the environment.
-      name: for the sentence.
+      env: an environment of gymnax, or an object like one; its `render(state, params)`, if any, takes precedence.
+      params: (parameters,), or () for an object without any.
+      states: states of the environment.
+      name: for messages.
 
     Raises:
-      UsageError: if there is no way to draw it.
+      UsageError: if it cannot be drawn.
     """
     from gymnax.environments.environment import Environment as GymnaxEnvironment
     from gymnax.visualize import vis_gym
@@ -39,13 +39,13 @@ def film_of_gymnax(env: Any, params: tuple, states: Sequence[PyTree], name: str)
     see = jax.jit(lambda state: env.observe(jax.random.key(0), state, None, *params))
     if not isinstance(env, GymnaxEnvironment) or len(jax.eval_shape(see, states[0]).shape) != 3:
         raise UsageError(
-            f"{name} cannot be drawn: it has no method render(state, params), and its observations are no grids."
+            f"{name} cannot be drawn: it has no method render(state, params), and its observations are not grids."
         )
     return Film([color_grid(np.asarray(see(state))) for state in states], _GRID_FRAMES_PER_SECOND)
 
 
 def _classic_control(params: Any, states: Sequence[PyTree], name: str) -> Film:
-    """As Gymnasium draws its environment of the same name in the same state, with the same parameters."""
+    """Draw the same states in Gymnasium's environment of the same name, with the same parameters."""
     import gymnasium
     from gymnax.visualize import vis_gym
 
@@ -64,7 +64,7 @@ def _classic_control(params: Any, states: Sequence[PyTree], name: str) -> Film:
 
 
 def color_grid(grid: np.ndarray) -> np.ndarray:
-    """A grid of channels [height, width, C] as a picture: the last channel that is set gives a cell its colour.
+    """Draw a grid of channels [height, width, C]: the last channel that is set gives a cell its colour.
 
     Empty cells are black; the colours of the channels are as far apart in hue as C allows.
     """
@@ -79,7 +79,7 @@ def color_grid(grid: np.ndarray) -> np.ndarray:
 
 
 def _as_picture(drawn: Any, name: str) -> np.ndarray:
-    """What a `render` returned, an array or a figure of Matplotlib (and its axes), as a picture."""
+    """Convert what a `render` returned, an array or a figure of Matplotlib (and its axes), to a picture."""
     figure = drawn[0] if isinstance(drawn, tuple) else drawn
     if hasattr(figure, "savefig"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -92,6 +92,6 @@ def _as_picture(drawn: Any, name: str) -> np.ndarray:
     if picture.ndim != 3 or picture.shape[-1] != 3 or picture.dtype != np.uint8:
         raise UsageError(
             f"{name} cannot be drawn: its render must return a figure of Matplotlib or an array uint8 "
-            f"[height, width, 3], and gives {picture.dtype} {list(picture.shape)}."
+            f"[height, width, 3], but returns {picture.dtype} {list(picture.shape)}."
         )
     return picture

@@ -19,7 +19,7 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
     config = registry.get_default_config(name)
     options = dict(options)
     draw = options.pop("randomization_fn", None)
-    overrides = {"impl": "jax", **options}  # the default, "warp", is for CUDA alone
+    overrides = {"impl": "jax", **options}  # the default, "warp", is for CUDA only
     if "impl" not in config and "impl" not in options:
         del overrides["impl"]
 
@@ -34,7 +34,7 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
             raise
         raise UsageError(
             f"{full_name} needs robot models (mujoco_menagerie) that could not be downloaded; make it once with a "
-            "connection, and they stay."
+            "network connection, and they are kept."
         ) from error
     config = env._config  # with the overrides
     environment = repeat_actions(from_brax(env, full_name, randomization_fn=draw), int(config.action_repeat))
@@ -43,5 +43,5 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
 
 
 def names() -> list[str]:
-    """Playground's environments."""
+    """Names of Playground's environments."""
     return sorted(require("mujoco_playground", "playground").registry.ALL_ENVS)

@@ -1,4 +1,4 @@
-"""Spaces as other libraries declare them: gymnax, Gymnasium, and whatever looks like theirs."""
+"""Conversion of spaces that other libraries declare: gymnax, Gymnasium, and those with similar ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trpo_jax.sentences import UsageError, shown
 
 
 def action_space(space: Any, name: str) -> tuple[Space, Callable[[Any], Any]]:
-    """Our space, and the function that turns the policy's action, of NumPy or JAX, into the one that `name` takes."""
+    """Our space, and the function that converts the policy's action, of NumPy or JAX, to the one that `name` takes."""
     shape, dtype = tuple(getattr(space, "shape", None) or ()), getattr(space, "dtype", None) or np.float32
     start, children = getattr(space, "start", 0), getattr(space, "spaces", None)
     if is_choice(space):
@@ -25,7 +25,7 @@ def action_space(space: Any, name: str) -> tuple[Space, Callable[[Any], Any]]:
     if hasattr(space, "low") and hasattr(space, "high"):
         whole = not jnp.issubdtype(dtype, jnp.floating)
 
-        def place(action: Any) -> Any:  # of whole numbers the nearest
+        def place(action: Any) -> Any:  # rounded if whole
             action = action.reshape(shape)
             return action.round().astype(dtype) if whole else action
 
@@ -36,28 +36,28 @@ def action_space(space: Any, name: str) -> tuple[Space, Callable[[Any], Any]]:
             action[k] + first for k, first in enumerate(starts)
         )
     kinds = "Discrete, MultiDiscrete, MultiBinary, a Tuple of Discrete, and Box"
-    raise UsageError(f"actions of {name} lie in {shown(space)}; {kinds} can be trained.")
+    raise UsageError(f"actions of {name} lie in {shown(space)}; only {kinds} can be trained.")
 
 
 def is_choice(space: Any) -> bool:
-    """Whether a space is one choice among n, of whichever library; a MultiBinary has an n, too."""
+    """Whether a space is one choice among n, in any library; a MultiBinary has an n, too."""
     return hasattr(space, "n") and not getattr(space, "shape", None)
 
 
 def picture_scale(dtype: Any, shape: tuple[int, ...], low: Any = None, high: Any = None) -> float:
-    """What a declared observation is divided by, so that bytes arrive in [0, 1]; 1 for all that are not bytes.
+    """The divisor that brings bytes in a declared observation to [0, 1]; 1 for all other observations.
 
-    Bytes are what is of dtype uint8, and what has three axes and bounds of 0 and 255.
+    Bytes are observations of dtype uint8, and those with three axes and bounds of 0 and 255.
 
     Args:
-      dtype: of the observation.
-      shape: of the observation.
-      low: its least values, if they are known.
-      high: its greatest.
+      dtype: dtype of the observation.
+      shape: shape of the observation.
+      low: its lower bounds, if they are known.
+      high: its upper bounds.
     """
     try:
         bounds = np.asarray(low, np.float64), np.asarray(high, np.float64)
-    except (TypeError, ValueError):  # traced, say
+    except (TypeError, ValueError):  # such as traced bounds
         bounds = np.full((), np.nan), np.full((), np.nan)
     greatest = np.max(bounds[1], initial=0.0)
     if np.dtype(dtype) == np.uint8:
@@ -66,9 +66,9 @@ def picture_scale(dtype: Any, shape: tuple[int, ...], low: Any = None, high: Any
 
 
 def observer(declared: Any, name: str) -> Callable[[Any], Any]:
-    """The function from an observation to float32: an index among categories is a unit vector, bytes lie in [0, 1].
+    """Make the function that converts an observation to float32: indices to unit vectors, and bytes to [0, 1].
 
-    Of a dictionary it gives one, entry by entry.
+    It converts a dictionary entry by entry.
     """
     categories = int(declared.n) if is_choice(declared) else None
 
@@ -86,7 +86,7 @@ def observer(declared: Any, name: str) -> Callable[[Any], Any]:
         if not (jnp.issubdtype(observation.dtype, jnp.number) or observation.dtype == bool) or observation.size == 0:
             raise UsageError(f"observations of {name} must be numbers, got {observation.dtype}{observation.shape}.")
         if jnp.iscomplexobj(observation):
-            raise UsageError(f"observations of {name} are complex; give their real and imaginary parts apart.")
+            raise UsageError(f"observations of {name} are complex; give their real and imaginary parts separately.")
         bounds = getattr(declared, "low", None), getattr(declared, "high", None)
         dtypes = getattr(declared, "dtype", None), observation.dtype
         scale = picture_scale(jnp.uint8 if jnp.uint8 in dtypes else jnp.float32, observation.shape, *bounds)

@@ -1,4 +1,4 @@
-"""What the adapters of the suites share: importing an optional package, and assembling an `Environment`."""
+"""Tools for the adapters of suites: import of an optional package, and assembly of an `Environment`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from trpo_jax.environments.entries import check_mask, entries_of, flattened
 from trpo_jax.environments.wrappers import limit_steps
 from trpo_jax.sentences import UsageError, first_line, nearest
 
-# An adapter is the module of this package that bears the suite's name; so is the extra that installs the suite. It has
-# `make(name, options, max_steps) -> Environment`, its name without the prefix, and `names() -> list[str]`.
-PACKAGES = {"playground": "mujoco_playground"}  # of a suite, where it has another name
+# An adapter is the module of this package with the suite's name, which is also the name of the extra that installs it.
+# It has `make(name, options, max_steps) -> Environment`, for a name without the prefix, and `names() -> list[str]`.
+PACKAGES = {"playground": "mujoco_playground"}  # of a suite, if its name differs
 SUITES = ("gymnasium", "brax", "playground", "jumanji", "craftax", "xminigrid", "navix")
 
 
@@ -40,7 +40,7 @@ def require(module: str, suite: str) -> Any:
         with _quiet():
             importlib.import_module(module.partition(".")[0])
             return importlib.import_module(module)
-    except Exception as error:  # a package beside the wrong version of another may fail in any way
+    except Exception as error:  # a package may fail in any way with a wrong version of another
         package = module.split(".")[0]
         missing = isinstance(error, ModuleNotFoundError) and error.name == package
         what = "which is not installed" if missing else f"which cannot be imported ({first_line(error)})"
@@ -57,20 +57,20 @@ def check_name(name: str, suite: str, names: Iterable[str]) -> None:
 
 
 def make_by_name(name: str, options: dict[str, Any], max_steps: int | None) -> Environment:
-    """Build `suite/own_name`; a failure of any kind is one sentence."""
+    """Build `suite/own_name`; any failure becomes one sentence."""
     suite, _, own_name = name.partition("/")
     try:
         with _quiet():
             return adapter(suite).make(own_name, options, max_steps)
     except UsageError:
         raise
-    except Exception as error:  # of the suite's constructors, as they may fail in any way
+    except Exception as error:  # the suite's constructors may fail in any way
         raise UsageError(f"{name} cannot be made ({type(error).__name__}: {first_line(error)}).") from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back what a suite prints and warns of when it is imported and built; none of it is the user's doing."""
+    """Suppress what a suite prints and warns of when it is imported and built, which the user cannot change."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -78,9 +78,9 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_mujoco() -> Iterator[None]:
-    """Keep MuJoCo's compiler from telling of each instance that its model is written in an old style.
+    """Suppress the warning of MuJoCo's compiler, for each instance, that its model is written in an old style.
 
-    It would print that and append it to a file in the working directory. Warnings about simulations remain.
+    It would be printed, and appended to a file in the working directory. Warnings about simulations remain.
     """
     try:
         mujoco: Any = importlib.import_module("mujoco")
@@ -105,19 +105,19 @@ def assemble(
     max_steps: int | None = None,
     **fields: Any,
 ) -> Environment:
-    """An `Environment` of a raw `reset(key)` and `step(key, state, action)`.
+    """Make an `Environment` from a raw `reset(key)` and `step(key, state, action)`.
 
-    Observations become float32, those of several entries one vector, rewards float32 scalars, flags bool scalars,
-    states keep one dtype per leaf, and Box actions are clipped.
+    Observations become float32 (several entries: one vector), rewards float32 scalars, and flags bool scalars. States
+    keep one dtype per leaf, and Box actions are clipped.
 
     Args:
-      name: with the suite's prefix.
-      space: of actions.
+      name: its name, with the suite's prefix.
+      space: the action space.
       reset: -> (observation, state); an observation may be a mapping, with a mask of legal actions as "action_mask".
       step: -> (observation, state, reward, terminated, truncated).
-      limit: the time limit in steps that `step` knows of itself.
-      max_steps: the one that is imposed on it.
-      fields: others of `Environment`.
+      limit: the time limit in steps that `step` applies itself.
+      max_steps: an additional one.
+      fields: other fields of `Environment`.
     """
 
     with one_sentence(f"reset of {name}"):
@@ -135,8 +135,8 @@ def assemble(
         observation, state, reward, terminated, truncated = step(key, state, action)
         if (found := entries_of(observation)) != entries:
             raise UsageError(
-                f"{name} gives another observation after a step than after a reset: {found or 'a single array'} after "
-                f"{entries or 'a single array'}; it must keep its entries."
+                f"{name} returns a different observation after a step than after a reset: {found or 'a single array'} "
+                f"instead of {entries or 'a single array'}; it must keep its entries."
             )
         return Step(flattened(observation), state, *outcome(reward, terminated, truncated, name))
 
@@ -144,7 +144,7 @@ def assemble(
     shape = jax.eval_shape(flattened, first).shape
     if entries is not None:
         restart: Any = fields.get("restart")
-        if restart is not None:  # it hands out an observation as `reset` made it
+        if restart is not None:  # it returns an observation as `reset` made it
             fields["restart"] = lambda key, state: (flattened((start := restart(key, state))[0]), start[1])
         fields = {"entries": entries, **fields}
     environment = Environment(name, shape, space, limit, fixed_reset, fixed_step, **fields)
@@ -152,13 +152,13 @@ def assemble(
 
 
 def flat(observation: PyTree) -> Array:
-    """A nested observation as one vector, float32 [D]."""
+    """Concatenate a nested observation to one vector, float32 [D]."""
     return jnp.concatenate([jnp.ravel(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(observation)])
 
 
 def one_hot_layers(grid: Array, sizes: tuple[int, ...]) -> Array:
-    """A grid of ids [height, width, K], layer k of `sizes[k]` kinds, as unit vectors [height, width, sum(sizes)].
+    """Convert a grid of ids [height, width, K], layer k of `sizes[k]` kinds, to unit vectors [height, width, sum].
 
-    Ids are names: a network that took them for numbers would think a door between a wall and a key.
+    Ids are names. As numbers, they would put a door between a wall and a key.
     """
     return jnp.concatenate([jax.nn.one_hot(grid[..., k], size) for k, size in enumerate(sizes)], axis=-1)

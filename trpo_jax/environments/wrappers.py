@@ -1,10 +1,10 @@
-"""Environments made of others: each wrapper takes an `Environment` and returns one, so that they can be nested.
+"""Wrappers of environments: each takes an `Environment` and returns one, so that they can be nested.
 
     environment = hide_entries(make_environment("CartPole-v1"), [1, 3])  # positions without velocities
     state, metrics = jax.jit(train)(Config(env=stack_frames(environment, 4)), key)
 
-A wrapper is right at the ends of episodes, keeps a mask of legal actions (or says in one sentence that it cannot), and
-adjusts `max_steps`. Make an environment once and keep it: each is another one to `jit`, which compiles for it anew.
+A wrapper handles the ends of episodes, keeps a mask of legal actions (or says in one sentence that it cannot), and
+adjusts `max_steps`. Make an environment once and keep it: `jit` compiles again for every new one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trpo_jax.sentences import UsageError, check_number, shown
 
 
 def limit_steps(environment: Environment, max_steps: int) -> Environment:
-    """Truncate the episodes of `environment` after `max_steps` steps, beside whatever limit it has itself.
+    """Truncate the episodes of `environment` after `max_steps` steps, in addition to any limit of its own.
 
     Raises:
       UsageError: if `max_steps` is not a whole number, or the environment resets itself.
@@ -33,7 +33,7 @@ def limit_steps(environment: Environment, max_steps: int) -> Environment:
     check_number("max_steps", max_steps, whole=True, interval="[1, 2147483647]")
     if environment.restart is not None:
         raise UsageError(
-            f"{environment.name} resets itself in its own step, so max_steps cannot be imposed on it; leave it out."
+            f"{environment.name} resets itself in its own step, so it cannot be given max_steps; leave it out."
         )
 
     def follow(step: Step, time: Array) -> tuple[Step, Array]:
@@ -44,10 +44,10 @@ def limit_steps(environment: Environment, max_steps: int) -> Environment:
 
 
 def repeat_actions(environment: Environment, times: int) -> Environment:
-    """Step `environment` `times` times with each action; the rewards add up until the episode ends.
+    """Repeat each action `times` times in `environment`; the rewards add up until the episode ends.
 
-    A step is then `times` of the environment's, in `max_steps` and wherever steps are counted. Its keys are split from
-    the step's.
+    One step is then `times` steps of the environment, in `max_steps` and wherever steps are counted. Their keys are
+    split from that of the step.
 
     Raises:
       UsageError: if `times` is not a whole number from 1 to 1000, or the environment has a mask of legal actions.
@@ -55,7 +55,7 @@ def repeat_actions(environment: Environment, times: int) -> Environment:
     _check(environment, "repeat_actions")
     check_number("times", times, whole=True, interval="[1, 1000]")
     if environment.action_mask is not None and times > 1:
-        raise UsageError(f"actions of {environment.name} cannot be repeated: one that is legal now may not stay so.")
+        raise UsageError(f"actions of {environment.name} cannot be repeated: a legal action may become illegal.")
     if times == 1:
         return environment
 
@@ -80,9 +80,9 @@ def repeat_actions(environment: Environment, times: int) -> Environment:
 
 
 def stack_frames(environment: Environment, num_frames: int) -> Environment:
-    """Join the last `num_frames` observations of `environment` along the last axis, the latest last.
+    """Join the last `num_frames` observations of `environment` along the last axis, newest last.
 
-    D entries become num_frames · D, and a picture of C channels one of num_frames · C. At the start of an episode all
+    D entries become num_frames · D, and a picture of C channels one of num_frames · C. At the start of an episode, all
     of them are the first observation.
 
     Raises:
@@ -140,7 +140,7 @@ def flatten_observations(environment: Environment) -> Environment:
 
 
 def keep_entries(environment: Environment, names: Sequence[str]) -> Environment:
-    """`environment` with the named entries of its observations alone; all of them if a mask follows from the whole."""
+    """Keep only the named entries of observations; if a mask depends on the whole observation, keep all."""
     assert environment.entries is not None
     entries = {name: shape for name, shape in environment.entries.items() if name in names}
     if len(entries) == len(environment.entries) or _mask_follows_from_all(environment):
@@ -150,28 +150,27 @@ def keep_entries(environment: Environment, names: Sequence[str]) -> Environment:
         lambda observation: join(environment.split(observation), entries),
         observation_shape=(size_of(entries),),
         entries=entries,
-        action_mask=None,  # made anew
+        action_mask=None,  # made again from the entries
     )
 
 
 def hide_entries(environment: Environment, hidden: Sequence[int] | Sequence[str]) -> Environment:
-    """Hide entries of the observations of `environment`: a partially observed task, for a policy with a memory.
+    """Hide entries of the observations of `environment`: a partially observed task, for a recurrent policy.
 
     Args:
-      environment: its observations are vectors.
-      hidden: indices of the entries to leave out; negative ones count from the end. Of observations that have named
+      environment: an environment whose observations are vectors.
+      hidden: indices of the entries to leave out; negative ones count from the end. For observations with named
         entries, their names.
 
     Raises:
-      UsageError: if observations are no vectors, an index is not among theirs, none is left, or a mask of legal actions
-        is a function of them.
+      UsageError: if observations are not vectors, an index is out of range, no entry is left, or a mask of legal
+        actions depends on the whole observation.
     """
     _check(environment, "hide_entries")
     size = _vector_size(environment, "hide_entries")
     if _mask_follows_from_all(environment):
         raise UsageError(
-            f"which actions of {environment.name} are legal follows from its whole observation, so no entry of it can "
-            "be hidden."
+            f"the legal actions of {environment.name} depend on its whole observation, so no entry of it can be hidden."
         )
     if environment.entries is not None:
         return _hide_by_name(environment, environment.entries, hidden)
@@ -181,12 +180,12 @@ def hide_entries(environment: Environment, hidden: Sequence[int] | Sequence[str]
         raise UsageError(f"hidden must be indices among the {size} entries of {environment.name}, got {shown(hidden)}.")
     kept = np.delete(np.arange(size), entries.astype(int))
     if not kept.size:
-        raise UsageError(f"hidden has all {size} entries of {environment.name}; leave one to be seen.")
+        raise UsageError(f"hidden has all {size} entries of {environment.name}; keep at least one.")
     return _with_observations(environment, lambda observation: observation[kept], observation_shape=kept.shape)
 
 
 def _mask_follows_from_all(environment: Environment) -> bool:
-    """Whether a mask of legal actions is a function of whole observations, and no entry of them."""
+    """Whether a mask of legal actions depends on whole observations, and is not an entry of them."""
     return environment.action_mask is not None and MASK not in (environment.entries or {})
 
 
@@ -195,25 +194,25 @@ def _hide_by_name(environment: Environment, entries: Entries, hidden: Sequence[A
     kept = [name for name in known if name not in hidden]
     if isinstance(hidden, str) or not set(hidden) <= set(known) or not kept:
         raise UsageError(
-            f"hidden must be names among the entries of {environment.name}, {', '.join(known)}, and leave one to be "
-            f"seen, got {shown(hidden)}."
+            f"hidden must be names among the entries of {environment.name}, {', '.join(known)}, and leave one, got "
+            f"{shown(hidden)}."
         )
     return keep_entries(environment, [*kept, MASK])
 
 
 def append_time(environment: Environment) -> Environment:
-    """Append to the observations of `environment` the share of the time limit that is gone.
+    """Append the elapsed share of the time limit to the observations of `environment`.
 
-    Where a time limit is part of the task, what a state is worth depends on the time left, which is then observed.
+    If a time limit is part of the task, the value of a state depends on the time left, which is then observed.
 
     Raises:
-      UsageError: if observations are no vectors, or the environment has no time limit.
+      UsageError: if observations are not vectors, or the environment has no time limit.
     """
     _check(environment, "append_time")
     size, limit = _vector_size(environment, "append_time"), environment.max_steps
     mask = environment.action_mask
     if limit is None:
-        raise UsageError(f"{environment.name} has no time limit of which a share could be gone; set one: limit_steps.")
+        raise UsageError(f"{environment.name} has no time limit, which append_time needs; set one with limit_steps.")
 
     def see(observation: Array, time: Array) -> Array:
         return jnp.append(observation, time.astype(jnp.float32) / limit)
@@ -240,12 +239,12 @@ def _wrap(
     follow: Callable[[Step, PyTree], tuple[Step, PyTree]],
     **changes: Any,
 ) -> Environment:
-    """`environment` with a state (its state, own), where `own` is the wrapper's.
+    """Wrap `environment` with states (its state, own), where `own` is the wrapper's.
 
     Args:
-      environment: what is wrapped.
-      begin: the first observation of an episode -> what is seen of it, and `own`.
-      follow: (step, `own` before it) -> what is seen of it, and `own` after it.
+      environment: the environment to wrap.
+      begin: the first observation of an episode -> the observation to show, and `own`.
+      follow: (step, `own` before it) -> the step to show, and `own` after it.
       changes: other fields of the `Environment`.
     """
     restart_inner = environment.restart
@@ -271,7 +270,7 @@ def _wrap(
 
 
 def _with_observations(environment: Environment, see: Callable[[Array], Array], **changes: Any) -> Environment:
-    """`environment` with `see(observation)` in place of each observation."""
+    """Replace each observation of `environment` by `see(observation)`."""
 
     def follow(step: Step, own: PyTree) -> tuple[Step, PyTree]:
         return step._replace(observation=see(step.observation)), own
@@ -287,7 +286,7 @@ def _check(environment: Any, wrapper: str) -> None:
 def _vector_size(environment: Environment, wrapper: str) -> int:
     if len(environment.observation_shape) != 1:
         raise UsageError(
-            f"{wrapper} needs observations that are vectors, and those of {environment.name} have shape "
-            f"{environment.observation_shape}; flatten_observations first."
+            f"{wrapper} needs observations that are vectors, but those of {environment.name} have shape "
+            f"{environment.observation_shape}; apply flatten_observations first."
         )
     return environment.observation_shape[0]

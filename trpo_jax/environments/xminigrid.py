@@ -1,4 +1,4 @@
-"""XLand-MiniGrid: grid worlds seen from the agent, and tasks of changing rules."""
+"""XLand-MiniGrid: grid worlds from the agent's view, and tasks with changing rules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trpo_jax.environments.suites import assemble, check_name, one_hot_layers, r
 
 
 def names() -> list[str]:
-    """Environments that XLand-MiniGrid brings along."""
+    """Names of XLand-MiniGrid's environments."""
     return sorted(require("xminigrid", "xminigrid").registered_environments())
 
 

@@ -1,4 +1,4 @@
-"""What the default policy and value function have in common: layers on the entries of an observation that each sees."""
+"""Layers that the default policy and value function share, on the entries of an observation that each sees."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Layers(NamedTuple):
 
 
 def body(environment: Environment, layers: Layers, outputs: int, last_scale: float) -> RecurrentNetwork:
-    """A network of `outputs` numbers, of which the last layer is scaled by `last_scale`."""
+    """Build a network with `outputs` outputs whose last layer is scaled by `last_scale`."""
     settings = {name: cast(name, value) for name, value in layers._asdict().items() if name != "observation"}
     layers = layers._replace(**settings)
     for name, value in settings.items():
@@ -51,7 +51,7 @@ def body(environment: Environment, layers: Layers, outputs: int, last_scale: flo
     if network == "cnn" and not any(map(_is_picture, shapes)):
         found = ", ".join(map(str, shapes))
         raise UsageError(f"network=cnn needs observations [height, width, channels]; {environment.name} has {found}.")
-    # What is seen is one array, or, of several entries, the pictures and one vector of all others for a cnn.
+    # The input is one array; for a cnn on several entries it is the pictures, and one vector of all others.
     ndim = len(shapes[0]) if len(shapes) == 1 else 1
     see = _view(environment, names, shapes, network)
     if network == "cnn":
@@ -75,7 +75,7 @@ def _is_picture(shape: tuple[int, ...]) -> bool:
 
 
 def _view(environment: Environment, names: tuple[Any, ...], shapes: Any, network: str) -> Callable[[Array], Any]:
-    """The function from observations [..., *observation_shape] to what a network sees of them."""
+    """Make the function from observations [..., *observation_shape] to the input of a network."""
     if environment.entries is None:
         return lambda observation: observation
 
@@ -94,7 +94,7 @@ def _view(environment: Environment, names: tuple[Any, ...], shapes: Any, network
 
 
 def _seeing(see: Callable[[Array], Any], network: Network) -> Network:
-    """A network on `see(observation)`."""
+    """Apply a network to `see(observation)`."""
 
     def on_seen(function: Any) -> Any:
         return lambda first, *inputs: function(first, *inputs[:-1], see(inputs[-1]))

@@ -1,4 +1,4 @@
-"""Default policies for actions in a Box: Gaussian, through tanh, and Beta."""
+"""Default policies for actions in a Box: Gaussian, Gaussian squashed by tanh, and Beta."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from trpo_jax.steps.bounded import Beta, TanhGaussian
 from trpo_jax.steps.distributions import DiagonalGaussian
 from trpo_jax.steps.types import Array, PyTree, Scalar
 
-_UNBOUNDED = 1e12  # bounds beyond this (±3.4e38 is common) are none; much beyond, 1/σ² is no number in float32
-_LARGEST_LOG_STD = 2.0  # beyond which an entropy bonus asks for no more, in units of half the action range
+_UNBOUNDED = 1e12  # bounds beyond this (±3.4e38 is common) count as none; far beyond, float32 cannot hold 1/σ²
+_LARGEST_LOG_STD = 2.0  # largest log σ that an entropy bonus rewards, in units of half the action range
 
 
 def box_policy(
@@ -28,7 +28,7 @@ def box_policy(
     initial_log_std: Scalar,
     state_dependent_std: bool,
 ) -> RecurrentNetwork:
-    """A policy for a Box of actions; arguments as those of `make_policy`."""
+    """Build a policy for a Box of actions; arguments as in `make_policy`."""
     space: Any = environment.action_space
     if action_distribution == "beta":
         return _beta_policy(environment, layers)
@@ -37,10 +37,10 @@ def box_policy(
 
 
 def _units(space: Box) -> tuple[np.ndarray, np.ndarray]:
-    """Centre and half the width, [D] each, of the range that a Gaussian's mean and σ are counted in.
+    """Centre and half width, [D] each, of the range that is the unit of a Gaussian's mean and σ.
 
-    It is that between the bounds. Without any it is [−1, 1]. Of one bound b it reaches from there over 2 max(1, |b|):
-    b itself for a centre would be where clipped actions give no sign of a way out.
+    It is the range between the bounds, or [−1, 1] without any. With one bound b it extends from b over 2 max(1, |b|). A
+    centre at b itself would be a bad start, since clipped actions do not show a way out.
     """
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     below, above = np.abs(low) < _UNBOUNDED, np.abs(high) < _UNBOUNDED
@@ -54,14 +54,14 @@ def _units(space: Box) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_bounds(environment: Environment, action_distribution: str) -> None:
-    """Raise `UsageError` unless each dimension of the actions has two bounds."""
+    """Raise `UsageError` unless every action dimension has two bounds."""
     space = environment.action_space
     if isinstance(space, Box):
         bounded = (np.abs(space.low) < _UNBOUNDED) & (np.abs(space.high) < _UNBOUNDED) & (space.low < space.high)
     if not isinstance(space, Box) or not bounded.all():
         raise UsageError(
             f"action_distribution={action_distribution} needs a Box of actions with a lower and an upper bound in each "
-            f"dimension; actions of {environment.name} lie in {space}, for which the default serves."
+            f"dimension; actions of {environment.name} lie in {space}, so use the default."
         )
 
 
@@ -98,7 +98,7 @@ def _gaussian_policy(
     initial_log_std: Scalar,
     state_dependent_std: bool,
 ) -> RecurrentNetwork:
-    """A network that gives `make(mean, log_std)`."""
+    """Build a network whose output is `make(mean, log_std)`."""
     space: Any = environment.action_space
     if state_dependent_std:
         network = body(environment, layers, 2 * space.low.size, 0.01)
@@ -121,7 +121,7 @@ def _gaussian_policy(
 
 
 def _on_part(network: RecurrentNetwork, name: str, init: Callable[[Array, Array], PyTree]) -> RecurrentNetwork:
-    """A network whose parameters are `params[name]` of those that `init` makes."""
+    """Let a network use `params[name]` of the parameters that `init` makes."""
 
     def on_part(function: Any) -> Any:
         return function and (lambda params, carry, observation: function(params[name], carry, observation))

@@ -1,4 +1,4 @@
-"""Initialisers of kernels, and matrix products and convolutions in the form whose gradient suits the backend."""
+"""Kernel initialisers, and matrix products and convolutions in the form whose gradient suits the backend."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from trpo_jax import backend
 from trpo_jax.steps.types import Array
 
 _FEW_COLUMNS = 4
-_SMALL_KERNEL = 9  # entries of a filter per channel, of which an accelerator makes patches
-_LARGEST_KERNEL = 400  # the same on a CPU, where a grid of 84 x 84 has 361
-_SAMPLES_PER_PRODUCT = 16  # of a batch in a convolution on an accelerator, at most
-_LARGE_BATCH = 4096  # samples, of more than which a dense layer's product on a GPU is of groups
-_GROUPS = range(128, 513)  # samples that such a group may have
+_SMALL_KERNEL = 9  # largest filter, in entries per channel, that an accelerator computes by patches
+_LARGEST_KERNEL = 400  # the same on a CPU; a grid of 84 x 84 needs 361
+_SAMPLES_PER_PRODUCT = 16  # most samples per product in a convolution on an accelerator
+_LARGE_BATCH = 4096  # samples; a dense layer on a GPU splits larger batches into groups
+_GROUPS = range(128, 513)  # possible samples per group
 
 
 @functools.cache
 def orthogonal(scale: float) -> Callable[..., Array]:
-    """Initialiser of matrices [rows, columns] with orthonormal rows or columns (whichever fit) times `scale`.
+    """Make an initialiser of matrices [rows, columns] with orthonormal rows or columns (whichever fit) times `scale`.
 
-    The polar factor of a Gaussian matrix, uniform over such matrices, by Newton–Schulz: X ← X (3 I − XᵀX) / 2. The
-    usual way, a QR decomposition by LAPACK, can deadlock XLA's CPU thread pool when several run at once, as they do
-    for many agents in one program.
+    It takes the polar factor of a Gaussian matrix, which is uniform over such matrices, by Newton–Schulz: X ← X (3 I −
+    XᵀX) / 2. The usual way, a QR decomposition by LAPACK, can deadlock XLA's CPU thread pool when several run at once,
+    as with many agents in one program.
     """
 
-    # Linen asks for its shape at every `apply`; so it is traced but once.
+    # Linen asks for its shape in every `apply`; jit traces it only once.
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def initialise(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         rows, columns = shape
@@ -50,12 +50,12 @@ def orthogonal(scale: float) -> Callable[..., Array]:
 
 
 def product(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
-    """x @ kernel for x [..., inputs], in the form whose gradient suits the backend.
+    """Compute x @ kernel for x [..., inputs], in the form whose gradient suits the backend.
 
-    On CPU column by column where there are few: the gradient of a kernel of two columns is three times faster as two
-    products with a vector; XLA's CPU backend has a matrix product for it that is made for larger ones. On a GPU a large
-    batch in groups: the gradient of a kernel, of as few entries as one of its processors works on, is else a single
-    sum over all samples.
+    On CPU, few columns are computed one by one: the gradient of a kernel of two columns is three times faster as two
+    products with a vector, since XLA's matrix product on CPU is made for larger ones. On a GPU, a large batch is
+    computed in groups. Otherwise the gradient of a kernel with as few entries as one processor handles is a single sum
+    over all samples.
     """
     columns, samples = kernel.shape[-1], math.prod(x.shape[:-1])
     if backend.columns_one_by_one() and columns <= _FEW_COLUMNS:
@@ -70,13 +70,13 @@ def product(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> 
 
 
 def convolution(x: Array, kernel: Array, strides: Sequence[int], padding: str, **options: Any) -> Array:
-    """The convolution of a small kernel as matrix products with the patches it sees.
+    """Compute the convolution of a small kernel as matrix products with patches of the input.
 
-    On CPU because XLA prepares convolutions for its fast routine in a program's main computation only: the gradient of
-    a kernel within a loop, as all training is, takes thirty times as long as by patches. On an accelerator because many
-    agents have as many kernels, and XLA maps a convolution over them as one of grouped filters, where a product is a
-    batch of products. There a few samples share a product, not the whole batch: the gradient of a kernel, of as few
-    entries as one processor of a GPU works on, is else a single sum over all pixels of all samples.
+    On CPU the reason is that XLA uses its fast convolution only in a program's main computation. In a loop, where all
+    training runs, the gradient of a kernel takes thirty times as long as by patches. On an accelerator the reason is
+    that many agents have as many kernels: XLA turns a convolution mapped over them into one of grouped filters, and a
+    product into a batch of products. There only a few samples share a product. Otherwise the gradient of a kernel with
+    as few entries as one processor handles is a single sum over all pixels of all samples.
     """
     height, width, _, filters = kernel.shape
     cpu = backend.all_convolutions_by_patches()
@@ -103,10 +103,10 @@ def convolution(x: Array, kernel: Array, strides: Sequence[int], padding: str, *
 
 @functools.cache
 def kernel_initializer(initialisation: str, gain: float) -> Callable[..., Array]:
-    """Initialiser of kernels [..., outputs], whose other axes are one: orthogonal or lecun-normal.
+    """Make an initialiser of kernels [..., outputs], orthogonal or lecun-normal, with all other axes as one.
 
-    Orthogonal is times `gain`. LeCun's has variance 1 / inputs, and is times `gain` only where that is less than 1, as
-    it is in a policy's last layer: √2 is no part of it.
+    The orthogonal one is scaled by `gain`. LeCun's has variance 1 / inputs, and is scaled by `gain` only if that is
+    less than 1, as in a policy's last layer; √2 is not part of it.
     """
 
     def initialise(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:

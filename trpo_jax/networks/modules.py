@@ -1,4 +1,4 @@
-"""The learned parts of the default networks, as linen modules: MLPs, CNNs for grids, GRUs with a memory."""
+"""The learned parts of the default networks, as linen modules: MLPs, CNNs for grids, and recurrent GRUs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from trpo_jax.steps.types import Array
 
 ACTIVATIONS = {"tanh": nn.tanh, "relu": nn.relu, "swish": nn.swish, "gelu": nn.gelu}
 
-_GRID = 10  # filters along each side of a grid, at most
+_GRID = 10  # most positions of a filter along each side of a grid
 
 
 class Style(NamedTuple):
-    """What the layers of a network have in common.
+    """Options that the layers of a network share.
 
     Attributes:
       activation: a name among `ACTIVATIONS`.
-      layer_norm: whether what a layer gives is normalised over its units before the activation (Ba et al. 2016).
-      initialisation: of the kernels, see `kernel_initializer`.
+      layer_norm: whether the output of a layer is normalised over its units before the activation (Ba et al. 2016).
+      initialisation: initialisation of the kernels, see `kernel_initializer`.
       last_scale: gain of the last layer.
     """
 
@@ -56,10 +56,10 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-    """Convolutions of 3 x 3 filters and dense layers; one of 16 and one of 128 is MinAtar's (Young & Tian 2019).
+    """Convolutions of 3 x 3 filters and dense layers; 16 filters and 128 units are MinAtar's (Young & Tian 2019).
 
-    On grids larger than MinAtar's 10 x 10 the first filters are further apart, and larger by as much, so that about
-    10 x 10 of them look at any grid: the dense layer would else grow with it to millions of parameters.
+    On grids larger than MinAtar's 10 x 10, the first filters are larger and further apart, so that about 10 x 10 of
+    them cover any grid. Otherwise the dense layer would grow with the grid to millions of parameters.
 
     Attributes:
       channels: filters of each convolution.
@@ -75,9 +75,9 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, observation: Array | tuple[Array, ...]) -> Array:
-        """[..., height, width, channels] -> [..., outputs]; of several, pictures first, each gets convolutions.
+        """[..., height, width, channels] -> [..., outputs]; several pictures have convolutions each.
 
-        A vector [..., D] after them goes into the dense layers as it is.
+        A vector [..., D] after the pictures goes directly into the dense layers.
         """
         parts = observation if isinstance(observation, tuple) else (observation,)
         batch_shape, last = parts[0].shape[:-3], parts[-1]
@@ -105,13 +105,13 @@ class CNN(nn.Module):
 
 
 class GRU(nn.Module):
-    """Dense layers, a gated recurrent unit (Cho et al. 2014), and a linear layer: one step of it.
+    """One step of dense layers, a gated recurrent unit (Cho et al. 2014), and a linear layer.
 
     Attributes:
-      hidden: widths of the dense layers, of which the last is that of the memory, too.
+      hidden: widths of the dense layers; the last is also the size of the recurrent state.
       outputs: width of the last, linear layer; None: without it, on the same parameters.
-      style: activation and normalisation of the dense layers, and initialisation; the memory's own are tanh and σ, and
-        its recurrent kernels orthogonal.
+      style: activation and normalisation of the dense layers, and initialisation; the recurrent unit itself has tanh, σ
+        and orthogonal recurrent kernels.
       observation_ndim: rank of one observation, whose axes are flattened.
     """
 
@@ -122,7 +122,7 @@ class GRU(nn.Module):
 
     @nn.compact
     def __call__(self, carry: Array, observation: Array) -> tuple[Array, Array]:
-        """Memory [..., units] and observation [..., *observation_shape] -> memory and [..., outputs]."""
+        """Recurrent state [..., units], observation [..., *observation_shape] -> recurrent state, [..., outputs]."""
         batch_shape = observation.shape[: observation.ndim - self.observation_ndim]
         x = _hidden_layers(observation.reshape(*batch_shape, -1), self.hidden, self.style)
         cell = nn.GRUCell(
@@ -134,7 +134,7 @@ class GRU(nn.Module):
         return carry, _last_layer(x, self.outputs, self.style)
 
 
-# Layers of the module that calls these.
+# These add layers to the module that calls them.
 
 
 def _hidden_layers(x: Array, widths: Sequence[int], style: Style) -> Array:
@@ -151,7 +151,7 @@ def _activate(x: Array, style: Style) -> Array:
 
 
 def _last_layer(x: Array, outputs: int | None, style: Style) -> Array:
-    """A linear layer; None: `x` itself, the module's features."""
+    """Apply a linear layer; None: return `x` itself, the module's features."""
     if outputs is None:
         return x
     kernel_init = kernel_initializer(style.initialisation, style.last_scale)

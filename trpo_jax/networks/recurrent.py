@@ -1,4 +1,4 @@
-"""Networks as users give them, and the recurrent form to which each is lifted, once."""
+"""Networks as users write them, and the recurrent form to which each is converted once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from trpo_jax.steps.types import Array, PyTree
 
 Change = Callable[[Array], Array]
-"""`change(observation)` -> what a network sees in its place."""
+"""`change(observation)` -> the observation that a network sees instead."""
 
 
 class Network(NamedTuple):
@@ -18,14 +18,14 @@ class Network(NamedTuple):
       init: `init(key, observation)` -> params, a pytree of float arrays; `observation` is a single one, [...].
       apply: `apply(params, observation)` -> a distribution (policy) or values (value function) with the batch shape
         of `observation`, which may have any leading batch axes.
-      initial_carry: None, or, for a network with a memory, `initial_carry()` -> what it remembers at the start of an
-        episode, a pytree of arrays for one environment. It is then `apply(params, carry, observation)` ->
+      initial_carry: None, or, for a recurrent network, `initial_carry()` -> the recurrent state at the start of an
+        episode, a pytree of arrays for one environment. The network is then `apply(params, carry, observation)` ->
         (carry, output), where the carry has the leading axes of `observation`.
       features: None, or, for a policy whose trunk the value function may share (`shared_trunk`), a function like
-        `apply` whose output is what the last layer sees, [..., F].
-      on_inputs: None, or, where not all of `apply` may see a changed observation, `on_inputs(change)` -> the network
-        whose learned part sees `change(observation)`. Of the default policy with a mask of allowed actions it is this
-        part alone that observations are normalised for: the mask is asked about those of the environment.
+        `apply` that returns the input of the last layer, [..., F].
+      on_inputs: None, or, if only a part of `apply` may see a changed observation, `on_inputs(change)` -> the network
+        whose learned part sees `change(observation)`. In the default policy with a mask of legal actions, observations
+        are normalised for this part only: the mask is read from the environment's own observation.
     """
 
     init: Callable[[Array, Array], PyTree]
@@ -36,15 +36,15 @@ class Network(NamedTuple):
 
 
 class RecurrentNetwork(NamedTuple):
-    """A network as the trainer uses it: each has a carry, which is `()` where there is no memory.
+    """A network in the trainer's form: each has a carry, which is `()` if the network is not recurrent.
 
     Attributes:
       init: `init(key, observation)` -> params.
       initial_carry: `initial_carry()` -> the carry of one environment at the start of an episode.
       step: `step(params, carry, observation)` -> (carry, output), with any leading batch axes.
-      features: like `step`, with what the last layer sees for an output; None where that is not known.
+      features: like `step`, but with the input of the last layer as output; None if unknown.
       with_inputs: `with_inputs(change)` -> the network whose learned part sees `change(observation)`.
-      has_memory: whether the carry says anything, so that whole sequences are one sample each.
+      has_memory: whether the network is recurrent, so that a sample is a whole sequence.
     """
 
     init: Callable[[Array, Array], PyTree]
@@ -56,7 +56,7 @@ class RecurrentNetwork(NamedTuple):
 
 
 def lift(network: Network) -> RecurrentNetwork:
-    """The recurrent form of a network. Nothing past this door asks whether there is a carry."""
+    """Convert a network to its recurrent form; no code after this asks whether there is a carry."""
     has_memory = network.initial_carry is not None
 
     def recurrent(function: Any) -> Any:
@@ -80,7 +80,7 @@ def lift(network: Network) -> RecurrentNetwork:
 
 
 def lower(network: RecurrentNetwork) -> Network:
-    """A network in the form that users call: without a carry where there is no memory."""
+    """Convert a network to the form that users call, without a carry if it is not recurrent."""
 
     def plain(function: Any) -> Any:
         if function is None or network.has_memory:
@@ -97,7 +97,7 @@ def lower(network: RecurrentNetwork) -> Network:
 
 
 def with_output(network: RecurrentNetwork, finish: Callable[[PyTree, Array, Any], Any]) -> RecurrentNetwork:
-    """A network whose output is `finish(params, observation, output)`, on the observation of the environment."""
+    """Replace a network's output by `finish(params, observation, output)`, on the environment's own observation."""
 
     def step(params: PyTree, carry: PyTree, observation: Array) -> tuple[PyTree, Any]:
         carry, output = network.step(params, carry, observation)
