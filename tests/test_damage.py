@@ -264,7 +264,7 @@ def test_the_state_of_another_run_is_not_taken_for_this_ones(run, tmp_path, caps
         assert main(command) == 2
         errors = capsys.readouterr().err
         check_sentence(errors, out / ONLY_RUN[1])
-        assert "of another run" in errors and contents(out) == before
+        assert "belongs to another run" in errors and contents(out) == before
 
 
 @pytest.mark.long

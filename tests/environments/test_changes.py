@@ -33,10 +33,10 @@ def test_wrappers_by_name_are_those_by_hand():
     [
         (
             "stack_frame=4",
-            "wrappers names 'stack_frame', and there are stack_frames, repeat_actions, limit_steps",
+            "wrappers names 'stack_frame'; choose among stack_frames, repeat_actions, limit_steps",
         ),
-        ("stack_frames", r"wrappers must have stack_frames=4, got 'stack_frames'\."),
-        ("append_time=3", r"wrappers must have append_time, got 'append_time=3'\."),
+        ("stack_frames", r"wrappers must have the form stack_frames=4, got 'stack_frames'\."),
+        ("append_time=3", r"wrappers must have the form append_time, got 'append_time=3'\."),
         ("hide_entries=9", "hidden must be indices among the 4 entries"),
         ("repeat_actions=many", r"times must be a whole number .*, got 'many'\."),
         (" ", r"wrappers must be text, got ' '\."),
