@@ -111,7 +111,9 @@ def test_rows_and_best_policies_that_are_missing_are_said_and_made_anew(run, tmp
     said = capsys.readouterr().err
     assert "eval.csv lacks rows of the 7 iterations done; the checkpoint before it is used, 00000004.npz." in said
     assert (again.path / "eval.csv").read_text() == text
-    assert "best.npz is damaged or not a checkpoint of trpo_jax (BadZipFile); the best policies are chosen anew" in said
+    assert (
+        "best.npz is damaged or not a checkpoint of trpo_jax (BadZipFile); the best policies are chosen again" in said
+    )
     assert np.asarray(best_states(again).iteration).tolist() == [6, 6]
     assert [best.chosen_by for best in judge_best(again)] == means_of(run)[-2:]
 
@@ -147,9 +149,9 @@ def test_checkpoints_are_kept_and_chosen(run, capsys):
 
 def test_without_evaluation_there_is_no_best(tmp_path, capsys):
     plain = begin(tmp_path / "plain", CONFIG.replace(eval_every=0, num_iterations=1))
-    with pytest.raises(UsageError, match=r"was trained without evaluation \(eval_every=0\); take --checkpoint last"):
+    with pytest.raises(UsageError, match=r"was trained without evaluation \(eval_every=0\); use --checkpoint last"):
         chosen_state(plain, "best")
-    with pytest.raises(UsageError, match="has no evaluation yet; train it further, or take --checkpoint last"):
+    with pytest.raises(UsageError, match="has no evaluation yet; train it further, or use --checkpoint last"):
         chosen_state(begin(tmp_path / "begun"), "best")
     with pytest.raises(UsageError, match="has no checkpoint of iteration 3; train first"):
         chosen_state(plain, "3")

@@ -63,7 +63,7 @@ def test_a_longer_run_is_the_one_that_was_begun_with_that_length(run, tmp_path, 
     assert main(list(train)) == 0
     assert "Every iteration is done already." in capsys.readouterr().out
     assert extend_run(open_run(longer.path), steps).config.num_iterations == 4
-    with pytest.raises(UsageError, match=r"is of 128 steps per agent; --total-steps can only make a run longer\."):
+    with pytest.raises(UsageError, match=r"has 128 steps per agent; --total-steps can only make a run longer\."):
         extend_run(open_run(longer.path), steps - 32)
 
 
@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_one_sentence(run, tmp_path, capsys):
         assert main(["train", *FLAGS, "--output", str(tmp_path / "x"), "--init-from", *arguments]) == 2
         return capsys.readouterr().err
 
-    assert "init_from has 2 agents and num_seeds=3 are asked for" in said(str(run.path), "--num-seeds", "3")
+    assert "init_from has 2 agents, but num_seeds=3; give" in said(str(run.path), "--num-seeds", "3")
     wider = said(str(run.path), "--num-seeds", "2", "--hidden", "32,32")
     assert "the policy to start from does not fit the settings: its " in wider and "float32[64]" in wider
     assert "normalize_observations=True; its networks expect" in said(str(run.path), "--no-normalize-observations")

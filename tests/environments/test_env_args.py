@@ -242,7 +242,7 @@ def test_a_factory_is_named_on_the_command_line_and_never_in_files(own_module, c
     tiny = [f"--{key.replace('_', '-')}={value}" for key, value in ({"num_envs": 2} | TINY).items()]
     assert main(["train", name, *tiny, "--env-arg", "gravity=20.0", "--max-steps", "5", "--output", "run"]) == 0
     assert main(["evaluate", "run"]) == 2
-    assert f"if you trust it, name it once more: --env '{name}'" in capsys.readouterr().err
+    assert f"if you trust it, name it again: --env '{name}'" in capsys.readouterr().err
     assert main(["evaluate", "run", "--env", name, "--num-episodes", "1"]) == main(["check", name]) == 0
     assert open_run("run", name).config.env_args == {"gravity": 20.0}
     with pytest.raises(UsageError, match="names a module to import"):

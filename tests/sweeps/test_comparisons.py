@@ -172,12 +172,12 @@ def test_page_stands_alone_and_holds_what_the_command_prints(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["a"], "there is one method alone, a, and two are compared; give another folder"),
-        (["s"], "there is one method alone, s, .* --by gamma"),
+        (["a"], "there is only one method, a, but two are needed; give another folder"),
+        (["s"], "there is only one method, s, .* --by gamma"),
         (["a", "missing"], "missing is the folder of neither a run nor a sweep"),
         (["a", "./a"], "given twice"),
         (["a", "s", "--by", "gama"], "--by names no setting, 'gama'; did you mean gamma"),
-        (["a", "other"], "share no environment"),
+        (["a", "other"], "have no environment in common"),
         (["a", "other", "--by", "env"], "--by env would compare returns of different environments"),
         (["a", "empty"], "empty has no results yet"),
         (["a", "damaged"], "damaged is damaged .*; restore it"),

@@ -125,7 +125,7 @@ HALVES = ("gamma", "gae_lambda", "max_kl", "cg_damping")
         ("[grid]\nmax_kl = []", "max_kl in [grid] of {file} must be a list of values, got []."),
         ("[grid]\nmax_kl = [0.1, 'b']", "max_kl in [grid] of {file} must be a number in (0, 1e6], got 'b'."),
         ("[base]\nmax_kl = 0.1\n[grid]\nmax_kl = [0.1]", "max_kl is set in more than one section"),
-        ("[zip]\nmax_kl = [0.1]\ngamma = [0.9, 0.99]", "must be of one length, but max_kl has 1, gamma has 2."),
+        ("[zip]\nmax_kl = [0.1]\ngamma = [0.9, 0.99]", "must have the same length, but max_kl has 1, gamma has 2."),
         ("[random]\nmax_kl = { uniform = [0, 1] }", "[random] of {file} needs count"),
         ("[random]\ncount = 3", "[random] of {file} names no setting to draw."),
         (
@@ -137,12 +137,12 @@ HALVES = ("gamma", "gae_lambda", "max_kl", "cg_damping")
             "max_kl in [random] of {file} must be {{ uniform = [low, high] }}",
         ),
         ("[random]\ncount = 3\nmax_kl = { log_uniform = [0, 1] }", "log_uniform bounds of max_kl"),
-        (f"seed = {TUNING_SEEDS}", "belong to tuning"),
+        (f"seed = {TUNING_SEEDS}", "are for tuning"),
         ("grid = 3", "grid in {file} must be a table of settings, got 3."),
         ("num_sed = 3", "unknown entry 'num_sed'; did you mean num_seeds or num_episodes?"),
         ("num_seeds = 1e300", "num_seeds in {file} must be a whole number from 1 to 1,000,000, got 1e+300."),
         ("seed = 4294967303", "seed in {file} must be a whole number from 0 to 2,147,483,647, got 4294967303."),
-        (f"seed = {TUNING_SEEDS - 5}\nnum_seeds = 6", "belong to tuning"),
+        (f"seed = {TUNING_SEEDS - 5}\nnum_seeds = 6", "are for tuning"),
         (f"seed = {'9' * 5000}", "{file} is not TOML: Exceeds the limit (4300 digits)"),
         ("x = " + "[" * 3000 + "]" * 3000, "{file} is not TOML: it is nested too deep."),
         ("[base]\npolicy = 'x'", "[base] of {file} has no setting 'policy'"),
@@ -178,7 +178,7 @@ HALVES = ("gamma", "gae_lambda", "max_kl", "cg_damping")
         ("[base]\ntotal_steps = 'x'", "total_steps in [base] of {file} must be a whole number"),
         (
             "[grid]\n" + "\n".join(f"{n} = {[0.5] * 1000}" for n in HALVES),
-            "asks for 1000000000000 points with 1 seed each",
+            "has 1000000000000 points with 1 seed each",
         ),
     ],
 )

@@ -70,7 +70,7 @@ def test_the_best_of_each_point_is_kept_and_results_stay_as_they_are(folder, tmp
         assert probes.same_bits(load_agent(tmp_path, point)[1], load_agent(folder, point)[1])
     rows = results(tmp_path)
     other = min((row for row in rows if row["point"] == 0), key=lambda row: row["final_return"])
-    with pytest.raises(UsageError, match="keeps the best agent of each point, and seed"):
+    with pytest.raises(UsageError, match="keeps only the best agent of each point, not seed"):
         load_agent(tmp_path, 0, other["seed"])
     plain = tmp_path / "none"
     assert run_sweep(plain, Spec(**{**SPEC.__dict__, "keep": "none"})) == "complete"
@@ -137,12 +137,10 @@ def test_states_that_are_damaged_or_missing_are_trained_anew(folder, tmp_path, c
     for spoil in (damage, lambda file: file.unlink()):
         for file in states:
             spoil(file)
-        with pytest.raises(
-            UsageError, match=r"npz is missing or damaged; the command of the sweep, given again, mends"
-        ):
+        with pytest.raises(UsageError, match=r"npz is missing or damaged; run the command of the sweep again"):
             load_agent(tmp_path)
         assert run_sweep(tmp_path, SPEC) == "complete"
-        assert f"{states[0]} is missing or damaged. Its agents are trained anew." in capsys.readouterr().err
+        assert f"{states[0]} is missing or damaged. Its agents are trained again." in capsys.readouterr().err
         assert files(tmp_path) == whole
 
 
@@ -177,7 +175,7 @@ def test_a_sweep_takes_new_values_and_more_seeds(folder, tmp_path, capsys):
     path = tmp_path / "grown"
     assert run_sweep(path, first) == "complete"
     before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in path.glob("results/*")}
-    with pytest.raises(UsageError, match=r"holds a sweep with another .*; .* or add what is new by --extend\."):
+    with pytest.raises(UsageError, match=r"holds a sweep with another .*; .* or add the new agents with --extend\."):
         run_sweep(path, more)
     with pytest.raises(UsageError, match=r"holds a sweep with num_episodes=3, which all of its agents share"):
         run_sweep(path, Spec(**{**more.__dict__, "num_episodes": 4}), extend=True)

@@ -116,7 +116,7 @@ def test_blocks_share_the_agents_out_evenly(agents, devices, size):
 
 def test_an_agent_that_does_not_fit_is_one_sentence(monkeypatch):
     monkeypatch.setattr(placement, "free_memory", lambda devices: 100)
-    with pytest.raises(UsageError, match=r"one agent needs .* MiB and the device has 0 MiB free; lower num_envs"):
+    with pytest.raises(UsageError, match=r"one agent needs .* MiB, but the device has 0 MiB free; lower num_envs"):
         placement.fit_programs(small_config(), 1, 0, jax.local_devices()[:1])
 
 

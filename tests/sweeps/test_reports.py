@@ -380,7 +380,7 @@ def test_results_of_another_version(tmp_path):
     assert make_report(folder).rows["CartPole-v1"][0].settings == {"gamma": 0.99}
     for file in (folder / "results").iterdir():
         parquet.write_table(parquet.read_table(file).drop_columns(["point"]), file)
-    with pytest.raises(UsageError, match=r"results in .* lack point; restore them, or sweep anew"):
+    with pytest.raises(UsageError, match=r"results in .* lack point; restore them, or sweep again"):
         make_report(folder)
 
 

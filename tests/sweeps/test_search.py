@@ -480,7 +480,7 @@ def test_changed_score_of_a_trial_is_found(half, tmp_path, untrained):
         database.execute("UPDATE trial_values SET value = value + 1e-9")
         database.commit()
     with pytest.raises(
-        UsageError, match=r"study.db is damaged \(trial \d was changed since it was told\); restore it, or"
+        UsageError, match=r"study.db is damaged \(trial \d was changed since it was recorded\); restore it, or"
     ):
         tune(tmp_path / "s", make(ALL), batch=4)
 
@@ -499,7 +499,7 @@ def test_folder_of_any_name_holds_its_study(name, tmp_path, untrained, monkeypat
 @pytest.mark.parametrize(
     "rows, says",
     [
-        ({"num_episodes": 0}, r"no episode ended \(4 of 4\); raise total_steps, or let episodes evaluate"),
+        ({"num_episodes": 0}, r"no episode ended \(4 of 4\); raise total_steps, or evaluate"),
         ({"finite": 0}, r"a number was not finite \(4 of 4\); move the distributions in \[random\] to smaller steps"),
     ],
 )
@@ -603,7 +603,7 @@ def test_study_of_ones_own_in_a_storage_is_left_alone(tmp_path):
     storage = f"sqlite:///{tmp_path / 'theirs.db'}"
     study = optuna.create_study(study_name="s", storage=storage)
     study.ask()
-    with pytest.raises(UsageError, match=r"the study 's' in .* is no search of ours; choose another --output."):
+    with pytest.raises(UsageError, match=r"the study 's' in .* is not one of `trpo-jax tune`; choose another --output."):
         tune(tmp_path / "s", make(), storage=storage)
     assert len(study.trials) == 1 and not study.user_attrs
 

@@ -227,11 +227,11 @@ def test_what_rounds_otherwise_is_not_mixed_in_one_folder(finished, tmp_path, mo
     spec, begun = read_spec(finished.parent / "sweep.toml"), {**made_by(), "jaxlib": "0.4.1"}
     for name, mend in (("threads", "set NPROC=77, and"), ("devices", "give --num-devices 77.")):
         Folder(tmp_path / name).describe(spec, {**begun, name: 77})
-        with pytest.raises(UsageError, match=rf"with 77 {name}, and here there would be \d+, which .*; {mend}"):
+        with pytest.raises(UsageError, match=rf"with 77 {name}, but here there would be \d+, which .*; {mend}"):
             in_folder.run_sweep(tmp_path / name, spec)
     Folder(tmp_path / "other").describe(spec, begun)
     in_folder._check_rounding(Folder(tmp_path / "other"))
-    assert "was started with jaxlib 0.4.1; the agents that are left may round" in capsys.readouterr().err
+    assert "was started with jaxlib 0.4.1; the remaining agents may be rounded" in capsys.readouterr().err
 
 
 def test_two_at_once_are_refused(finished, capsys):

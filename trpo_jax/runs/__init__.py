@@ -1,1 +1,1 @@
-"""Runs: one runner, the folder of a run, its metrics, where they also go, and the learning curve."""
+"""Runs: the runner, the folder of a run, its metrics and where else they go, and the learning curve."""

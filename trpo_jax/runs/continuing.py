@@ -1,4 +1,4 @@
-"""The training of a run in its folder: from its newest checkpoint to the end, chunk by chunk.
+"""Training of a run in its folder: from its newest checkpoint to the end, chunk by chunk.
 
 After each chunk of iterations the metrics are appended, then the state is saved with the checksum of all rows so far. A
 run that is killed at any moment continues from its last chunk with the same bits.
@@ -33,8 +33,8 @@ from trpo_jax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a chunk reports: iterations done, the mean over agents of its last row, the time that it takes, and the mean
-    of their last evaluations, NaN before the first."""
+    """Report of a chunk: iterations done, the mean over agents of its last row, the clock, and the mean of their last
+    evaluations, NaN before the first."""
 
     iteration: int
     metrics: dict[str, float]
@@ -49,7 +49,7 @@ def continue_run(
     *,
     late_sinks: Sequence[Sink] = (),
 ) -> bool:
-    """Train from the newest checkpoint to the end.
+    """Train a run from its newest checkpoint to the end.
 
     Ctrl-C (or SIGTERM) ends the training after the current chunk; a second one ends it at once.
 
@@ -57,14 +57,14 @@ def continue_run(
       run: the run.
       report: called after each chunk, when its rows and its checkpoint are on the disk; if it returns False, the
         training ends there, and can be continued.
-      sinks: where the metrics go beside metrics.csv.
-      late_sinks: the same, for those that also get the rows that are there already.
+      sinks: further outputs for the metrics, besides metrics.csv.
+      late_sinks: the same, for those that also get the rows that exist already.
 
     Returns:
       Whether the run is complete.
 
     Raises:
-      UsageError: if another process is at work on the folder, or it cannot be written to or continued.
+      UsageError: if another process is using the folder, or it cannot be written to or continued.
     """
     with locked(run.path, "checkpoints"):
         file, judge, checkpoints = TableFile(run.path / "metrics.csv"), Judge(run, CONTINUES), run.checkpoints
@@ -98,7 +98,7 @@ def continue_run(
 
 
 def _give(sinks: Sequence[Sink], rows: Sequence[Row], judged: Sequence[Row]) -> None:
-    """Give rows of metrics.csv and of eval.csv to sinks."""
+    """Pass rows of metrics.csv and of eval.csv to sinks."""
     for sink in sinks:
         for _, env_steps, seed, values in rows:
             sink(seed, env_steps, values)
@@ -107,7 +107,7 @@ def _give(sinks: Sequence[Sink], rows: Sequence[Row], judged: Sequence[Row]) -> 
 
 
 def _stored_rows(run: Run) -> tuple[list[Row], list[Row]]:
-    """The rows of metrics.csv and of eval.csv."""
+    """Read the rows of metrics.csv and of eval.csv."""
     table = read_metrics(run.path)
     numbers = zip(*(table[name].astype(int).tolist() for name in ("iteration", "env_steps", "seed")), strict=True)
     values = zip(*(table[name].tolist() for name in METRICS), strict=True)
@@ -116,7 +116,7 @@ def _stored_rows(run: Run) -> tuple[list[Row], list[Row]]:
 
 
 def _restore(run: Run, file: TableFile, judge: Judge, checkpoints: Checkpoints) -> Saved | None:
-    """The checkpoint to go on from, if there is one; rows beyond it are dropped, as a kill left them."""
+    """Return the checkpoint to continue from, if there is one; drop the rows after it, which a kill may leave."""
 
     def check(saved: Saved) -> None:
         for table in filter(None, (file, judge.file)):
@@ -126,7 +126,7 @@ def _restore(run: Run, file: TableFile, judge: Judge, checkpoints: Checkpoints) 
     # The first checkpoint is saved after one iteration, so its rows may be there without it.
     if saved is None and file.num_lines > 1 + run.num_seeds:
         raise UsageError(
-            f"{run.path} has rows in metrics.csv and no checkpoints; restore those, or train anew into another folder."
+            f"{run.path} has rows in metrics.csv but no checkpoints; restore these, or train again into another folder."
         )
     note = saved.note if saved else {}
     file.truncate(note)
@@ -135,7 +135,7 @@ def _restore(run: Run, file: TableFile, judge: Judge, checkpoints: Checkpoints) 
 
 
 def _compile(run: Run, judge: Judge, states: TrainState | None) -> tuple[Any, Any]:
-    """The program of a run, see `advance`, and its states: those given, or those before the first iteration."""
+    """Compile the program of a run, see `advance`; return it with the given or the initial states."""
     start = jax.jit(for_each_agent(init, run.num_seeds))
     chunk = functools.partial(train_chunk, capacity=CAPACITY)
     train = jax.jit(for_each_agent(chunk, run.num_seeds), donate_argnums=1)
@@ -148,7 +148,7 @@ def _compile(run: Run, judge: Judge, states: TrainState | None) -> tuple[Any, An
 
 
 def _compile_stopping(run: Run, judge: Judge, like: TrainState) -> Callable[..., Any]:
-    """The same where agents may stop before others: each has a number of iterations of its own, which is 0 then."""
+    """The same for agents that may stop before others: each has its own number of iterations, which is 0 then."""
 
     def chunk(config: Config, x: tuple[TrainState, Any]) -> Any:
         return train_chunk(config, *x, capacity=CAPACITY)

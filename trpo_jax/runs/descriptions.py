@@ -1,4 +1,4 @@
-"""Descriptions of folders: what is asked of a run, a sweep or a search, as sealed JSON, and what makes it."""
+"""Descriptions of folders: the settings of a run, a sweep or a search as sealed JSON, and the versions that run it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _PACKAGES = "jax", "jaxlib", "gymnax", "flax", "optax"
 
 
 def write_table(file: Path, table: Mapping[str, Any], *, first: bool = False) -> None:
-    """Write names and values as sealed JSON; `first` is that of `write_atomically`."""
+    """Write names and values as sealed JSON; `first` is as in `write_atomically`."""
     text = json.dumps({**table, "checksum": BLANK_SEAL}, indent=1) + "\n"
     write_atomically(file, sealed(text.encode()), first=first)
 
 
 def read_table(file: Path, kind: str) -> dict[str, Any]:
-    """What `write_table` wrote in the folder of a `kind`, "run" or "sweep".
+    """Read what `write_table` wrote in the folder of a `kind`, "run" or "sweep".
 
     Raises:
-      UsageError: if the file is missing, damaged, or not as it was written.
+      UsageError: if the file is missing, damaged or changed.
     """
     try:
         table = read_json(file, restore_or_anew(kind))
@@ -43,15 +43,15 @@ def read_table(file: Path, kind: str) -> dict[str, Any]:
 
 
 def restore_or_anew(kind: str) -> str:
-    """What to do about a damaged file of a run or a sweep."""
-    return f"restore it, or {'train' if kind == 'run' else kind} anew into another folder"
+    """The advice for a damaged file of a run or a sweep."""
+    return f"restore it, or {'train' if kind == 'run' else kind} again into another folder"
 
 
 def is_begun(file: Path, kind: str) -> bool:
-    """Whether a folder has its description; raise `UsageError` if it is the folder of something else."""
+    """Whether a folder has its description; raise `UsageError` if it belongs to something else."""
     if is_fresh(file.parent, file.name):
         return False
-    # What was seen may be another process's beginning, which writes this file first.
+    # The files may be those of another process that is just starting, which writes this one first.
     if not file.exists():
         raise UsageError(f"{file.parent} exists and is not the folder of a {kind}; choose another --output.")
     return True
@@ -60,17 +60,17 @@ def is_begun(file: Path, kind: str) -> bool:
 def check_equal(
     folder: Path, kind: str, asked: Mapping[str, Any], found: Mapping[str, Any], mend: str = "choose another --output"
 ) -> None:
-    """Raise `UsageError` if a folder was made for something else than is asked of it."""
-    asked = json.loads(json.dumps(asked))  # as JSON has them: a tuple is a list there
+    """Raise `UsageError` if a folder was made with another description than the one requested."""
+    asked = json.loads(json.dumps(asked))  # in JSON's types: a tuple is a list there
     changed = [name for name in {**asked, **found} if found.get(name) != asked.get(name)]
     if changed:
         raise UsageError(f"{folder} holds a {kind} with another {', '.join(changed)}; {mend}.")
 
 
 def origin(file: Path) -> str:
-    """The checksum of what a description asks for, which stamps the files that are made for it.
+    """The checksum of the settings in a description, which stamps the files made for it.
 
-    Equal descriptions have equal ones, so that a folder may be copied, moved and renamed.
+    Equal descriptions have equal checksums, so that a folder may be copied, moved and renamed.
     """
     table = json.loads(read_limited(file))
     asked = {name: value for name, value in table.items() if name not in ("made_by", "checksum")}
@@ -78,7 +78,7 @@ def origin(file: Path) -> str:
 
 
 def made_by() -> dict[str, Any]:
-    """Versions, device and, on a CPU, what else decides last bits; a description names it, but it need not be equal."""
+    """Versions, device and, on a CPU, what else decides last bits. Descriptions record them but may differ in them."""
     device = jax.local_devices()[0]
     # XLA cuts sums into as many parts as it has threads, and compiles for a number of devices.
     on_cpu = {"threads": num_threads(), "devices": jax.local_device_count()} if device.platform == "cpu" else {}
@@ -87,7 +87,7 @@ def made_by() -> dict[str, Any]:
 
 
 def num_threads() -> int:
-    """Threads in the pool that XLA computes with on a CPU."""
+    """Number of threads with which XLA computes on a CPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("NPROC", "")
     return max(int(asked) if asked.isdigit() and int(asked) else cores, jax.local_device_count())

@@ -1,4 +1,4 @@
-"""Evaluation during a run: eval.csv, the best policies by it in checkpoints/best.npz, and which agents have stopped."""
+"""Evaluation during a run: eval.csv, the best policies in checkpoints/best.npz, and which agents have stopped."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from trpo_jax.runs.folders import Run
 
 COLUMNS = ("mean", "std", "low", "high", "length", "finished")
-"""Of an evaluation: mean and standard deviation of the returns, the 95 % interval of that mean, mean length, and the
-share of episodes that ended."""
+"""Columns of an evaluation: mean and standard deviation of the returns, the 95 % interval of that mean, mean length,
+and the share of episodes that ended."""
 
 
 class Judge:
-    """Evaluates the agents of a run when it is due, in a program beside that of the training, and keeps the best.
+    """Evaluates the agents of a run when it is due, in a program of its own, and keeps the best ones.
 
-    Rows of eval.csv reach the disk before the checkpoint that comes after them, as those of metrics.csv do.
+    Rows of eval.csv reach the disk before the checkpoint that follows them, as in metrics.csv.
     """
 
     def __init__(self, run: Run, mend: str):
@@ -40,10 +40,10 @@ class Judge:
         self.file = TableFile(run.path / "eval.csv", COLUMNS, "evaluations") if self.every else None
         self._program = jax.jit(for_each_agent(judge, run.num_seeds))
         self.newest = np.full(run.num_seeds, np.nan, np.float32)  # mean return of each agent's last evaluation
-        self._best = np.full(run.num_seeds, -np.inf, np.float32)  # that of the state that is kept; -inf: none is
+        self._best = np.full(run.num_seeds, -np.inf, np.float32)  # the same of the saved state; -inf: none
 
     def restore(self, note: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint with this note: rows after it are dropped; what was judged before it counts."""
+        """Continue from a checkpoint with this note: drop the rows after it, and use the evaluations before it."""
         if not self.file:
             return
         self.file.truncate(note)
@@ -52,17 +52,17 @@ class Judge:
             self.newest[agent], self._best[agent] = mean, np.fmax(self._best[agent], mean)
         try:
             if np.isfinite(self._best).any():
-                # A state that was kept after the checkpoint will be judged, and kept, once more.
+                # A state that was saved after the checkpoint will be evaluated, and saved, again.
                 kept, means = _read_best(self.run)
                 before = np.asarray(kept.iteration) <= note["done"]
                 self._best = np.where(before, np.asarray(means, np.float32), self._best)
         except UsageError as error:
-            say(f"{without_mend(error)}; the best policies are chosen anew from here on.")
+            say(f"{without_mend(error)}; the best policies are chosen again from here on.")
             self._best[:] = -np.inf
 
     @property
     def note(self) -> dict[str, Any]:
-        """What a checkpoint notes of the rows so far."""
+        """Length and checksum of the rows so far, for a checkpoint."""
         return {self.file.kept_as: self.file.note} if self.file else {}
 
     @property
@@ -72,7 +72,7 @@ class Judge:
         return (self.newest >= goal) & stops(self.run.config)
 
     def __call__(self, chunk: Chunk) -> list[Row]:
-        """The rows of the agents that are evaluated after a chunk; none if it is not due."""
+        """Evaluate the agents after a chunk, if it is due; return their rows."""
         if not self.file or chunk.done % self.every:
             return []
         running = ~self.stopped
@@ -93,7 +93,7 @@ class Judge:
         return rows
 
     def _keep(self, states: TrainState, improved: np.ndarray) -> None:
-        """Save the state of each agent that was judged best: of those that improved, the one that was judged now."""
+        """Save the best state of each agent; for those that improved this is the current one."""
         if not improved.all():
             states = jax.tree.map(functools.partial(_choose, improved), states, _read_best(self.run)[0])
         best = {"of": self.run.checkpoints.owner, "means": [float(mean) for mean in self._best]}
@@ -105,9 +105,9 @@ def _choose(improved: np.ndarray, new: Any, old: Any) -> Any:
 
 
 def summary(evaluation: Evaluation) -> dict[str, np.ndarray]:
-    """What is told of evaluations [A, E], {column: [A]}: the interval is Student's, mean ± t · s / √E."""
+    """Summarise evaluations [A, E] as {column: [A]}; the interval is Student's, mean ± t · s / √E."""
     returns = np.asarray(evaluation.episode_return)
-    # In float32, as `has_reached` compares it with `stop_at_return` where `train` does that within its program.
+    # In float32, as in `has_reached`, which compares it with `stop_at_return` in the program of `train`.
     mean = np.asarray(jnp.mean(evaluation.episode_return, axis=1))
     std, half = returns.std(axis=1, dtype=np.float64), half_width(returns)
     length, finished = (np.mean(leaf, axis=1) for leaf in (evaluation.episode_length, evaluation.finished))
@@ -115,7 +115,7 @@ def summary(evaluation: Evaluation) -> dict[str, np.ndarray]:
 
 
 def half_width(values: np.ndarray) -> np.ndarray:
-    """Half of the 95 % interval (Student's) of the mean of the last axis, t · s / √n; NaN for one value."""
+    """Half the width of the 95 % interval (Student's) of the mean over the last axis, t · s / √n; NaN for one value."""
     from scipy.special import stdtrit  # deferred: it takes long to import
 
     number = values.shape[-1]
@@ -126,7 +126,7 @@ def half_width(values: np.ndarray) -> np.ndarray:
 
 
 def read_evaluations(folder: Path) -> Iterator[Row]:
-    """The rows of eval.csv, in order; none where there is no such file."""
+    """Read the rows of eval.csv in order; none if there is no such file."""
     if (folder / "eval.csv").exists():
         with open(folder / "eval.csv", newline="") as file:
             for row in csv.DictReader(file):
@@ -135,7 +135,7 @@ def read_evaluations(folder: Path) -> Iterator[Row]:
 
 
 def best_file(run: Run) -> Path:
-    """Where the states are that evaluation found best, each agent's own."""
+    """The file with each agent's best state by evaluation."""
     return run.path / "checkpoints" / "best.npz"
 
 
@@ -147,20 +147,20 @@ def _read_best(run: Run) -> tuple[Any, list[float]]:
 
 
 def best_states(run: Run) -> TrainState:
-    """The states that evaluation during training found best, agents along the first axis.
+    """The states with the best evaluations during training, agents along the first axis.
 
     Raises:
       UsageError: if there are none yet, or the file cannot be used.
     """
     if not run.config.eval_every:
-        raise UsageError(f"{run.path} was trained without evaluation (eval_every=0); take --checkpoint last.")
+        raise UsageError(f"{run.path} was trained without evaluation (eval_every=0); use --checkpoint last.")
     if not best_file(run).exists():
-        raise UsageError(f"{run.path} has no evaluation yet; train it further, or take --checkpoint last.")
+        raise UsageError(f"{run.path} has no evaluation yet; train it further, or use --checkpoint last.")
     return jax.tree.map(jnp.asarray, _read_best(run)[0])
 
 
 class Best(NamedTuple):
-    """The best policy of an agent: the iteration it is of, and its returns on episodes it was not chosen by."""
+    """The best policy of an agent: its iteration, and its returns on episodes that did not select it."""
 
     seed: int
     iteration: int
@@ -171,7 +171,7 @@ class Best(NamedTuple):
 
 
 def judge_best(run: Run) -> list[Best]:
-    """Each agent's best policy, judged anew: the best of many noisy evaluations overstates itself."""
+    """Evaluate each agent's best policy on other episodes: the best of many noisy evaluations is biased upwards."""
     states, means = best_states(run), _read_best(run)[1]
 
     def anew(config: Config, state: TrainState) -> Evaluation:

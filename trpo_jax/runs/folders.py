@@ -30,9 +30,9 @@ CONTINUES = "what is done is safe, and `trpo-jax resume` continues when the fold
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A folder and what was asked of it. Agent i of a run is the one that `jax.random.key(seed + i)` trains.
+    """A folder and the settings of its run. `jax.random.key(seed + i)` trains agent i.
 
-    Of every `keep_every`-th iteration the checkpoint stays; 0: of the newest two alone.
+    The checkpoint of every `keep_every`-th iteration is kept; 0: only the newest two.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class Run:
     num_seeds: int
     keep_every: int = 0
     init_from: str = ""  # the checksum of the networks that it starts from; "": fresh ones
-    begun_as: str = ""  # the stamp of its files, where its length was another when they were made
+    begun_as: str = ""  # the stamp of its files, if its length was another one when they were made
 
     @property
     def keys(self) -> jax.Array:
@@ -50,7 +50,7 @@ class Run:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What decides the results, as config.json keeps it."""
+        """The settings that decide the results, as stored in config.json."""
         numbers = {name: getattr(self, name) for name in ("seed", "num_seeds", "keep_every")}
         start = {"init_from": self.init_from} if self.init_from else {}
         return {**settings_of(self.config), **numbers, **start}
@@ -72,16 +72,16 @@ def create_run(
     *,
     init_from: TrainState | None = None,
 ) -> Run:
-    """Make the folder and write config.json, or take up an equal run that is there already.
+    """Make the folder of a run and write config.json, or continue with an equal run that is there already.
 
     Args:
       path: the folder.
       config: the settings.
-      seed: of the first agent.
-      num_seeds: agents, side by side.
-      keep_every: of every so many iterations the checkpoint stays; 0: of the newest two alone.
-      init_from: trained agents whose networks these start from, see `warm_start`: as many along the first axis, or one
-        for all.
+      seed: seed of the first agent.
+      num_seeds: number of agents, side by side.
+      keep_every: keep the checkpoint of every so many iterations; 0: only the newest two.
+      init_from: trained agents whose networks these start from, see `warm_start`: the same number along the first axis,
+        or one for all.
 
     Raises:
       UsageError: if the settings, the environment or the folder cannot be used; nothing is overwritten.
@@ -106,11 +106,11 @@ def create_run(
 
 
 def open_run(path: str | os.PathLike[str], env: str | None = None) -> Run:
-    """Open the folder of a run, as its config.json describes it.
+    """Open the folder of a run that its config.json describes.
 
     Args:
       path: folder of the run.
-      env: its environment once more, where that names a module to import: no file has one imported by itself.
+      env: its environment again, if that names a module to import: no file causes an import by itself.
 
     Raises:
       UsageError: if the file is missing or damaged, with one sentence.
@@ -124,7 +124,7 @@ def open_run(path: str | os.PathLike[str], env: str | None = None) -> Run:
         trusted = {"env": described.pop("env")}
     elif isinstance(name, str) and ":" in name:
         raise UsageError(
-            f"{file} names an environment whose module would be imported; if you trust it, name it once more: "
+            f"{file} names an environment whose module would be imported; if you trust it, name it again: "
             f"--env {shown(name)}."
         )
     try:
@@ -141,13 +141,13 @@ def open_run(path: str | os.PathLike[str], env: str | None = None) -> Run:
 def load_run(
     path: str | os.PathLike[str], *, checkpoint: str = "last", agent: int | None = None, env: str | None = None
 ) -> tuple[Config, TrainState]:
-    """The settings and the trained agents of a run's folder.
+    """Load the settings and the trained agents from a run's folder.
 
     Args:
       path: the folder.
       checkpoint: "last", "best" by evaluation during training, or a number of iterations as text.
-      agent: the one to take, from 0; None: all of them, along the first axis of every leaf.
-      env: the run's environment once more, where that names a module to import.
+      agent: the agent to load, from 0; None: all of them, along the first axis of every leaf.
+      env: the run's environment again, if that names a module to import.
 
     Raises:
       UsageError: if there is no such run, checkpoint or agent, or the file cannot be used.
@@ -163,16 +163,16 @@ def load_run(
 
 
 def check_agent(agent: int, number: int, kind: str) -> None:
-    """Raise `UsageError` unless a run or a point has an agent of this number, from 0."""
+    """Raise `UsageError` unless a run or a point has an agent with this number, from 0."""
     if not 0 <= agent < number:
         raise UsageError(f"agent must lie in 0 … {number - 1} for this {kind}, got {agent}.")
 
 
 def extend_run(run: Run, total_steps: int) -> Run:
-    """Let a run, finished or not, train for `total_steps` environment steps per agent; return it as it is then.
+    """Extend a run, finished or not, to `total_steps` environment steps per agent; return the extended run.
 
-    Where nothing is annealed, it ends with the same bits as one that was begun with that length. What is annealed
-    follows the schedule of the new length from where the run stands.
+    Without annealing it ends with the same bits as a run that was started with that length. Annealed settings follow
+    the schedule of the new length from the current iteration on.
 
     Raises:
       UsageError: if the run is longer already, or is being trained.
@@ -180,7 +180,7 @@ def extend_run(run: Run, total_steps: int) -> Run:
     config = with_length({"total_steps": total_steps}, run.config)
     if config.num_iterations < run.config.num_iterations:
         steps = run.config.num_iterations * run.config.steps_per_iteration
-        raise UsageError(f"{run.path} is of {steps:,} steps per agent; --total-steps can only make a run longer.")
+        raise UsageError(f"{run.path} has {steps:,} steps per agent; --total-steps can only make a run longer.")
     if config.num_iterations == run.config.num_iterations:
         return run
     file = run.path / "config.json"
@@ -196,13 +196,13 @@ def _start_file(run: Run) -> Path:
 
 
 def _warm_states(run: Run, trained: TrainState) -> TrainState:
-    """The states before the first iteration of agents that start from trained ones."""
+    """The states before the first iteration, for agents that start from trained ones."""
     number = np.shape(trained.iteration)
     if number == ():
         trained, number = jax.tree.map(lambda leaf: leaf[None], trained), (1,)
     if number[0] not in (1, run.num_seeds):
         raise UsageError(
-            f"init_from has {number[0]} agents and num_seeds={run.num_seeds} are asked for; give as many, or one agent."
+            f"init_from has {number[0]} agents, but num_seeds={run.num_seeds}; give the same number, or one agent."
         )
     each = jax.tree.map(lambda leaf: leaf[np.zeros(run.num_seeds, int)] if number[0] == 1 else leaf, trained)
     start = for_each_agent(lambda config, x: warm_start(config, *x), run.num_seeds)
@@ -210,7 +210,7 @@ def _warm_states(run: Run, trained: TrainState) -> TrainState:
 
 
 def start_of(run: Run) -> TrainState | None:
-    """The states that a run starts from, if those are not fresh ones.
+    """The states from which a run starts, if these are not fresh ones.
 
     Raises:
       UsageError: if they are missing, or belong to another run.
@@ -229,17 +229,17 @@ def start_of(run: Run) -> TrainState | None:
 
 
 def newest_state(run: Run) -> TrainState | None:
-    """The newest checkpoint of a run that can be read, agents along the first axis; None if there is none yet.
+    """The newest readable checkpoint of a run, agents along the first axis; None if there is none yet.
 
     Raises:
-      UsageError: if there are some and none can be read.
+      UsageError: if there are some but none can be read.
     """
     saved = run.checkpoints.newest(lambda done: run.config)
     return jax.tree.map(jnp.asarray, saved.state) if saved else None
 
 
 def chosen_state(run: Run, which: str) -> TrainState | None:
-    """The state of a run that is meant by "last", "best" (by evaluation during training) or a number of iterations.
+    """The state of a run for "last", "best" (by evaluation during training) or a number of iterations.
 
     Agents lie along the first axis; None if there is no checkpoint yet.
 

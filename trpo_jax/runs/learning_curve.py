@@ -19,7 +19,7 @@ def plot_learning_curve(run: Run) -> Path:
     steps = np.unique(metrics["env_steps"])
     returns = metrics["episode_return"].reshape(len(steps), run.num_seeds)
     returns = fill_forward(np.where(np.isfinite(returns), returns, np.nan))
-    returns = returns[:, ~np.isnan(returns).all(axis=0)]  # seeds of which an episode ended
+    returns = returns[:, ~np.isnan(returns).all(axis=0)]  # seeds in which an episode ended
     seen = ~np.isnan(returns).any(axis=1)
     steps, returns = steps[seen], returns[seen]
     num_seeds = returns.shape[1]
@@ -46,13 +46,13 @@ def plot_learning_curve(run: Run) -> Path:
 
 
 def _plot_evaluations(axes: Any, run: Run) -> bool:
-    """Draw the mean over agents of their last evaluations; whether there are any."""
+    """Draw the mean over agents of their last evaluations; return whether there are any."""
     rows = list(read_evaluations(run.path))
     steps, at = np.unique([env_steps for _, env_steps, _, _ in rows], return_inverse=True)
     means = np.full((len(steps), run.num_seeds), np.nan)
     for i, (_, _, seed, values) in zip(at, rows, strict=True):
         means[i, seed - run.seed] = values["mean"] if np.isfinite(values["mean"]) else np.nan
-    means = fill_forward(means)  # an agent that has reached its goal is evaluated no more
+    means = fill_forward(means)  # an agent that has reached its goal is not evaluated again
     seen = ~np.isnan(means).any(axis=1)
     if seen.any():
         axes.plot(steps[seen], means[seen].mean(axis=1), color="tab:orange", marker=".", label="evaluation")
@@ -60,7 +60,7 @@ def _plot_evaluations(axes: Any, run: Run) -> bool:
 
 
 def make_figure(width: float, height: float) -> Any:
-    """A figure of so many inches, without a window."""
+    """Make a figure of so many inches, without a window."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -69,7 +69,7 @@ def make_figure(width: float, height: float) -> Any:
 
 
 def label_steps(axes: Any, any_episode: bool, **labels: str) -> None:
-    """Give curves of returns their labels, a grid and steps in thousands; where there is none, words say so."""
+    """Give curves of returns their labels, a grid and steps in thousands; if there is none, a text tells so."""
     if not any_episode:
         axes.text(0.5, 0.5, "no episode has ended", ha="center", va="center", transform=axes.transAxes)
     axes.set(**labels)

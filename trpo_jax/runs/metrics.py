@@ -1,4 +1,4 @@
-"""metrics.csv, one row per iteration and agent, what is read from it, and how such tables are written."""
+"""metrics.csv, with one row per iteration and agent: writing and reading of such tables."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ METRICS = tuple(field.name for field in dataclasses.fields(Metrics))
 _NUMBERS = ("iteration", "env_steps", "seed")
 _COLUMNS = (*_NUMBERS, *METRICS)
 Row = tuple[int, int, int, dict[str, float]]
-"""Iteration, environment steps of the agent, its seed, and its metrics (or what else a table has of it)."""
+"""Iteration, environment steps of the agent, its seed, and its metrics (or the other columns of a table)."""
 
 
 class TableFile:
-    """A table of a run at work, such as metrics.csv. Rows reach the disk before the state that comes after them.
+    """A table of a run in progress, such as metrics.csv. Rows reach the disk before the state that follows them.
 
-    So a checkpoint notes the length and the checksum of the rows it stands on, as `kept_as`; a kill may leave more than
-    those.
+    So a checkpoint stores the length and the checksum of the rows that belong to it, as `kept_as`; a kill may leave
+    more.
     """
 
     def __init__(self, path: Path, columns: Sequence[str] = METRICS, kept_as: str = "rows"):
@@ -43,25 +43,25 @@ class TableFile:
 
     @property
     def note(self) -> list[int]:
-        """What a checkpoint notes of the rows so far."""
+        """Length and checksum of the rows so far, for a checkpoint."""
         return [self._length, self._checksum]
 
     @property
     def num_lines(self) -> int:
-        """Whole lines that were found, the first one with the names of the columns."""
+        """Number of complete lines that were found, including the header."""
         return self._found.count(b"\n")
 
     def check(self, done: int, note: Mapping[str, Any]) -> None:
-        """Raise `UsageError` unless the rows that a checkpoint stands on are there, as they were."""
+        """Raise `UsageError` unless the rows that belong to a checkpoint are there, unchanged."""
         length, checksum = note[self.kept_as]
         if len(self._found) < length or zlib.crc32(self._found[:length]) != checksum:
             raise UsageError(
-                f"{self.path} lacks rows of the {counted(done, 'iteration')} done; restore it, or train anew into "
+                f"{self.path} lacks rows of the {counted(done, 'iteration')} done; restore it, or train again into "
                 "another folder."
             )
 
     def truncate(self, note: Mapping[str, Any]) -> None:
-        """Drop the rows after those that a checkpoint stands on; without one, all of them."""
+        """Drop the rows after those that belong to a checkpoint; without one, all of them."""
         kept = self._found[: note[self.kept_as][0]] if note else self._header
         if kept != self._found:
             write_atomically(self.path, kept)
@@ -96,9 +96,9 @@ def read_metrics(folder: Path) -> dict[str, np.ndarray]:
 
 
 def failures(folder: Path) -> dict[int, int]:
-    """{seed: iteration at which it first met a number that was not finite}, of the seeds that did."""
+    """{seed: first iteration with a number that was not finite}, for the seeds that had one."""
     metrics = read_metrics(folder)
-    bad = np.flatnonzero(metrics["finite"] == 0)[::-1]  # so that of each seed the first one counts
+    bad = np.flatnonzero(metrics["finite"] == 0)[::-1]  # so that the first one of each seed counts
     found = {int(metrics["seed"][i]): int(metrics["iteration"][i]) for i in bad}
     return dict(sorted(found.items()))
 

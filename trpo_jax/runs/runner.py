@@ -1,6 +1,6 @@
-"""The runner under `train`, `sweep` and `tune`: a compiled program called chunk by chunk, with what happens in between.
+"""The runner of `train`, `sweep` and `tune`: a compiled program called chunk by chunk, and the work in between.
 
-Chunks are the scan of `train` in pieces: where it is cut leaves no mark on the bits.
+Chunks are the scan of `train` in pieces: the places where it is cut do not affect the bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trpo_jax.runs.metrics import METRICS
 from trpo_jax.training.state import TrainState
 
 CAPACITY = 256  # iterations that a chunk can hold
-_CHUNK_SECONDS = 0.5  # aimed at: often enough to watch and to lose little, rare enough to cost nothing
+_CHUNK_SECONDS = 0.5  # target: short enough to watch and to lose little, long enough to cost nothing
 
 
 @functools.lru_cache(maxsize=4)
@@ -30,7 +30,7 @@ def agent_keys(seed: int, num_agents: int) -> jax.Array:
 
 
 class Chunk(NamedTuple):
-    """What a call of the program gave: states [A, ...], metrics {name: [A, length]}, and iterations done after it."""
+    """Result of a call of the program: states [A, ...], metrics {name: [A, length]}, and iterations done after it."""
 
     states: TrainState
     metrics: dict[str, np.ndarray]
@@ -61,17 +61,17 @@ def advance(
     *,
     ends: Sequence[int] = (),
 ) -> int:
-    """Train agents from iteration `done` until iteration `until`; return how many are done.
+    """Train agents from iteration `done` until iteration `until`; return the number of iterations done.
 
     Args:
       program: the compiled program (configs, states, length) -> (states, `Metrics` of [A, capacity]) of so many
-        iterations ≤ capacity; it may take over the memory of the states.
+        iterations ≤ capacity; it may reuse the memory of the states.
       configs: its settings.
-      states: of the agents, [A, ...].
-      done: iterations that they have behind them.
-      until: iterations that they shall have.
-      on_chunk: called after each chunk; says whether to go on.
-      ends: every so many iterations, for each number above 0, a chunk ends.
+      states: states of the agents, [A, ...].
+      done: iterations done before.
+      until: iterations to reach.
+      on_chunk: called after each chunk; returns whether to go on.
+      ends: for each number above 0, a chunk ends after every so many iterations.
     """
     pace, going = 1, True
     while done < until and going:
@@ -82,19 +82,19 @@ def advance(
         done += length
         table = {name: np.asarray(getattr(metrics, name))[:, :length] for name in METRICS}
         going = on_chunk(Chunk(states, table, length, done))
-        # At most doubled from one to the next, so that one slow measurement cannot starve the display.
+        # It at most doubles, so that one slow measurement cannot starve the display.
         pace = max(1, min(2 * min(pace, CAPACITY), int(length * _CHUNK_SECONDS / seconds)))
     return done
 
 
 def without_stopped(metrics: Mapping[str, np.ndarray], stopped: np.ndarray) -> dict[str, np.ndarray]:
-    """Metrics [A, length], of nothing where an agent had stopped before, [A]."""
+    """Metrics [A, length], empty for agents that had stopped before, [A]."""
     absent = {name: 0 if name == "num_episodes" else np.nan for name in metrics}
     return {name: np.where(stopped[:, None], absent[name], values) for name, values in metrics.items()}
 
 
 class Clock:
-    """How fast the work goes, of `total` env steps of which some are done; `seconds` are at work, compiling apart."""
+    """Speed of the work: `total` env steps, those done, and the `seconds` that they took, without compilation."""
 
     def __init__(self, total: float, done: float = 0.0):
         self.total, self.done, self.seconds = total, done, 0.0
@@ -118,7 +118,7 @@ class Clock:
 
     @property
     def seconds_left(self) -> float:
-        """What the rest takes at that speed."""
+        """Seconds for the rest at that speed."""
         return max(0.0, self.total - self.done) / self.steps_per_second if self._counted else float("inf")
 
 

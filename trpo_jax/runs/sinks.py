@@ -1,4 +1,4 @@
-"""Where metrics go beside metrics.csv: TensorBoard and Weights & Biases, each if its package is there."""
+"""Outputs for metrics besides metrics.csv: TensorBoard and Weights & Biases, if their packages are installed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OpenSink = tuple[Sink, Callable[[], None]]
 
 
 def is_fed(name: str, folder: Path) -> bool:
-    """Whether a sink of this name has got rows of a folder before."""
+    """Whether a sink of this name has received rows of a folder before."""
     return (folder / {"tensorboard": "tensorboard", "wandb": "wandb_id"}[name]).exists()
 
 
@@ -37,16 +37,16 @@ def open_sink(
     wandb_project: str = "trpo_jax",
     wandb_name: str | None = None,
 ) -> OpenSink:
-    """Open a sink for metrics; returns it with the function that closes it.
+    """Open a sink for metrics; return it and the function that closes it.
 
     Args:
       name: "tensorboard" writes event files under `folder`/tensorboard, one run per seed; "wandb" logs to Weights &
         Biases, one run per seed in a group (W&B's own environment variables apply, such as WANDB_MODE=offline).
       folder: the folder of the run or the sweep.
-      settings: what decides the results, for the record.
-      part: of a sweep, the name of the point, such as "point_3".
-      wandb_project: the project there.
-      wandb_name: the name of the group; None: that of the folder.
+      settings: the settings that decide the results, for the record.
+      part: for a sweep, the name of the point, such as "point_3".
+      wandb_project: W&B's project.
+      wandb_name: W&B's group; None: the name of the folder.
 
     Raises:
       UsageError: if the package is missing.
@@ -69,7 +69,7 @@ def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> OpenSink:
                 writers[seed] = SummaryWriter(str(folder / f"seed_{seed}"))
                 text = "\n".join(f"    {name} = {value}" for name, value in settings.items())
                 writers[seed].add_text("settings", text)
-            # It writes in a thread, whose end it does not notice: it would wait for it for ever.
+            # It writes in a thread, and if that has died, it would wait for it forever.
             if not writers[seed].file_writer.event_writer._worker.is_alive():
                 raise OSError("its file cannot be written any more")
         except OSError as error:
@@ -97,8 +97,8 @@ def _wandb(folder: Path, settings: Mapping[str, Any], part: str, project: str, g
     runs: dict[int, Any] = {}
 
     def start(seed: int) -> Any:
-        """Begin at the first row: until then another process may be at work on the folder."""
-        # The id belongs to the folder, so that a run that is continued goes on there too.
+        """Start W&B's run at the first row: before that, another process may be using the folder."""
+        # The id belongs to the folder, so that a run that is continued here continues there, too.
         file = folder / "wandb_id"
         name = file.read_bytes().decode(errors="replace").strip() if file.exists() else ""
         if not re.fullmatch("[0-9a-f]{8}", name):

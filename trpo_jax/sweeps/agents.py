@@ -1,4 +1,4 @@
-"""A trained agent of a sweep, from its folder."""
+"""Loading of a trained agent from a sweep's folder."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from trpo_jax.training.state import TrainState
 def load_agent(
     path: str | os.PathLike[str], point: int | None = None, seed: int | None = None
 ) -> tuple[Config, TrainState]:
-    """The settings and the trained state of an agent that a sweep kept (`--keep best` or `all`).
+    """Load the settings and the trained state of an agent that a sweep kept (`--keep best` or `all`).
 
     Args:
       path: the folder of the sweep.
-      point: the number of the point, as in the column `point` of the results; None: the one with the best agent.
-      seed: of the agent, as in the column `seed`; None: the best one that is kept.
+      point: the number of the point, as in the column `point` of the results; None: that of the best agent.
+      seed: the agent's seed, as in the column `seed`; None: the best agent that was kept.
 
     Raises:
       UsageError: if there is no such agent, it is not finished, or its state was not kept.
@@ -41,7 +41,7 @@ def load_agent(
             kept = folder.kept(block, points[point].config)
             if int(found[0]) not in kept:
                 raise UsageError(
-                    f"{folder.path} keeps the best agent of each point, and seed {seed} of point {point} is not it; "
+                    f"{folder.path} keeps only the best agent of each point, not seed {seed} of point {point}; "
                     "leave out the seed, or sweep with --keep all."
                 )
             return points[point].config, kept[int(found[0])]
@@ -49,7 +49,7 @@ def load_agent(
 
 
 def choose_agent(path: str | os.PathLike[str], point: int | None, seed: int | None) -> tuple[int, int]:
-    """Point and seed of the finished agent with the best score, among those of a point or a seed where it is given.
+    """Choose the finished agent with the best score, among those of a point or seed if given; return point and seed.
 
     Raises:
       UsageError: if there is none.

@@ -1,4 +1,4 @@
-"""Training agents side by side in the compiled programs of their group, from the start or from a snapshot."""
+"""Training of agents side by side in the compiled programs of their group, from the start or from a snapshot."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from trpo_jax.training.checkpoints import is_key
 from trpo_jax.training.evaluation import stops
 from trpo_jax.training.state import TrainState
 
-_LAST_SHARE = 0.1  # of the iterations count for the training return
+_LAST_SHARE = 0.1  # of the iterations, for the training return
 
 
 class Snapshot(NamedTuple):
-    """Agents in the midst of training, on the host: states [A, ...] of `to_host`, metrics {name: [A, iterations]}.
+    """Agents in the middle of training, on the host: states [A, ...] of `to_host`, metrics {name: [A, iterations]}.
 
-    With evaluation during training also the mean return of each one, [A, iterations // eval_every].
+    With evaluation during training, also the mean return of each evaluation, [A, iterations // eval_every].
     """
 
     states: TrainState
@@ -32,23 +32,23 @@ class Snapshot(NamedTuple):
 
     @property
     def done(self) -> int:
-        """Iterations that the agents have behind them."""
+        """Iterations done."""
         return self.metrics["finite"].shape[1]
 
     def take(self, at: Any) -> Snapshot:
-        """Some of the agents, by a slice or an array of indices."""
+        """Select some of the agents, by a slice or an array of indices."""
         return jax.tree.map(lambda leaf: leaf[at], self)
 
 
 def join(snapshots: Sequence[Snapshot]) -> Snapshot:
-    """All agents of several snapshots after the same number of iterations."""
+    """Join snapshots after the same number of iterations."""
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *snapshots)
 
 
 class Cohort:
-    """At most D·U agents at work, each with its settings and its key, from a snapshot or from the start.
+    """At most D·U agents in training, each with its settings and its key, from a snapshot or from the start.
 
-    What fills the programs up repeats the last one, and its results are dropped.
+    If they do not fill the programs, the last one is repeated, and the results of the copies are dropped.
     """
 
     def __init__(self, programs: Programs, configs: Sequence[Config], keys: Any, snapshot: Snapshot | None = None):
@@ -64,7 +64,7 @@ class Cohort:
             self.states = programs.start(self.configs, keys[at])
 
     def train(self, until: int, on_chunk: Callable[[int], bool] = lambda length: True) -> None:
-        """Train until an iteration; after each chunk `on_chunk(its length)` says whether to go on."""
+        """Train until an iteration; after each chunk, `on_chunk(its length)` returns whether to go on."""
         every = self.config.eval_every
 
         def program(configs: Config, states: TrainState, length: Any) -> Any:
@@ -89,7 +89,7 @@ class Cohort:
         self._metrics.append(without_stopped(metrics, stopped) if stopped.any() else dict(metrics))
 
     def _judge(self) -> None:
-        """Evaluate the agents as they are; of those that have stopped, the last evaluation counts once more."""
+        """Evaluate the agents now; for those that have stopped, repeat the last evaluation."""
         assert self.eval_return is not None
         newest = np.asarray(self.programs.judge(self.configs, self.states), np.float32)[: self.size]
         if self.stopped.any():
@@ -97,7 +97,7 @@ class Cohort:
         self.eval_return = np.concatenate([self.eval_return, newest[:, None]], axis=1)
 
     def _stand_still(self, until: int) -> None:
-        """Iterations in which no agent learns any more, for all have stopped."""
+        """Fill up the remaining iterations when all agents have stopped."""
         assert self.eval_return is not None
         nothing = np.full((self.size, until - self.done), np.nan, np.float32)
         self._append(dict.fromkeys(METRICS, nothing))
@@ -114,18 +114,18 @@ class Cohort:
 
     @property
     def metrics(self) -> dict[str, np.ndarray]:
-        """Of the iterations done, {name: [A, iterations]}."""
+        """Metrics of the iterations done, {name: [A, iterations]}."""
         self._metrics = [{name: np.concatenate([m[name] for m in self._metrics], axis=1) for name in METRICS}]
         return self._metrics[0]
 
     def evaluate(self) -> np.ndarray:
-        """Mean return of each agent's mode over fresh episodes, float32 [A]; NaN where none were asked for."""
+        """Mean return of each agent's mode over fresh episodes, float32 [A]; NaN if not requested."""
         if self.programs.evaluate is None:
             return np.full(self.size, np.nan, np.float32)
         return np.asarray(self.programs.evaluate(self.configs, self.states), np.float32)[: self.size]
 
     def snapshot(self) -> Snapshot:
-        """The agents as they are now."""
+        """A snapshot of the agents."""
         return Snapshot(
             jax.tree.map(lambda leaf: leaf[: self.size], to_host(self.states)), self.metrics, self.eval_return
         )
@@ -137,7 +137,7 @@ def to_host(states: TrainState) -> TrainState:
 
 
 def from_host(states: TrainState, like: TrainState) -> TrainState:
-    """States for the programs from the copies of `to_host`; `like` says which leaves are keys."""
+    """Convert the copies of `to_host` to states for the programs; `like` tells which leaves are keys."""
     impls = {jax.random.key(0, impl=name).dtype: name for name in ("threefry2x32", "rbg", "unsafe_rbg")}
 
     def restore(array: Any, leaf: Any) -> Any:
@@ -147,7 +147,7 @@ def from_host(states: TrainState, like: TrainState) -> TrainState:
 
 
 def blank(states: TrainState, num_agents: int, done: int, eval_every: int = 0) -> Snapshot:
-    """A snapshot of so many agents after so many iterations, of no content; `states` gives shapes, [A, ...]."""
+    """Make an empty snapshot of so many agents after so many iterations; `states` gives shapes, [A, ...]."""
 
     def empty(leaf: Any) -> np.ndarray:
         shape = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
@@ -159,13 +159,13 @@ def blank(states: TrainState, num_agents: int, done: int, eval_every: int = 0) -
 
 
 def failed_iteration(metrics: Mapping[str, np.ndarray]) -> np.ndarray:
-    """First iteration, from 1, whose numbers were not all finite; 0 if there is none. [A]."""
+    """First iteration, from 1, with a number that was not finite; 0 if there is none. [A]."""
     bad = metrics["finite"] == 0
     return np.where(bad.any(axis=1), bad.argmax(axis=1) + 1, 0).astype(np.int32)
 
 
 def stopped_iteration(eval_return: np.ndarray, config: Config) -> np.ndarray:
-    """Iteration at which an agent had reached `stop_at_return`, from its evaluations [A, K]; 0 if it did not. [A]."""
+    """Iteration at which an agent reached `stop_at_return`, from its evaluations [A, K]; 0 if it did not. [A]."""
     reached = (eval_return >= np.float32(config.stop_at_return)) & stops(config)
     return np.where(reached.any(axis=1), (reached.argmax(axis=1) + 1) * config.eval_every, 0).astype(np.int32)
 
@@ -173,7 +173,8 @@ def stopped_iteration(eval_return: np.ndarray, config: Config) -> np.ndarray:
 def training_return(metrics: Mapping[str, np.ndarray]) -> np.ndarray:
     """Mean return of the episodes that ended in the last tenth of the iterations. [A].
 
-    Where none did, as episodes may be longer than that, of those of the last iteration in which one ended; NaN if none
+    If none did, since episodes may be longer than that, those of the last iteration in which one ended count; NaN if
+    none
     ever did.
     """
     count = np.nan_to_num(metrics["num_episodes"].astype(np.float64))

@@ -1,4 +1,4 @@
-"""A comparison as a page that needs no other file."""
+"""A comparison as a self-contained page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trpo_jax.sweeps.drawing import (
 
 
 def comparison_page(comparison: Comparison) -> str:
-    """The page: a table of the methods, learning curves, probabilities of improvement and performance profiles."""
+    """Make the page: a table of the methods, learning curves, probabilities of improvement and performance profiles."""
     parts = [paragraph(sentence) for sentence in told(comparison)]
     parts += [html_table(*table_of_methods(comparison)), image("intervals", png(_draw_intervals(comparison)))]
     parts += [heading("Learning curves"), *_curves(comparison)]
@@ -31,12 +31,12 @@ def comparison_page(comparison: Comparison) -> str:
         heading("Probability of improvement"),
         paragraph(
             "Probability that an agent of the row's method is better than one of the column's on the same task, "
-            "mean over tasks, with its 95 % interval. An interval without 0.5 tells the two apart."
+            "averaged over tasks, with its 95 % interval. If the interval excludes 0.5, the two methods differ."
         ),
         html_table(*table_of_improvement(comparison)),
         heading("Performance profiles"),
         paragraph(
-            "Share of agents whose score is above the number on the axis: the higher curve is the better method."
+            "Share of agents whose score is above the value on the axis. The higher the curve, the better the method."
         ),
         image("profiles", png(_draw_profiles(comparison))),
     ]
@@ -45,7 +45,7 @@ def comparison_page(comparison: Comparison) -> str:
 
 
 def told(comparison: Comparison) -> list[str]:
-    """What must be read with the numbers, a paragraph each."""
+    """The explanations of the numbers, a paragraph each."""
     first = f"Score: {comparison.score}. IQM: mean of the middle half of the agents, with a 95 % percentile "
     first += "interval of the stratified bootstrap."
     if len(comparison.tasks) == 1:
@@ -57,7 +57,7 @@ def told(comparison: Comparison) -> list[str]:
 
 
 def table_of_methods(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Column titles and cells of the table of methods, best first: the last is how surely the best is better."""
+    """Column titles and cells of the table of methods, best first; the last column is how surely the best is better."""
     best = next(iter(comparison.methods))
     better = {y: _probability(p, interval) for x, y, p, interval in comparison.improvement if x == best}
     digits = number if len(comparison.tasks) == 1 else "{:.3f}".format
@@ -105,7 +105,7 @@ def _axis(comparison: Comparison, words: str) -> str:
 
 
 def _curves(comparison: Comparison) -> list[str]:
-    """The pictures of learning curves: over all tasks, and of each."""
+    """The pictures of learning curves, over all tasks and for each task."""
     over = f"IQM of the {comparison.returns} with its 95 % interval, point by point."
     parts = [paragraph(over[0].upper() + over[1:])]
     if len(comparison.tasks) > 1:
@@ -122,7 +122,7 @@ def _draw_overall(comparison: Comparison) -> Any:
             plot_band(axes, method.overall, plain(name), stretch=100)
     axes.set(
         title="all environments",
-        xlabel="environment steps, % of those that all methods have",
+        xlabel="environment steps, % of those common to all methods",
         ylabel=_axis(comparison, comparison.returns),
     )
     axes.grid(alpha=0.3)

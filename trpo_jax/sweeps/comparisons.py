@@ -1,4 +1,4 @@
-"""Comparing methods over the agents of runs and sweeps, by the statistics of Agarwal et al. 2021 (rliable)."""
+"""Comparison of methods over the agents of runs and sweeps, by the statistics of Agarwal et al. 2021 (rliable)."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ Interval = tuple[float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What is compared, over all tasks that all methods share.
+    """One of the methods that are compared, over all tasks that they share.
 
     Attributes:
-      scores: of each agent by task, in the task's own units.
+      scores: score of each agent by task, in the task's own units.
       iqm: interquartile mean over the agents of all tasks, normalised if there are several tasks.
       interval: its 95 % interval.
-      mean: mean over tasks of the mean scores, normalised likewise.
-      profile: share of agents whose score is above each threshold, normalised likewise.
-      curves: IQM of returns against environment steps of an agent by task, in the task's own units.
-      overall: IQM of the normalised returns of all tasks, against the share of the steps that all methods have; None
+      mean: mean over tasks of the mean scores, normalised in the same way.
+      profile: share of agents whose score is above each threshold, normalised in the same way.
+      curves: IQM of returns against environment steps per agent, by task, in the task's own units.
+      overall: IQM of the normalised returns of all tasks, against the share of the steps common to all methods; None
         for one task.
     """
 
@@ -55,22 +55,21 @@ class Method:
 
     @property
     def num_agents(self) -> int:
-        """Agents, over all tasks."""
+        """Number of agents, over all tasks."""
         return sum(map(len, self.scores.values()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Methods beside each other.
+    """Result of a comparison of methods.
 
     Attributes:
-      score: what the score of an agent is, in words.
-      returns: what the curves are of, in words.
-      tasks: the two returns of each task that count as 0 and 1; (0, 1), which changes nothing, where it is the only
-        one.
+      score: the meaning of an agent's score, in words.
+      returns: the meaning of the curves, in words.
+      tasks: for each task the two returns that count as 0 and 1; (0, 1), which changes nothing, if it is the only one.
       methods: by name, best IQM first.
       improvement: (X, Y, P(X > Y), interval): probability that an agent of X is better than one of Y on the same task.
-      notes: what must be known about the agents, a sentence each.
+      notes: facts about the agents that a reader needs, a sentence each.
     """
 
     score: str
@@ -81,23 +80,23 @@ class Comparison:
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as JSON has it: lists for arrays, null for what is not a number."""
+        """Convert to JSON's types: lists for arrays, null for numbers that are not finite."""
         plain: dict[str, Any] = plain_json(dataclasses.asdict(self))
         names = ("method", "over", "probability", "interval")
         return plain | {"improvement": [dict(zip(names, row, strict=True)) for row in plain["improvement"]]}
 
 
 def compare(paths: Sequence[str | os.PathLike[str]], by: Sequence[str] = ()) -> Comparison:
-    """Compare the agents in folders of runs and sweeps, method by method.
+    """Compare methods over the agents in folders of runs and sweeps.
 
     The score is the best measure that all agents have: the evaluation at the end of a sweep, else the last evaluation
-    during training, else the training return at the end. Where there are several tasks (environments), scores are
-    normalised in each: 0 is the mean return of the first training episodes of all its agents, 1 the IQM of the
-    best method there. Probabilities of improvement compare within each task, and need no normalisation.
+    during training, else the training return at the end. If there are several tasks (environments), scores are
+    normalised in each: 0 is the mean return of the first training episodes of all its agents, 1 the IQM of the best
+    method there. Probabilities of improvement compare within each task, and need no normalisation.
 
     Args:
       paths: the folders.
-      by: settings whose values tell the methods apart, in whatever folder; by default each folder is a method, and the
+      by: settings whose values define the methods, across all folders; by default each folder is a method, and the
         points of a sweep count together. "folder" among them stands for the folder.
 
     Raises:
@@ -106,7 +105,7 @@ def compare(paths: Sequence[str | os.PathLike[str]], by: Sequence[str] = ()) -> 
     groups = group_outcomes(read_folders([Path(path) for path in paths]), by)
     tasks = [task for task in next(iter(groups.values())) if all(task in group for group in groups.values())]
     if not tasks:
-        raise UsageError(f"{', '.join(groups)} share no environment, and so cannot be compared; give others.")
+        raise UsageError(f"{', '.join(groups)} have no environment in common, so they cannot be compared; give others.")
     groups = {name: {task: group[task] for task in tasks} for name, group in groups.items()}
     every = [outcome for group in groups.values() for outcomes in group.values() for outcome in outcomes]
     score, returns = _measures(every)
@@ -140,13 +139,13 @@ def compare(paths: Sequence[str | os.PathLike[str]], by: Sequence[str] = ()) -> 
 
 
 def _notes(groups: Mapping[str, Mapping[str, list[Outcome]]], by: Sequence[str], ends: Mapping[str, Any]) -> list[str]:
-    """What must be known about the agents, a sentence each."""
+    """Facts about the agents that a reader needs, a sentence each."""
     notes = []
     inside = [outcomes for group in groups.values() for outcomes in group.values()]
     learned_by = [n for n in SETTINGS if n != "env" and not n.startswith("eval_")]
     mixed = [n for n in learned_by if n not in by and any(differ(n, outcomes) for outcomes in inside)]
     if mixed:
-        notes.append(f"Agents of one method differ in {', '.join(mixed)}, and count together; --by tells them apart.")
+        notes.append(f"Agents of one method differ in {', '.join(mixed)} but count together; --by separates them.")
     for task, steps in ends.items():
         if len(set(steps)) > 1:
             told = ", ".join(f"{name} {step:,}" for name, step in zip(groups, steps, strict=True))
@@ -156,16 +155,16 @@ def _notes(groups: Mapping[str, Mapping[str, list[Outcome]]], by: Sequence[str],
         notes.append(f"Not finished: {unfinished} of {sum(map(len, inside))} runs and points.")
     few = {name for name, group in groups.items() for o in group.values() if sum(len(x.training) for x in o) < 3}
     if few:
-        notes.append(f"Fewer than three seeds per task, whose intervals say little: {', '.join(sorted(few))}.")
+        notes.append(f"Fewer than three seeds per task, too few for intervals: {', '.join(sorted(few))}.")
     return notes
 
 
-# What is measured
+# Measures
 
 
 @dataclasses.dataclass(frozen=True)
 class _Measure:
-    """A number of each agent, or a curve, and its words."""
+    """A number or a curve of each agent, and its meaning in words."""
 
     words: str
     of: Callable[[Outcome], Any]
@@ -194,7 +193,7 @@ def _together(measure: Callable[[Outcome], np.ndarray], outcomes: Sequence[Outco
 
 
 def _scale(methods: Sequence[Sequence[Outcome]], score: _Measure) -> tuple[float, float]:
-    """The returns of a task that count as 0, at the beginning of training, and as 1, of the best method."""
+    """The returns of a task that count as 0, from the start of training, and as 1, from the best method."""
     first = [first_returns(outcome.returns.returns) for outcomes in methods for outcome in outcomes]
     iqms = [interquartile_mean(_together(score.of, outcomes)) for outcomes in methods]
     return score_scale(np.concatenate(first), np.array(iqms))
@@ -208,12 +207,12 @@ def _normalised(returns: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
 
 
 def _last_step(outcomes: Sequence[Outcome], curve: Callable[[Outcome], Curves]) -> int:
-    """The number of steps that all agents of a method have."""
+    """The number of steps that all agents of a method have reached."""
     return int(min(curve(outcome).steps[-1] for outcome in outcomes))
 
 
 def _curve(outcomes: Sequence[Outcome], curve: Callable[[Outcome], Curves], longest: int) -> Band:
-    """The learning curve of a method on a task, as far as all its agents are."""
+    """The learning curve of a method on a task, up to the steps that all its agents have reached."""
     steps = np.arange(1, _POINTS + 1) * longest / _POINTS
     last = _last_step(outcomes, curve)
     steps = np.append(steps[steps < last], last)
@@ -227,7 +226,7 @@ def _overall(
     scales: Mapping[str, tuple[float, float]],
     ends: Mapping[str, Sequence[int]],
 ) -> Band:
-    """The learning curve of a method over all tasks, of normalised returns, as far as all methods are."""
+    """The learning curve of a method over all tasks, in normalised returns, up to the steps of all methods."""
     shares = np.arange(1, _POINTS + 1) / _POINTS
     tasks = [
         _normalised(np.concatenate([curve(outcome).at(shares * min(ends[task])) for outcome in outcomes]), scales[task])
@@ -237,7 +236,7 @@ def _overall(
 
 
 def _thresholds(scores: Sequence[np.ndarray]) -> np.ndarray:
-    """Thresholds of a profile, from the lowest score of all to the highest."""
+    """Thresholds of a profile, from the lowest to the highest score of all."""
     known = np.concatenate(scores)
     known = known[np.isfinite(known)]
     return np.linspace(known.min(), known.max(), _THRESHOLDS) if known.size else np.zeros(1)

@@ -1,6 +1,6 @@
-"""What the pages of sweeps, searches and comparisons share: their style, tables and pictures, and how curves are drawn.
+"""Style, tables, pictures and curves for the pages of sweeps, searches and comparisons.
 
-A page is one file that needs no other: pictures are part of it.
+A page is one self-contained file, with its pictures inside.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 from trpo_jax.runs.learning_curve import make_figure
 from trpo_jax.sweeps.iqm import Band
 
-SOFTWARE = "trpo_jax report"  # stands in every picture of ours, so that nobody else's is ever removed
-_LARGEST = 40  # inches of a picture
-_TICKS = 6  # values of a setting that a logarithmic axis names one by one
+SOFTWARE = "trpo_jax report"  # marks every picture of ours, so that no other one is ever removed
+_LARGEST = 40  # inches, width and height of a picture
+_TICKS = 6  # most values of a setting that a logarithmic axis labels one by one
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222; }
 div { overflow-x: auto; } table { border-collapse: collapse; margin: 1em 0; }
@@ -32,7 +32,7 @@ pre { background: #f4f6f8; padding: 1em; overflow-x: auto; }
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """A whole page of HTML from its title and the parts of its body, which are HTML; it reads on a phone, too."""
+    """Make an HTML page from its title and the parts of its body, which are HTML; it is readable on a phone, too."""
     head = [
         "<!DOCTYPE html>",
         f"<html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>",
@@ -54,37 +54,37 @@ def heading(text: str) -> str:
 
 
 def html_table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A table, which scrolls where it is wider than the screen."""
+    """Make a table that scrolls if it is wider than the screen."""
     head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
     return f"<div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def image(name: str, data: bytes, *, small: bool = False) -> str:
-    """A picture, the content of a PNG file, as part of the page; small ones stand side by side where there is room."""
+    """Embed a picture, the content of a PNG file; small ones stand side by side if there is room."""
     kind = " class='small'" if small else ""
     return f"<img{kind} alt='{html.escape(name)}' src='data:image/png;base64,{base64.b64encode(data).decode()}'>"
 
 
 def png(figure: Any) -> bytes:
-    """A figure as the content of a PNG file."""
+    """Convert a figure to the content of a PNG file."""
     data = io.BytesIO()
     figure.savefig(data, dpi=130, format="png", metadata={"Software": SOFTWARE})
     return data.getvalue()
 
 
 def sized_figure(width: float, height: float) -> Any:
-    """A figure of so many inches, of 40 at most each way."""
+    """Make a figure of so many inches, at most 40 each way."""
     return make_figure(min(width, _LARGEST), min(height, _LARGEST))
 
 
 def plain(text: str) -> str:
-    """Escape dollars, which would begin a formula."""
+    """Escape dollar signs, which would begin a formula."""
     return text.replace("$", r"\$")
 
 
 def number(value: float) -> str:
-    """A score in a table: one digit after the point, or three that count; "–" where there is none."""
+    """A score in a table: one decimal, or three significant digits; "–" if there is none."""
     if np.isnan(value):
         return "–"
     return f"{value:.1f}" if value == 0 or 1 <= abs(value) < 1e6 else f"{value:.3g}"
@@ -101,13 +101,13 @@ def interval_text(low: float, high: float) -> str:
 
 
 def label_of(settings: Mapping[str, Any]) -> str:
-    """Settings in a legend, on lines of some fifty letters."""
+    """Settings in a legend, on lines of about fifty characters."""
     parts = ", ".join(f"{name}={text_of(value)}" for name, value in settings.items())
     return textwrap.fill(plain(parts or "all"), 50, break_long_words=False, break_on_hyphens=False)
 
 
 def plot_band(axes: Any, band: Band, label: str, *, stretch: float = 1, shade: float = 0.18) -> None:
-    """A curve with its interval shaded; one point of it is a dot, for a line through one point is none."""
+    """Draw a curve with its interval shaded; a single point becomes a dot, since a line needs two."""
     alone = np.isfinite(band.middle).sum() == 1
     x = stretch * band.x
     (line,) = axes.plot(x, band.middle, linewidth=1.5, label=label, marker="o" if alone else "")
@@ -115,9 +115,9 @@ def plot_band(axes: Any, band: Band, label: str, *, stretch: float = 1, shade: f
 
 
 def scale_axis(axes: Any, values: Sequence[float], *, logarithmic: bool = False) -> None:
-    """A logarithmic axis for positive values where it is asked for, or where they are spread more evenly on it.
+    """Make an axis of positive values logarithmic, if requested or if they are spread more evenly on it.
 
-    Its numbers are written as those in the tables; few values are the ticks themselves.
+    Its numbers are formatted as in the tables; few values become the ticks themselves.
     """
     known = sorted(set(values))
     if known[0] <= 0 or known[-1] < 4 * known[0]:

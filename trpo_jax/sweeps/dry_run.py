@@ -1,4 +1,4 @@
-"""What a sweep would run, and for how long, before anything is written."""
+"""Outline of a sweep, its programs and times, before anything is written."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from trpo_jax.sweeps.plans import Group, plan
 
 
 class Outline(NamedTuple):
-    """What a group of agents that share a program would run.
+    """The programs of a group of agents, and their times.
 
     Attributes:
       group: the agents.
-      programs: their sizes, without the compiled programs.
-      seconds: that training takes, as many times as one iteration took.
-      judging: seconds that evaluation takes, during training and at the end, as many times as one took of agents that
-        have hardly learned.
-      compiling: seconds that compiling took just now.
-      static: the settings by which it differs from other groups.
+      programs: the sizes of the programs, without the compiled code.
+      seconds: training time, extrapolated from one iteration.
+      judging: evaluation time, during training and at the end, extrapolated from evaluations of agents that have hardly
+        learned.
+      compiling: compilation time just now, in seconds.
+      static: the settings in which it differs from other groups.
       state_bytes: the size of an agent's trained state.
     """
 
@@ -46,12 +46,12 @@ class Outline(NamedTuple):
 def outline(
     spec: Spec, most_agents: int | None = None, report: Callable[[float, str], None] = lambda share, doing: None
 ) -> list[Outline]:
-    """What a sweep would run. Compiles the programs, which the sweep then finds in the compilation cache.
+    """Outline a sweep. This compiles the programs, which the sweep then finds in the compilation cache.
 
     Args:
       spec: the sweep.
-      most_agents: agents per device in one program at most; None: as many as serve.
-      report: called with the share that is done, and with what is done next, in words.
+      most_agents: most agents per device in one program; None: as many as are useful.
+      report: called with the share that is done, and with the next step in words.
     """
     points, groups = plan(spec)
     devices = jax.local_devices()
@@ -77,9 +77,9 @@ def outline(
 
 
 def _measure(programs: Programs, group: Group) -> tuple[float, float]:
-    """Seconds that training and evaluation take, of as many agents as fill the devices, whose results are dropped.
+    """Measure the seconds of training and evaluation for as many agents as fill the devices; their results are dropped.
 
-    The second iteration and evaluations after it are timed, each multiplied by how often a sweep has one.
+    The second iteration and the evaluations after it are timed, and each is multiplied by its number in the sweep.
     """
     cohort = Cohort(programs, group.configs[: programs.width], group.keys[: programs.width])
     cohort.train(1)

@@ -1,4 +1,4 @@
-"""From a sweep's file to its agents: which settings each has, and which share a program."""
+"""From a sweep's file to its points: their settings, and which of them share a program."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from trpo_jax.settings import (
 from trpo_jax.training.agents import make_agent
 from trpo_jax.validation import validate
 
-TUNING_SEEDS = 2**30  # `tune` takes its seeds from here on, sweeps theirs from below
+TUNING_SEEDS = 2**30  # the first seed of `tune`; the seeds of sweeps are smaller
 KEEP = ("none", "best", "all")
-_OF_RANDOM = ("count", "seed")  # what [random] holds beside settings
-_MOST_POINTS = 100_000  # each is a configuration of its own in this process's memory
+_OF_RANDOM = ("count", "seed")  # entries of [random] that are not settings
+_MOST_POINTS = 100_000  # each is a configuration in the memory of this process
 _MOST_AGENTS = 10_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One combination of settings: those that the sweep varies, by name, and the whole configuration."""
+    """One combination of settings: those that the sweep varies, by name, and the complete configuration."""
 
     varied: dict[str, Any]
     config: Config
@@ -48,17 +48,17 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What a sweep is made of. Every point of `grid` x `zip` x `random` trains `num_seeds` agents.
+    """Specification of a sweep. Every point of `grid` x `zip` x `random` trains `num_seeds` agents.
 
     Attributes:
       base: settings that all points share.
       grid: lists of values; every combination of them is a point.
       zip: lists of values of one length that vary together.
-      random: distributions to draw from; besides settings it holds `count`, the points drawn, and their `seed`.
+      random: distributions to draw from; besides settings it has `count`, the number of points drawn, and their `seed`.
       num_seeds: agents per point.
-      seed: agent i of a point is the one that `jax.random.key(seed + i)` trains.
-      num_episodes: episodes by the policy's mode that score each agent after training; 0: training returns do.
-      keep: whose trained states are kept: of none, of the best agent of each point, or of all.
+      seed: `jax.random.key(seed + i)` trains agent i of a point.
+      num_episodes: episodes by the policy's mode that score each agent after training; 0: score by training returns.
+      keep: which trained states to keep: none, that of the best agent of each point, or all.
     """
 
     base: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -72,18 +72,18 @@ class Spec:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What the folder of a sweep or a search keeps of it, as earlier versions wrote it where nothing is new."""
+        """The table in the folder of a sweep or a search, in the form of earlier versions if nothing in it is new."""
         table = dataclasses.asdict(self)
         return {name: value for name, value in table.items() if (name, value) != ("keep", "none")}
 
 
 def read_spec(path: str | os.PathLike[str]) -> Spec:
-    """Read a TOML file into a `Spec`; raise `UsageError` with one sentence if it is not one."""
+    """Read a TOML file into a `Spec`; raise `UsageError` with one sentence if it is not a sweep."""
     return make_spec(read_toml(path), str(path))
 
 
 def make_spec(table: Mapping[str, Any], source: str = "the sweep") -> Spec:
-    """Check the form of a sweep given as a dictionary, and each value in it; build its `Spec`."""
+    """Build a `Spec` from a dictionary, and check its form and every value in it."""
     known = [field.name for field in dataclasses.fields(Spec)]
     for name in table:
         if name not in known:
@@ -112,7 +112,7 @@ def make_spec(table: Mapping[str, Any], source: str = "the sweep") -> Spec:
 
 
 def check_numbers(numbers: Mapping[str, Any], source: str = "") -> None:
-    """Check the numbers of a sweep that are no settings; unlike elsewhere there may be no episodes that score."""
+    """Check the numbers of a sweep that are not settings; here `num_episodes` may be 0."""
     check_limits({name: value for name, value in numbers.items() if name != "num_episodes"}, source)
     if "num_episodes" in numbers:
         label = f"num_episodes in {source}" if source else "num_episodes"
@@ -120,7 +120,7 @@ def check_numbers(numbers: Mapping[str, Any], source: str = "") -> None:
 
 
 def check_keep(keep: Any, source: str = "") -> str:
-    """Whose states a sweep keeps; `UsageError` if it is none of the words."""
+    """Check which states a sweep keeps; raise `UsageError` for any other word."""
     if not isinstance(keep, str) or keep not in KEEP:
         raise UsageError(f"keep{f' in {source}' if source else ''} must be {', '.join(KEEP)}, got {shown(keep)}.")
     return keep
@@ -160,14 +160,14 @@ def _check_size(spec: Spec, source: str) -> None:
     lengths = {name: len(values) for name, values in spec.zip.items()}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise UsageError(f"the lists in [zip] of {source} must be of one length, but {found}.")
+        raise UsageError(f"the lists in [zip] of {source} must have the same length, but {found}.")
     if spec.seed + spec.num_seeds > TUNING_SEEDS:
-        raise UsageError(f"seeds in {source} must stay below {TUNING_SEEDS}: those from there on belong to tuning.")
+        raise UsageError(f"seeds in {source} must be below {TUNING_SEEDS}: those from there on are for tuning.")
     points = math.prod(map(len, spec.grid.values())) * min(lengths.values(), default=1) * spec.random.get("count", 1)
     if points > _MOST_POINTS or points * spec.num_seeds > _MOST_AGENTS:
         raise UsageError(
-            f"{source} asks for {shown(points)} points with {counted(spec.num_seeds, 'seed')} each; a sweep takes "
-            f"{_MOST_POINTS:,} points and {_MOST_AGENTS:,} agents at most."
+            f"{source} has {shown(points)} points with {counted(spec.num_seeds, 'seed')} each; a sweep has at most "
+            f"{_MOST_POINTS:,} points and {_MOST_AGENTS:,} agents."
         )
 
 
@@ -193,7 +193,7 @@ def _is_number(value: Any) -> bool:
 
 
 def make_points(spec: Spec) -> list[Point]:
-    """Every combination of settings in order: `grid` slowest, then `zip`, then `random`.
+    """Make the points: every combination of settings in order, `grid` slowest, then `zip`, then `random`.
 
     Raises:
       UsageError: if a setting is out of its range or an environment cannot be made.
@@ -209,14 +209,14 @@ def make_points(spec: Spec) -> list[Point]:
 
 
 def make_point(base: Mapping[str, Any], varied: Mapping[str, Any]) -> Point:
-    """The configuration of a point, checked; `total_steps` becomes `num_iterations`."""
+    """Make a point and check its configuration; `total_steps` becomes `num_iterations`."""
     config = settle(with_length({name: cast(name, value) for name, value in {**base, **varied}.items()}, Config()))
     validate(config)
     return Point({name: cast(name, value) for name, value in varied.items()}, config)
 
 
 def draw(random: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`count` independent draws from the distributions of a [random] table; one empty draw if there is none."""
+    """Draw `count` times from the distributions of a [random] table; one empty draw if there is none."""
     if not random:
         return [{}]
     rng = np.random.default_rng(random.get("seed", 0))
@@ -236,5 +236,5 @@ def _sample(rng: np.random.Generator, name: str, distribution: Mapping[str, Any]
 
 
 def static_part(config: Config) -> Any:
-    """What decides the compiled program: configurations with an equal one share it."""
+    """The part of a configuration that decides the compiled program; configurations with equal parts share it."""
     return jax.tree.structure(config)

@@ -1,4 +1,4 @@
-"""A sweep in a folder: group by group, blocks of agents on every device, each finished block into a file."""
+"""A sweep in a folder: group by group, in blocks of agents on every device; each finished block becomes a file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from trpo_jax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a sweep is: which group of how many, which of its blocks, how many of their iterations; and the time."""
+    """Progress of a sweep: its group and their number, its blocks, their iterations, and the clock."""
 
     group: tuple[int, int]
     blocks: list[Block]
@@ -56,20 +56,20 @@ def run_sweep(
     Args:
       path: the folder.
       spec: the sweep.
-      process: this process's number and how many there are; block b is done by process b mod the second.
-      checkpoint_seconds: seconds between two saves of a block at work.
-      most_agents: agents a device takes in one program at most; None: as many as serve.
+      process: this process's number p and the number P of all; block b belongs to process b mod P.
+      checkpoint_seconds: seconds between two checkpoints of a block in progress.
+      most_agents: most agents per device in one program; None: as many as are useful.
       report: called after every chunk of iterations; if it returns False, the sweep is interrupted there.
-      open_sinks: `open_sinks(part, settings)`, called for each point of a finished block with its name, such as
-        "point_3", and its settings, gives where its agents' metrics go, too, and how that is closed.
-      extend: where the folder holds another sweep, add the agents of this one that it lacks; what is there stays.
+      open_sinks: `open_sinks(part, settings)` is called for each point of a finished block with its name, such as
+        "point_3", and its settings. It returns further outputs for the metrics of its agents, and how to close them.
+      extend: if the folder has another sweep, add the agents of this one that it lacks; existing ones stay.
 
     Returns:
-      How it ended: "complete" where all blocks of all processes are finished, "interrupted" by Ctrl-C, SIGTERM or the
-      report, or "shared" where this process is done and others are not.
+      How it ended: "complete" if all blocks of all processes are finished, "interrupted" by Ctrl-C, SIGTERM or the
+      report, or "shared" if this process is done but others are not.
 
     Raises:
-      UsageError: if the spec, the folder or a file in it cannot be used; what is finished stays as it is.
+      UsageError: if the spec, the folder or a file in it cannot be used; finished results stay as they are.
     """
     plan(spec)  # bad input shows before anything is written
     folder = Folder(path)
@@ -90,7 +90,7 @@ def run_sweep(
 
 @dataclasses.dataclass
 class _Work:
-    """A sweep at work in its folder; see `run_sweep`."""
+    """A sweep in progress in its folder; see `run_sweep`."""
 
     folder: Folder
     spec: Spec
@@ -108,21 +108,21 @@ class _Work:
 
     @property
     def stopped(self) -> bool:
-        """Whether the sweep is to end before all is done."""
+        """Whether the sweep should end early."""
         return self.ended or self.interrupted()
 
     def blocks(self, number: int) -> list[Block]:
-        """All blocks of a group, once its program is settled."""
+        """All blocks of a group whose program is settled."""
         settled = self.folder.program(number) or {}
         return cut_into_blocks(self.groups[number].num_agents, number, settled["agents_per_block"])
 
     def _pending(self, number: int) -> list[Block]:
-        """The blocks of a group that this process has yet to do."""
+        """The unfinished blocks of a group that belong to this process."""
         mine = [block for block in self.blocks(number) if block.number % self.process[1] == self.process[0]]
         return [block for block in mine if not self.folder.is_finished(block)]
 
     def train_group(self, number: int) -> None:
-        """Train what is left of a group's blocks."""
+        """Train the remaining blocks of a group."""
         group, settled = self.groups[number], self.folder.program(number)
         mine = group.num_agents * group.steps_per_agent / self.process[1]
         if settled and not self._pending(number):
@@ -135,7 +135,7 @@ class _Work:
         found = {block: self.folder.restore(block, programs.states, group.configs[0].eval_every) for block in pending}
         snapshots = {block: snapshot for block, snapshot in found.items() if snapshot}
         while pending and not self.stopped:
-            # Blocks that stand at one iteration run together, the furthest first.
+            # Blocks at the same iteration run together, the most advanced first.
             stands = {block: snapshots[block].done if block in snapshots else 0 for block in pending}
             most = max(stands.values())
             together = [block for block in pending if stands[block] == most][: programs.num_devices]
@@ -143,7 +143,7 @@ class _Work:
             self._train_blocks(programs, together, [snapshots.pop(block) for block in together] if most else None)
 
     def _settle(self, number: int, settled: dict[str, Any] | None) -> Programs:
-        """Compile a group's programs, and settle how many agents they take."""
+        """Compile a group's programs, and settle how many agents they hold."""
         if not self.rounding_checked:
             _check_rounding(self.folder)
             self.rounding_checked = True
@@ -155,15 +155,15 @@ class _Work:
         settled = self.folder.settle_program(number, about)
         if settled["agents_per_block"] != programs.agents_per_block:
             raise UsageError(
-                f"{self.folder.path} was started with {settled['agents_per_block']} agents per device; there is not "
-                f"enough memory free for them here, or other numbers were asked for ({programs.agents_per_block})."
+                f"{self.folder.path} was started with {settled['agents_per_block']} agents per device; here there is "
+                f"not enough free memory for them, or another number was requested ({programs.agents_per_block})."
             )
         return programs
 
     def _train_blocks(self, programs: Programs, blocks: list[Block], snapshots: Sequence[Snapshot] | None) -> None:
-        """Train at most D blocks, one per device, from where all of them stand; write their results.
+        """Train at most D blocks, one per device, from their common iteration; write their results.
 
-        An interrupt saves them after the chunk at work.
+        An interrupt saves them after the current chunk.
         """
         group = self.groups[blocks[0].group]
         members = [i for block in blocks for i in range(block.first, block.last)]
@@ -203,7 +203,7 @@ class _Work:
             self._feed_sinks(block, mine)
 
     def _keep(self, block: Block, states: TrainState, where: slice, outcome: Mapping[str, np.ndarray]) -> None:
-        """Write the states of a block's agents that are kept: of all, or of the best one of each point in it."""
+        """Write the states of a block's agents that the sweep keeps: all, or that of the best one of each point."""
         agents = np.arange(block.first, block.last)
         if self.spec.keep == "best":
             score = outcome["final_return"] if self.spec.num_episodes else training_return(outcome)
@@ -216,7 +216,7 @@ class _Work:
             self.folder.keep(block, jax.tree.map(lambda leaf: leaf[at], states), agents)
 
     def _feed_sinks(self, block: Block, outcome: Mapping[str, np.ndarray]) -> None:
-        """Give the metrics of a finished block's agents to the sinks of their points."""
+        """Pass the metrics of a finished block's agents to the sinks of their points."""
         points, seeds = self.groups[block.group].agents(block.first, block.last)
         for point in dict.fromkeys(points.tolist()):
             here = np.flatnonzero(points == point)
@@ -227,7 +227,7 @@ class _Work:
                     _feed(sink, mine, config, self.spec.seed + int(seeds[here[0]]))
 
     def _columns(self, block: Block, outcome: dict[str, np.ndarray]) -> dict[str, Any]:
-        """A block's rows as the columns of its Parquet file."""
+        """The rows of a block as the columns of its Parquet file."""
         at, seeds = self.groups[block.group].agents(block.first, block.last)
         configs = [self.points[i].config for i in at]
         return {
@@ -242,14 +242,14 @@ class _Work:
         }
 
     def _values(self, name: str, configs: Sequence[Config]) -> list[Any]:
-        """A setting in each configuration; as text where it is of several kinds in the sweep, as a column is of one."""
+        """The values of a setting; as text if the sweep has several kinds of them, since a column has one."""
         kinds = {type(value_of(point.config, name)) for point in self.points} - {type(None)}
         values = [value_of(config, name) for config in configs]
         return values if len(kinds) < 2 or kinds == {int, float} else [None if v is None else str(v) for v in values]
 
 
 def _feed(sink: Sink, outcome: Mapping[str, np.ndarray], config: Config, seed: int) -> None:
-    """Give a sink all metrics and evaluations of agents of one point, the first of which has this seed."""
+    """Pass all metrics and evaluations of agents of one point to a sink; the first agent has this seed."""
     steps, metrics = config.steps_per_iteration, {name: outcome[name] for name in METRICS}
     for _, env_steps, agent, values in rows_of(metrics, config.num_iterations, steps, seed):
         sink(agent, env_steps, values)
@@ -259,14 +259,14 @@ def _feed(sink: Sink, outcome: Mapping[str, np.ndarray], config: Config, seed: i
 
 
 def _check_rounding(folder: Folder) -> None:
-    """Raise `UsageError` where last bits would differ from those of the sweep so far; say what else may round."""
+    """Raise `UsageError` if last bits would differ from those of the sweep so far; report what else may change them."""
     begun, here = folder.description().get("made_by", {}), made_by()
     for name, mend in (("threads", "set NPROC={}, and --num-devices to no more"), ("devices", "give --num-devices {}")):
         if name in begun and name in here and begun[name] != here[name]:
             raise UsageError(
-                f"{folder.path} was started with {counted(begun[name], name[:-1])}, and here there would be "
-                f"{here[name]}, which rounds otherwise; {mend.format(begun[name])}."
+                f"{folder.path} was started with {counted(begun[name], name[:-1])}, but here there would be "
+                f"{here[name]}, which rounds differently; {mend.format(begun[name])}."
             )
     others = [f"{name} {begun[name]}" for name in here if name in begun and begun[name] != here[name]]
     if others:
-        say(f"{folder.path} was started with {', '.join(others)}; the agents that are left may round otherwise.")
+        say(f"{folder.path} was started with {', '.join(others)}; the remaining agents may be rounded differently.")

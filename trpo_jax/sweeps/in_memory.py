@@ -1,4 +1,4 @@
-"""A sweep whose results stay in memory: `sweep`."""
+"""A sweep with its results in memory: `sweep`."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def sweep(
 ) -> SweepResult:
     """Train every combination of settings over seeds, and evaluate each agent.
 
-    All combinations that differ in traced settings alone are one compiled program; agents are spread over `devices`,
-    and taken in blocks where memory asks for it. Not to be called inside `jit`: it compiles and runs by itself.
+    All combinations that differ only in traced settings are one compiled program. Agents are spread over `devices`, and
+    trained in blocks if memory requires it. Do not call it inside `jit`: it compiles and runs by itself.
 
     Args:
-      config: the settings that all share.
+      config: the settings that all points share.
       grid: {setting: values}; every combination is a point, the last setting varying fastest.
       key: a typed PRNG key; all points share the `num_seeds` keys split from it.
       num_seeds: S, agents per point.
-      num_episodes: episodes by the policy's mode that evaluate each agent at the end; 0: none.
-      keep: whose trained states come back: of "none", of the "best" agent of each point, or of "all".
+      num_episodes: episodes by the policy's mode with which each agent is evaluated at the end; 0: none.
+      keep: which trained states to return: "none", that of the "best" agent of each point, or "all".
       devices: where to run; by default all devices of this process.
 
     Returns:
@@ -88,7 +88,7 @@ def sweep(
 
 
 class Kept:
-    """The trained states of agents that are kept, point by point, on the host: of none, the best one, or all."""
+    """The trained states that are kept, point by point, on the host: none, that of the best agent, or all."""
 
     def __init__(self, keep: str, num_points: int):
         self.keep = keep
@@ -96,7 +96,7 @@ class Kept:
         self._best = [-np.inf] * num_points
 
     def add(self, cohort: Cohort, points: np.ndarray, scores: np.ndarray) -> None:
-        """Keep what is to be kept of a cohort whose agents are of these points and have these scores."""
+        """Keep the required states of a cohort whose agents are of these points and have these scores."""
         if self.keep == "none":
             return
         states = to_host(cohort.states)
@@ -109,7 +109,7 @@ class Kept:
             self._best[point] = max(score, self._best[point])
 
     def states(self) -> list[TrainState]:
-        """Of each point all its agents, [S, ...], or its best one; none if none are kept."""
+        """The states of each point: of all its agents, [S, ...], or of its best one; an empty list if none are kept."""
         if self.keep == "none":
             return []
         if self.keep == "best":
@@ -119,15 +119,15 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True)
 class SweepResult:
-    """What `sweep` returns, with G points, S seeds and I iterations.
+    """Result of `sweep`, with G points, S seeds and I iterations.
 
     Attributes:
       points: the varied settings of each point, [G].
-      metrics: `Metrics` of NumPy arrays, [G, S, I]; NaN after the end of a point that has fewer iterations.
-      final_return: mean return of each trained policy's mode, [G, S]; NaN where none was asked for.
-      failed_at: iteration, counted from 1, at which an agent met a number that is not finite; 0 if it did not. [G, S].
-      eval_return: mean return of each evaluation during training, [G, S, K], as `eval_every` asks for them; NaN after
-        the end of a point that has fewer.
+      metrics: `Metrics` of NumPy arrays, [G, S, I]; NaN after the end of points with fewer iterations.
+      final_return: mean return of each trained policy's mode, [G, S]; NaN if not requested.
+      failed_at: iteration, counted from 1, at which an agent met a number that was not finite; 0 if none did. [G, S].
+      eval_return: mean return of each evaluation during training, [G, S, K], one per `eval_every` iterations; NaN after
+        the end of points with fewer.
       states: trained states, one per point: with `keep="all"` of all seeds, [S, ...], with "best" of the best one.
     """
 

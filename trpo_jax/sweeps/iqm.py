@@ -1,4 +1,4 @@
-"""Statistics over seeds, as Agarwal et al. 2021 (rliable) recommend: interquartile means, intervals, comparisons."""
+"""Statistics over seeds as recommended by Agarwal et al. 2021 (rliable): IQM, intervals, comparisons."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _RESAMPLES = 2000
 
 
 def interquartile_mean(values: Any, axis: int = -1) -> Any:
-    """Mean of the middle half: the lowest and the highest quarter, rounded down, are left out. NaN is lowest."""
+    """Mean of the middle half: the lowest and the highest quarter, rounded down, are left out. NaN counts as lowest."""
     values = np.sort(np.where(np.isnan(values), -np.inf, np.asarray(values, np.float64)), axis=axis)
     count = values.shape[axis]
     middle = np.take(values, range(count // 4, count - count // 4), axis=axis)
-    with np.errstate(invalid="ignore"):  # the lowest beside an infinite one: none can be said
+    with np.errstate(invalid="ignore"):  # -∞ + ∞ has no mean
         mean = np.mean(middle, axis=axis)
     return np.where(np.isneginf(mean), np.nan, mean)[()]
 
@@ -29,14 +29,14 @@ def stratified_bootstrap(
     resamples: int = _RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of the IQM over all runs of all tasks, seeds drawn anew within each task (stratum).
+    """Percentile interval of the IQM over all runs of all tasks; seeds are resampled within each task (stratum).
 
     Args:
       scores: one array of scores per task, [seeds] each.
-      statistic: `statistic(runs, axis=1)` of the runs of all tasks, [resamples, runs], if another one is asked for.
-      confidence: probability that the interval is meant to have.
+      statistic: `statistic(runs, axis=1)` of the runs of all tasks, [resamples, runs], in place of the IQM.
+      confidence: nominal coverage of the interval.
       resamples: bootstrap samples.
-      seed: of the resampling, so that a report is the same each time it is made.
+      seed: seed of the resampling; a fixed one makes reports reproducible.
 
     Returns:
       Lower and upper bound; NaN if there is nothing to draw from, and where a bound lies among samples without an
@@ -54,13 +54,13 @@ def probability_of_improvement(
 ) -> tuple[float, tuple[float, float]]:
     """Probability that a run is better than another method's on the same task, P(X > Y) + ½ P(X = Y), mean over tasks.
 
-    It compares within each task, so that scores need not be normalised. NaN is lowest.
+    It compares within each task, so scores need no normalisation. NaN counts as lowest.
 
     Args:
       scores: one array of scores per task, [seeds] each.
-      others: those of the other method, in the order of the tasks; its number of seeds may be another.
+      others: those of the other method, with tasks in the same order; the number of seeds may differ.
       resamples: bootstrap samples.
-      seed: of the resampling.
+      seed: seed of the resampling.
 
     Returns:
       The Mann-Whitney statistic U / (seeds x other seeds), averaged, and its 95 % interval by the stratified bootstrap.
@@ -84,7 +84,7 @@ def _times_drawn(rng: np.random.Generator, number: int, resamples: int) -> np.nd
 
 
 class Band(NamedTuple):
-    """A curve [K] and its 95 % intervals by the stratified bootstrap, one for each of its points."""
+    """A curve [K] and the 95 % interval of each of its points, by the stratified bootstrap."""
 
     x: np.ndarray
     middle: np.ndarray
@@ -95,7 +95,7 @@ class Band(NamedTuple):
 def bootstrap_band(
     x: np.ndarray, tasks: Sequence[np.ndarray], statistic: Callable[..., Any] = interquartile_mean
 ) -> Band:
-    """A statistic of the runs of all tasks, [S, K] each, and its interval for each of the K points `x`."""
+    """Compute a statistic of the runs of all tasks, [S, K] each, and its interval for each of the K points `x`."""
     middle, low, high = np.empty((3, len(x)))
     for k in range(len(x)):
         runs = [task[:, k] for task in tasks]
@@ -105,14 +105,14 @@ def bootstrap_band(
 
 
 def score_scale(first: np.ndarray, iqms: np.ndarray) -> tuple[float, float]:
-    """The returns of a task that count as 0 and 1: those at the beginning of training, and the best method's IQM.
+    """The returns of a task that count as 0 and 1: those at the start of training, and the best method's IQM.
 
     Args:
       first: the first training return of each agent; NaN where it has none.
-      iqms: of the methods, or points of a sweep.
+      iqms: IQMs of the methods, or points of a sweep.
 
     Returns:
-      The two; where nothing was learned, the worst method has -1; (0, 1) where nothing is known.
+      The two. If nothing was learned, the worst method has -1; (0, 1) if nothing is known.
     """
     first, iqms = first[np.isfinite(first)], iqms[np.isfinite(iqms)]
     if not first.size or not iqms.size:
@@ -122,21 +122,21 @@ def score_scale(first: np.ndarray, iqms: np.ndarray) -> tuple[float, float]:
 
 
 def first_returns(returns: np.ndarray) -> np.ndarray:
-    """The first return of each agent [S, K] that is a number, [S]; NaN where it has none."""
+    """The first finite return of each agent [S, K], as [S]; NaN if it has none."""
     known = np.isfinite(returns)
     found = np.take_along_axis(returns, known.argmax(axis=1)[:, None], axis=1)[:, 0]
     return np.where(known.any(axis=1), found, np.nan)
 
 
 def _percentiles(statistics: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """The interval of so much confidence around bootstrapped statistics; NaN among them is lowest."""
+    """The interval with this confidence around bootstrapped statistics; NaN counts as lowest."""
     ordered = np.sort(np.where(np.isnan(statistics), -np.inf, statistics))
     tail = (1 - confidence) / 2
     return _quantile(ordered, tail), _quantile(ordered, 1 - tail)
 
 
 def _quantile(ordered: np.ndarray, share: float) -> float:
-    """The quantile of sorted values, linear between two of them; NaN where the lower of these is -∞."""
+    """The quantile of sorted values, linear between neighbours; NaN if the lower neighbour is -∞."""
     at = share * (len(ordered) - 1)
     below, above = ordered[math.floor(at)], ordered[math.ceil(at)]
     if below == above or not math.isfinite(below):

@@ -1,4 +1,4 @@
-"""What the agents of a folder came to, of a run or of a sweep, in one form for both."""
+"""Results of the agents in a folder, in one form for runs and sweeps."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from trpo_jax.sweeps.cohorts import training_return
 from trpo_jax.sweeps.drawing import text_of
 from trpo_jax.sweeps.storage import Folder
 
-_MOST = 10  # methods that colours can tell apart
+_MOST = 10  # methods that colours can distinguish
 
 
 class Curves(NamedTuple):
-    """Returns [S, K] of S agents after so many environment steps [K] of each."""
+    """Returns [S, K] of S agents at environment steps [K] per agent."""
 
     steps: np.ndarray
     returns: np.ndarray
 
     def at(self, steps: np.ndarray) -> np.ndarray:
-        """The newest return after each of these numbers of steps, [S, len(steps)]; NaN where there is none yet."""
+        """The newest return at each of these numbers of steps, [S, len(steps)]; NaN if there is none yet."""
         newest = np.searchsorted(self.steps, steps * (1 + 1e-9), side="right") - 1  # a share of a whole is rounded
         found = fill_forward(self.returns.T)[np.maximum(newest, 0)].T
         return np.where(newest >= 0, found, np.nan)
 
 
 class Outcome(NamedTuple):
-    """What S agents of equal settings came to: those of a run, or of a point of a sweep.
+    """Results of S agents with equal settings, from a run or from a point of a sweep.
 
     Attributes:
-      settings: by name, as tables have them.
-      final: mean return of each one's mode after training, as a sweep evaluates it, [S]; None if it was not.
+      settings: settings by name, in the form of tables.
+      final: mean return of each agent's mode after training, as a sweep evaluates it, [S]; None if it was not.
       training: training return at the end, [S].
-      returns: training returns on the way.
-      evaluations: mean returns of evaluations on the way; None if there were none.
-      complete: whether the agents are trained to their end.
+      returns: training returns during training.
+      evaluations: mean returns of evaluations during training; None if there were none.
+      complete: whether training is finished.
     """
 
     settings: dict[str, Any]
@@ -61,10 +61,10 @@ class Outcome(NamedTuple):
 
 
 def read_outcomes(path: Path) -> list[Outcome]:
-    """What the agents in a folder came to: one entry for a run, one per point for a sweep, finished or not.
+    """Read the results of the agents in a folder: one entry for a run, one per point for a sweep, finished or not.
 
     Raises:
-      UsageError: if it is neither's folder, has no results yet, or a file in it is damaged.
+      UsageError: if it is not the folder of either, has no results yet, or a file in it is damaged.
     """
     if (path / "sweep.json").exists():
         return _of_sweep(path)
@@ -103,7 +103,7 @@ def _finite(returns: np.ndarray) -> np.ndarray:
 
 
 def _evaluations(path: Path, seed: int, num_seeds: int) -> Curves | None:
-    """The evaluations of a run; an agent that has reached its goal keeps its last one."""
+    """The evaluations of a run; an agent that has reached its goal repeats its last one."""
     rows = list(read_evaluations(path))
     if not rows:
         return None
@@ -128,7 +128,7 @@ def _of_sweep(path: Path) -> list[Outcome]:
     others = ["point", "final_return", "training_return", "episode_return", "eval_return"]
     table = folder.read_results([*names, *others])
     if table is None:
-        raise UsageError(f"{path} has no finished agents yet; go on with it, or leave it out.")
+        raise UsageError(f"{path} has no finished agents yet; continue it, or leave it out.")
     if any(table[name].null_count for name in ("point", "env", "num_envs", "num_steps", "episode_return")):
         raise UsageError(f"results in {path} lack columns; restore them, or leave the sweep out.")
     columns = {name: table[name].to_pylist() for name in (*names, *others)}
@@ -161,7 +161,7 @@ def _of_point(
 
 
 def read_folders(paths: Sequence[Path]) -> dict[str, list[Outcome]]:
-    """What is in each folder, under its name; under its whole path where two have the same name."""
+    """Read the results in each folder, under its name, or its whole path if two have the same name."""
     names = [path.resolve().name for path in paths]
     twice = [path for i, path in enumerate(paths) if path.resolve() in [other.resolve() for other in paths[:i]]]
     if twice:
@@ -171,7 +171,7 @@ def read_folders(paths: Sequence[Path]) -> dict[str, list[Outcome]]:
 
 
 def group_outcomes(folders: Mapping[str, list[Outcome]], by: Sequence[str]) -> dict[str, dict[str, list[Outcome]]]:
-    """What belongs to each method by task."""
+    """Group results by method and task."""
     every = [outcome for outcomes in folders.values() for outcome in outcomes]
     for name in by:
         if name not in ("folder", *SETTINGS) and not name.startswith(PREFIX):
@@ -189,8 +189,8 @@ def group_outcomes(folders: Mapping[str, list[Outcome]], by: Sequence[str]) -> d
             groups.setdefault(name, {}).setdefault(task, []).append(outcome)
     if len(groups) == 1:
         varied = [n for n in SETTINGS if n != "env" and differ(n, every)]
-        mend = f"tell more apart by --by {' or '.join(varied[:3])}" if varied else "give another folder"
-        raise UsageError(f"there is one method alone, {next(iter(groups))}, and two are compared; {mend}.")
+        mend = f"separate more by --by {' or '.join(varied[:3])}" if varied else "give another folder"
+        raise UsageError(f"there is only one method, {next(iter(groups))}, but two are needed; {mend}.")
     if len(groups) > _MOST:
         raise UsageError(f"there are {len(groups)} methods, more than {_MOST}; give fewer folders, or another --by.")
     return groups
@@ -204,5 +204,5 @@ def _by_env(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
 
 
 def differ(name: str, outcomes: Iterable[Outcome]) -> bool:
-    """Whether a setting is not the same everywhere."""
+    """Whether a setting has more than one value."""
     return len({str(outcome.settings.get(name)) for outcome in outcomes}) > 1

@@ -39,13 +39,13 @@ from trpo_jax.sweeps.reports import Report, Row, scale_of, table_of
 
 _POINTS = 60  # of a learning curve
 _CURVES = 8  # best points whose learning curves are drawn
-_LARGEST = 40  # rows or columns of a heat map; what does not fit goes without its numbers
+_LARGEST = 40  # rows or columns of a heat map; a larger one has no numbers in its cells
 
 
 def write_report(path: str | os.PathLike[str], report: Report) -> Path:
     """Write report.html, its pictures as PNG files, and table.csv into the folder; return the page's path.
 
-    Pictures of a report before it that it does not have go.
+    Pictures of earlier reports that this one does not have are removed.
     """
     folder = Path(path)
     pictures: dict[str, list[tuple[str, bytes]]] = {}
@@ -74,7 +74,7 @@ def write_report(path: str | os.PathLike[str], report: Report) -> Path:
 
 
 def _file_name(name: str) -> str:
-    """A name as part of a file's name. Where characters must be replaced, a checksum keeps it apart from others."""
+    """A name as part of a file name. If characters must be replaced, a checksum keeps it distinct."""
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         return name
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:48]
@@ -126,7 +126,7 @@ def _failures(report: Report) -> list[str]:
         [env, ", ".join(f"{n}={text_of(v)}" for n, v in settings.items()), str(seed), str(iteration)]
         for env, settings, seed, iteration in report.failures
     ]
-    told = paragraph("Agents that met a number that was not finite, at which iteration.")
+    told = paragraph("Agents that met a number that was not finite, and at which iteration.")
     return [heading("Failures"), told, html_table(["environment", "settings", "seed", "iteration"], cells)]
 
 
@@ -134,7 +134,7 @@ def _failures(report: Report) -> list[str]:
 
 
 def _draw_curves(env: str, rows: Sequence[Row]) -> Any:
-    """A figure of the learning curves of the best points, with their intervals; the legend is below."""
+    """Draw the learning curves of the best points with their intervals; the legend is below."""
     shown = rows[:_CURVES]
     labels = [label_of(row.settings) for row in shown]
     lines = sum(label.count("\n") + 1 for label in labels) if len(rows) > 1 else 0
@@ -154,7 +154,7 @@ def _draw_curves(env: str, rows: Sequence[Row]) -> Any:
 
 
 def _draw_settings(env: str, rows: Sequence[Row], logarithmic: set[str]) -> Any:
-    """Score against the settings: a line for one, a heat map for a full grid of two, scatter plots otherwise."""
+    """Draw the score against the settings: a line for one, a heat map for a full grid of two, else scatter plots."""
     names = list(rows[0].settings)
     if not names:
         return None
@@ -208,9 +208,9 @@ def _draw_heat_map(env: str, rows: Sequence[Row], names: Sequence[str]) -> Any:
 
 
 def _color_range(rows: Sequence[Row]) -> tuple[float, float]:
-    """The scores of the darkest and the lightest colour: they span a quarter of what the best point learned at least.
+    """The scores of the darkest and the lightest colour, at least a quarter of what the best point learned apart.
 
-    So 499 and 500 look alike where training began at 20.
+    So 499 and 500 look alike if training started at 20.
     """
     known = [row.iqm for row in rows if np.isfinite(row.iqm)]
     low, high = scale_of(rows)

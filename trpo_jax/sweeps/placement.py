@@ -1,9 +1,9 @@
-"""Where agents run: in a loop on each CPU core, side by side on an accelerator, sharded over devices and hosts.
+"""Placement of agents: in a loop on each CPU core, side by side on an accelerator, sharded over devices and hosts.
 
-Agents never communicate, so every device runs the same program on a block of U agents of its own. On a CPU each agent
-is trained by itself, in a loop over the block, so its bits depend neither on U nor on its neighbours, only on how many
-threads XLA's pool has (it cuts long sums into as many parts): as many as cores, unless NPROC or a larger number of
-devices say otherwise. On an accelerator they depend on U, which is fixed when a sweep starts.
+Agents never communicate, so every device runs the same program on its own block of U agents. On a CPU each agent is
+trained by itself, in a loop over the block. Its bits then depend neither on U nor on its neighbours, only on the number
+of threads in XLA's pool, which cuts long sums into as many parts: NPROC or else the number of cores, and at least the
+number of devices. On an accelerator they depend on U, which is fixed when a sweep starts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trpo_jax.training.memory import check_memory, free_memory, program_memory
 from trpo_jax.training.state import TrainState
 
 _SHARE_OF_FREE_MEMORY = 0.8
-_AFTER_LAST = 2**32 - 2  # folded into an agent's key for its evaluation; no iteration bears this number
+_AFTER_LAST = 2**32 - 2  # folded into an agent's key for its evaluation; no iteration has this number
 _AGENTS = "agents"
 
 
@@ -36,14 +36,13 @@ class Programs(NamedTuple):
 
     Attributes:
       start: (configs, keys) -> states.
-      train: (configs, states, number of iterations ≤ CAPACITY) -> (states, metrics [D·U, capacity]); takes over
-        the memory of the states. Where agents may stop before others, each has its own number, [D·U].
-      judge: (configs, states) -> mean return of an evaluation during training; None where none were asked for.
-      evaluate: (configs, states) -> mean return of the policy's mode over fresh episodes; None where none were asked
-        for.
+      train: (configs, states, number of iterations ≤ CAPACITY) -> (states, metrics [D·U, capacity]); reuses the memory
+        of the states. If agents may stop before others, each has its own number, [D·U].
+      judge: (configs, states) -> mean return of an evaluation during training; None if not requested.
+      evaluate: (configs, states) -> mean return of the policy's mode over fresh episodes; None if not requested.
       agents_per_block: U.
       num_devices: D.
-      memory: bytes that the largest of them needs on each device.
+      memory: bytes that the largest program needs on each device.
       states: shapes of the states, [D·U, ...].
     """
 
@@ -63,13 +62,13 @@ class Programs(NamedTuple):
 
 
 def agents_per_block(num_agents: int, num_devices: int) -> int:
-    """How many agents a device takes at most in one program, so that all devices are busy to the end."""
+    """The largest number of agents per device in one program with which all devices are busy to the end."""
     rounds = -(-num_agents // (num_devices * backend.most_agents()))
     return -(-num_agents // (num_devices * rounds))
 
 
 def fit_programs(config: Config, most_agents: int, num_episodes: int, devices: Sequence[Any]) -> Programs:
-    """Compile the programs for blocks of at most `most_agents`: fewer if the devices' free memory says so.
+    """Compile the programs for blocks of at most `most_agents`, or fewer if the devices have too little free memory.
 
     Raises:
       UsageError: if not even one agent fits.
@@ -83,14 +82,14 @@ def fit_programs(config: Config, most_agents: int, num_episodes: int, devices: S
             return programs
         if agents == 1:
             raise UsageError(
-                f"one agent needs {programs.memory / 2**20:,.0f} MiB and the device has {free / 2**20:,.0f} MiB free; "
+                f"one agent needs {programs.memory / 2**20:,.0f} MiB, but the device has {free / 2**20:,.0f} MiB free; "
                 "lower num_envs, num_steps or the size of the networks."
             )
         agents = max(1, min(agents - 1, int(0.9 * agents * _SHARE_OF_FREE_MEMORY * free / programs.memory)))
 
 
 def compile_programs(config: Config, agents: int, num_episodes: int, devices: Sequence[Any]) -> Programs:
-    """Compile for blocks of U = `agents` on each device; `config` is any of the group's configurations."""
+    """Compile the programs for blocks of U = `agents` on each device; `config` is any one of the group."""
     total = agents * len(devices)
     mesh = Mesh(np.array(devices), (_AGENTS,))
     capacity = min(config.num_iterations, CAPACITY)
@@ -130,7 +129,7 @@ def _compile(function: Callable[..., Any], mesh: Mesh, *arguments: Any, donate: 
         return jax.lax.map(one, agents) if on_cpu else jax.vmap(one)(agents)
 
     block.__name__ = function.__name__
-    # `check_vma` does not know custom batching rules and scans that start from constants.
+    # `check_vma` does not support custom batching rules and scans that start from constants.
     sharded = jax.shard_map(block, mesh=mesh, in_specs=specs, out_specs=each, check_vma=False)
     jitted = jax.jit(
         sharded,
@@ -143,11 +142,11 @@ def _compile(function: Callable[..., Any], mesh: Mesh, *arguments: Any, donate: 
 def connect_hosts(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> tuple[int, int]:
-    """This process's number and how many there are; call it before anything touches a device.
+    """Connect the processes of a sweep; return this process's number and how many there are.
 
-    With a coordinator's address (host:port of process 0), or in a SLURM job of several tasks or on a TPU pod, where
-    everything is detected, the processes meet by `jax.distributed`. Numbers without a coordinator, as a job array has
-    them, need no meeting: the processes then know of each other only through the sweep's folder.
+    Call it before anything touches a device. With a coordinator's address (host:port of process 0), the processes meet
+    by `jax.distributed`; so they do in a SLURM job of several tasks and on a TPU pod, where everything is detected.
+    With numbers but no coordinator, as in a job array, they do not meet, and share nothing but the sweep's folder.
 
     Raises:
       UsageError: if the numbers do not fit together or the processes do not meet.
@@ -162,7 +161,7 @@ def connect_hosts(
     elif coordinator is None and not _on_a_cluster():
         return 0, 1
     try:
-        # A process that is done waits for the others at its exit, for as long as they may take.
+        # A process that is done waits for the others at its exit, however long they take.
         jax.distributed.initialize(coordinator, num_processes, process_id, shutdown_timeout_seconds=30 * 24 * 3600)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
@@ -183,7 +182,7 @@ def shard_environments(state: TrainState, devices: Sequence[Any] | None = None) 
 
     Args:
       state: the state of one agent.
-      devices: where to; by default all devices.
+      devices: the devices; by default all.
 
     Raises:
       UsageError: if the number of devices does not divide N.

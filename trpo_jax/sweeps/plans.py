@@ -24,7 +24,7 @@ class Group:
       points: indices of the points.
       configs: the configuration of each agent, [A].
       keys: the PRNG key of each agent, [A].
-      first_seed: the first of the seeds of each point, counted from that of the sweep.
+      first_seed: the first seed of each point, counted from the sweep's seed.
     """
 
     points: list[int]
@@ -53,7 +53,7 @@ class Group:
         return self.num_iterations * self.configs[0].steps_per_iteration
 
     def agents(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Points and seeds (from that of the sweep on) of the agents from `first` up to `last`."""
+        """Points, and seeds counted from the sweep's seed, of the agents from `first` up to `last`."""
         agents = np.arange(first, last)
         return np.array(self.points, np.int32)[agents // self.num_seeds], self.first_seed + agents % self.num_seeds
 
@@ -67,7 +67,7 @@ def group_by_program(points: Sequence[Point]) -> list[list[int]]:
 
 
 def make_groups(points: Sequence[Point], keys: Any, *, first_seed: int = 0) -> list[Group]:
-    """The groups of points; agent (point, seed) gets `keys[seed - first_seed]`, so that all have equal seeds."""
+    """Make the groups of points; agent (point, seed) gets `keys[seed - first_seed]`, so that all points share seeds."""
     seeds, groups = np.arange(keys.shape[0]), []
     for members in group_by_program(points):
         configs = [points[i].config for i in members for _ in seeds]
@@ -76,10 +76,10 @@ def make_groups(points: Sequence[Point], keys: Any, *, first_seed: int = 0) -> l
 
 
 def plan(spec: Spec, before: Sequence[Spec] = ()) -> tuple[list[Point], list[Group]]:
-    """The points and groups of a sweep, after those of what it was `before` it was extended.
+    """The points and groups of a sweep, after those of the forms `before` it was extended.
 
-    An agent is a point's settings and a seed. What an earlier form asked for keeps its place, so that what is finished
-    stays as it is.
+    An agent is a point's settings and a seed. Agents of earlier forms keep their places, so that finished results stay
+    valid.
     """
     points: list[Point] = []
     groups: list[Group] = []
@@ -87,7 +87,7 @@ def plan(spec: Spec, before: Sequence[Spec] = ()) -> tuple[list[Point], list[Gro
     num_seeds: list[int] = []  # of each point, so far
     for stage in (*before, spec):
         keys = agent_keys(stage.seed, stage.num_seeds)
-        wanted: dict[int, list[int]] = {}  # by the first seed that is new, the points
+        wanted: dict[int, list[int]] = {}  # {first new seed: points}
         for point in make_points(stage):
             identity = (static_part(point.config), *map(float, jax.tree.leaves(point.config)))
             place = places.get(identity, len(points)) if groups else len(points)
@@ -106,22 +106,22 @@ def plan(spec: Spec, before: Sequence[Spec] = ()) -> tuple[list[Point], list[Gro
 
 
 def earlier_forms(description: Mapping[str, Any]) -> list[Spec]:
-    """What a sweep was before it was extended, from sweep.json."""
+    """The forms of a sweep before it was extended, from sweep.json."""
     return [spec_of(table) for table in description.get("before", ())]
 
 
 def own_part(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What sweep.json says of the sweep as it is asked for, without what made it and what it was before."""
+    """The part of sweep.json that describes the present sweep, without versions and earlier forms."""
     return {name: value for name, value in description.items() if name not in ("made_by", "before", "begun_as")}
 
 
 def extended(found: Mapping[str, Any], spec: Spec, where: Path, begun_as: str) -> dict[str, Any]:
-    """What sweep.json says once a sweep is extended: it bears the stamp of its first form, `begun_as`.
+    """The content of sweep.json after an extension, with the stamp of the first form, `begun_as`.
 
     Raises:
-      UsageError: if the new form differs in what all agents share.
+      UsageError: if the new form changes something that all agents share.
     """
-    for name in ("seed", "num_episodes", "keep"):  # they decide which seeds there are, and what each result is
+    for name in ("seed", "num_episodes", "keep"):  # they decide the seeds, and the meaning of each result
         before = found.get(name, "none")
         if before != getattr(spec, name):
             raise UsageError(
@@ -133,11 +133,11 @@ def extended(found: Mapping[str, Any], spec: Spec, where: Path, begun_as: str) -
 
 
 def spec_of(description: Mapping[str, Any]) -> Spec:
-    """The `Spec` that sweep.json describes."""
+    """The `Spec` in sweep.json."""
     names = [field.name for field in dataclasses.fields(Spec)]
     return Spec(**{name: description[name] for name in names if name in description})
 
 
 def stack_configs(configs: Iterable[Config]) -> Config:
-    """One `Config` whose floats are arrays [K], from K configurations that share a program."""
+    """Stack K configurations that share a program to one `Config` whose floats are arrays [K]."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *configs)

@@ -1,4 +1,4 @@
-"""What a sweep found: a table sorted by IQM, pictures, the failures, and one page with all of it."""
+"""Report of a sweep: a table sorted by IQM, pictures, the failures, and one page with all of it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Row:
 
     @property
     def merit(self) -> tuple[float, ...]:
-        """What ranks points, the lowest first: IQM; where it is equal mean, worst seed, and the curve's mean height."""
+        """The key that ranks points, lowest first: IQM, then mean, worst seed, and the curve's mean height."""
         curve = self.curve
         area = float(curve[np.isfinite(curve)].mean()) if np.isfinite(curve).any() else math.nan
         return tuple(-math.inf if math.isnan(value) else value for value in (self.iqm, self.mean, self.worst, area))
@@ -78,7 +78,7 @@ class Report:
       rows: {environment: its rows, best first}.
       overall: (settings, IQM, interval) over all environments, best first; empty for one environment.
       failures: (environment, settings, seed, iteration) of each agent that met a number that was not finite.
-      score: what the score is, in words.
+      score: the meaning of the score, in words.
       num_agents: finished agents.
       num_asked: agents of the whole sweep.
       description: sweep.json.
@@ -94,7 +94,7 @@ class Report:
 
     @property
     def extent(self) -> str:
-        """How much is done: "384 agents", or "48 of 384 agents, 12 % of the sweep" where it is not finished."""
+        """How much is done: "384 agents", or "48 of 384 agents, 12 % of the sweep" if it is not finished."""
         if self.num_agents >= self.num_asked:
             return counted(self.num_asked, "agent")
         share = math.floor(100 * self.num_agents / self.num_asked)
@@ -102,13 +102,13 @@ class Report:
 
     @property
     def logarithmic(self) -> set[str]:
-        """The settings whose values the sweep draws from a log-uniform distribution."""
+        """The settings that the sweep draws from a log-uniform distribution."""
         drawn = _section(self.description, "random").items()
         return {name for name, kind in drawn if isinstance(kind, Mapping) and "log_uniform" in kind}
 
 
 def make_report(path: str | os.PathLike[str]) -> Report:
-    """Read a sweep's finished results, complete or not.
+    """Make the report of a sweep's finished results, complete or not.
 
     Raises:
       UsageError: if there are none, or a file is damaged.
@@ -124,7 +124,7 @@ def make_report(path: str | os.PathLike[str]) -> Report:
         raise UsageError(f"{path} has no finished agents yet; `trpo-jax sweep` with --output {path} continues it.")
     missing = [name for name in needed if table[name].null_count]
     if missing:
-        raise UsageError(f"results in {path} lack {', '.join(missing)}; restore them, or sweep anew elsewhere.")
+        raise UsageError(f"results in {path} lack {', '.join(missing)}; restore them, or sweep again elsewhere.")
     curves = table["episode_return"]
     names = {*needed, *outcomes, *settings_known} - {"episode_return"}
     columns = {name: np.array(table[name].to_pylist(), dtype=object) for name in names}
@@ -134,11 +134,11 @@ def make_report(path: str | os.PathLike[str]) -> Report:
     failures = []
     for env in dict.fromkeys(columns["env"]):
         here = np.flatnonzero(columns["env"] == env)
-        # What is crossed with the environments names a point in each of them, though a part of it be unfinished.
+        # A setting crossed with the environments is named in each of them, even if a part of it is unfinished.
         seen = {n: columns[n] if n in crossed else columns[n][here] for n in settings_known if n != "env"}
         varied = [name for name, values in seen.items() if len(set(values)) > 1]
         if "num_iterations" in varied and len(varied) > 1 and _follows(columns, here, "num_iterations", varied):
-            varied.remove("num_iterations")  # total_steps was given: it follows from the sizes
+            varied.remove("num_iterations")  # total_steps was given, and the iterations follow from the sizes
         rows[env] = []
         for point in dict.fromkeys(columns["point"][here]):
             agents = here[columns["point"][here] == point]
@@ -182,7 +182,7 @@ def _section(description: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _num_agents(description: Mapping[str, Any]) -> int:
-    """How many agents sweep.json asks for; 0 if it does not say."""
+    """The number of agents that sweep.json describes; 0 if it does not say."""
     if description.get("before"):
         return sum(group.num_agents for group in plan(spec_of(description), earlier_forms(description))[1])
     try:
@@ -195,7 +195,7 @@ def _num_agents(description: Mapping[str, Any]) -> int:
 
 
 def _follows(columns: Mapping[str, np.ndarray], here: np.ndarray, name: str, varied: Sequence[str]) -> bool:
-    """Whether a setting is decided by num_envs and num_steps where those vary too."""
+    """Whether a setting follows from num_envs and num_steps, which vary too."""
     if not {"num_envs", "num_steps"} & set(varied):
         return False
     sizes = {(columns["num_envs"][i], columns["num_steps"][i]) for i in here}
@@ -203,7 +203,7 @@ def _follows(columns: Mapping[str, np.ndarray], here: np.ndarray, name: str, var
 
 
 def _overall(rows: Mapping[str, Sequence[Row]]) -> list[tuple[dict[str, Any], float, tuple[float, float]]]:
-    """Points by their scores in all environments, each scaled from the beginning of training (0) to its best (1)."""
+    """Rank points by their scores in all environments, each scaled from the start of training (0) to its best (1)."""
     if len(rows) < 2:
         return []
     tables = []
@@ -221,7 +221,7 @@ def _overall(rows: Mapping[str, Sequence[Row]]) -> list[tuple[dict[str, Any], fl
 
 
 def scale_of(rows: Sequence[Row]) -> tuple[float, float]:
-    """The returns of an environment at the beginning of training, and the IQM of its best point, see `score_scale`."""
+    """The returns of an environment at the start of training, and the IQM of its best point, see `score_scale`."""
     first = np.concatenate([first_returns(row.returns) for row in rows]).astype(np.float64)
     return score_scale(first, np.array([row.iqm for row in rows]))
 
@@ -239,7 +239,7 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def narrow_table_of(rows: Sequence[Row], width: int) -> tuple[list[str], list[list[str]]]:
-    """The table without what few look for, in so many letters: settings share a column where they do not fit apart."""
+    """The table without less important columns, in so many characters: settings that do not fit share a column."""
     titles, cells = table_of(rows)
     settings = len(rows[0].settings)
     kept = [i for i, title in enumerate(titles) if title not in ("mean", "seeds", "failed")]

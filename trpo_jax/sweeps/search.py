@@ -1,8 +1,8 @@
-"""Searching for settings: Optuna proposes batches of trials, one compiled program trains them, the worse half stops.
+"""Search for settings: Optuna proposes batches of trials, one compiled program trains them, the worse half stops.
 
 Every trial of a batch trains for a quarter of its iterations; the better half goes on to a half, and the better half
 of those to the end (successive halving, Jamieson & Talwalkar 2016). Programs are as wide as the last stage, so that
-what is stopped early is really saved.
+stopping early really saves time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from trpo_jax.sweeps.studies import Study, open_study
 from trpo_jax.training.agents import make_agent
 
 _RUNGS = 0.25, 0.5, 1.0  # shares of the iterations after which the worse half stops
-_KEPT_PROGRAMS = 8  # compiled ones that wait for their next use; each is some 2,000 of the 65,530 maps of a process
+_KEPT_PROGRAMS = 8  # compiled programs kept for their next use; each takes some 2,000 of a process's 65,530 maps
 _CONTINUES = "what is told is safe, and the same command continues when the folder can be written to"
 _NO_EPISODE = "no episode ended"
 _NOT_FINITE = "a number was not finite"
@@ -46,14 +46,14 @@ _NOT_FINITE = "a number was not finite"
 
 @dataclasses.dataclass
 class Trial:
-    """A trial at work.
+    """A trial in progress.
 
     Attributes:
       asked: Optuna's trial.
-      config: its `Config`; None where its settings do not go together.
-      snapshot: of its S agents; None before the first iteration, and where it stopped.
+      config: its `Config`; None if its settings do not go together.
+      snapshot: of its S agents; None before the first iteration, and after it has stopped.
       score: IQM over its agents after the last stage that it reached.
-      why: it has no score, if it has none.
+      why: the reason, if it has no score.
     """
 
     asked: Any
@@ -65,9 +65,9 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a batch reports: trials told so far, of `count`; its best score; the best score of all and its settings.
+    """Report of a batch: trials finished so far, of `count`; its best score; the best score of all, and its settings.
 
-    `trials` are Optuna's, all that came to an end.
+    `trials` are all finished ones of Optuna.
     """
 
     told: int
@@ -87,19 +87,19 @@ def tune(
     storage: str | None = None,
     report: Callable[[Batch], None] = lambda batch: None,
 ) -> tuple[Path, float]:
-    """Search the distributions of `spec.random` for the settings with the highest score; continue what is there.
+    """Search the distributions of `spec.random` for the settings with the highest score, or continue such a search.
 
-    A search that is cut, by a kill or by a smaller number of trials, proposes and scores what it would have uncut, if
-    its batches fall equally.
+    A search that is cut short, by a kill or by a smaller number of trials, proposes and scores what it would have
+    uncut, if its batches are the same.
 
     Args:
-      path: folder for the study and for best.toml, which is there from the first batch on.
+      path: folder for the study and for best.toml, which exists from the first batch on.
       spec: base settings, distributions and their count, the number of trials; `num_seeds` agents per trial. Its seeds
-        are `TUNING_SEEDS` and the ones after it, which no sweep and no `train` by default uses.
+        start at `TUNING_SEEDS`; no sweep and no default `train` uses these.
       batch: trials proposed and trained together.
-      storage: Optuna's storage URL; by default an SQLite file in the folder. Machines that share one search together
-        where their folders have the same name.
-      report: called after each batch, or once where no trial is left to train.
+      storage: Optuna's storage URL; by default an SQLite file in the folder. Machines that share one search together if
+        their folders have the same name.
+      report: called after each batch, or once if no trial is left to train.
 
     Returns:
       The file with the best settings, for `trpo-jax train --config`, and their score on the tuning seeds.
@@ -139,12 +139,12 @@ def tune(
 
 
 def train_best(file: Path, spec: Spec) -> Path | None:
-    """Train the agents of the best trial once more, in a run of their own beside its settings, best.toml.
+    """Train the agents of the best trial again, in a run of their own next to its settings, best.toml.
 
-    They learn what they learned in the search, whose programs keep no states. A run of earlier best settings goes.
+    They learn the same as in the search, whose programs keep no states. A run of earlier best settings is removed.
 
     Returns:
-      Its folder; None if it was interrupted, and `resume` or a search that goes on continues it.
+      Its folder; None if it was interrupted: `resume`, or the continued search, finishes it.
     """
     config = settle(with_length(checked_settings(read_toml(file), str(file)), Config()))
     folder = file.with_suffix("")
@@ -168,13 +168,13 @@ def _write_best(file: Path, spec: Spec, best: Any, told: int) -> None:
 
 
 def _why_no_score(study: Study, path: str | os.PathLike[str], told: int) -> str:
-    """The message about a search in which no trial has a score: what happened, and what to do about it."""
+    """The message for a search in which no trial has a score: what happened, and what to do about it."""
     with study.at_work():
         reasons = study.reasons().most_common()
     happened = ", ".join(f"{why} ({number} of {told})" for why, number in reasons) or f"all {told} stopped early"
     mend = {
-        _NO_EPISODE: "raise total_steps, or let episodes evaluate with num_episodes",
-        _NOT_FINITE: "move the distributions in [random] to smaller steps, or see what the environment gives",
+        _NO_EPISODE: "raise total_steps, or evaluate with num_episodes",
+        _NOT_FINITE: "move the distributions in [random] to smaller steps, or check the environment",
     }.get(reasons[0][0] if reasons else "", "move the distributions in [random]")
     return f"no trial in {path} has a score: {happened}; {mend}, and choose another --output."
 
@@ -184,7 +184,7 @@ def _make_trial(asked: Any, spec: Spec, space: Mapping[str, Any]) -> Trial:
     try:
         config = make_point(spec.base, varied).config
         make_agent(config)
-    except UsageError as error:  # each of its settings can be used, together they cannot
+    except UsageError as error:  # its settings can be used one by one, but not together
         return Trial(asked, None, why=str(error).rstrip("."))
     return Trial(asked, config)
 
@@ -199,7 +199,7 @@ def _suggest(trial: Any, name: str, distribution: Mapping[str, Any]) -> Any:
 
 
 def _run_batch(study: Study, spec: Spec, trials: list[Trial], programs: dict[Any, Programs]) -> int:
-    """Train a batch by successive halving and tell the study; returns how many trials stopped early."""
+    """Train a batch by successive halving and record the results; return how many trials stopped early."""
     alive = [trial for trial in trials if trial.config]
     rungs = _distinct_rungs(min((trial.config.num_iterations for trial in alive), default=1))
     for rung in rungs:
@@ -230,10 +230,10 @@ def _run_batch(study: Study, spec: Spec, trials: list[Trial], programs: dict[Any
 
 
 def _train_groups(spec: Spec, alive: list[Trial], rung: float, num_rungs: int, programs: dict[Any, Programs]) -> None:
-    """Train all trials to a share of their iterations, group by group of those that share a program.
+    """Train all trials to a share of their iterations, in groups that share a program.
 
-    Those whose programs are compiled come first; then a program takes the place of the one that was used the longest
-    ago: a process can hold only so many.
+    Groups whose programs are compiled come first. Then a new program replaces the least recently used one: a process
+    can hold only so many.
     """
     groups: dict[Any, list[Trial]] = {}
     for trial in alive:
@@ -242,26 +242,26 @@ def _train_groups(spec: Spec, alive: list[Trial], rung: float, num_rungs: int, p
         if shape not in programs:
             while len(programs) >= _KEPT_PROGRAMS:
                 del programs[next(iter(programs))]
-                jax.clear_caches()  # what was traced for it: some 4 MB each
-                gc.collect()  # the program and what traced it refer to each other
+                jax.clear_caches()  # its traces, some 4 MB each
+                gc.collect()  # the program and its traces refer to each other
             try:
                 programs[shape] = _compile(spec, groups[shape], num_rungs)
             except UsageError as error:  # it does not fit into memory
                 for trial in groups[shape]:
                     trial.why, trial.snapshot = str(error).rstrip("."), None
                 continue
-        programs[shape] = programs.pop(shape)  # the newest is the last
+        programs[shape] = programs.pop(shape)  # the last was used last
         _train_until(programs[shape], spec, groups[shape], rung)
 
 
 def _returns(snapshot: Snapshot) -> np.ndarray:
-    """What ranks agents before the end: the last evaluation during training, or else their training return. [A]."""
+    """The scores that rank agents before the end: the last evaluation, or else the training return. [A]."""
     judged = snapshot.eval_return
     return judged[:, -1] if judged is not None and judged.shape[1] else training_return(snapshot.metrics)
 
 
 def _distinct_rungs(num_iterations: int) -> list[float]:
-    """Those of the shares that end after different iterations: one iteration ranks the trials once, not twice."""
+    """The shares that end after different iterations: one iteration must not rank the trials twice."""
     return list({_end(rung, num_iterations): rung for rung in _RUNGS}.values())
 
 
@@ -270,7 +270,7 @@ def _end(rung: float, num_iterations: int) -> int:
 
 
 def _compile(spec: Spec, group: list[Trial], num_rungs: int) -> Programs:
-    """Programs as wide as the trials that reach the last stage."""
+    """Compile programs as wide as the trials that reach the last stage."""
     devices = jax.local_devices()
     last = -(-len(group) // 2 ** (num_rungs - 1))
     most = agents_per_block(last * spec.num_seeds, len(devices))
@@ -278,7 +278,7 @@ def _compile(spec: Spec, group: list[Trial], num_rungs: int) -> Programs:
 
 
 def _train_until(programs: Programs, spec: Spec, group: list[Trial], rung: float) -> None:
-    """Train every trial of a group to a share of its iterations; score it when that is all."""
+    """Train every trial of a group to a share of its iterations; at the end, score it."""
     seeds = spec.num_seeds
     keys = agent_keys(TUNING_SEEDS + spec.seed, seeds)[np.tile(np.arange(seeds), len(group))]
     configs = [trial.config for trial in group for _ in range(seeds)]

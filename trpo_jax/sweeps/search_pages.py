@@ -1,4 +1,4 @@
-"""A search as a page that needs no other file: its history, which settings matter, and the best trials."""
+"""A search as a self-contained page: its history, which settings matter, and the best trials."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from trpo_jax.sweeps.drawing import (
     text_of,
 )
 
-_GROUPS = 4  # of the values of a setting
-_FEWEST = 8  # trials that say something about importance
+_GROUPS = 4  # groups of a setting's values
+_FEWEST = 8  # trials needed for an estimate of importance
 _SHOWN = 20  # best trials in the table
 
 
@@ -35,9 +35,9 @@ def write_search_page(folder: Path, trials: Sequence[Any], count: int, space: Ma
     """Write report.html into the folder of a search, and return its path.
 
     Args:
-      folder: of the search.
-      trials: Optuna's trials that came to an end, at least one.
-      count: trials that were asked for.
+      folder: folder of the search.
+      trials: Optuna's finished trials, at least one.
+      count: number of trials requested.
       space: the distributions, {setting: {kind: values}}.
     """
     file = folder / "report.html"
@@ -62,7 +62,7 @@ def write_search_page(folder: Path, trials: Sequence[Any], count: int, space: Ma
 
 
 def _index(trial: Any) -> int:
-    """The place of a trial in the search; those that a killed process left have none."""
+    """The position of a trial in the search; those left by a killed process have none."""
     return int(trial.user_attrs.get("index", trial.number))
 
 
@@ -80,13 +80,13 @@ def _best(scored: Sequence[Any], names: Sequence[str]) -> list[str]:
     ]
     more = [paragraph(f"And {len(scored) - _SHOWN} more.")] if len(scored) > _SHOWN else []
     said = paragraph(
-        "The settings of the first are in best.toml. The best of many trials overstates itself: train it anew."
+        "The settings of the first row are in best.toml. The best of many scores is biased upwards: train them again."
     )
     return [html_table(["trial", "score", *names], cells), *more, said]
 
 
 def _draw_history(trials: Sequence[Any]) -> Any:
-    """Scores in the order of the trials: of those trained to the end, of those stopped early, and the best so far."""
+    """Draw the scores in the order of the trials: trained to the end, stopped early, and the best so far."""
     figure = sized_figure(7.5, 4)
     axes = figure.add_subplot()
     early = [trial for trial in trials if not _is_complete(trial) and trial.intermediate_values]
@@ -111,18 +111,18 @@ def _draw_history(trials: Sequence[Any]) -> Any:
 
 
 def _importance(trials: Sequence[Any], space: Mapping[str, Any]) -> list[str]:
-    """How much each setting says about the score after the first stage, which all trials have."""
+    """The importance of each setting for the score after the first stage, which all trials have."""
     first = [trial for trial in trials if trial.intermediate_values]
     if len(first) < _FEWEST:
-        return [paragraph(f"It is said from {counted(_FEWEST, 'trial')} on that have a score.")]
+        return [paragraph(f"Importance needs at least {counted(_FEWEST, 'trial')} with a score.")]
     scores = np.array([trial.intermediate_values[min(trial.intermediate_values)] for trial in first])
     values = {name: [trial.params[name] for trial in first] for name in space}
     found = {name: importance(values[name], scores) for name in space}
     ranked = sorted(found, key=lambda name: -found[name])
     said = (
-        "Share of the variance of the scores' ranks after the first stage, at which all trials are scored, that groups "
-        "of a setting's values (quarters, or choices) explain by themselves, less what chance would: ε² of Kelley "
-        "1935. What settings do together is not in it."
+        "Share of the variance of the scores' ranks after the first stage, where all trials have scores, that groups "
+        "of a setting's values (quarters, or choices) explain by themselves, corrected for chance: ε² of Kelley 1935. "
+        "Joint effects of several settings are not included."
     )
     cells = [[name, f"{found[name]:.0%}"] for name in ranked]
     pictures = [image("settings", png(_draw_values(ranked, values, scores, space)))]
@@ -133,7 +133,7 @@ def importance(values: Sequence[Any], scores: np.ndarray) -> float:
     """Share of the variance of the ranks of scores [n] that groups of a setting's values explain, in [0, 1].
 
     ε² = (SS_between − (k − 1) MS_within) / SS_total for k groups: the quarters of numbers, or each choice. It is 0 on
-    average where the setting says nothing, and cut off there.
+    average for a setting without influence, and never negative here.
 
     Source: Kelley 1935, *An unbiased correlation ratio measure*.
     """
@@ -154,7 +154,7 @@ def importance(values: Sequence[Any], scores: np.ndarray) -> float:
 def _draw_values(
     names: Sequence[str], values: Mapping[str, Sequence[Any]], scores: np.ndarray, space: Mapping[str, Any]
 ) -> Any:
-    """The score after the first stage against each setting, the most important first."""
+    """Draw the score after the first stage against each setting, the most important first."""
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure = sized_figure(7.5 if columns > 1 else 5, 2.6 * rows + 0.4)
@@ -178,7 +178,7 @@ def _draw_values(
 
 
 def _failures(trials: Sequence[Any]) -> list[str]:
-    """Why trials have no score, if any have none."""
+    """The reasons why trials have no score, if there are any."""
     reasons = Counter(trial.user_attrs["why"] for trial in trials if "why" in trial.user_attrs)
     if not reasons:
         return []

@@ -1,13 +1,12 @@
-"""A sweep's folder, which a kill at any moment leaves whole.
+"""A sweep's folder, which stays intact if the process is killed at any moment.
 
-    sweep.json                         what was asked for, and the versions that do it
-    programs/00.json                   a group of agents that share a program: its size and how it is cut into blocks
+    sweep.json                         the settings of the sweep, and the versions that run it
+    programs/00.json                   a group of agents that share a program: its size and the size of its blocks
     results/00-0000.parquet            a finished block, one row per agent; metrics are lists, one entry per iteration
-    checkpoints/00-0000-00000012.npz   the newest state of a block at work; removed when the block is finished
-    states/00-0000.npz                 trained states of a finished block's agents, where they are kept
+    checkpoints/00-0000-00000012.npz   the newest state of a block in progress; removed when the block is finished
+    states/00-0000.npz                 trained states of a finished block's agents, if they are kept
 
-Every file is written under another name and renamed, so that it is there and whole, or not there; each holds a
-checksum.
+Every file is written under another name and renamed, so that it is either complete or absent; each has a checksum.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _CONTINUES = "what is finished is safe, and the same command continues when the 
 
 
 class Block(NamedTuple):
-    """Agents that one device takes in one program: those from `first` up to `last` of a group."""
+    """Agents that one device trains in one program: those from `first` up to `last` of a group."""
 
     group: int
     number: int
@@ -51,12 +50,12 @@ class Block(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many agents it has."""
+        """Number of agents."""
         return self.last - self.first
 
 
 def cut_into_blocks(num_agents: int, group: int, most: int) -> list[Block]:
-    """Blocks of at most `most` agents of a group."""
+    """Cut a group into blocks of at most `most` agents."""
     starts = range(0, num_agents, most)
     return [Block(group, i, first, min(first + most, num_agents)) for i, first in enumerate(starts)]
 
@@ -66,16 +65,16 @@ class Folder:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path).absolute()
-        self._finished: set[Block] = set()  # whose files were seen to be sound
+        self._finished: set[Block] = set()  # those whose files were found intact
         self._origin = ""
 
     def describe(self, spec: Spec, made_by: Mapping[str, Any], *, extend: bool = False) -> list[Spec]:
-        """Write sweep.json, or compare with the one that is there; return what the sweep was before it was extended.
+        """Write sweep.json, or compare with the one that is there; return the forms of the sweep before its extensions.
 
         Args:
-          spec: what is asked for.
-          made_by: what does it.
-          extend: where another sweep is there, add this one to it.
+          spec: the sweep that is requested.
+          made_by: the versions that run it.
+          extend: if another sweep is there, add this one to it.
 
         Raises:
           UsageError: if the folder holds another sweep or something else, or cannot be written to.
@@ -87,12 +86,12 @@ class Folder:
         if extend and own_part(found) != json.loads(json.dumps(spec.description)):
             found = extended(found, spec, self.path, begun_as=found.get("begun_as", origin(file)))
             write_table(file, found)
-        mend = "choose another --output, restore the file that it was started with, or add what is new by --extend"
+        mend = "choose another --output, restore the file that it was started with, or add the new agents with --extend"
         check_equal(self.path, "sweep", spec.description, own_part(found), mend)
         return earlier_forms(found)
 
     def description(self) -> dict[str, Any]:
-        """What sweep.json says; raises `UsageError` if it is missing or damaged."""
+        """Read sweep.json; raise `UsageError` if it is missing or damaged."""
         file = self.path / "sweep.json"
         found = read_table(file, "sweep")
         made_by = found.get("made_by", {})
@@ -102,18 +101,18 @@ class Folder:
         return found
 
     def _mark(self, block: Block | str) -> str:
-        """The stamp in each file of a block: of which sweep it is, and of which block."""
+        """The stamp in each file of a block: its sweep and the block."""
         if not self._origin:
             self._origin = self.description().get("begun_as") or origin(self.path / "sweep.json")
         return f"{self._origin} {block}"
 
     def _is_ours(self, rows: Any, block: Block | str) -> bool:
-        """Whether rows bear the stamp of this sweep and block; those of an earlier version bear none, and pass."""
+        """Whether rows have the stamp of this sweep and block; those of an earlier version have none, and pass."""
         ours = self._mark(block).encode()
         return (rows.schema.metadata or {}).get(b"of", ours) == ours
 
     def program(self, group: int) -> dict[str, Any] | None:
-        """What is settled about a group's program; None if nothing is yet."""
+        """The settled size of a group's program; None if there is none yet."""
         file = self.path / "programs" / f"{group:02d}.json"
         if not file.exists():
             return None
@@ -123,15 +122,15 @@ class Folder:
         return program
 
     def settle_program(self, group: int, program: dict[str, Any]) -> dict[str, Any]:
-        """Settle a group's program, and return what counts: where several processes try, what the first one wrote."""
+        """Settle a group's program, and return the valid entry: if several processes try, that of the first."""
         file = self.path / "programs" / f"{group:02d}.json"
         write_table(file, program, first=True)
         return read_table(file, "sweep")
 
     @contextlib.contextmanager
     def locked(self, process: int) -> Iterator[None]:
-        """Lock the folder against a second process of the same number."""
-        is_begun(self.path / "sweep.json", "sweep")  # nothing is written into a folder of something else
+        """Lock the folder against another process with the same number."""
+        is_begun(self.path / "sweep.json", "sweep")  # nothing may be written into a folder of something else
         mend = "wait for it, or give each process a number of its own with --num-processes and --process-id"
         with locked(self.path, "programs", "results", "checkpoints", "states", name=f".lock{process}", mend=mend):
             yield
@@ -139,12 +138,12 @@ class Folder:
     # Results
 
     def is_finished(self, block: Block) -> bool:
-        """Whether a block's results are there, and its trained states where they are kept.
+        """Whether a block's results are there, and its trained states if they are kept.
 
         A damaged file is reported and counts as missing.
 
         Raises:
-          UsageError: if the file holds other agents than it should.
+          UsageError: if the file has other agents than it should.
         """
         if block in self._finished:
             return True
@@ -154,12 +153,12 @@ class Folder:
         try:
             rows = _read_rows(file, ["point"])
         except UsageError as error:
-            say(f"{error} Its agents are trained anew.")
+            say(f"{error} Its agents are trained again.")
             return False
         if rows.num_rows != block.size or not self._is_ours(rows, block):
             raise UsageError(f"{file} holds other agents than it should; restore it, or choose another --output.")
         if self._keeps() and not is_sound(self._states_file(block)):
-            say(f"{self._states_file(block)} is missing or damaged. Its agents are trained anew.")
+            say(f"{self._states_file(block)} is missing or damaged. Its agents are trained again.")
             return False
         self._finished.add(block)
         return True
@@ -168,7 +167,7 @@ class Folder:
         return self.path / "results" / f"{block}.parquet"
 
     def write_results(self, block: Block, columns: dict[str, Any]) -> None:
-        """Write a block's rows and drop its checkpoints."""
+        """Write a block's rows and remove its checkpoints."""
         import pyarrow as pa
         import pyarrow.parquet as parquet
 
@@ -181,9 +180,9 @@ class Folder:
         self._checkpoints(block).drop()
 
     def read_results(self, columns: list[str] | None = None) -> Any:
-        """All finished rows as a pyarrow table, in the order of groups and agents; None if there are none.
+        """Read all finished rows as a pyarrow table, in the order of groups and agents; None if there are none.
 
-        A damaged file is left out and reported; a column that another version did not write is null.
+        A damaged file is skipped and reported; a column that another version did not write is null.
         """
         import pyarrow as pa
 
@@ -192,24 +191,22 @@ class Folder:
             try:
                 rows = _read_rows(file, columns)
             except UsageError as error:
-                say(f"{error} It is left out; `trpo-jax sweep` trains its agents anew.")
+                say(f"{error} It is skipped; `trpo-jax sweep` trains its agents again.")
                 continue
             if self._is_ours(rows, file.stem):
                 tables.append(rows)
             else:
                 others.append(file)
         if others and not tables:
-            raise UsageError(
-                f"{others[0]} holds other agents than {self.path / 'sweep.json'} asks for; restore one of the two."
-            )
+            raise UsageError(f"{others[0]} has other agents than {self.path / 'sweep.json'}; restore one of the two.")
         if others:
-            say(f"{counted(len(others), 'file')} of results, first {others[0]}, of other agents: left out.")
+            say(f"{counted(len(others), 'file')} of results, first {others[0]}, have other agents and are skipped.")
         if not tables:
             return None
         try:
             table = pa.concat_tables(tables, promote_options="default")
         except pa.ArrowException as error:
-            raise UsageError(f"results in {self.path} are of different versions ({first_line(error)}).") from error
+            raise UsageError(f"results in {self.path} are from different versions ({first_line(error)}).") from error
         for name in set(columns or ()) - set(table.column_names):
             table = table.append_column(name, pa.nulls(table.num_rows))
         return table
@@ -217,12 +214,12 @@ class Folder:
     # Trained states
 
     def keep(self, block: Block, states: TrainState, agents: np.ndarray) -> None:
-        """Write the trained states of some of a block's agents, [K, ...], which bear these numbers in their group."""
+        """Write the trained states of some of a block's agents, [K, ...], with their numbers in the group."""
         kept = {"agent": agents.astype(np.int32), "state": states}
         save(self._states_file(block), kept, note={"of": self._mark(block)}, mend=_CONTINUES)
 
     def kept(self, block: Block, config: Config) -> dict[int, TrainState]:
-        """The trained states that were kept of a block, by the number of the agent in its group.
+        """The trained states that were kept of a block, by the agent's number in its group.
 
         Raises:
           UsageError: if there are none, or the file cannot be used.
@@ -231,11 +228,11 @@ class Folder:
         if not self._keeps():
             raise UsageError(f"{self.path} keeps no trained states; sweep with --keep best or all into another folder.")
         if not is_sound(file):
-            raise UsageError(f"{file} is missing or damaged; the command of the sweep, given again, mends it.")
+            raise UsageError(f"{file} is missing or damaged; run the command of the sweep again to restore it.")
         like = {"agent": jax.ShapeDtypeStruct((), np.int32), "state": jax.eval_shape(init, config, jax.random.key(0))}
         found, note = read(file, like)
         if not isinstance(note, dict) or note.get("of") != self._mark(block):
-            raise UsageError(f"{file} is of another sweep or block; restore the right one.")
+            raise UsageError(f"{file} belongs to another sweep or block; restore the right one.")
         one = lambda i: jax.tree.map(lambda leaf: jnp.asarray(leaf[i]), found["state"])  # noqa: E731
         return {int(agent): one(i) for i, agent in enumerate(found["agent"])}
 
@@ -252,24 +249,24 @@ class Folder:
         return Checkpoints(folder, self._mark(block), kind, prefix=f"{block}-", mend=_CONTINUES)
 
     def save(self, block: Block, snapshot: Snapshot) -> None:
-        """Save a block at work; the checkpoint before it goes when the new one is whole."""
+        """Save a block in progress; remove its previous checkpoint when the new one is complete."""
         self._checkpoints(block).save(snapshot, snapshot.done)
 
     def restore(self, block: Block, states: TrainState, eval_every: int = 0) -> Snapshot | None:
-        """The snapshot in a block's newest sound checkpoint, None if there is none; `states` gives shapes, [A, ...].
+        """The snapshot in a block's newest intact checkpoint, None if there is none; `states` gives shapes, [A, ...].
 
-        What is passed over is reported.
+        Those that are skipped are reported.
         """
         try:
             saved = self._checkpoints(block).newest(lambda done: blank(states, block.size, done, eval_every))
         except UsageError as error:
-            say(f"{without_mend(error)}; its agents are trained anew.")
+            say(f"{without_mend(error)}; its agents are trained again.")
             return None
         return Snapshot(*saved.state) if saved else None
 
 
 def _read_rows(file: Path, columns: list[str] | None = None) -> Any:
-    """A block's rows as a pyarrow table; raise `UsageError` if they are not as they were written."""
+    """Read a block's rows as a pyarrow table; raise `UsageError` if they were changed."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -283,7 +280,7 @@ def _read_rows(file: Path, columns: list[str] | None = None) -> Any:
 
 
 def _column(values: Any) -> Any:
-    """A column from one value per agent (masked: none), or from one list per agent."""
+    """Make a column from one value per agent (masked: none), or from one list per agent."""
     import pyarrow as pa
 
     if isinstance(values, np.ndarray) and values.ndim == 2:

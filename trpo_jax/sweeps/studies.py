@@ -1,11 +1,11 @@
-"""A search's folder and its trials, which Optuna keeps in a database and a kill at any moment leaves whole.
+"""A search's folder and its trials, which Optuna keeps in a database; both stay intact if the process is killed.
 
     study.db        Optuna's study, unless a storage URL puts it elsewhere
-    search.json     what was asked for, and the versions that do it; written when the study is there
+    search.json     the settings of the search, and the versions that run it; written after the study
     best.toml       the best settings so far, for `trpo-jax train --config`
 
-A folder is searched by one process at a time. Machines that share a storage URL, each with a folder of the same name,
-search together: each trains batches of its own, and proposes in the light of all trials.
+Only one process at a time searches a folder. Machines that share a storage URL, each with a folder of the same name,
+search together: each trains batches of its own, and its proposals use all trials.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from trpo_jax.runs.descriptions import check_equal, write_table
 from trpo_jax.sentences import UsageError, first_line, shown
 from trpo_jax.sweeps.grids import Spec
 
-_ASKED_FOR = "sweep"  # attribute of a study: what was asked for, without the number of trials
+_ASKED_FOR = "sweep"  # attribute of a study: the settings of the search, without the number of trials
 _MEND = "restore it, or choose another --output"
-_SECONDS = 60  # that a connection waits for one that writes
+_SECONDS = 60  # that a connection waits while another one writes
 
 
 class Study:
     """The trials of a search.
 
-    A trial's attributes: `index`, which decides its proposal; `owner`, whose process trains it; `why` it has no score;
-    and `checksum`, of what it was told.
+    A trial's attributes: `index`, which decides its proposal; `owner`, whose process trains it; `why`, if it has no
+    score;
+    and `checksum`, of its result.
     """
 
     def __init__(self, study: Any, where: str | Path, owner: str, seed: int):
@@ -47,8 +48,9 @@ class Study:
     def ask(self, number: int) -> list[Any]:
         """Ask Optuna for so many new trials.
 
-        The sampler is seeded anew for each, by the search's seed and the trial's index: the number of trials before it,
-        those apart that a killed process left. So a search that is cut anywhere proposes what it would have uncut.
+        For each trial the sampler is seeded by the search's seed and the trial's index: the number of trials before it,
+        without
+        those that a killed process left. So a search that is cut anywhere proposes what it would have uncut.
         """
         import optuna
 
@@ -65,9 +67,9 @@ class Study:
         return trials
 
     def tell(self, ended: Sequence[tuple[Any, float | None]]) -> None:
-        """End a batch: Optuna's trials with their scores, or None for those that stopped early or have none.
+        """End a batch: record Optuna's trials with their scores, or None for those that stopped early or have none.
 
-        What is told is written in one piece first, so that a kill in between leaves no batch half told.
+        The results are first written in one piece, so that a kill in between leaves no batch half recorded.
         """
         known = {trial.number: trial for trial in self._study.get_trials(deepcopy=False)}
         for asked, score in ended:
@@ -76,57 +78,57 @@ class Study:
         self.settle()
 
     def settle(self) -> None:
-        """Finish what a killed process was telling, and give up the trials that it was training."""
+        """Finish what a killed process was recording, and give up the trials that it was training."""
         from optuna.trial import TrialState
 
         told = self._study.user_attrs.get(f"told by {self._owner}", {})
         for trial in self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
             if self._owner and trial.user_attrs.get("owner") != self._owner:
-                continue  # another machine is at it
+                continue  # another machine trains it
             score = told.get(str(trial.number))
             state = TrialState.PRUNED if str(trial.number) in told else TrialState.FAIL
             self._study.tell(trial.number, score, TrialState.COMPLETE if score is not None else state)
 
     def check(self) -> None:
-        """Raise `UsageError` if a trial is not as it was told: a database has no checksums of its own."""
+        """Raise `UsageError` if a trial was changed after it was recorded: a database has no checksums of its own."""
         for trial in self.ended():
             score = trial.value if trial.state.name == "COMPLETE" else None
             if trial.user_attrs.get("checksum", _checksum(trial, score)) != _checksum(trial, score):
-                what = f"trial {trial.number} was changed since it was told"
+                what = f"trial {trial.number} was changed since it was recorded"
                 raise UsageError(f"{self._where} is damaged ({what}); {_MEND}.")
 
     def ended(self) -> list[Any]:
-        """Optuna's trials that came to an end."""
+        """Optuna's finished trials."""
         return [t for t in self._study.get_trials(deepcopy=False) if t.state.name in ("COMPLETE", "PRUNED")]
 
     def best(self) -> Any:
-        """The trial with the highest score, the first of equals; None if none has one."""
+        """The trial with the highest score, the first of equals; None if there is no score."""
         scored = [trial for trial in self.ended() if trial.state.name == "COMPLETE"]
         return max(scored, key=lambda trial: (trial.value, -trial.number), default=None)
 
     def reasons(self) -> Counter[str]:
-        """Why trials have no score, and how many each."""
+        """The reasons why trials have no score, and how many trials each has."""
         return Counter(trial.user_attrs["why"] for trial in self.ended() if "why" in trial.user_attrs)
 
     def at_work(self) -> contextlib.AbstractContextManager[None]:
         """Turn any error of the database into one sentence."""
-        mend = "what is told is safe, and the same command continues when it can be read and written"
+        mend = "what is recorded is safe, and the same command continues when it can be read and written"
         return _said(f"cannot use the study in {self._where}", mend)
 
 
 @contextlib.contextmanager
 def open_study(path: str | os.PathLike[str], spec: Spec, storage: str | None, made_by: Mapping[str, Any]) -> Any:
-    """Lock a folder and yield its `Study`: a new one, or the one that is there.
+    """Lock a folder and yield its `Study`, a new one or the one that is there.
 
     Args:
       path: the folder.
-      spec: what is asked for; all but the number of trials must be that of the study.
-      storage: where the study is; None: in the folder.
+      spec: the requested search; all but the number of trials must be that of the study.
+      storage: URL of the study; None: it is in the folder.
       made_by: the versions, for search.json.
 
     Raises:
-      UsageError: if Optuna is missing, the folder is not a search's or another process is at work on it, or the study
-        is damaged or another one's. Nothing is written then.
+      UsageError: if Optuna is missing, the folder belongs to something else or is used by another process, or the study
+        is damaged or belongs to another search. Nothing is written then.
     """
     try:
         import optuna
@@ -135,7 +137,7 @@ def open_study(path: str | os.PathLike[str], spec: Spec, storage: str | None, ma
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     folder = Path(path).absolute()
     description = json.loads(json.dumps(spec.description))
-    description["random"].pop("count", None)  # more trials of the same search are welcome
+    description["random"].pop("count", None)  # the number of trials may grow
     _check(folder, storage)
     with locked(folder, mend="wait for it, or choose another --output"):
         where = storage or folder / "study.db"
@@ -147,7 +149,7 @@ def open_study(path: str | os.PathLike[str], spec: Spec, storage: str | None, ma
         check_equal(folder, "search", description, found)
         try:
             read_json(folder / "search.json", "")
-        except (OSError, UsageError):  # it repeats what the study has
+        except (OSError, UsageError):  # it only repeats the study
             write_table(folder / "search.json", {**description, "made_by": dict(made_by)})
         owner = f"{socket.gethostname()}:{folder}"[-400:] if storage else ""  # of a database's names 512 are kept
         opened = Study(study, where, owner, spec.random.get("seed", 0))
@@ -158,7 +160,7 @@ def open_study(path: str | os.PathLike[str], spec: Spec, storage: str | None, ma
 
 
 def _check(folder: Path, storage: str | None) -> None:
-    """Raise `UsageError` unless a folder is a search's or may become one."""
+    """Raise `UsageError` unless a folder belongs to a search or may become one."""
     database, description = folder / "study.db", folder / "search.json"
     if storage is None and database.exists():
         _check_database(database)
@@ -166,7 +168,7 @@ def _check(folder: Path, storage: str | None) -> None:
         raise UsageError(f"{folder} has a {database.name} of its own; leave out --storage, or choose another --output.")
     elif storage is None and description.exists():
         raise UsageError(
-            f"{database} is missing, which holds the trials of the search; restore it, give the --storage that the "
+            f"{database}, which has the trials of the search, is missing; restore it, give the --storage that the "
             "search was started with, or choose another --output."
         )
     elif not description.exists() and not is_fresh(folder, description.name if storage else database.name):
@@ -174,21 +176,21 @@ def _check(folder: Path, storage: str | None) -> None:
 
 
 def _check_database(file: Path) -> None:
-    """Raise `UsageError` unless a file is a whole database with a search in it."""
+    """Raise `UsageError` unless a file is an intact database of a search."""
     try:
         with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=_SECONDS)) as database:
             fault = database.execute("PRAGMA quick_check(1)").fetchone()[0]
             named = "SELECT count(*) FROM study_user_attributes WHERE key = ?"
             if fault == "ok" and not database.execute(named, (_ASKED_FOR,)).fetchone()[0]:
-                fault = "it holds no search"
+                fault = "it has no search"
     except (sqlite3.Error, OSError, ValueError) as error:  # a name within may be garbled
         fault = first_line(error)
     if fault != "ok":
-        raise UsageError(f"{file} is damaged, or no study of `trpo-jax tune` ({fault.splitlines()[0]}); {_MEND}.")
+        raise UsageError(f"{file} is damaged, or not a study of `trpo-jax tune` ({fault.splitlines()[0]}); {_MEND}.")
 
 
 def _load(folder: Path, storage: str | None, description: Mapping[str, Any]) -> Any:
-    """The study of a folder, made if it is not there."""
+    """Load the study of a folder, or make it."""
     import optuna
     from sqlalchemy.pool import NullPool
 
@@ -197,13 +199,15 @@ def _load(folder: Path, storage: str | None, description: Mapping[str, Any]) -> 
         study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
         if _ASKED_FOR not in study.user_attrs:
             if study.get_trials(deepcopy=False):
-                raise UsageError(f"the study {name!r} in {storage} is no search of ours; choose another --output.")
+                raise UsageError(
+                    f"the study {name!r} in {storage} is not one of `trpo-jax tune`; choose another --output."
+                )
             study.set_user_attr(_ASKED_FOR, description)
         return study
     file = folder / "study.db"
     if not file.exists():
         _make_database(file, name, description)
-    # Connected to by path: in a URL a name's ?, # and % would mean something.
+    # Connect by path: in a URL the characters ?, # and % of a name would have a meaning.
     connect = lambda: sqlite3.connect(file, timeout=_SECONDS)  # noqa: E731
     found = optuna.storages.RDBStorage("sqlite://", engine_kwargs={"creator": connect, "poolclass": NullPool})
     names = [study.study_name for study in found.get_all_studies() if _ASKED_FOR in study.user_attrs]
@@ -211,7 +215,7 @@ def _load(folder: Path, storage: str | None, description: Mapping[str, Any]) -> 
 
 
 def _make_database(file: Path, name: str, description: Mapping[str, Any]) -> None:
-    """Write the database of a new study, whole or not at all."""
+    """Write the database of a new study, completely or not at all."""
     import optuna
     from sqlalchemy.pool import StaticPool
 
@@ -240,7 +244,7 @@ def _said(what: str, mend: str) -> Iterator[None]:
         yield
     except (UsageError, MemoryError):
         raise
-    except Exception as error:  # each database has errors of its own
+    except Exception as error:  # each database has its own errors
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
