@@ -1,16 +1,16 @@
-"""Mutation drill: one change at a time to the code that decides what is learned; a change no test notices is a hole.
+"""Mutation testing: change one thing at a time in the code that learns; a change that no test notices is a gap.
 
 pip install cosmic-ray
-python scripts/mutants.py scripts/mutants.jsonl --count 300   # adds to what was found; run again, it goes on
-python scripts/mutants.py scripts/mutants.jsonl --again       # tries again what was missed
-python scripts/mutants.py scripts/mutants.jsonl --summary     # the share that is caught, and what was not
+python scripts/mutants.py scripts/mutants.jsonl --count 300   # adds to the results; run it again to continue
+python scripts/mutants.py scripts/mutants.jsonl --again       # tries the missed ones again
+python scripts/mutants.py scripts/mutants.jsonl --summary     # the share that is caught, and the missed ones
 
-A change that is missed because it changes nothing that can be seen gets the reason by hand, as "equivalent".
+A missed change without a visible effect gets its reason by hand, as "equivalent".
 
 The changes are Cosmic Ray's (another operator, comparison, number, truth value, condition) and four of our own, which
-look more like slips: an operand, an argument or a condition left out, and a reduction taken for its neighbour. Each is
-made in a copy of the repository and tried on the quick tests, nearest first, up to the first that fails. A test process
-is a fork of this one, which has imported what takes long but has not started JAX; so most take a few seconds.
+look more like slips: an operand, an argument or a condition left out, and a reduction replaced by a similar one. Each
+is made in a copy of the repository and tried on the quick tests, nearest first, up to the first that fails. A test
+process is a fork of this one, which has imported slow modules but not started JAX; so most take a few seconds.
 """
 
 import argparse
@@ -41,16 +41,16 @@ from cosmic_ray.plugins import get_operator, operator_names
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("steps/*.py", "training/*.py", "environments/base.py", "environments/wrappers.py", "sweeps/statistics.py")
-ASIDE = ("memory.py", "checkpoints.py")  # estimates and files: nothing is learned there
-# After the tests that are nearest to a file: these, which between them run every part of an iteration.
+ASIDE = ("memory.py", "checkpoints.py")  # estimates and files, without learning
+# After the tests that are nearest to a file come these, which together run every part of an iteration.
 ALL_TESTS = [
     *("steps", "training", "environments/test_base.py", "environments/test_wrappers.py"),
     *("test_networks.py", "sweeps/test_bits.py", "sweeps/test_reports.py"),
 ]
-# Traces every branch of an iteration in seconds, and compiles none: finds what cannot run at all.
+# Traces every branch of an iteration in seconds without compiling: finds whatever cannot run at all.
 TRACED = "tests/training/test_loop.py::test_every_static_setting_changes_the_program"
 _DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
-HANGS = 180  # seconds of CPU time after which a test is caught in a loop
+HANGS = 180  # seconds of CPU time after which a test counts as hanging
 SLOW_TESTS = ("test_update_properties.py", "test_checkpoints.py")  # last among equals
 
 # Of Cosmic Ray's replacements of one operator by any other, those that could be a slip.
@@ -183,7 +183,7 @@ def says_nothing(node: Any) -> bool:
 
 
 def places_of(path: Path) -> Iterator[tuple[int, str, int]]:
-    """Where one file can be changed: line, operator, and which of the operator's occurrences it is."""
+    """The places where one file can be changed: line, operator, and the number of the operator's occurrence."""
     nodes = list(ast_nodes(get_ast(path.read_text())))
     for name, operator in operators().items():
         occurrence = 0
@@ -195,7 +195,7 @@ def places_of(path: Path) -> Iterator[tuple[int, str, int]]:
 
 
 def mutate(path: Path, line: int, operator: str, occurrence: int) -> Mutant | None:
-    """The change at one place; none, where it is no program or the same one."""
+    """The change at one place; None if the result is not a program, or the same one."""
     source = path.read_text()
     try:
         code = mutate_code(source, operators()[operator], occurrence)
@@ -213,7 +213,7 @@ def difference(old: str, new: str) -> str:
 
 
 def sample(count: int, seed: int) -> list[Mutant]:
-    """Mutants in random order: of a line at most one a kind of change, so that no expression counts for many."""
+    """Mutants in random order, at most one per line and kind of change, so that no expression counts for many."""
     paths = sorted(path for pattern in SOURCES for path in (ROOT / "trpo_jax").glob(pattern) if path.name not in ASIDE)
     groups = collections.defaultdict(list)
     for path in paths:
@@ -227,7 +227,7 @@ def sample(count: int, seed: int) -> list[Mutant]:
 
 
 def found_again(records: list[dict[str, Any]]) -> list[Mutant]:
-    """The mutants of earlier records, in the code as it is now; without those whose line is no longer there."""
+    """The mutants of earlier records, in the present code; without those whose line is no longer there."""
     mutants = []
     for path in sorted({record["path"] for record in records}):
         changes = [record["change"] for record in records if record["path"] == path]
@@ -278,7 +278,7 @@ class FirstFailure:
 
 
 def run_tests(folder: Path, tests: list[str], report: Path, seconds: float) -> tuple[int, float]:
-    """Run tests in a fork of this process: the exit status, negative for a signal, and the seconds that are left."""
+    """Run tests in a fork of this process; return the exit status, negative for a signal, and the seconds left."""
     child = os.fork()
     if child:
         _, status, usage = os.wait4(child, 0)
@@ -302,7 +302,7 @@ def run_tests(folder: Path, tests: list[str], report: Path, seconds: float) -> t
 
 
 def try_mutant(mutant: Mutant, folder: Path, seconds: float) -> dict[str, Any]:
-    """What the tests say to a mutant."""
+    """Run the tests on a mutant; return a record of the result."""
     report, file = folder / "first_failure", folder / mutant.path
     report.unlink(missing_ok=True)
     original, start = file.read_text(), time.monotonic()
@@ -324,7 +324,7 @@ def try_mutant(mutant: Mutant, folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def summarise(records: list[dict[str, Any]]) -> None:
-    """Print the share that was caught, by file and altogether, and every change that was not."""
+    """Print the share that was caught, by file and in total, and every missed change."""
     equivalent = [record for record in records if record.get("equivalent")]
     for path in sorted({record["path"] for record in records}):
         of_file = [record for record in records if record["path"] == path]
@@ -339,7 +339,7 @@ def summarise(records: list[dict[str, Any]]) -> None:
 
 
 def warm_up(programs: Path) -> None:
-    """Import what takes long, without starting JAX's backend, whose threads a fork would lose."""
+    """Import slow modules without starting JAX's backend, whose threads a fork would lose."""
     sys.dont_write_bytecode = True  # a mutant of the same size in the same second would be taken for the last one
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs))  # most programs stay as they were
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -355,12 +355,12 @@ def warm_up(programs: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="JSON lines, one a mutant")
+    parser.add_argument("results", type=Path, help="JSON lines, one per mutant")
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="a path or a part of one: mutants of these files alone")
+    parser.add_argument("--only", default="", help="a path or a part of one: only mutants of these files")
     parser.add_argument("--seconds", type=float, default=40, help="CPU time to spend on the tests of a mutant")
-    parser.add_argument("--again", action="store_true", help="try those that were missed again")
+    parser.add_argument("--again", action="store_true", help="try the missed ones again")
     parser.add_argument("--summary", action="store_true")
     options = parser.parse_args()
     lines = options.results.read_text().splitlines() if options.results.exists() else []

@@ -3,8 +3,8 @@
 #
 #   scripts/sweep_hosts.sh sweep.toml /shared/sweeps/plateau host0 host1 host2
 #
-# "localhost" runs here instead; a host may be named more than once. PORT is that of the first host (default 12355),
-# TRPO_JAX the command (default: trpo-jax). Run it again after a failure: it continues.
+# "localhost" runs here instead; a host may be named more than once. PORT is the port of the first host (default 12355),
+# TRPO_JAX the command (default: trpo-jax). Run it again after a failure to continue.
 set -euo pipefail
 
 sweep=$(realpath "$1") output=$(realpath -m "$2")

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A sweep on several nodes of a SLURM cluster: one process a node, its devices found by itself.
+# A sweep on several nodes of a SLURM cluster: one process per node, which finds its devices itself.
 #
 #   sbatch scripts/sweep_slurm.sh experiments/trust_region_plateau/sweep.toml sweeps/plateau
 #
-# The folder must be one that all nodes see. Submit it again after a time limit: it continues.
+# All nodes must see the folder. Submit the job again after a time limit to continue.
 #SBATCH --job-name=trpo-jax-sweep
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -11,5 +11,5 @@
 #SBATCH --requeue
 set -euo pipefail
 
-# SLURM_PROCID and SLURM_NTASKS are what the command looks for; process 0's address comes from the node list.
+# The command reads SLURM_PROCID and SLURM_NTASKS; the address of process 0 comes from the node list.
 exec srun trpo-jax sweep "$1" --output "$2"

@@ -181,8 +181,8 @@ def test_a_comparison_has_every_figure_of_both_sides(name, echo):
         (["--repetitions", "0"], "repetitions must be a whole number from 1 to 10,000, got 0."),
         (["--output", "no/such/folder/b.json"], "there is no folder no/such/folder"),
         (["CartPol-v1"], "did you mean CartPole-v1"),
-        (["--network", "gru"], "with networks without a memory"),
-        (["--update", "ppo"], "takes an iteration of update=trpo apart"),
+        (["--network", "gru"], "with networks that are not recurrent"),
+        (["--update", "ppo"], "measures the parts of update=trpo"),
     ],
 )
 def test_bad_input_to_the_command_is_one_sentence(arguments, sentence, capsys):

@@ -104,7 +104,7 @@ def snapshot(folder):
         (["train", "--eval-every", "200"], "eval_every=200 is more than num_iterations=150, so that nothing would be"),
         (["train", "--stop-at-return", "9"], "stop_at_return needs eval_every=1 or more; with eval_every=0 it has no"),
         (["train", "--keep-every", "-1"], "keep_every must be a whole number from 0 to 10,000,000, got -1."),
-        (["benchmark", "--eval-every", "2"], "benchmark measures training alone; leave it out."),
+        (["benchmark", "--eval-every", "2"], "benchmark measures training without evaluation; leave out eval_every."),
         (["benchmark", "--target-kl", "0.3"], "target_kl needs radius_rule=divergence or update=kl-penalty;"),
         (["train", "--state-dependent-std"], "CartPole-v1 has discrete actions; leave it out."),
         (["train", "--output", "a" * 300, *TINY], "File name too long"),
@@ -142,7 +142,7 @@ def test_other_settings_leave_a_run_alone(tiny_run, capsys):
 def test_same_settings_take_the_run_up(tiny_run, capsys):
     before = snapshot(tiny_run / "checkpoints")
     assert main(["train", *TINY, "--num-seeds", "2", "--output", str(tiny_run)]) == 0
-    assert "Every iteration is done already." in capsys.readouterr().out
+    assert "All iterations are done already." in capsys.readouterr().out
     assert snapshot(tiny_run / "checkpoints") == before
 
 
@@ -427,7 +427,7 @@ def test_training_goes_on_where_its_display_is_lost(error, tmp_path, capsys, mon
     assert (tmp_path / "run" / "metrics.csv").read_text().count("\n") == 4
     assert (
         capsys.readouterr().err
-        == f"trpo-jax: nothing more can be shown ({error.strerror}); the command continues without it.\n"
+        == f"trpo-jax: output is no longer possible ({error.strerror}); the command continues without it.\n"
     )
 
 

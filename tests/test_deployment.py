@@ -86,7 +86,7 @@ def test_a_memory_is_played_from_its_start():
     "env, message",
     [
         ("Pendulum-v1", r"Pendulum-v1 observes Box.* trained on observations of shape \(4,\); choose another --env\.$"),
-        ("Nothing-v0", r"Gymnasium cannot make Nothing-v0 \(.*\); name one of its environments by --env, or"),
+        ("Nothing-v0", r"Gymnasium cannot make Nothing-v0 \(.*\); name one of its environments with --env, or"),
     ],
 )
 def test_another_world_is_refused_in_one_sentence(env, message, trained):

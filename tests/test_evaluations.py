@@ -211,7 +211,7 @@ def test_the_command_judges_the_best_anew_before_it_quotes_it(tmp_path, capsys):
     assert main(["train", *settings, *evaluation, "--output", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
     (best,) = judge_best(open_run(tmp_path / "run"))
-    assert "Best by evaluation, judged anew on 3 episodes" in printed
+    assert "Best by evaluation, evaluated again on 3 episodes" in printed
     row = next(line.split() for line in printed.splitlines() if line.startswith("0 "))
     assert row[:3] == ["0", str(best.iteration), f"{best.mean:.1f}"] and row[-1] == f"{best.chosen_by:.1f}"
     assert len(list((tmp_path / "run" / "checkpoints").glob("0*.npz"))) == 4

@@ -62,7 +62,7 @@ def holder():
 
 def test_a_folder_is_held_until_its_holder_dies(tmp_path, holder):
     child = holder("folder", tmp_path)
-    with pytest.raises(UsageError, match=r"^another process is at work on .*; wait for it"), locked(tmp_path):
+    with pytest.raises(UsageError, match=r"^another process is using .*; wait for it"), locked(tmp_path):
         pass
     child.kill()
     child.wait()

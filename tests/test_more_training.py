@@ -61,7 +61,7 @@ def test_a_longer_run_is_the_one_that_was_begun_with_that_length(run, tmp_path, 
     assert main(["resume", str(longer.path), "--total-steps", str(steps)]) == 0
     train = ("train", *FLAGS, "--seed", "3", "--num-seeds", "2", "--num-iterations", "4", "--output", str(longer.path))
     assert main(list(train)) == 0
-    assert "Every iteration is done already." in capsys.readouterr().out
+    assert "All iterations are done already." in capsys.readouterr().out
     assert extend_run(open_run(longer.path), steps).config.num_iterations == 4
     with pytest.raises(UsageError, match=r"has 128 steps per agent; --total-steps can only make a run longer\."):
         extend_run(open_run(longer.path), steps - 32)
@@ -118,9 +118,9 @@ def test_what_does_not_fit_is_one_sentence(run, tmp_path, capsys):
     assert "init_from has 2 agents, but num_seeds=3; give" in said(str(run.path), "--num-seeds", "3")
     wider = said(str(run.path), "--num-seeds", "2", "--hidden", "32,32")
     assert "the policy to start from does not fit the settings: its " in wider and "float32[64]" in wider
-    assert "normalize_observations=True; its networks expect" in said(str(run.path), "--no-normalize-observations")
+    assert "normalize_observations=True; its networks need" in said(str(run.path), "--no-normalize-observations")
     relu = said(str(run.path), "--num-seeds", "2", "--activation", "relu")  # shapes that fit, and another function
-    assert "was trained with activation=auto; its networks expect that, not relu: give the same." in relu
+    assert "was trained with activation=auto; its networks need that, not relu: give the same." in relu
     assert "is not the folder of a run" in said(str(tmp_path))
     assert not (tmp_path / "x").exists()
 

@@ -164,7 +164,7 @@ def test_two_at_once_are_refused_and_onlookers_are_not(run, capsys):
     with locked(run.path):
         assert main(["resume", str(run.path)]) == 2
         error = capsys.readouterr().err
-        assert f"another process is at work on {run.path}; wait for it" in error and error.count("\n") == 1
+        assert f"another process is using {run.path}; wait for it" in error and error.count("\n") == 1
         assert main(["evaluate", str(run.path), "--num-episodes", "1"]) == 0
     assert {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()} == before
 

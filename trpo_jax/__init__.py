@@ -1,13 +1,13 @@
 """trpo_jax: Trust Region Policy Optimization for JAX.
 
-Names load on first use, so that `import trpo_jax` costs nothing beside `import jax`.
+Names load on first use, so that `import trpo_jax` adds nothing to `import jax`.
 """
 
 from __future__ import annotations
 
 import importlib
 
-TYPE_CHECKING = False  # as `typing` has it, which takes long to import: until then Ctrl-C is a traceback
+TYPE_CHECKING = False  # as in `typing`, whose import takes long, and until it is done Ctrl-C prints a traceback
 if TYPE_CHECKING:
     from trpo_jax.algorithms.base import Algorithm as Algorithm
     from trpo_jax.algorithms.base import ValueFit as ValueFit

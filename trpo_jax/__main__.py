@@ -1,4 +1,4 @@
-"""The program `trpo-jax`, which is also `python -m trpo_jax`. Imports next to nothing before Ctrl-C is in hand."""
+"""The program `trpo-jax`, also `python -m trpo_jax`. Imports next to nothing before Ctrl-C is handled."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import sys
 def run() -> None:
     """Run the command line and exit with its status.
 
-    Until a command has something to lose and takes the signal over, Ctrl-C ends the process at once: as an exception
-    it would be a traceback of some import, or be lost in one that catches everything.
+    Until a command has something to lose and handles the signal, Ctrl-C ends the process at once. As an exception it
+    would print a traceback of some import, or be lost in code that catches everything.
     """
     signal.signal(signal.SIGINT, _leave)
-    os.environ["MPLBACKEND"] = (
-        "agg"  # pictures go to files; Matplotlib refuses to be imported with one it does not know
-    )
+    os.environ["MPLBACKEND"] = "agg"  # pictures go to files; Matplotlib cannot be imported with an unknown backend
     from trpo_jax.cli import main
 
     sys.exit(main())

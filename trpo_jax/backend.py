@@ -1,7 +1,7 @@
-"""Every decision that differs by backend, each a named predicate.
+"""All decisions that differ by backend, each a named predicate.
 
-Programs compute the same on any backend; these say in which form. Each is asked while a program is traced, so a test
-that puts another `platform` in place traces the other side of all of them, on the machine at hand.
+Programs compute the same on every backend; these decide their form. Each is evaluated while a program is traced, so a
+test that replaces `platform` traces the other form of all of them, on the machine at hand.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def branches_are_cheap() -> bool:
 
 
 def agents_take_turns() -> bool:
-    """Whether agents under `vmap` are trained one after the other, each within the cache, with branches of its own.
+    """Whether agents under `vmap` are trained one after the other, each within the cache and with its own branches.
 
     On CPU this makes the update nearly twice as fast. An accelerator advances all of them in lockstep.
     """
@@ -33,30 +33,30 @@ def scans_are_sequential() -> bool:
 
 
 def candidates_take_turns() -> bool:
-    """Whether a line search tries its candidates until one passes, and not all of them in one batch."""
+    """Whether a line search tries its candidates until one passes, instead of all of them in one batch."""
     return platform() == "cpu"
 
 
 def blocks_stay_in_cache() -> bool:
-    """Whether a large batch is worked through in blocks that fit a processor's cache."""
+    """Whether a large batch is processed in blocks that fit a processor's cache."""
     return platform() == "cpu"
 
 
 def columns_one_by_one() -> bool:
-    """Whether a matrix product of few columns is a product with a vector for each."""
+    """Whether a matrix product with few columns is one product with a vector per column."""
     return platform() == "cpu"
 
 
 def sums_in_groups() -> bool:
-    """Whether the sum over a large batch is of groups: a GPU has as many processors as there are entries to sum."""
+    """Whether the sum over a large batch is computed in groups, which occupies more processors of a GPU."""
     return platform() == "gpu"
 
 
 def all_convolutions_by_patches() -> bool:
-    """Whether convolutions with large kernels too are matrix products with the patches that they see."""
+    """Whether convolutions with large kernels, too, are matrix products with patches."""
     return platform() == "cpu"
 
 
 def most_agents() -> int:
-    """Agents that a device takes in one program at most; on a CPU more of them only mean rarer results."""
+    """The largest number of agents per device in one program; on a CPU more of them would only delay results."""
     return 256 if platform() == "cpu" else 8192

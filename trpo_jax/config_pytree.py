@@ -1,4 +1,4 @@
-"""`Config` as a pytree: its floats are leaves, the rest is static."""
+"""`Config` as a pytree: its traced floats are leaves, all other settings are static."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trpo_jax.env_args import EnvArgs
 
 __all__ = ["Config"]
 
-_ENV_ARG = "env_args."  # what begins the name of a leaf that is a setting of the environment
+_ENV_ARG = "env_args."  # prefix of a leaf that is a setting of the environment
 
 
 def _flatten_config(config: Config) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, Any]]:
@@ -29,8 +29,9 @@ def _flatten_config(config: Config) -> tuple[tuple[tuple[Any, Any], ...], tuple[
             static.append((field.name, value if _is_hashable(value) else _ByIdentity(value)))
         else:
             leaves[field.name] = value
-    # Numbers become strong float32 here, at the one door to every transformation: a Python float and an array, or a
-    # weak and a strong type, would otherwise be two traces. A Config with None among its floats is a tree of axes for
+    # Numbers become strong float32 here, at the single entrance to every transformation: a Python float and an array,
+    # or
+    # a weak and a strong type, would otherwise be two traces. A Config with None among its floats is a tree of axes for
     # `jax.vmap`, whose integers must stay.
     if not any(value is None for value in leaves.values()):
         leaves = {name: _as_float32(value) for name, value in leaves.items()}
@@ -62,7 +63,7 @@ def _unflatten_config(names: tuple[Any, Any], leaves: Any) -> Config:
 
 
 class _ByIdentity:
-    """Stands for a user's object that cannot be hashed (a mutable dataclass, say) among a program's static settings."""
+    """Holds a user's object that cannot be hashed (such as a mutable dataclass) among a program's static settings."""
 
     def __init__(self, value: Any):
         self.value = value

@@ -23,8 +23,8 @@ _PLATFORMS = "cpu", "cuda", "tpu"
 _ELSEWHERE = "choose another --output"
 _LOAD = '''"""Acts with the exported policy. Needs jax and numpy, not trpo_jax.
 
-`policy.call` takes observations of {env} as trpo_jax has them, float32 [batch, {dimensions}]{meaning}, and gives the
-most likely actions, {actions}.{memory}
+`policy.call` takes observations of {env} in the form of trpo_jax, float32 [batch, {dimensions}]{meaning}, and returns
+the most likely actions, {actions}.{memory}
 """
 
 from pathlib import Path
@@ -34,13 +34,13 @@ from jax import {imports}
 
 folder = Path(__file__).parent
 policy = export.deserialize(bytearray((folder / "policy.stablehlo").read_bytes()))
-observation = np.zeros({shape}, np.float32)  # a batch of 3; any number will do
+observation = np.zeros({shape}, np.float32)  # a batch of 3; any size works
 {body}
 '''
 _MEMORY = """
 
-It has a memory: `policy.call(carry, observation)` gives (carry, action). The arrays of the carry at an episode's
-start lie in start.npz, for one environment."""
+It is recurrent: `policy.call(carry, observation)` returns (carry, action). The arrays of the carry at the start of an
+episode are in start.npz, for one environment."""
 _START = """with np.load(folder / "start.npz") as start:
     leaves = [np.repeat(start[f"leaf_{i}"], 3, axis=0) for i in range(len(start.files))]
 (carry, _), _ = tree.unflatten(policy.in_tree, [*leaves, observation])  # at the start of an episode
@@ -49,7 +49,7 @@ print(np.asarray(action))"""
 
 
 def acting_policy(config: Config, state: TrainState) -> tuple[Callable[[PyTree, Array], tuple[PyTree, Array]], PyTree]:
-    """A trained policy as a function of a batch of observations, [B, ...], of the entries that it sees.
+    """Make a trained policy a function of a batch of observations, [B, ...], with the entries that it sees.
 
     Args:
       config: the settings the state was trained with.
@@ -57,7 +57,7 @@ def acting_policy(config: Config, state: TrainState) -> tuple[Callable[[PyTree, 
 
     Returns:
       `act(carry, observation)` -> (carry, action), the mode of the distribution with Box actions clipped to their
-      bounds, and the carry of one episode's start, [1, ...]; () for a policy without a memory.
+      bounds; and the carry at the start of one episode, [1, ...], () for a policy that is not recurrent.
     """
     agent = make_agent(config)
     policy = with_normalization(config, state.learner.statistics, agent.policy)
@@ -66,7 +66,7 @@ def acting_policy(config: Config, state: TrainState) -> tuple[Callable[[PyTree, 
 
     def act(carry: PyTree, observation: Array) -> tuple[PyTree, Array]:
         if seen != everything and seen is not None and everything is not None:
-            # Anything may stand for what the value function alone has seen.
+            # Entries that only the value function has seen may have any value.
             blank = {name: jnp.zeros((*observation.shape[:-1], *shape)) for name, shape in everything.items()}
             observation = join(blank | split(seen, observation), everything)
         carry, distribution = policy.step(state.learner.policy_params, carry, observation)
@@ -77,7 +77,7 @@ def acting_policy(config: Config, state: TrainState) -> tuple[Callable[[PyTree, 
 
 
 def seen_environment(config: Config) -> Environment:
-    """The environment of training with those entries of its observations alone that the policy sees."""
+    """The environment of training, with only those entries of its observations that the policy sees."""
     environment = make_agent(config).environment
     return environment if config.policy is not None else with_what_is_seen(environment, AUTO)
 
@@ -85,15 +85,15 @@ def seen_environment(config: Config) -> Environment:
 def export_policy(config: Config, state: TrainState, folder: Path) -> Path:
     """Write a policy as portable StableHLO for CPU, CUDA and TPU, with a script that loads it.
 
-    The exported function is that of `acting_policy` for any batch size, its parameters inside: `observation -> action`,
-    or `(carry, observation) -> (carry, action)` with a memory (the list of its arrays, where they lie in a class of
-    the user's). Observations are as the environment gives them here: float32, indices as unit vectors, and bytes
-    divided by 255.
+    The exported function is that of `acting_policy` for any batch size, with its parameters inside: `observation ->
+    action`, or `(carry, observation) -> (carry, action)` for a recurrent policy (with a list of the carry's arrays if
+    these are in a class of the user's). Observations are in the environment's form here: float32, indices as unit
+    vectors, and bytes divided by 255.
 
     Args:
       config: the settings the state was trained with.
       state: one agent.
-      folder: gets policy.stablehlo, load_policy.py, and with a memory start.npz, that of an episode's start.
+      folder: the folder for policy.stablehlo, load_policy.py and, for a recurrent policy, start.npz, its initial carry.
 
     Returns:
       The file.
@@ -121,7 +121,7 @@ def export_policy(config: Config, state: TrainState, folder: Path) -> Path:
 
 
 def _serialize(act: Callable, carry: PyTree, observation: jax.ShapeDtypeStruct) -> bytearray:
-    """`act` for any batch, as bytes: on carries as they are, or, of a kind that no file can hold, on their leaves."""
+    """Serialise `act` for any batch size: on carries as they are, or on their leaves if a file cannot hold them."""
     (batch, *_), (leaves, structure) = observation.shape, jax.tree.flatten(carry)
     leaves = [jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
 
@@ -152,7 +152,7 @@ def _script(environment: Environment, *, has_memory: bool) -> str:
 
 
 def _meaning(environment: Environment) -> str:
-    """What there is to say of observations beside their shape."""
+    """What to know about observations besides their shape."""
     if environment.entries is not None:
         layout = ", ".join(f"{name} {list(shape)}" for name, shape in environment.entries.items())
         return f", whose entries are, one after the other,\n{layout}"

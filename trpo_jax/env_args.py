@@ -1,4 +1,4 @@
-"""Settings of an environment, as `Config.env_args` holds them. Imports no JAX."""
+"""Settings of an environment in the form of `Config.env_args`. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from trpo_jax.sentences import UsageError, check_number, shown
 
 PREFIX = "env."
-"""What begins the name of an environment's setting where it stands among others: "env.gravity"."""
+"""Prefix of an environment's setting among other settings: "env.gravity"."""
 
 
 class EnvArgs(dict[str, Any]):
-    """Settings of an environment by name, in alphabetical order. Hashable, and not to be changed.
+    """Settings of an environment by name, in alphabetical order; hashable and immutable.
 
     Attributes:
       traced: names of those that are leaves of a `Config`; the others are static.
@@ -28,17 +28,17 @@ class EnvArgs(dict[str, Any]):
 
     @property
     def static(self) -> tuple[tuple[str, Any], ...]:
-        """Names and values of those that are no leaves."""
+        """Names and values of the static ones."""
         return tuple((name, value) for name, value in self.items() if name not in self.traced)
 
 
 def make_env_args(values: Any, env: Any) -> EnvArgs:
-    """The settings of `env` as a `Config` holds them: floats are traced, whole numbers, truth values and words static.
+    """Convert settings of `env` to their form in `Config`: floats are traced; whole numbers, truth values, words not.
 
-    A suite other than gymnax, or a factory, takes them as it builds the environment: all of them are static there.
+    A suite other than gymnax, or a factory, uses them to build the environment, so all of them are static there.
 
     Raises:
-      UsageError: if they are no mapping from names to such values.
+      UsageError: if they are not a mapping from names to such values.
     """
     if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
         raise UsageError(f"env_args must map names of an environment's settings to values, got {shown(values)}.")

@@ -1,4 +1,4 @@
-"""The kinds of settings that `Config` has: how each is declared, when it has an effect, and which values it takes."""
+"""The kinds of settings in `Config`: how each is declared, when it has an effect, and which values it takes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ALGORITHMS = {
     "ppo": "trpo_jax.algorithms.ppo",
     "kl-penalty": "trpo_jax.algorithms.kl_penalty",
 }
-"""Ways to update a policy, each with the module that makes it."""
+"""Policy updates by name, each with the module that makes it."""
 
 VALUE_FITS = {"gauss-newton": "trpo_jax.algorithms.gauss_newton", "adam": "trpo_jax.algorithms.adam"}
-"""Ways to fit a value function, each with the module that makes it."""
+"""Value fits by name, each with the module that makes it."""
 
 NEVER = 1e30
 """A `stop_at_return` that no agent reaches."""
@@ -31,7 +31,7 @@ _MOST_LAYERS = 64
 _WIDEST = 65_536
 
 Used = tuple[Mapping[str, tuple[Any, ...]], ...]
-"""When a setting has an effect: where one of these holds, each named setting having one of the values; (): always."""
+"""When a setting has an effect: if in one of these each named setting has one of the values; (): always."""
 
 TRPO: Used = ({"update": ("trpo",)},)
 GRADIENT_STEPS: Used = ({"update": ("policy-gradient", "ppo", "kl-penalty")},)
@@ -51,7 +51,7 @@ CONVOLUTIONS: Used = tuple({"network": ("auto", "cnn"), **one} for one in OWN_NE
 
 
 class _AtLeastOne(tuple[str]):
-    """Every whole number from 1 on, for a condition; in a sentence, what the tuple holds."""
+    """Every whole number from 1 on, for a condition; in a sentence, the text in the tuple."""
 
     def __contains__(self, value: object) -> bool:
         return isinstance(value, int) and value >= 1
@@ -63,7 +63,7 @@ EVALUATED: Used = ({"eval_every": _AtLeastOne(("1 or more",))},)
 def static(
     default: Any, help: str, *, high: int = 10_000, interval: str = "", choices: tuple[str, ...] = (), used: Used = ()
 ) -> Any:
-    """Declare a setting of which each value is a program of its own: a whole number, a truth value or a word."""
+    """Declare a setting with one program per value: a whole number, a truth value or a word."""
     meta: dict[str, Any] = {"help": help, "static": True, "choices": choices, "flag": True, "used": used}
     if interval or type(default) is int:
         meta["interval"] = interval or f"[1, {high}]"
@@ -71,31 +71,31 @@ def static(
 
 
 def traced(default: float, help: str, *, interval: str, used: Used = ()) -> Any:
-    """Declare a number of which one program serves all values."""
+    """Declare a number for which one program serves all values."""
     meta = {"help": help, "static": False, "interval": interval, "flag": True, "used": used}
     return dataclasses.field(default=default, metadata=meta)
 
 
 def widths(default: Any, help: str, *, used: Used) -> Any:
-    """Declare the widths of layers, a tuple of whole numbers; where the default is "auto", that is allowed, too."""
+    """Declare the widths of layers, a tuple of whole numbers; if the default is "auto", that is allowed, too."""
     meta = {"help": help, "static": True, "widths": True, "flag": True, "used": used}
     return dataclasses.field(default=default, metadata=meta)
 
 
 def text(default: str, help: str, *, used: Used = ()) -> Any:
-    """Declare words that only what is trained can judge."""
+    """Declare words that are checked where they are used."""
     return dataclasses.field(default=default, metadata={"help": help, "static": True, "flag": True, "used": used})
 
 
 def own_object(default: Any, help: str) -> Any:
-    """Declare a setting that no flag and no file can name."""
+    """Declare a setting that no flag and no file can set."""
     return dataclasses.field(default=default, metadata={"help": help, "static": True, "flag": False, "used": ()})
 
 
 def as_widths(value: Any) -> Any:
-    """Widths as `Config` has them, a tuple or "auto": of a list, or of text such as "256,256"; "[]" is no layer.
+    """Convert widths to a tuple or "auto": from a list, or from text such as "256,256"; "[]" is no layer.
 
-    What is neither comes back as it is, for `check_value` to refuse.
+    Anything else is returned as it is, for `check_value` to refuse.
     """
     if isinstance(value, str) and value.strip() not in ("", AUTO):
         inner = value.strip().removeprefix("[").removeprefix("(").rstrip("])").strip().removesuffix(",")
@@ -109,7 +109,7 @@ def as_widths(value: Any) -> Any:
 
 
 def as_held(field: Any, value: Any, env: Any) -> Any:
-    """A setting as `Config` holds it: widths are tuples, settings of the environment `EnvArgs`, ranges their text."""
+    """Convert a setting to its form in `Config`: widths are tuples, environment settings `EnvArgs`, ranges text."""
     if "widths" in field.metadata:
         return as_widths(value)
     if field.name == "env_args":
@@ -118,9 +118,9 @@ def as_held(field: Any, value: Any, env: Any) -> Any:
 
 
 def as_ranges(value: Any) -> Any:
-    """Ranges of an environment's settings as text, "gravity=5..20 length=0.4..0.6": of that, or of a mapping.
+    """Convert ranges of an environment's settings to text, "gravity=5..20 length=0.4..0.6", from that or a mapping.
 
-    What is neither comes back as it is, for `check_value` to refuse.
+    Anything else is returned as it is, for `check_value` to refuse.
     """
     if not isinstance(value, Mapping):
         return value
@@ -131,7 +131,7 @@ def as_ranges(value: Any) -> Any:
 
 
 def parse_ranges(text: str, label: str = "randomize") -> dict[str, tuple[float, float]]:
-    """{name: (low, high)} of ranges in text; `UsageError` with one sentence if it is none."""
+    """Parse ranges to {name: (low, high)}; raise `UsageError` with one sentence if they are wrong."""
     found = {}
     for part in [] if text == NONE else text.split():
         name, equals, ends = part.partition("=")
@@ -149,7 +149,7 @@ def parse_ranges(text: str, label: str = "randomize") -> dict[str, tuple[float, 
 
 
 def as_text(value: Any) -> Any:
-    """A setting as a flag, a cell of a table or a database has it: widths are text, "256,256"; others stay."""
+    """A setting in the form of a flag, a table or a database: widths become text, "256,256"; others stay."""
     return (",".join(map(str, value)) or "[]") if isinstance(value, tuple) else value
 
 
@@ -158,7 +158,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def check_value(field: Any, label: str, value: Any) -> None:
-    """Raise `UsageError` unless a field of `Config` may have this value, called `label`; traced ones all pass."""
+    """Raise `UsageError` unless a field of `Config`, called `label`, may have this value; traced values always pass."""
     meta = field.metadata
     if "interval" in meta:
         if meta["static"] and field.type == "float" and not isinstance(value, numbers.Real):  # an array is traced
@@ -167,7 +167,7 @@ def check_value(field: Any, label: str, value: Any) -> None:
     elif "widths" in meta:
         _check_widths(field, label, value)
     elif meta.get("choices"):
-        own = field.name in ("update", "value_fit") and callable(value)  # a function that makes one, algorithms/base.py
+        own = field.name in ("update", "value_fit") and callable(value)  # a function as in algorithms/base.py
         if not own and (not isinstance(value, str) or value not in meta["choices"]):
             raise UsageError(f"{label} must be one of {', '.join(meta['choices'])}, got {shown(value)}.")
     elif field.name == "randomize" and not callable(value):

@@ -1,4 +1,4 @@
-"""Folders and files that a kill leaves whole. Imports no JAX."""
+"""Folders and files that stay intact if the process is killed. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from trpo_jax.sentences import UsageError, first_line, shown
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # of `write_atomically`: .NAME.PROCESS.tmp
 _SEAL = re.compile(rb"crc32:([0-9a-f]{8})")
-BLANK_SEAL = "crc32:00000000"  # stands in what is written for the checksum that `sealed` puts there
+BLANK_SEAL = "crc32:00000000"  # placeholder for the checksum that `sealed` puts there
 WRITABLE = "choose a folder that can be written to"
 _MOST_BYTES = 2**24  # of a file of settings
 
 
 def read_json(path: str | os.PathLike[str], mend: str) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Args:
       path: the file.
-      mend: the end of the sentence if it holds none.
+      mend: advice for the error message.
 
     Raises:
       FileNotFoundError, NotADirectoryError: if there is no such file.
@@ -38,7 +38,7 @@ def read_json(path: str | os.PathLike[str], mend: str) -> dict[str, Any]:
     try:
         value = json.loads(read_limited(path))
         if not isinstance(value, dict):
-            raise ValueError("it is no table of names and values")
+            raise ValueError("it is not a table of names and values")
         return value
     except (FileNotFoundError, NotADirectoryError):
         raise
@@ -47,7 +47,7 @@ def read_json(path: str | os.PathLike[str], mend: str) -> dict[str, Any]:
 
 
 def plain_json(value: Any) -> Any:
-    """A value as JSON has it: lists for tuples and arrays, null for numbers that are not finite."""
+    """Convert a value to JSON's types: lists for tuples and arrays, null for numbers that are not finite."""
     value = value._asdict() if hasattr(value, "_asdict") else value
     if isinstance(value, dict):
         return {str(name): plain_json(entry) for name, entry in value.items()}
@@ -58,7 +58,7 @@ def plain_json(value: Any) -> Any:
 
 
 def file_of_kind(path: str, flag: str, suffix: str) -> Path:
-    """The file that a flag names for output; raise `UsageError` if its name does not end as one of the kind does."""
+    """The output file that a flag names; raise `UsageError` if its name does not end in `suffix`."""
     file = Path(path)
     if file.suffix.lower() != suffix or file.is_dir():
         raise UsageError(f"{flag} must name a file that ends in {suffix}, got {shown(path)}.")
@@ -66,7 +66,7 @@ def file_of_kind(path: str, flag: str, suffix: str) -> Path:
 
 
 def read_limited(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a file of settings; raise `ValueError` if there are more than one can have."""
+    """Read a file of settings; raise `ValueError` if it is larger than such a file can be."""
     with open(path, "rb") as file:
         content = file.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
@@ -75,7 +75,7 @@ def read_limited(path: str | os.PathLike[str]) -> bytes:
 
 
 def command(name: str, path: str | os.PathLike[str], *, env: Any = None) -> str:
-    """A shell command on a folder, quoted for a message; `env` is part of it where its name has a module imported."""
+    """A shell command on a folder, quoted for a message; it includes `env` if that names a module to import."""
     path = os.fspath(path)
     words = ["trpo-jax", name, f"./{path}" if path.startswith("-") else path]
     return f"`{shlex.join([*words, '--env', env] if isinstance(env, str) and ':' in env else words)}`"
@@ -88,8 +88,8 @@ def say(sentence: str) -> None:
 
 
 def drop_output() -> None:
-    """Discard what is still to be printed, so that Python's exit does not fail on it again."""
-    with contextlib.suppress(OSError, ValueError):  # no file is behind it, as where a program calls `main`
+    """Discard all further output, so that Python's exit does not fail on it again."""
+    with contextlib.suppress(OSError, ValueError):  # it is not a real file, as when a program calls `main`
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
@@ -101,16 +101,16 @@ def drop_output() -> None:
 def write_atomically(
     file: Path, content: str | bytes | Callable[[IO[bytes]], Any], mend: str = WRITABLE, *, first: bool = False
 ) -> None:
-    """Write a file and make its folder; after a kill or a power cut the file is the old one or the new one.
+    """Write a file and make its folder; after a kill or a power cut the file is either the old one or the new one.
 
     Args:
-      file: where to. A device or a pipe is written to as it is.
+      file: the file. A device or a pipe is written to directly.
       content: text, bytes, or a function that writes into the open file.
-      mend: the end of the sentence if that fails.
-      first: a file that is there already stays: where several processes try, the first one's counts for all.
+      mend: advice for the error message if that fails.
+      first: keep a file that is there already: if several processes try, the first one's counts for all.
 
     Raises:
-      UsageError: if the file cannot be written; nothing is left of it then.
+      UsageError: if the file cannot be written; nothing of it is left then.
     """
     data = content.encode() if isinstance(content, str) else content
     write = data if callable(data) else lambda sink: sink.write(data)
@@ -181,7 +181,7 @@ def append(file: Path, text: str, mend: str = WRITABLE) -> None:
 
 
 def sealed(data: bytes) -> bytes:
-    """Return `data` with its checksum in place of the last `BLANK_SEAL` in it."""
+    """Insert the checksum of `data` in place of the last `BLANK_SEAL` in it."""
     at = data.rindex(BLANK_SEAL.encode())
     return data[:at] + f"crc32:{zlib.crc32(data):08x}".encode() + data[at + len(BLANK_SEAL) :]
 
@@ -203,25 +203,25 @@ def is_intact(data: bytes) -> bool:
 def locked(
     folder: Path, *within: str, name: str = ".lock", mend: str = "wait for it, or choose another folder"
 ) -> Iterator[None]:
-    """Lock a folder, made if need be, against a second process; the lock of a killed one is released by the system.
+    """Lock a folder, made if necessary, against a second process; the system releases the lock of a killed one.
 
-    What killed processes left of files they were writing goes. A folder that was made for it and stays empty goes with
-    the lock. On a file system without locks nothing is held.
+    Unfinished files of killed processes are removed. A folder that was made for the lock and stays empty is removed
+    with it. On a file system without locks, nothing is locked.
 
     Args:
-      folder: the folder; `within` are folders in it whose leftovers go too.
-      name: of the lock.
-      mend: the end of the sentence where another process holds it.
+      folder: the folder; `within` are folders in it whose unfinished files are removed, too.
+      name: name of the lock.
+      mend: advice if another process holds the lock.
 
     Raises:
-      UsageError: if another process holds the folder, which `mend` says what to do about, or it cannot be written to.
+      UsageError: if another process holds the lock, or the folder cannot be written to.
     """
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _open_locked(folder / name)
     except BlockingIOError:
-        raise UsageError(f"another process is at work on {folder}; {mend}.") from None
+        raise UsageError(f"another process is using {folder}; {mend}.") from None
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror or error}; {WRITABLE}.") from error
     with lock:
@@ -236,7 +236,7 @@ def locked(
 
 
 def _open_locked(file: Path) -> IO[bytes]:
-    """Open a file to write it alone; raise `BlockingIOError` if another process does."""
+    """Open a file for this process alone to write; raise `BlockingIOError` if another process does."""
     while True:
         sink = open(file, "wb")  # noqa: SIM115
         try:
@@ -246,11 +246,11 @@ def _open_locked(file: Path) -> IO[bytes]:
         except BaseException:
             sink.close()
             raise
-        sink.close()  # it was removed in between, by whoever held it before
+        sink.close()  # it was removed in between, by the process that held it before
 
 
 def _lock(file: IO[bytes]) -> bool:
-    """Whether a file is locked for this process until it is closed; `BlockingIOError` if another one holds it."""
+    """Lock a file until it is closed; return whether that worked. `BlockingIOError` if another process holds it."""
     try:
         import fcntl
     except ImportError:  # not a POSIX system
@@ -273,7 +273,7 @@ def _is_at(file: Path, opened: IO[bytes]) -> bool:
 
 
 def is_fresh(folder: Path, first: str) -> bool:
-    """Whether a folder is missing, or holds only what a process leaves that is killed as it writes its first file."""
+    """Whether a folder is missing, or has only what a process leaves that is killed while it writes its first file."""
     try:
         entries = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -284,10 +284,10 @@ def is_fresh(folder: Path, first: str) -> bool:
 
 
 def remove_temporaries(*folders: Path, name: str = "*") -> None:
-    """Remove the temporary files of killed processes; those that are being written are locked, and stay.
+    """Remove the temporary files of killed processes; those that are being written are locked and stay.
 
     Args:
-      folders: where; not in folders below them.
+      folders: the folders, without those in them.
       name: pattern of the files' names.
     """
     for folder in folders:

@@ -1,4 +1,4 @@
-"""Playing a trained policy, in Gymnasium's own environments or in that of training, and drawing an episode."""
+"""Playing of a trained policy, in Gymnasium's own environments or in that of training, and pictures of an episode."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ _MOST_STEPS = 100_000  # of an episode without a time limit
 
 
 def draw_without_a_screen() -> None:
-    """Have pictures drawn to memory, which needs neither screen nor sound card. To be called before MuJoCo loads."""
+    """Let pictures be drawn to memory, which needs neither screen nor sound card. Call it before MuJoCo loads."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
     if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
-        os.environ.setdefault("MUJOCO_GL", "egl")  # GLFW, which would be taken, opens windows only
+        os.environ.setdefault("MUJOCO_GL", "egl")  # the default, GLFW, only opens windows
 
 
 def play_here(
     config: Config, state: TrainState, *, num_episodes: int = 10, seed: int = 0, video: Path | None = None
 ) -> np.ndarray:
-    """Play whole episodes in the environment of training itself, without `randomize`.
+    """Play whole episodes in the environment of training, without `randomize`.
 
     Args:
       config: the settings the state was trained with.
       state: one agent.
       num_episodes: episodes, one after the other.
-      seed: of all of them.
+      seed: seed of all of them.
       video: file for a video of the first episode: .gif (at most 500 frames) or .mp4 (1000).
 
     Returns:
@@ -59,7 +59,7 @@ def play_here(
         draw_without_a_screen()
         if environment.render is None:
             raise UsageError(
-                f"{environment.name} cannot be drawn: its suite has no pictures here; leave out --output to play alone."
+                f"{environment.name} cannot be drawn: its suite has no pictures here; leave out --output to play only."
             )
     act, carry_at_start = acting_policy(config, state)
     reset = jax.jit(environment.reset)
@@ -106,16 +106,16 @@ def play(
       config: the settings the state was trained with.
       state: one agent.
       env: Gymnasium's id of the environment, such as "CartPole-v1". If it is the one of training, it is made with the
-        same `env_args`; another is played as it is.
+        same `env_args`; another one is used as it is.
       num_episodes: episodes, one after the other.
-      seed: of the first reset.
+      seed: seed of the first reset.
       video: file for a video of the first episode: .gif (at most 500 frames) or .mp4 (1000).
 
     Returns:
       Undiscounted returns, [num_episodes].
 
     Raises:
-      UsageError: if Gymnasium lacks the environment or what it needs, or its spaces are not those of training.
+      UsageError: if Gymnasium lacks the environment or its dependencies, or its spaces are not those of training.
     """
     import gymnasium
 
@@ -125,15 +125,15 @@ def play(
     args = config.env_args if env == str(config.env).removeprefix("gymnasium/") else {}
     try:
         world = gymnasium.make(env, render_mode="rgb_array" if video else None, disable_env_checker=True, **args)
-    except Exception as error:  # of a name's form, of its module, or of the environment's own code
+    except Exception as error:  # about a name's form, about its module, or from the environment's own code
         if args and isinstance(error, TypeError):
             raise UsageError(
                 f"Gymnasium's {env} cannot be made with {', '.join(args)} as in training ({first_line(error)}); "
-                f"evaluate the run instead, or name another environment by --env."
+                f"evaluate the run instead, or name another environment with --env."
             ) from error
         raise UsageError(
-            f"Gymnasium cannot make {env} ({first_line(error)}); name one of its environments by "
-            "--env, or play in that of training by --render, or install what it needs: pip install '.[play]'."
+            f"Gymnasium cannot make {env} ({first_line(error)}); name one of its environments with "
+            "--env, or play in that of training with --render, or install what it needs: pip install '.[play]'."
         ) from error
     environment = seen_environment(config)
     with one_sentence(f"reset of {env}"):
@@ -165,7 +165,7 @@ def play(
 
 
 def _interface(environment: Environment, world: Any, info: Any, env: str) -> tuple[Callable, Callable]:
-    """Gymnasium's observations for the policy, and the policy's actions for Gymnasium, as in training there."""
+    """The functions that convert Gymnasium's observations for the policy, and the policy's actions for Gymnasium."""
     wanted = environment.entries or {WHOLE: environment.observation_shape}
     entries, shape, observe = host_observations(world.observation_space, info, environment.action_space, env)
     given = {WHOLE: shape} if entries is None or (environment.entries is None and WHOLE not in entries) else entries
@@ -178,7 +178,7 @@ def _interface(environment: Environment, world: Any, info: Any, env: str) -> tup
     ours, (theirs, to_world) = environment.action_space, host_action_space(world.action_space, env)
     same = theirs.shape == ours.shape if isinstance(ours, Box) and isinstance(theirs, Box) else theirs == ours
     if not same:
-        raise UsageError(f"{env} takes actions of {world.action_space}, but the policy was trained to give {ours}.")
+        raise UsageError(f"{env} takes actions of {world.action_space}, but the policy was trained on {ours}.")
 
     def select(observation: Any, info: Any) -> np.ndarray:
         whole = np.ravel(observe(observation, info))
@@ -190,7 +190,7 @@ def _interface(environment: Environment, world: Any, info: Any, env: str) -> tup
 
 
 def _drawn(draw: Callable[[], Any], env: str) -> Any:
-    """What `draw` returns; a failure is one sentence."""
+    """Call `draw`; a failure becomes one sentence."""
     try:
         return draw()
     except UsageError:

@@ -1,4 +1,4 @@
-"""What is said of bad input: `UsageError`, the words of its sentence, and numbers out of their range."""
+"""Messages about bad input: `UsageError`, the words of its sentence, and checks of numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-SEEDS = 2**31  # seeds lie below it: larger ones would train the agents of smaller ones
+SEEDS = 2**31  # seeds are below it: larger ones would train the same agents as smaller ones
 LIMITS: dict[str, tuple[bool, str]] = {
     "agent": (True, "[0, 999999]"),
     "agents_per_device": (True, "[1, 1000000]"),
@@ -33,36 +33,36 @@ LIMITS: dict[str, tuple[bool, str]] = {
     "threshold_steps": (True, "[1, 2147483647]"),
     "total_steps": (True, "[1, 1000000000000000]"),
 }
-"""Numbers beside the settings, on the command line and in files: whether they are whole, and their range."""
+"""Numbers that are not settings, on the command line and in files: whether they are whole, and their range."""
 
 
 class UsageError(ValueError):
-    """Raised where a setting, file or environment cannot be used; the message is one sentence that says what to do."""
+    """Raised if a setting, file or environment cannot be used; the message is one sentence that says what to do."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: '; did you mean …?' with the closest known ones, or a full stop."""
+    """The end of a sentence about an unknown name: '; did you mean …?' with the closest known names, or a full stop."""
     lowered = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower()[:100], lowered, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(lowered[match] for match in close)}?" if close else "."
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and what it counts: "1 episode", "2,000 episodes"."""
+    """A number with its noun: "1 episode", "2,000 episodes"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, on one line, short, and without a full stop."""
+    """The message of an exception, on one line, short, and without a full stop."""
     if isinstance(error, RecursionError):
-        return "it is nested too deep"
+        return "it is nested too deeply"
     said = error.args[0] if isinstance(error, KeyError) and error.args else error  # the str() of a KeyError is quoted
     text = str(said).strip().splitlines()
     return text[0].rstrip(".")[:200] if text else type(error).__name__
 
 
 def shown(value: Any) -> str:
-    """A value within a sentence: on one line, and short."""
+    """A value for a sentence: on one line, and short."""
     try:
         text = " ".join((repr(value) if isinstance(value, str) else str(value)).split())
     except Exception:  # more digits than Python prints, or an object whose text fails
@@ -71,7 +71,7 @@ def shown(value: Any) -> str:
 
 
 def check_limits(values: Mapping[str, Any], source: str = "") -> None:
-    """Check the numbers among `values` that are no settings, see `LIMITS`; None is not given.
+    """Check the numbers in `values` that are not settings, see `LIMITS`; None means not given.
 
     Raises:
       UsageError: with one sentence, which names `source`, a file.
@@ -87,9 +87,9 @@ def check_limits(values: Mapping[str, Any], source: str = "") -> None:
 
 
 def check_number(name: str, value: Any, *, whole: bool, interval: str) -> None:
-    """Compare a number, or every number of a concrete array, with an interval such as "(0, 1]", as float32 has it.
+    """Check that a number, or every number of a concrete array, is in an interval such as "(0, 1]", in float32.
 
-    What float32 cannot tell from a bound lies on it: programs compute in float32, and a subnormal number is 0 to them.
+    A number that float32 cannot tell from a bound is on it: programs compute in float32, where subnormal numbers are 0.
 
     Raises:
       UsageError: with one sentence.
@@ -112,7 +112,7 @@ def check_number(name: str, value: Any, *, whole: bool, interval: str) -> None:
 
 
 def _is_abstract(value: Any) -> bool:
-    """Whether a value cannot be looked at: traced, only a shape, or on other hosts."""
+    """Whether a value cannot be inspected: traced, only a shape, or on other hosts."""
     jax = sys.modules.get("jax")  # without it there are no such values
     if jax is None or not hasattr(value, "dtype"):
         return False
@@ -130,7 +130,7 @@ def _as_float32(value: float) -> float:
 
 
 def _extremes(name: str, value: Any, interval: str) -> tuple[float, ...]:
-    """The least and the greatest number of an array, both NaN if one is."""
+    """The smallest and the largest number of an array, both NaN if one is."""
     import numpy as np  # deferred: `trpo-jax --help` needs no NumPy
 
     try:

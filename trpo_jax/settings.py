@@ -1,4 +1,4 @@
-"""Settings as they stand in files: their names, their values as text formats have them, and their checks."""
+"""Settings in files: their names, their values in text formats, and their checks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from trpo_jax.files import read_limited
 from trpo_jax.sentences import UsageError, check_limits, first_line, nearest, shown
 
 _KINDS = {field.name: str(field.type) for field in dataclasses.fields(Config) if field.metadata["flag"]}
-SETTINGS = ("env", *_KINDS)  # what a file can name; networks and environments of one's own it cannot
-DISTRIBUTIONS = ("uniform", "log_uniform", "choice")  # that a search or a sweep draws values from
-TOTAL_STEPS = "total_steps"  # may stand for num_iterations wherever a setting may
+SETTINGS = ("env", *_KINDS)  # those that a file can name: networks and environments of the user's are not among them
+DISTRIBUTIONS = ("uniform", "log_uniform", "choice")  # from which a search or a sweep draws values
+TOTAL_STEPS = "total_steps"  # may replace num_iterations wherever a setting may stand
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """The settings of a configuration, as files have them."""
+    """The settings of a configuration, in the form of files."""
     own = {f"{PREFIX}{name}": value for name, value in config.env_args.items()}
     values = {name: getattr(config, name) for name in SETTINGS} | own
     if callable(values["randomize"]):  # no file can name a function
@@ -30,19 +30,19 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def setting_names(configs: Iterable[Config]) -> tuple[str, ...]:
-    """The name of every setting that some configurations have, with those of their environments: "env.gravity"."""
+    """The names of all settings in some configurations, with those of their environments: "env.gravity"."""
     return (*SETTINGS, *sorted({f"{PREFIX}{name}" for config in configs for name in config.env_args}))
 
 
 def value_of(config: Config, name: str) -> Any:
-    """The value of a setting in a table; None for one of an environment that the configuration does not have."""
+    """The value of a setting for a table; None for an environment setting that the configuration lacks."""
     if name.startswith(PREFIX):
         return config.env_args.get(name.removeprefix(PREFIX))
     return as_text(getattr(config, name))
 
 
 def with_flat_names(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A table of settings with each entry of a table `env` in it under a name of its own: "env.gravity"."""
+    """Give each entry of a table `env` in a table of settings its own name: "env.gravity"."""
     own = table.get("env")
     if not isinstance(own, Mapping) or set(own) <= set(DISTRIBUTIONS):
         return dict(table)
@@ -51,7 +51,7 @@ def with_flat_names(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The table in a TOML file; raise `UsageError` with one sentence if there is none."""
+    """Read the table in a TOML file; raise `UsageError` with one sentence if there is none."""
     import tomllib  # deferred: `trpo-jax --help` can do without
 
     try:
@@ -60,7 +60,7 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UsageError(f"cannot read {path}: {error.strerror or error}.") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not text in UTF-8; save it in that encoding.") from None
-    except (ValueError, RecursionError) as error:  # ValueError: of the form, the encoding, or a number's digits
+    except (ValueError, RecursionError) as error:  # ValueError: about the form, the encoding, or a number's digits
         raise UsageError(f"{path} is not TOML: {first_line(error)}.") from None
 
 
@@ -70,7 +70,7 @@ def is_whole(name: str) -> bool:
 
 
 def cast(name: str, value: Any) -> Any:
-    """The value of a setting as `Config` has it: TOML writes 1 for 1.0, 1e5 for a whole number, and lists of widths."""
+    """Convert a value to its type in `Config`: TOML writes 1 for 1.0, 1e5 for a whole number, and lists of widths."""
     if name in FIELDS and "widths" in FIELDS[name].metadata:
         return as_widths(value)
     if name == "randomize":
@@ -84,7 +84,7 @@ def cast(name: str, value: Any) -> Any:
 
 
 def checked(name: str, value: Any, source: str) -> Any:
-    """The value of a setting in a file, cast and checked: one number, truth value or word, or the widths of layers.
+    """Convert and check the value of a setting in a file: one number, truth value or word, or the widths of layers.
 
     Raises:
       UsageError: with one sentence that names the setting and the file.
@@ -98,7 +98,7 @@ def checked(name: str, value: Any, source: str) -> Any:
         raise UsageError(f"env in {source} must be the name of an environment, got {shown(value)}.")
     elif name == "env" and ":" in value:  # Gymnasium would import the module: a file must not run code
         raise UsageError(
-            f"env in {source} names a module to import, {shown(value)}, which only the command line may; give it there."
+            f"env in {source} names a module to import, {shown(value)}, which needs the command line; give it there."
         )
     elif name != "env":
         check_setting(name, value, source)
@@ -106,14 +106,14 @@ def checked(name: str, value: Any, source: str) -> Any:
 
 
 def checked_settings(table: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The settings in a file, `source`, as `Config` has them; `UsageError` with one sentence about a wrong one."""
+    """Convert and check the settings in a file, `source`; raise `UsageError` with one sentence about a wrong one."""
     table = with_flat_names(table)
     check_names(table, source)
     return {name: checked(name, value, source) for name, value in table.items()}
 
 
 def check_names(names: Iterable[str], source: str) -> None:
-    """Raise `UsageError` with one sentence if one of the names is no setting."""
+    """Raise `UsageError` with one sentence if a name is not a setting."""
     known = (*SETTINGS, TOTAL_STEPS)
     for name in names:
         if name not in known and not name.startswith(PREFIX):
@@ -121,7 +121,7 @@ def check_names(names: Iterable[str], source: str) -> None:
 
 
 def with_length(settings: Mapping[str, Any], base: Config) -> Config:
-    """`base` with some settings changed, among which `total_steps` may stand for `num_iterations`, if not both do.
+    """Change some settings of `base`; `total_steps` may replace `num_iterations`, rounded down to whole iterations.
 
     Settings of the environment, such as "env.gravity", are changed one by one.
     """

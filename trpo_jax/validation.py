@@ -1,4 +1,4 @@
-"""Whether settings go together, and which of them have an effect."""
+"""Checks that settings go together, and that they have an effect."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from trpo_jax.config import FIELDS, Config, check_setting
 from trpo_jax.fields import as_text
 from trpo_jax.sentences import UsageError
 
-_MOST_SAMPLES = 2**31 - 1  # what an int32 can index
-_REFUSED = "constraint", "radius_rule", "reuse", "value_clip"  # these ask for a method of their own
+_MOST_SAMPLES = 2**31 - 1  # largest index in an int32
+_REFUSED = "constraint", "radius_rule", "reuse", "value_clip"  # these need a certain method
 _OF_NETWORKS = (
     "hidden",
     "value_hidden",
@@ -18,13 +18,13 @@ _OF_NETWORKS = (
     "initialisation",
     "action_distribution",
     "value_observation",
-)  # one's own have layers of their own
+)  # networks of the user's have their own layers
 
 
 def validate(config: Config) -> None:
     """Check every setting with a concrete value, and whether they go together; raise `UsageError` with one sentence.
 
-    Traced values cannot be looked at and pass. Arrays of values (a sweep) are checked value by value.
+    Traced values cannot be inspected and pass. Arrays of values (a sweep) are checked value by value.
     """
     for name in FIELDS:
         check_setting(name, getattr(config, name))
@@ -56,14 +56,14 @@ def validate(config: Config) -> None:
 
 
 def minibatches(config: Config) -> Iterator[tuple[str, int]]:
-    """Name and number of the minibatches that are cut by these settings; a method from outside may cut none."""
+    """Names and numbers of the minibatches that these settings define; a method of the user's may use none."""
     for name, method in (("value_minibatches", config.value_fit), ("policy_minibatches", config.update)):
         if isinstance(method, str) and not without_effect(config, name):
             yield name, getattr(config, name)
 
 
 def without_effect(config: Config, name: str) -> str:
-    """Why a setting changes nothing beside the others: "needs update=ppo; with …"; empty if it has an effect."""
+    """Why a setting has no effect with the others: "needs update=ppo; with …"; empty if it has one."""
     alternatives = FIELDS[name].metadata["used"]
     missing: list[str] = []
     for conditions in alternatives:

@@ -1,4 +1,4 @@
-"""Videos as files: animated GIF, and MP4 by imageio-ffmpeg, which brings its own ffmpeg."""
+"""Video files: animated GIF, and MP4 by imageio-ffmpeg, which includes ffmpeg."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def check_video(file: Path) -> None:
 
 
 def most_frames(file: Path) -> int:
-    """How many frames a file of this kind gets at most."""
+    """The largest number of frames in a file of this kind."""
     return _MOST_FRAMES[file.suffix.lower()]
 
 
 def write_video(file: Path, film: Film) -> None:
-    """Write an animation that never ends (.gif, 300 pixels wide) or a video (.mp4, H.264).
+    """Write an endless animation (.gif, 300 pixels wide) or a video (.mp4, H.264).
 
     Raises:
       UsageError: if the file cannot be written.
@@ -61,16 +61,16 @@ def _as_gif(film: Film) -> bytes:
 def _as_mp4(film: Film) -> bytes:
     import imageio_ffmpeg
 
-    height, width = (side - side % 2 for side in film.frames[0].shape[:2])  # the codec takes even sides alone
+    height, width = (side - side % 2 for side in film.frames[0].shape[:2])  # the codec needs even sides
     with tempfile.TemporaryDirectory() as folder:  # ffmpeg must be able to go back in the file
         file = Path(folder) / "video.mp4"
         raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{film.per_second:g}"]
         coded = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-loglevel", "error", str(file)]
-        # imageio_ffmpeg.write_frames would fork, which JAX's threads do not bear.
+        # imageio_ffmpeg.write_frames would fork, which is unsafe with JAX's threads.
         command = [imageio_ffmpeg.get_ffmpeg_exe(), *raw, "-i", "-", *coded]
         ffmpeg = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
         assert ffmpeg.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has failed, and says why
+        with contextlib.suppress(BrokenPipeError):  # it has failed, and its output tells why
             for frame in film.frames:
                 ffmpeg.stdin.write(np.ascontiguousarray(frame[:height, :width]).tobytes())
         _, errors = ffmpeg.communicate()

@@ -144,7 +144,7 @@ HALVES = ("gamma", "gae_lambda", "max_kl", "cg_damping")
         ("seed = 4294967303", "seed in {file} must be a whole number from 0 to 2,147,483,647, got 4294967303."),
         (f"seed = {TUNING_SEEDS - 5}\nnum_seeds = 6", "are for tuning"),
         (f"seed = {'9' * 5000}", "{file} is not TOML: Exceeds the limit (4300 digits)"),
-        ("x = " + "[" * 3000 + "]" * 3000, "{file} is not TOML: it is nested too deep."),
+        ("x = " + "[" * 3000 + "]" * 3000, "{file} is not TOML: it is nested too deeply."),
         ("[base]\npolicy = 'x'", "[base] of {file} has no setting 'policy'"),
         (
             "[base]\nfisher_fraction = [0.5]",
@@ -160,9 +160,12 @@ HALVES = ("gamma", "gae_lambda", "max_kl", "cg_damping")
         ("[base]\nenv = 3", "env in [base] of {file} must be the name of an environment, got 3."),
         (
             "[base]\nenv = 'gymnasium/m:N'",
-            "env in [base] of {file} names a module to import, 'gymnasium/m:N', which only",
+            "env in [base] of {file} names a module to import, 'gymnasium/m:N', which needs",
         ),
-        ("[grid]\nenv = ['CartPole-v1', 'm:N']", "env in [grid] of {file} names a module to import, 'm:N', which only"),
+        (
+            "[grid]\nenv = ['CartPole-v1', 'm:N']",
+            "env in [grid] of {file} names a module to import, 'm:N', which needs",
+        ),
         ("[random]\ncount = 1\nenv = { choice = ['m:N'] }", "env in [random] of {file} names a module to import"),
         (
             "[random]\ncount = 1\nseed = 'x'\ngamma = { choice = [1] }",

@@ -164,7 +164,7 @@ def test_commands_take_an_agent_of_a_sweep(folder, tmp_path, capsys):
     assert main(["play", str(folder), "--num-episodes", "1"]) == 0
     capsys.readouterr()
     assert main(["evaluate", str(folder), "--checkpoint", "best"]) == 2
-    assert "--checkpoint is of a run" in capsys.readouterr().err
+    assert "--checkpoint is for runs" in capsys.readouterr().err
     assert main(["evaluate", str(folder), "--point", "0", "--agent", "7"]) == 2
     assert "has no finished agent of point 0 and seed 7; its report" in capsys.readouterr().err
 

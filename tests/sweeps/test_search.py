@@ -331,7 +331,7 @@ def test_second_process_in_a_folder_is_refused_and_the_first_goes_on(whole, tmp_
     folder, refused = tmp_path / "held", []
 
     def second(batch):
-        with pytest.raises(UsageError, match=r"another process is at work on .*held; wait for it, or choose another"):
+        with pytest.raises(UsageError, match=r"another process is using .*held; wait for it, or choose another"):
             tune(folder, make(ALL), batch=4)
         refused.append(batch.told)
 

@@ -237,7 +237,7 @@ def test_what_rounds_otherwise_is_not_mixed_in_one_folder(finished, tmp_path, mo
 def test_two_at_once_are_refused(finished, capsys):
     with Folder(finished).locked(0):
         assert sweep(finished.parent / "sweep.toml", "--output", finished) == 2
-        assert "another process is at work on" in capsys.readouterr().err
+        assert "another process is using" in capsys.readouterr().err
 
 
 def test_a_sweep_that_another_process_begins_meanwhile_is_joined(tmp_path, monkeypatch):
@@ -306,7 +306,7 @@ def test_dry_run_shows_programs_and_writes_nothing(tmp_path, python):
         "Timing program 1 of 1: two iterations"
     )
     assert "sweep.toml: 1 program" in result.stdout and "MiB" in result.stdout
-    assert re.search(r"The sweep would take about \d+:\d\d here, an estimate by what was measured", result.stdout)
+    assert re.search(r"The sweep would take about \d+:\d\d here, estimated from measurements", result.stdout)
     assert re.search(r"training \d+:\d\d, iterations times .* and evaluation \d+:\d\d", result.stdout)
     assert re.search(r"CartPole-v1 +4 +12 +1 x 4 +3 +23,040", result.stdout)
     assert [entry.name for entry in tmp_path.iterdir()] == ["sweep.toml"]

@@ -1,1 +1,1 @@
-"""Measuring throughput so that the figure can be trusted."""
+"""Reliable measurement of throughput."""

@@ -1,7 +1,7 @@
-"""What a run costs: seconds, memory, and where they go.
+"""The cost of a run: seconds, memory, and where they go.
 
-Every figure is taken the same way: compiled ahead, run once to warm up, `block_until_ready`, programs in turn within
-one process so that a drift of the machine meets them all, the median of several repetitions with their range.
+Every figure is taken in the same way: compiled ahead, run once to warm up, `block_until_ready`, programs in turn within
+one process so that a drift of the machine affects all of them, the median of several repetitions with their range.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _EVALUATION_EPISODES = 32
 
 
 def time_in_turn(programs: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, np.ndarray]:
-    """Seconds [repetitions] of each program, run in turn after a warm-up of each."""
+    """Measure the seconds [repetitions] of each program, run in turn after a warm-up of each."""
     for program in programs.values():
         jax.block_until_ready(program())
     seconds: dict[str, list[float]] = {name: [] for name in programs}
@@ -59,12 +59,12 @@ def time_in_turn(programs: Mapping[str, Callable[[], Any]], repetitions: int) ->
 
 
 def summary(values: Any) -> dict[str, float]:
-    """Median and range, as the JSON keeps them."""
+    """Median and range, in the form of the JSON file."""
     return {"median": float(np.median(values)), "low": float(np.min(values)), "high": float(np.max(values))}
 
 
 def setting() -> dict[str, Any]:
-    """The machine and the versions that a figure belongs to."""
+    """The machine and the versions for a figure."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -99,18 +99,18 @@ class Trainer:
             self.run()
 
     def run(self) -> float:
-        """Train all iterations of the program once; the seconds per iteration and agent."""
+        """Train all iterations of the program once; return the seconds per iteration and agent."""
         start = time.perf_counter()
         self.state, _ = jax.block_until_ready(self.program(self.config, self.state))
         return (time.perf_counter() - start) / self.per_run
 
 
 def measure_parts(config: Config, state: TrainState, repetitions: int) -> dict[str, np.ndarray]:
-    """Seconds [repetitions] of each stage of an iteration as a program of its own, and of the two gradients.
+    """Measure the seconds [repetitions] of each stage of an iteration as a separate program, and of the two gradients.
 
-    The stages do not add up to the iteration: within it, the value function's forward pass is shared between the
-    advantages and the fit. Beside the stages stand "policy gradient" and "value gradient" over the same batch: with
-    the rollout they are the least that any method of policy optimisation does, the *limit*.
+    The stages do not add up to the iteration, which shares the value function's forward pass between the advantages and
+    the fit. In addition there are "policy gradient" and "value gradient" over the same batch: with the rollout they are
+    the least that any method of policy optimisation does, the *limit*.
     """
     agent = make_agent(config)
     learner, carry, iteration = state.learner, state.actor.carry, state.iteration
@@ -174,7 +174,7 @@ PARTS = "rollout", "advantages", "gradient", "curvature", "line search", "value 
 
 
 def measure_one(config: Config, repetitions: int) -> dict[str, Any]:
-    """Throughput of one agent, its parts, and the limit."""
+    """Measure the throughput of one agent, its parts, and the limit."""
     trainer = Trainer(config)
     parts = measure_parts(config, trainer.state, 3 * repetitions)
     iteration = [trainer.run() for _ in range(repetitions)]
@@ -191,7 +191,7 @@ def measure_one(config: Config, repetitions: int) -> dict[str, Any]:
 
 
 def measure_policy_update(config: Config, samples: int, repetitions: int) -> dict[str, Any]:
-    """One policy update on a batch of random observations: as configured, and on every sample against a plain one.
+    """Measure a policy update on a batch of random observations: as configured, and on all samples against a plain one.
 
     The plain update differentiates the mean KL twice for each Fisher product, as most implementations do. Both take all
     k products on all samples, and both end at the same parameters.
@@ -249,9 +249,9 @@ def measure_policy_update(config: Config, samples: int, repetitions: int) -> dic
 
 
 def measure_many(config: Config, num_agents: int, repetitions: int) -> dict[str, Any]:
-    """Throughput and memory of K agents in one program, in turn with one agent alone."""
+    """Measure the throughput and memory of K agents in one program, in turn with a single agent."""
     alone, agents = Trainer(config), Trainer(config, num_agents, _ITERATIONS_TOGETHER)
-    # The lone agent runs for as long as the others do, so that a disturbance of the machine affects both alike.
+    # The single agent runs for as long as the others, so that a disturbance of the machine affects both alike.
     runs = max(1, agents.per_run // alone.per_run)
     pairs = [(np.mean([alone.run() for _ in range(runs)]), agents.run()) for _ in range(repetitions)]
     one, together = np.array(pairs).T
@@ -270,13 +270,13 @@ def measure_many(config: Config, num_agents: int, repetitions: int) -> dict[str,
 
 
 def measure_time_to(threshold: float, config: Config, num_seeds: int, max_steps: int) -> dict[str, Any]:
-    """Seconds and env steps of training until the mean return of 32 sampled episodes reaches a threshold.
+    """Measure seconds and env steps of training until the mean return of 32 sampled episodes reaches a threshold.
 
-    One agent at a time, evaluated after every iteration by the policy as it acts while training; only training is
+    One agent at a time is evaluated after every iteration, with the policy as it acts in training. Only training is
     timed, compiled ahead. A seed that does not reach it within `max_steps` env steps counts as infinite.
 
     Returns:
-      The interquartile mean over seeds of seconds and env steps, beside every seed's own.
+      The interquartile mean over seeds of seconds and env steps, and the values of every seed.
     """
     begin = jax.jit(init)
     step = jax.jit(train_step).lower(config, begin(config, jax.random.key(0))).compile()

@@ -1,4 +1,4 @@
-"""The whole benchmark as one JSON object, and as tables for the terminal."""
+"""The complete benchmark as one JSON object, and as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def run_benchmark(
 
     Args:
       config: the settings to measure.
-      num_agents: agents side by side in one program; of several such numbers each is measured, the last in detail.
-      repetitions: how often each figure is taken, at least 5 for a median worth the name.
-      threshold: return to reach; None leaves that out.
+      num_agents: numbers of agents side by side in one program; each is measured, the last in detail.
+      repetitions: measurements of each figure, at least 5 for a meaningful median.
+      threshold: return to reach; None: this is left out.
       num_seeds: agents trained to the threshold, one after the other.
-      max_steps: env steps after which one of them counts as never.
-      report: called with a word on what is being measured.
+      max_steps: env steps after which one of them counts as not reaching it.
+      report: called with a description of each measurement.
 
     Returns:
-      What the JSON file holds.
+      The content of the JSON file.
     """
     result: dict[str, Any] = {"setting": setting(), "settings": settings_of(config), "repetitions": repetitions}
     report("one agent")

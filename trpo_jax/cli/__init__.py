@@ -1,4 +1,4 @@
-"""The command line: arguments, commands, and what they show. Wrong input ends in one sentence.
+"""The command line: arguments, commands and output. Wrong input ends in one sentence.
 
 JAX is imported when a command needs it.
 """
@@ -79,9 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sentence_about(error: Exception) -> str:
-    """The sentence for an exception that JAX or the machine caused; empty if the cause is not known."""
+    """The sentence for an exception that JAX or the machine caused; empty if the cause is unknown."""
     _, ours, sentence = str(error).partition("UsageError: ")
-    if ours:  # of what fails in Python in the middle of a program, JAX keeps the text
+    if ours:  # JAX keeps the text of an error in Python code that a program calls
         return sentence.splitlines()[0]
     if "RESOURCE_EXHAUSTED" in str(error):
         return f"{_TOO_LARGE} ({first_line(error)})."

@@ -1,4 +1,4 @@
-"""What the command line accepts: commands, their flags, and the settings of `Config` as flags. Imports no JAX."""
+"""The arguments of the command line: commands, their flags, and the settings of `Config` as flags. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trpo_jax.fields import as_text
 from trpo_jax.sentences import UsageError, check_limits
 from trpo_jax.settings import SETTINGS
 
-BENCHMARK = {"num_envs": 64}  # what `benchmark` has other than `Config`
+BENCHMARK = {"num_envs": 64}  # defaults of `benchmark` that differ from those of `Config`
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,37 +33,37 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{text[:1].lower()}{text[1:]}; see `{self.prog} --help`.")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        (file or sys.stderr).write(message)  # argparse itself would pass over a full disk in silence
+        (file or sys.stderr).write(message)  # argparse itself would ignore a full disk
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Every command with its arguments; `namespace.command` is the one that was given."""
+    """Make the parser of all commands; `namespace.command` is the one that was given."""
     parser = _Parser(prog="trpo-jax", description="Trust Region Policy Optimization for JAX.")
     parser.add_argument("--version", action="version", version=f"trpo_jax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
 
     train = commands.add_parser("train", help="train agents; the folder keeps metrics, checkpoints and a plot")
     train.add_argument(
-        "env", nargs="?", help="environment, or MODULE:FACTORY, a function of one's own (default: CartPole-v1)"
+        "env", nargs="?", help="environment, or MODULE:FACTORY, your own function (default: CartPole-v1)"
     )
     train.add_argument("--output", help="folder of the run (default: runs/ENV)")
-    train.add_argument("--config", help="TOML file of settings, such as `trpo-jax tune` writes; flags override it")
+    train.add_argument("--config", help="TOML file of settings, such as that of `trpo-jax tune`; flags override it")
     train.add_argument(
         "--preset",
         nargs="?",
         const="",
         metavar="NAME",
-        help="settings of a table of results, by default of the one that names the environment; a file and flags "
+        help="settings of a table of results, by default of the first one with this environment; a file and flags "
         "override them",
     )
     train.number("--seed", 0, "seed of the first agent")
     train.number("--num-seeds", 1, "agents trained side by side")
     train.add_argument(
-        "--total-steps", type=_whole, help="environment steps per agent at most, instead of --num-iterations"
+        "--total-steps", type=_whole, help="environment steps per agent, rounded down to whole iterations"
     )
-    train.number("--keep-every", 0, "keep the checkpoint of every so many iterations; 0: of the newest two alone")
+    train.number("--keep-every", 0, "keep the checkpoint of every so many iterations; 0: only the newest two")
     train.add_argument(
-        "--init-from", metavar="RUN", help="folder of a run whose trained networks the agents start from"
+        "--init-from", metavar="RUN", help="folder of a run with whose trained networks the agents start"
     )
     _add_sinks(train)
     _add_settings(train)
@@ -73,19 +73,19 @@ def make_parser() -> argparse.ArgumentParser:
 
     benchmark = commands.add_parser("benchmark", help="measure throughput, memory and where the time goes")
     benchmark.add_argument("env", nargs="?", default="CartPole-v1", help="environment, or MODULE:FACTORY")
-    benchmark.add_argument("--output", help="JSON file for every figure (default: none)")
+    benchmark.add_argument("--output", help="JSON file for all figures (default: none)")
     benchmark.add_argument(
         "--num-agents", type=_whole_numbers, default=[64], metavar="N,N", help="agents side by side (default: 64)"
     )
-    benchmark.number("--repetitions", 7, "times each figure is taken")
-    benchmark.add_argument("--threshold", type=float, help="return to train to (default: Gymnasium's, if it names one)")
+    benchmark.number("--repetitions", 7, "measurements of each figure")
+    benchmark.add_argument("--threshold", type=float, help="return to reach (default: Gymnasium's, if there is one)")
     benchmark.number("--num-seeds", 16, "agents trained until they reach it")
-    benchmark.number("--threshold-steps", 500_000, "env steps after which a seed counts as never")
+    benchmark.number("--threshold-steps", 500_000, "env steps after which a seed counts as not reaching it")
     benchmark.add_argument("--compare", "--peer-environments", type=_moved, help=argparse.SUPPRESS)
     _add_settings(benchmark, BENCHMARK)
 
-    check = commands.add_parser("check", help="run an environment through the contract, and say what is wrong with it")
-    check.add_argument("env", help="environment, or MODULE:FACTORY, a function of one's own that makes it")
+    check = commands.add_parser("check", help="check an environment against the contract, and list every problem")
+    check.add_argument("env", help="environment, or MODULE:FACTORY, your own function that makes it")
     _add_settings(check, only=("max_steps", "randomize", "wrappers"))
 
     commands.add_parser("envs", help="list the environments, with their spaces and time limits")
@@ -99,30 +99,30 @@ def _add_run_commands(commands: Any) -> None:
     evaluate.add_argument("path", help="folder of the run")
     evaluate.number("--num-episodes", 64, "episodes per agent")
     _add_agent(evaluate, "all of a run")
-    evaluate.add_argument("--randomize", action="store_true", help="draw settings of the environment as training did")
+    evaluate.add_argument("--randomize", action="store_true", help="draw environment settings as in training")
     evaluate.add_argument("--stochastic", action="store_true", help="sample actions instead of taking the mode")
     evaluate.number("--seed", 0, "seed of the episodes")
-    evaluate.add_argument("--output", help="JSON file for every figure (default: none)")
+    evaluate.add_argument("--output", help="JSON file for all figures (default: none)")
     _add_checkpoint(evaluate)
     _add_env(evaluate)
 
     resume = commands.add_parser("resume", help="continue a run that was interrupted")
     resume.add_argument("path", help="folder of the run")
     resume.add_argument(
-        "--total-steps", type=_whole, help="make the run, finished or not, as long as so many steps per agent"
+        "--total-steps", type=_whole, help="extend the run to so many steps per agent, rounded down to whole iterations"
     )
     _add_env(resume)
     _add_sinks(resume)
 
-    play = commands.add_parser("play", help="play a trained policy in Gymnasium's own environment, or that of training")
+    play = commands.add_parser("play", help="play a trained policy in Gymnasium's environment, or in that of training")
     play.add_argument("path", help="folder of the run")
-    play.add_argument("--env", help="Gymnasium's id of the environment (default: the name it was trained on)")
+    play.add_argument("--env", help="Gymnasium's id of the environment (default: its name in training)")
     play.number("--num-episodes", 10, "episodes")
     play.number("--seed", 0, "seed of the first episode")
     _add_agent(play)
     _add_checkpoint(play)
     play.add_argument("--output", "--gif", metavar="FILE", help="file for a video of the first episode, .gif or .mp4")
-    drawn = "play in the environment of training itself, and draw it (default of --output: RUN/episode.gif)"
+    drawn = "play in the environment of training, and draw it (default of --output: RUN/episode.gif)"
     play.add_argument("--render", action="store_true", help=drawn)
 
     export = commands.add_parser("export", help="write a trained policy as portable StableHLO")
@@ -134,7 +134,7 @@ def _add_run_commands(commands: Any) -> None:
 
 
 def _add_sweep_commands(commands: Any) -> None:
-    """Add the commands that train many agents as a file says."""
+    """Add the commands that train many agents from a file."""
     sweep = commands.add_parser("sweep", help="train agents over the settings and seeds of a file, or continue")
     sweep.add_argument("file", help="TOML file of the sweep")
     sweep.add_argument("--output", help="folder of the sweep (default: sweeps/NAME-OF-THE-FILE)")
@@ -142,20 +142,20 @@ def _add_sweep_commands(commands: Any) -> None:
     sweep.add_argument(
         "--keep",
         choices=("none", "best", "all"),
-        help="keep trained states: of none, of each point's best agent, or of all",
+        help="trained states to keep: none, that of each point's best agent, or all",
     )
     sweep.add_argument("--extend", action="store_true", help="add the agents of the file to the sweep in the folder")
-    sweep.number("--checkpoint-seconds", 60, "save the agents in training this often", float)
+    sweep.number("--checkpoint-seconds", 60, "seconds between checkpoints of the agents in training", float)
     sweep.add_argument(
         "--agents-per-device", type=_whole, help="agents per device in one program (default: as memory allows)"
     )
     sweep.add_argument(
-        "--num-devices", type=_whole, help="CPU only: devices to make of its cores (default: one per core)"
+        "--num-devices", type=_whole, help="CPU only: number of devices to make of it (default: one per core)"
     )
     _add_sinks(sweep)
     sweep.add_argument("--coordinator", help="host:port of process 0, which connects several hosts")
     sweep.add_argument("--num-processes", type=_whole, help="processes that share the sweep and its folder")
-    sweep.add_argument("--process-id", type=_whole, help="which of them this is, from 0")
+    sweep.add_argument("--process-id", type=_whole, help="number of this process, from 0")
 
     report = commands.add_parser("report", help="show a sweep, finished or not, as a table, pictures and a page")
     report.add_argument("path", help="folder of the sweep")
@@ -166,12 +166,12 @@ def _add_sweep_commands(commands: Any) -> None:
         "--by",
         default="",
         metavar="SETTING,SETTING",
-        help="settings whose values are the methods to compare, such as update; folder is one, too (default: folder)",
+        help="settings whose values define the methods, such as update; folder is one, too (default: folder)",
     )
     compare.add_argument("--output", default="comparison.html", help="file of the page (default: comparison.html)")
-    compare.add_argument("--json", help="JSON file for every figure (default: none)")
+    compare.add_argument("--json", help="JSON file for all figures (default: none)")
 
-    tune = commands.add_parser("tune", help="search settings with Optuna, batches of trials as one program")
+    tune = commands.add_parser("tune", help="search for settings with Optuna; each batch of trials is one program")
     tune.add_argument("file", help="TOML file with [base] settings and [random] distributions")
     tune.add_argument("--output", help="folder of the search (default: searches/NAME-OF-THE-FILE)")
     tune.add_argument("--num-trials", type=_whole, help="trials (default: count in [random])")
@@ -185,7 +185,7 @@ def _add_sinks(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         choices=("tensorboard", "wandb"),
-        help="log metrics here, too, beside the files of the folder; may be repeated",
+        help="also log metrics there, in addition to the files of the folder; may be repeated",
     )
     parser.add_argument("--wandb-project", help="W&B's project (default: trpo_jax)")
     parser.add_argument("--wandb-name", help="W&B's group, of one run per seed (default: the name of the folder)")
@@ -193,13 +193,13 @@ def _add_sinks(parser: argparse.ArgumentParser) -> None:
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--point", type=_whole, help="of a sweep: the number of the point (default: that of the best agent)"
+        "--point", type=_whole, help="for a sweep: number of the point (default: that of the best agent)"
     )
     parser.add_argument(
         "--checkpoint",
         default="last",
         metavar="last|best|N",
-        help="state to take: the last one, each agent's best by evaluation during training, or that after N iterations "
+        help="state to use: the last one, each agent's best by evaluation during training, or that after N iterations "
         "(default: last)",
     )
 
@@ -208,7 +208,7 @@ def _add_agent(parser: argparse.ArgumentParser, default: str = "0 of a run") -> 
     parser.add_argument(
         "--agent",
         type=_whole,
-        help=f"which agent, of a run from 0 on, of a sweep by its seed (default: {default}, the best of a sweep)",
+        help=f"agent: its number in a run, from 0, or its seed in a sweep (default: {default}, the best of a sweep)",
     )
 
 
@@ -221,7 +221,7 @@ def _add_env(parser: argparse.ArgumentParser) -> None:
 def _add_settings(
     parser: argparse.ArgumentParser, defaults: Mapping[str, Any] | None = None, only: Sequence[str] = ()
 ) -> None:
-    """Add one flag for each setting of `Config`: name, default, help and type come from there."""
+    """Add one flag for each setting of `Config`, with its name, default, help and type."""
     group = parser.add_argument_group("settings")
     group.add_argument(
         "--env-arg",
@@ -283,7 +283,7 @@ def _moved(_: str) -> NoReturn:
 
 
 def flags_of(parser: argparse.ArgumentParser, command: str) -> list[str]:
-    """The flags that a command knows."""
+    """The flags of a command."""
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     return [flag for action in commands.choices[command]._actions for flag in action.option_strings]
 

@@ -1,4 +1,4 @@
-"""What the arguments of a command stand for: a configuration, and where metrics are logged."""
+"""The meaning of a command's arguments: a configuration, and the outputs for metrics."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def config_of(namespace: argparse.Namespace, file: Mapping[str, Any] | None = None) -> Config:
-    """The `Config` of the defaults, overridden by a file of settings, overridden by the flags.
+    """Build the `Config`: the defaults, overridden by a file of settings, overridden by the flags.
 
     Raises:
-      UsageError: if a setting is out of its range, or a flag has no effect beside the others.
+      UsageError: if a setting is out of its range, or a flag has no effect with the others.
     """
     flags = {f.name: getattr(namespace, f.name, None) for f in dataclasses.fields(Config) if f.metadata["flag"]}
     flags |= {"env": namespace.env, TOTAL_STEPS: getattr(namespace, TOTAL_STEPS, None)}
@@ -50,7 +50,7 @@ def tell_idle(names: Iterable[str], configs: Iterable[Config], source: str) -> N
 
 
 def opener_of(namespace: argparse.Namespace, folder: Path) -> Callable[[str, Mapping[str, Any]], list[OpenSink]]:
-    """What opens the sinks of --log for a part of a folder's agents, with their settings."""
+    """Make the function that opens the sinks of --log for a part of a folder's agents, given their settings."""
     from trpo_jax.runs.sinks import open_sink
 
     wandb = {name: getattr(namespace, name) for name in ("wandb_project", "wandb_name") if getattr(namespace, name)}

@@ -1,4 +1,4 @@
-"""The commands that train a run and use its agents, and those that list environments and measure speed."""
+"""The commands that use the agents of a run or a sweep, and those that list environments and measure speed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def run_of(namespace: argparse.Namespace) -> Run:
-    """The run in the folder that a command was given; --env may name its environment again."""
+    """The run in a command's folder; --env may name its environment again."""
     from trpo_jax.runs.folders import open_run
 
     run = open_run(namespace.path, namespace.env)
@@ -65,7 +65,7 @@ def evaluate(namespace: argparse.Namespace) -> int:
 
 
 def _figures(run: Run, state: TrainState, result: Evaluation) -> dict[str, Any]:
-    """The figures of an evaluation [A, E]: of each agent, and over the agents where there are several."""
+    """The figures of an evaluation [A, E]: of each agent, and over the agents if there are several."""
     import numpy as np
 
     from trpo_jax.runs.evaluations import half_width, summary
@@ -90,7 +90,7 @@ def _figures(run: Run, state: TrainState, result: Evaluation) -> dict[str, Any]:
 
 
 def _state_of(run: Run, which: str) -> TrainState:
-    """The state of a run's agents that --checkpoint names."""
+    """The state of a run's agents that --checkpoint selects."""
     from trpo_jax.runs.folders import chosen_state
 
     state = chosen_state(run, which)
@@ -102,7 +102,7 @@ def _state_of(run: Run, which: str) -> TrainState:
 
 
 def _agents_of(namespace: argparse.Namespace, agent: int | None) -> tuple[Run, TrainState]:
-    """A run with its trained agents, or with one of them alone; of a sweep the run of one agent."""
+    """A run with its trained agents, or with one of them; for a sweep, a run of one agent."""
     import jax
 
     from trpo_jax.runs.folders import Run, check_agent
@@ -110,7 +110,7 @@ def _agents_of(namespace: argparse.Namespace, agent: int | None) -> tuple[Run, T
     path = Path(namespace.path)
     if (path / "sweep.json").exists():
         if namespace.checkpoint != "last":
-            raise UsageError(f"--checkpoint is of a run, and {path} is a sweep, which keeps last states; leave it out.")
+            raise UsageError(f"--checkpoint is for runs, but {path} is a sweep, which keeps last states; leave it out.")
         from trpo_jax.sweeps.agents import choose_agent, load_agent
 
         point, seed = choose_agent(path, namespace.point, namespace.agent)
@@ -118,7 +118,7 @@ def _agents_of(namespace: argparse.Namespace, agent: int | None) -> tuple[Run, T
         print(f"Point {point}, seed {seed} of {path}.")
         return Run(path, config, seed, num_seeds=1), jax.tree.map(lambda leaf: leaf[None], state)
     if namespace.point is not None:
-        raise UsageError(f"--point is of a sweep, and {path} is none; leave it out.")
+        raise UsageError(f"--point is for sweeps, but {path} is not one; leave it out.")
     run = run_of(namespace)
     state = _state_of(run, namespace.checkpoint)
     if agent is None:
@@ -129,7 +129,7 @@ def _agents_of(namespace: argparse.Namespace, agent: int | None) -> tuple[Run, T
 
 
 def _agent_of(namespace: argparse.Namespace) -> tuple[Run, TrainState]:
-    """A run, or a sweep, and one trained agent of it."""
+    """A run, or a sweep, and one of its trained agents."""
     start_quickly()
     import jax
 
@@ -174,7 +174,7 @@ def export(namespace: argparse.Namespace) -> int:
 
     file = export_policy(run.config, state, Path(namespace.output or run.path / "policy"))
     print(f"Policy: {file} ({file.stat().st_size:,} bytes)")
-    print(f"`python {file.parent / 'load_policy.py'}` loads it and acts, with jax alone.")
+    print(f"`python {file.parent / 'load_policy.py'}` loads it and acts; it needs jax only.")
     return 0
 
 
@@ -192,9 +192,9 @@ def benchmark(namespace: argparse.Namespace) -> int:
 
     config = settle(config)
     if make_agent(config).has_memory or config.update != "trpo":
-        raise UsageError("benchmark takes an iteration of update=trpo apart, with networks without a memory.")
+        raise UsageError("benchmark measures the parts of update=trpo, with networks that are not recurrent.")
     if config.eval_every:
-        raise UsageError("eval_every is of a single run, and benchmark measures training alone; leave it out.")
+        raise UsageError("benchmark measures training without evaluation; leave out eval_every.")
     console = make_console()
     result = run_benchmark(
         config,
@@ -214,13 +214,13 @@ def benchmark(namespace: argparse.Namespace) -> int:
 
 
 def check(namespace: argparse.Namespace) -> int:
-    """Run an environment through the contract, and say what is wrong with it."""
+    """Check an environment against the contract, and print every problem."""
     start_quickly()
     from trpo_jax.environments.contract import check_environment
     from trpo_jax.environments.make import environment_of, settle
 
     config = settle(config_of(namespace))
-    environment = environment_of(config)  # what cannot be made is bad input
+    environment = environment_of(config)  # one that cannot be made is bad input
     wrong = check_environment(environment if config != Config(env=namespace.env) else namespace.env)
     for sentence in wrong:
         print(f"{environment.name}: {sentence}")
@@ -259,5 +259,5 @@ def presets(_: argparse.Namespace) -> int:
         settings = ", ".join(f"{name}={value}" for name, value in preset.settings.items())
         tasks = ", ".join(preset.tasks)
         print(f"{preset.name}: {preset.about}\n  settings: {settings}\n  tasks: {tasks}\n")
-    print("`trpo-jax train ENV --preset NAME` trains by one; without NAME by the first that names the environment.")
+    print("`trpo-jax train ENV --preset NAME` uses one; without NAME, the first one with this environment.")
     return 0

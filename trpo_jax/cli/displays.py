@@ -1,4 +1,4 @@
-"""What the command line shows: a live status line, tables, and their texts."""
+"""Output of the command line: a live status line, tables, and their texts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class _Expendable:
         except OSError as error:
             self.lost = True
             drop_output()
-            say(f"nothing more can be shown ({error.strerror or error}); the command continues without it.")
+            say(f"output is no longer possible ({error.strerror or error}); the command continues without it.")
 
 
 class _Console(Console):
@@ -58,18 +58,18 @@ class _Console(Console):
 
 
 def make_console(*, expendable: bool = False) -> Console:
-    """A console as wide as the terminal; wide enough for tables where there is none.
+    """Make a console as wide as the terminal, or wide enough for tables if there is none.
 
     Args:
-      expendable: if nothing more can be shown, the command continues.
+      expendable: if output is no longer possible, the command continues.
     """
     file: Any = _Expendable(sys.stdout) if expendable else None
-    # Names of files and extras may hold brackets, which are no markup.
+    # Names of files and extras may contain brackets, which are not markup.
     return _Console(file=file, highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 
 
 class LiveLine:
-    """A progress bar with a status, cut to the width of the terminal; elsewhere plain lines, `seconds` apart."""
+    """A progress bar with a status, cut to the width of the terminal; without one, plain lines, `seconds` apart."""
 
     def __init__(self, console: Console, total: float, seconds: float):
         self.console, self.total, self.seconds = console, total, seconds
@@ -97,7 +97,7 @@ class LiveLine:
 
 
 def run_status(progress: RunProgress, config: Config) -> str:
-    """The status line of a run, the most important first."""
+    """The status line of a run, most important parts first."""
     metrics, done = progress.metrics, progress.iteration * config.steps_per_iteration
     ended = not math.isnan(metrics["episode_return"])
     outcome = f"return {metrics['episode_return']:8.1f}" if ended else "no episode ended yet"
@@ -109,7 +109,7 @@ def run_status(progress: RunProgress, config: Config) -> str:
 
 
 def sweep_status(progress: SweepProgress) -> str:
-    """The status line of a sweep, the most important first."""
+    """The status line of a sweep, most important parts first."""
     blocks = f"{progress.blocks[0].number + 1}"
     blocks += f"–{progress.blocks[-1].number + 1}" if len(progress.blocks) > 1 else ""
     return (
@@ -124,7 +124,7 @@ def _pace(clock: Clock) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: "0:07", "2:00:00"; "?" where nothing is known."""
+    """Hours, minutes and seconds: "0:07", "2:00:00"; "?" if unknown."""
     if not math.isfinite(seconds):
         return "?"
     minutes, rest = divmod(round(seconds), 60)
@@ -143,7 +143,7 @@ def print_table(console: Console, title: str, titles: Sequence[str], rows: Seque
 
 
 def print_evaluation(console: Console, figures: Mapping[str, Any]) -> None:
-    """Print the figures of an evaluation: one row per agent, and one over them, whose interval is over the agents."""
+    """Print the figures of an evaluation: one row per agent, and one over all agents, with the interval over agents."""
     agents, over = figures["agents"], figures.get("all")
     rows = [
         [name, *(f"{row[n]:.1f}" for n in ("mean", "std")), _interval(row["low"], row["high"])]
@@ -161,8 +161,8 @@ def print_evaluation(console: Console, figures: Mapping[str, Any]) -> None:
     unfinished = round(sum((1 - agent["finished"]) * figures["num_episodes"] for agent in agents))
     if unfinished:
         console.print(
-            f"{counted(unfinished, 'episode')} had no end within the steps that evaluation allows; a return is partial "
-            "there.",
+            f"{counted(unfinished, 'episode')} did not end within the steps that evaluation allows; such returns are "
+            "partial.",
             soft_wrap=True,
         )
 
@@ -172,17 +172,17 @@ def _interval(low: float, high: float) -> str:
 
 
 def print_best(console: Console, best: Sequence[Best], num_episodes: int) -> None:
-    """Print the best policies by evaluation, judged anew: of many agents those of the highest return."""
+    """Print the best policies by evaluation, evaluated again; of many agents, those with the highest returns."""
     rows = [
         [f"{b.seed}", f"{b.iteration}", f"{b.mean:.1f}", _interval(b.low, b.high), f"{b.chosen_by:.1f}"]
         for b in sorted(best, key=lambda b: b.mean, reverse=True)[:8]
     ]
-    title = f"Best by evaluation, judged anew on {counted(num_episodes, 'episode')}"
+    title = f"Best by evaluation, evaluated again on {counted(num_episodes, 'episode')}"
     print_table(console, title, ("seed", "iteration", "return", "95 % interval", "when chosen"), rows)
 
 
 def print_outline(console: Console, file: str, outline: Sequence[Outline], keep: str) -> None:
-    """Print what a sweep would run, one row per program."""
+    """Print the outline of a sweep, one row per program."""
     titles = [
         "environment",
         "points",
@@ -212,14 +212,14 @@ def print_outline(console: Console, file: str, outline: Sequence[Outline], keep:
         sum(getattr(one, n) for one in outline) for n in ("seconds", "judging", "compiling")
     )
     console.print(
-        f"The sweep would take about {duration(training + judging)} here, an estimate by what was measured just now: "
-        f"training {duration(training)}, iterations times the time of one, and evaluation {duration(judging)}, as long "
-        f"as with agents that have hardly learned. Compiling took {duration(compiling)}; the sweep finds these "
-        "programs in the cache. Files are not included.",
+        f"The sweep would take about {duration(training + judging)} here, estimated from measurements just now: "
+        f"training {duration(training)} (iterations times the time of one) and evaluation {duration(judging)} (as for "
+        f"agents that have hardly learned). Compiling took {duration(compiling)}; the sweep finds the programs in the "
+        "cache. Writing files is not included.",
         soft_wrap=True,
     )
     if keep != "none":
         kept = [
             (len(one.group.points) if keep == "best" else one.group.num_agents) * one.state_bytes for one in outline
         ]
-        console.print(f"Trained states that are kept ({keep}): about {sum(kept) / 2**20:,.1f} MiB.", soft_wrap=True)
+        console.print(f"Trained states to keep ({keep}): about {sum(kept) / 2**20:,.1f} MiB.", soft_wrap=True)

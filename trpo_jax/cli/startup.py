@@ -1,4 +1,4 @@
-"""What a command sets before it starts JAX: the cache of compiled programs, and the devices of a CPU."""
+"""Settings before a command starts JAX: the cache of compiled programs, and the devices of a CPU."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from trpo_jax.sentences import UsageError, check_limits
 
 
 def start_quickly() -> None:
-    """Let JAX keep compiled programs in the user's cache folder, unless another one, or none, is set."""
+    """Let JAX keep compiled programs in the user's cache folder, unless another cache, or none, is set."""
     import gc
     import hashlib
 
     import jax
 
-    gc.set_threshold(100_000)  # tracing allocates much and leaves little garbage: a tenth of the start is saved
+    gc.set_threshold(100_000)  # tracing allocates much and leaves little garbage: this saves a tenth of the start
     settings = jax.config.values
-    for name, why in (("jax_enable_x64", "is of float32"), ("jax_disable_jit", "is compiled")):
+    for name, why in (("jax_enable_x64", "uses float32"), ("jax_disable_jit", "is compiled")):
         if settings[name]:
-            raise UsageError(f"{name.upper()} is set, and every program here {why}; unset it.")
+            raise UsageError(f"{name.upper()} is set, but every program here {why}; unset it.")
     if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
         return
-    # A program for one processor may hold instructions that another one lacks; homes are shared between machines.
+    # A program for one processor may contain instructions that another one lacks; homes are shared between machines.
     processor = Path("/proc/cpuinfo")
     lines = processor.read_text().splitlines() if processor.exists() else [platform.processor()]
     features = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
@@ -36,18 +36,18 @@ def start_quickly() -> None:
         cache.mkdir(parents=True, exist_ok=True)
         (cache / f".{os.getpid()}").touch()
         (cache / f".{os.getpid()}").unlink()
-    except (OSError, RuntimeError):  # no home, or none that can be written to: every start compiles anew, then
+    except (OSError, RuntimeError):  # no home, or none that is writable: every start then compiles again
         return
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # compiled anew, then
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # it compiles again then
 
 
 def use_every_core(file: Path, num_devices: int | None) -> None:
-    """On a CPU, make each core a device; a sweep that exists continues with the number of threads in its file."""
+    """On a CPU, make each core a device; an existing sweep continues with the number of threads in its file."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = None
-    with contextlib.suppress(OSError, KeyError, TypeError, UsageError):  # new, or damaged and reported in its place
+    with contextlib.suppress(OSError, KeyError, TypeError, UsageError):  # new, or damaged and reported elsewhere
         threads = read_json(file, "")["made_by"]["threads"]
         check_limits({"threads": threads})
     if type(threads) is int:

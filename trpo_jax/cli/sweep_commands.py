@@ -1,4 +1,4 @@
-"""The commands that train many agents as a file says, and those that show what came of them."""
+"""The commands that train many agents from a file, and those that show the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trpo_jax.sentences import counted
 
 
 def sweep(namespace: argparse.Namespace) -> int:
-    """Train agents over settings and seeds, as a file says; continue what is there."""
+    """Train agents over the settings and seeds of a file, or continue."""
     output = Path(namespace.output or f"sweeps/{Path(namespace.file).stem}")
     use_every_core(output / "sweep.json", namespace.num_devices)
     start_quickly()
@@ -44,7 +44,7 @@ def sweep(namespace: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     open_sinks = opener_of(namespace, output)
-    for _, close in open_sinks("", {}):  # a package that is missing shows before anything is trained
+    for _, close in open_sinks("", {}):  # a missing package is reported before anything is trained
         close()
     with LiveLine(console, 1.0, seconds=5) as line:
         ending = run_sweep(
@@ -62,12 +62,12 @@ def sweep(namespace: argparse.Namespace) -> int:
     if ending == "interrupted":
         console.print("Stopped; the same command continues.")
         return 130
-    console.print(f"This process is done; {command('report', output)} shows what all have finished.", soft_wrap=True)
+    console.print(f"This process is done; {command('report', output)} shows the results of all.", soft_wrap=True)
     return 0
 
 
 def report(namespace: argparse.Namespace) -> int:
-    """Make table, pictures and page of a sweep, finished or not."""
+    """Make the table, pictures and page of a sweep, finished or not."""
     return _show_report(Path(namespace.path))
 
 
@@ -86,7 +86,7 @@ def _show_report(path: Path, *, expendable: bool = False) -> int:
         console.print(f"{report.extent} are finished.")
     if report.failures:
         console.print(
-            f"{counted(len(report.failures), 'agent')} met a number that was not finite; the page names them."
+            f"{counted(len(report.failures), 'agent')} met a number that was not finite; the page lists them."
         )
     page = write_report(path, report)
     console.print(f"Page: {page}", soft_wrap=True)
@@ -115,7 +115,7 @@ def compare(namespace: argparse.Namespace) -> int:
 
 
 def tune(namespace: argparse.Namespace) -> int:
-    """Search settings with Optuna, batches of trials as one program."""
+    """Search for settings with Optuna, with each batch of trials as one program."""
     output = Path(namespace.output or f"searches/{Path(namespace.file).stem}")
     use_every_core(output / "search.json", None)
     start_quickly()
@@ -135,7 +135,7 @@ def tune(namespace: argparse.Namespace) -> int:
         scores = f"{newest}best of all {batch.best:.1f}"
         console.print(
             f"{batch.told:>5} of {counted(batch.count, 'trial')}, {batch.pruned} of the last batch stopped early; "
-            f"{scores if batch.settings else 'none has a score yet'}",
+            f"{scores if batch.settings else 'no score yet'}",
             soft_wrap=True,
         )
         page = write_search_page(output, batch.trials, batch.count, space)

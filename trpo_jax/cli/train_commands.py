@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def train(namespace: argparse.Namespace) -> int:
-    """Train agents in a new folder, or continue with the same ones in theirs."""
+    """Train agents in a new folder, or continue an equal run in its folder."""
     file = _settings_from(namespace)
     config = config_of(namespace, _over_preset(namespace, file))
     validate(config)
@@ -48,27 +48,27 @@ def train(namespace: argparse.Namespace) -> int:
 
 
 def _start_from(namespace: argparse.Namespace, config: Config) -> TrainState:
-    """The trained agents that --init-from names."""
+    """The trained agents of --init-from."""
     from trpo_jax.runs.folders import load_run
 
     trained_with, state = load_run(namespace.init_from, env=namespace.env)
-    for name in ("normalize_observations", "activation", "action_distribution"):  # no shape tells them apart
+    for name in ("normalize_observations", "activation", "action_distribution"):  # shapes do not reveal these
         before, now = getattr(trained_with, name), getattr(config, name)
         if before != now:
             raise UsageError(
-                f"{namespace.init_from} was trained with {name}={before}; its networks expect that, not {now}: "
+                f"{namespace.init_from} was trained with {name}={before}; its networks need that, not {now}: "
                 "give the same."
             )
     return state
 
 
 def _settings_from(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The settings in the TOML file of --config; none without it."""
+    """The settings in the TOML file of --config; empty without it."""
     return with_preset(read_toml(namespace.config), namespace.config) if namespace.config else {}
 
 
 def _over_preset(namespace: argparse.Namespace, file: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of a file over those of the preset that --preset names, or that names the environment."""
+    """Combine the settings of a file with those of --preset, or of the preset with this environment; the file wins."""
     if namespace.preset is None:
         return file
     env = namespace.env or file.get("env", Config.env)
@@ -97,7 +97,7 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
     from trpo_jax.runs.metrics import failures
     from trpo_jax.runs.sinks import is_fed
 
-    late = [name for name in namespace.log if not is_fed(name, run.path)]  # they get what is there already, too
+    late = [name for name in namespace.log if not is_fed(name, run.path)]  # these get the existing rows, too
     opened = opener_of(namespace, run.path)("", run.description)
     console, config = make_console(expendable=True), run.config
     steps = counted(config.num_iterations * config.steps_per_iteration, "step")
@@ -129,7 +129,7 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
         of = counted(config.num_iterations, "iteration")
         console.print(f"{last.iteration} of {of} done; trained for {last.clock.seconds:.1f} s.")
     elif complete:
-        console.print("Every iteration is done already.")
+        console.print("All iterations are done already.")
     console.print(f"Learning curve: {plot}", soft_wrap=True)
     if config.eval_every and complete:
         print_best(console, judge_best(run), config.eval_episodes)
@@ -138,7 +138,7 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
     if failed:
         met = ", ".join(f"seed {seed} at iteration {iteration}" for seed, iteration in list(failed.items())[:8])
         more = f", and {len(failed) - 8} more" if len(failed) > 8 else ""
-        say(f"numbers that were not finite: {met}{more}; such an update is rejected, and the policy stays as it was.")
+        say(f"numbers that were not finite: {met}{more}; such an update is rejected, and the policy stays unchanged.")
     if not complete:
         console.print(f"Stopped; {command('resume', run.path, env=config.env)} continues.", soft_wrap=True)
         return 130

@@ -12,16 +12,16 @@ from trpo_jax.settings import TOTAL_STEPS, checked_settings, read_toml
 
 _FOLDER = Path(__file__).parent
 _LENGTH = (TOTAL_STEPS, "num_iterations")
-# Where an environment stands in several tables, its preset is that of the first.
+# If an environment is in several tables, its preset is that of the first.
 _ORDER = ("classic", "mujoco", "brax", "minatar-cnn", "minatar", "memory", "gymnax")
 
 
 class Preset(NamedTuple):
-    """Settings that serve all tasks of a suite.
+    """Settings for all tasks of a suite.
 
     Attributes:
-      name: of the preset.
-      about: one sentence about what it is for.
+      name: name of the preset.
+      about: one sentence about its purpose.
       settings: settings of `Config`, by name.
       tasks: env steps per agent in the table of results, by the environment's name.
     """
@@ -32,19 +32,19 @@ class Preset(NamedTuple):
     tasks: Mapping[str, int]
 
     def settings_for(self, env: str | None) -> dict[str, Any]:
-        """The settings, with `total_steps` of the table where the environment stands in it."""
+        """The settings, with `total_steps` from the table of results if the environment is in it."""
         length = {TOTAL_STEPS: self.tasks[env]} if env is not None and env in self.tasks else {}
         return {**self.settings, **length}
 
 
 def available_presets() -> list[str]:
-    """Names of the presets: those of TRPO, in the order in which one is chosen for an environment, then the others."""
+    """Names of the presets: those of TRPO in the order in which one is chosen for an environment, then the others."""
     found = sorted(file.stem for file in _FOLDER.glob("*.toml"))
     return sorted(found, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
 
 
 def load_preset(name: str) -> Preset:
-    """The preset of a name, such as "classic"; raise `UsageError` if there is none."""
+    """Load a preset by its name, such as "classic"; raise `UsageError` if there is none."""
     if not isinstance(name, str) or name not in available_presets():
         hint = nearest(name, available_presets()) if isinstance(name, str) else "."
         raise UsageError(f"there is no preset {shown(name)}{hint} `trpo-jax presets` lists them.")
@@ -55,23 +55,23 @@ def load_preset(name: str) -> Preset:
 
 
 def preset_of(env: str) -> Preset:
-    """The preset in whose table of results an environment stands; raise `UsageError` if it stands in none."""
+    """The first preset with an environment in its table of results; raise `UsageError` if there is none."""
     presets = map(load_preset, available_presets())
     found = next((preset for preset in presets if env in preset.tasks), None)
     if found is None:
         raise UsageError(
-            f"no preset names {shown(env)}; choose one, such as --preset {_ORDER[0]}: `trpo-jax presets` lists them."
+            f"no preset has {shown(env)}; choose one, such as --preset {_ORDER[0]}: `trpo-jax presets` lists them."
         )
     return found
 
 
 def with_preset(table: Mapping[str, Any], source: str, *, elsewhere: Container[str] = ()) -> dict[str, Any]:
-    """The checked settings in a file, in which `preset` may name a preset that they change.
+    """Check the settings in a file; if `preset` in it names a preset, they change that one's settings.
 
     Args:
-      table: settings, as the file has them.
+      table: settings, in the form of the file.
       source: the file, for messages.
-      elsewhere: settings that are set in other places, by name.
+      elsewhere: names of settings that are set in other places.
     """
     own = checked_settings({name: value for name, value in table.items() if name != "preset"}, source)
     if "preset" not in table:
@@ -83,7 +83,7 @@ def with_preset(table: Mapping[str, Any], source: str, *, elsewhere: Container[s
 def changed(
     preset: Preset, own: Mapping[str, Any], env: str | None, *, elsewhere: Container[str] = ()
 ) -> dict[str, Any]:
-    """The settings of a preset for an environment, some replaced by `own` ones, which may set another length."""
+    """The settings of a preset for an environment, with changes from `own`, which may also set another length."""
     settings = preset.settings_for(env)
     if any(name in own or name in elsewhere for name in _LENGTH):
         settings.pop(TOTAL_STEPS, None)

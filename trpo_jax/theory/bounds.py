@@ -1,4 +1,4 @@
-"""What a change of policy is sure to gain: lower bounds on η(new) − η(old), beside the gain itself.
+"""Lower bounds on the gain of a policy change, η(new) − η(old), and the gain itself.
 
 Shapes: S states, A actions; policies are tables of probabilities [S, A], see `mdps`. d = (1 − γ) ρ_old.
 """
@@ -19,7 +19,7 @@ from trpo_jax.theory.mdps import TabularMDP, advantages, expected_return, perfor
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """What is known of a change of policy before it is tried, and what it truly gains; scalars in units of return.
+    """Bounds on the gain of a policy change before it is tried, and its true gain; scalars in units of return.
 
     Attributes:
       surrogate_gain: L(new) − L(old), the gain to first order.
@@ -90,7 +90,7 @@ def minorizer(old: Array, new: Array, mdp: TabularMDP) -> Array:
 
 
 def certify(old: Array, new: Array, mdp: TabularMDP) -> Certificate:
-    """Every lower bound on the gain of going from `old` to `new`, with the gain itself.
+    """Compute every lower bound on the gain of going from `old` to `new`, and the gain itself.
 
         η(new) − η(old) ≥ ΔL − 4εγ/(1−γ)² max_s KL,              ε  = max_{s,a} |A(s, a)|
         η(new) − η(old) ≥ ΔL − 2γε'/(1−γ)² E_d[TV],              ε' = max_s |Σ_a new(a|s) A(s, a)|

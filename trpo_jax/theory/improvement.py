@@ -15,7 +15,7 @@ from trpo_jax.theory.mdps import TabularMDP, advantages, policy_gradient, softma
 
 
 def best_policy_within(policy: Array, advantage: Array, max_kl: Scalar) -> Array:
-    """argmax_π̃ Σ_a π̃(a|s) A(s, a) subject to KL(π ‖ π̃) ≤ κ, in every state by itself.
+    """argmax_π̃ Σ_a π̃(a|s) A(s, a) subject to KL(π ‖ π̃) ≤ κ, separately in every state.
 
     Stationarity of the Lagrangian gives π̃ = λ π/(ν − A) with ν > max A. λ normalises, and KL falls from ∞ to 0 as ν
     grows, so ν is the root of one equation in one unknown.
@@ -26,26 +26,26 @@ def best_policy_within(policy: Array, advantage: Array, max_kl: Scalar) -> Array
       max_kl: κ > 0, nats, a scalar or [S].
 
     Returns:
-      π̃, [S, A]. A state in which all advantages are equal keeps its policy. κ is reached up to about 30 (1 − π*)
-      nats, π* being the probability of the best action: by then π̃ is greedy for all purposes.
+      π̃, [S, A]. A state in which all advantages are equal keeps its policy. κ is reached up to about 30 (1 − π*) nats,
+      where π* is the probability of the best action: by then π̃ is greedy for all purposes.
     """
     return _best_within(policy, advantage, max_kl)[0]
 
 
 def minorizer_step(policy: Array, mdp: TabularMDP, penalty: Scalar | None = None) -> Array:
-    """The exact maximiser of M(π̃) = L(π̃) − C max_s KL(π ‖ π̃), which never lowers the return.
+    """Compute the exact maximiser of M(π̃) = L(π̃) − C max_s KL(π ‖ π̃), which never lowers the return.
 
     For a given κ = max_s KL the states separate, see `best_policy_within`. The gain g_s(κ) of a state is concave and
-    its slope is the multiplier λ_s, so the best κ solves Σ_s ρ(s) λ_s(κ) = C: a root in a root.
+    its slope is the multiplier λ_s, so the best κ solves Σ_s ρ(s) λ_s(κ) = C: a root within a root.
 
     Args:
       policy: π, [S, A].
       mdp: γ < 1.
-      penalty: C > 0; `penalty_coefficient(policy, mdp)` where it is None, with which M is a lower bound on η. With
-        a smaller one the return may fall.
+      penalty: C > 0; None: `penalty_coefficient(policy, mdp)`, with which M is a lower bound on η. With a smaller one
+        the return may fall.
 
     Returns:
-      π̃, [S, A]. κ ends at 20 nats, for C may be 0.
+      π̃, [S, A]. κ is at most 20 nats, since C may be 0.
 
     Source: Schulman et al. 2015, algorithm 1; the solution of the maximisation is our own derivation.
     """
@@ -64,8 +64,8 @@ def minorizer_step(policy: Array, mdp: TabularMDP, penalty: Scalar | None = None
 def tabular_natural_gradient(logits: Array, mdp: TabularMDP) -> Array:
     """F⁺∇η = (A(s, a) − mean_b A(s, b)) / (1 − γ) where ρ(s) > 0, else 0; the shortest solution of F x = ∇η, [S, A].
 
-    F = diag_s d(s) (diag π_s − π_s π_sᵀ) is the Hessian of the mean KL at θ. It is blind to a constant added to the
-    logits of a state, which the shortest solution does not add. Needs γ < 1.
+    F = diag_s d(s) (diag π_s − π_s π_sᵀ) is the Hessian of the mean KL at θ. A constant added to the logits of a state
+    does not change it, and the shortest solution adds none. Needs γ < 1.
 
     Source: Kakade 2001, theorem 1.
     """

@@ -1,4 +1,4 @@
-"""Small linear systems without LAPACK, and root finding: what the exact formulas stand on.
+"""Small linear systems without LAPACK, and root finding, for the exact formulas.
 
 LAPACK calls batched by `vmap` may wait for one another in XLA's CPU thread pool on machines of few cores; plain
 elimination is a loop of ordinary array operations, which batches like any other.

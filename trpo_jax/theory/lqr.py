@@ -71,7 +71,7 @@ def lqr_gradient(gain: Array, problem: LQR) -> Array:
 def optimal_gain(problem: LQR, num_iterations: int = 1000) -> Array:
     """K* = (R + γ BᵀP B)⁻¹ γ BᵀP A, [m, n], where P is the fixed point of the discounted Riccati equation.
 
-    P ← Q + γ AᵀP (A − B K) is value iteration; it contracts by γ ρ(A − B K*)² a step.
+    P ← Q + γ AᵀP (A − B K) is value iteration; it contracts by γ ρ(A − B K*)² per step.
 
     Args:
       problem: (A, B) stabilisable up to √γ.
@@ -107,9 +107,9 @@ def stable_interval(problem: LQR) -> tuple[Array, Array]:
 
 
 def state_moment(gain: Array, problem: LQR, std: Scalar) -> Array:
-    """E_d[x xᵀ], [n, n], under the policy N(−K x, σ² I), d being the normalised discounted state distribution.
+    """E_d[x xᵀ], [n, n], under the policy N(−K x, σ² I), where d is the normalised discounted state distribution.
 
-    X = Σ_t γᵗ E[x_t x_tᵀ] solves X = E[x_0 x_0ᵀ] + γ (A − B K) X (A − B K)ᵀ + γ/(1 − γ) σ² B Bᵀ, the last term being
+    X = Σ_t γᵗ E[x_t x_tᵀ] solves X = E[x_0 x_0ᵀ] + γ (A − B K) X (A − B K)ᵀ + γ/(1 − γ) σ² B Bᵀ, where the last term is
     the noise that every later step adds; E_d[x xᵀ] = (1 − γ) X.
 
     Args:
@@ -160,7 +160,7 @@ def kl_limited_gain_step(
     direction = solve(state_moment(gain, problem, std), gradient.T).T
     curvature = jnp.sum(gradient * direction) / std**2
     positive = curvature > 0
-    inside = 1 - 16 * jnp.finfo(gain.dtype).eps  # the KL is exactly δ: its rounding must not refuse the full step
+    inside = 1 - 16 * jnp.finfo(gain.dtype).eps  # the KL is exactly δ: rounding must not reject the full step
     beta = jnp.where(positive, inside * jnp.sqrt(2 * max_kl / jnp.where(positive, curvature, 1)), 0)
     start = lqr_return(gain, problem)
 

@@ -1,8 +1,8 @@
 """Tabular Markov decision processes, whose returns, advantages and gradients are exact.
 
 Shapes: S states, A actions. A policy is a table of probabilities π(a|s), [S, A]; policies come first among the
-arguments, so that `jax.grad` differentiates by them. Every function is for one policy and one MDP; `vmap` it over
-many of either. Results have the dtype of the inputs.
+arguments, so that `jax.grad` differentiates with respect to them. Every function takes one policy and one MDP; `vmap`
+it over many of either. Results have the dtype of the inputs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TabularMDP:
 
 
 def garnet(key: Array, num_states: int, num_actions: int, branching: int, gamma: Scalar) -> TabularMDP:
-    """A random MDP: each (s, a) leads to `branching` distinct states, with flat Dirichlet probabilities.
+    """Make a random MDP: each (s, a) leads to `branching` distinct states, with flat Dirichlet probabilities.
 
     Rewards are standard normal, the first state is uniform, the dtype is JAX's default.
 
@@ -149,7 +149,7 @@ def sampled_policy_gradient(key: Array, logits: Array, mdp: TabularMDP, num_samp
     """
     policy = softmax_policy(logits)
     state_key, action_key = jax.random.split(key)
-    occupancy = jnp.maximum(visitation(policy, mdp), 0)  # rounding may leave −1e-17 where nothing leads
+    occupancy = jnp.maximum(visitation(policy, mdp), 0)  # rounding may leave −1e-17 in unreachable states
     state = jax.random.categorical(state_key, jnp.log(occupancy), shape=(num_samples,))
     action = Categorical(logits[state]).sample(action_key)
     weight = advantages(policy, mdp)[state, action] / ((1 - mdp.gamma) * num_samples)

@@ -1,4 +1,4 @@
-"""Importance sampling: what samples of one policy say of another, and how soon they stop saying it.
+"""Importance sampling: how much samples of one policy tell about another, and how soon they stop doing so.
 
 E_p[f] = E_q[w f] with w = p/q holds for any p and q with q > 0 where p > 0. Its price is variance: N weighted samples
 are worth ESS = (Σw)²/Σw², which tends to N / E_q[w²].
@@ -13,7 +13,7 @@ from trpo_jax.steps.types import Array, Scalar
 
 
 def importance_weights(target: Array, proposal: Array) -> Array:
-    """w = p/q for probabilities of equal shape; 0 where q = 0, for such outcomes are never drawn.
+    """w = p/q for probabilities of equal shape; 0 where q = 0, since such outcomes are never drawn.
 
     Σ q w f = Σ p f for every f as long as q > 0 wherever p > 0.
     """

@@ -1,4 +1,4 @@
-"""The trust-region subproblem, solved exactly, and a method that moves by it."""
+"""Exact solution of the trust-region subproblem, and a minimiser that uses it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TrustRegionTrace:
 
     Attributes:
       position: x_t before the step, [T, n].
-      radius: δ_t, within which it was sought, [T].
+      radius: δ_t, the largest length of the step, [T].
       step: Δ_t, [T, n], whether or not it was taken.
       ratio: actual over predicted decrease, [T]; 1 where the model is exact.
       accepted: whether the step was taken, bool [T].
@@ -46,7 +46,7 @@ def solve_trust_region(gradient: Array, hessian: Array, radius: Scalar) -> tuple
       radius: δ > 0.
 
     Returns:
-      Δ, [n], and the multiplier λ ≥ 0, a scalar. The eigenvectors are LAPACK's: for few problems at a time.
+      Δ, [n], and the multiplier λ ≥ 0, a scalar. The eigenvectors come from LAPACK, so solve few problems at a time.
 
     Source: Moré & Sorensen 1983; Nocedal & Wright 2006, theorem 4.1 and section 4.3.
     """
@@ -57,7 +57,7 @@ def solve_trust_region(gradient: Array, hessian: Array, radius: Scalar) -> tuple
     norm = jnp.linalg.norm(slope)
 
     def coordinates(extra: Array) -> Array:
-        # A direction without a slope is not taken, though it be flat as well: 0/0.
+        # A direction without a slope is not taken, even if it is flat as well: 0/0.
         return jnp.where(slope == 0, 0, -slope / jnp.where(slope == 0, 1, curvature + extra))
 
     def length_excess(extra: Array) -> Array:
