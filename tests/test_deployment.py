@@ -97,9 +97,7 @@ def test_another_world_is_refused_in_one_sentence(env, message, trained):
 
 def test_other_actions_are_refused():
     config = Config(env="MountainCar-v0", **SMALL)
-    with pytest.raises(
-        UsageError, match=r"MountainCarContinuous-v0 takes actions of Box.*trained on Discrete\(3\)"
-    ):
+    with pytest.raises(UsageError, match=r"MountainCarContinuous-v0 takes actions of Box.*trained on Discrete\(3\)"):
         play(config, init(config, jax.random.key(0)), "MountainCarContinuous-v0")
 
 
