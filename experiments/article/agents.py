@@ -84,10 +84,12 @@ def draw_efficiency(findings: Findings) -> Any:
         middle = found["iqm_steps_to_475"] / 1000
         right.barh(i, middle, color=color, alpha=0.7)
         right.plot([low, high], [i, i], color="black", linewidth=2)
+    right.barh([0], [0], color=FAINT, alpha=0.7, label="IQM of the seeds")
+    right.plot([], [], color="black", linewidth=2, label="95 % interval")
     right.set_yticks(range(len(findings.curves)), list(findings.curves))
     right.invert_yaxis()
     finish(left, "lower right", title="CartPole-v1", xlabel="env steps, thousands", ylabel="training return, IQM")
-    finish(right, None, title=f"steps to a return of {SOLVED}", xlabel="env steps, thousands, IQM and 95 % interval")
+    finish(right, "lower right", title=f"steps to a return of {SOLVED}", xlabel="env steps, thousands")
     return figure
 
 

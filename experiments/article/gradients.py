@@ -71,9 +71,9 @@ def draw_estimator(findings: Findings) -> Any:
     repeats = findings.numbers["num_repeats"]
     axes.plot(sizes, curves["bias"], "s--", color=NATURAL, label=f"|mean of {repeats:,} estimates − ∇η|")
     axes.fill_between(
-        sizes, 1e-5, 2 * curves["noise"], color=NATURAL, alpha=0.15, label="what an unbiased one may show"
+        sizes, 1e-5, 2 * curves["noise"], color=NATURAL, alpha=0.15, label="2 standard errors of that mean: no bias"
     )
-    labels = {"xlabel": "samples a gradient, N", "ylabel": "error / ‖∇η‖"}
+    labels = {"xlabel": "samples per gradient, N", "ylabel": "error / ‖∇η‖"}
     finish(axes, "upper right", xscale="log", yscale="log", ylim=(1e-5, 20), **labels)
     return figure
 
@@ -133,9 +133,11 @@ def draw_hump(findings: Findings) -> Any:
     for panel, (name, sizes, shades, title, label) in zip(axes, which, strict=True):
         for start, row, colour in zip(curves["starts"], curves[name], shades, strict=False):
             panel.plot(curves[sizes], np.clip(row, 1e-8, top), color=colour, label=f"from k = {start:g}")
-        panel.axhline(numbers["tolerance"], color=FAINT, linestyle=":")
+        panel.axhline(numbers["tolerance"], color=FAINT, linestyle=":", label="1 % above the optimum")
         works = (curves[name] <= numbers["tolerance"]).all(axis=0)
-        panel.fill_between(curves[sizes], 1e-8, 2 * top, where=works, color=BOUND, alpha=0.12, label="from every start")
+        panel.fill_between(
+            curves[sizes], 1e-8, 2 * top, where=works, color=BOUND, alpha=0.12, label="works from every start"
+        )
         place = "lower left" if name == "plain" else "lower right"
         finish(panel, place, xscale="log", yscale="log", title=title, xlabel=label, ylim=(1e-8, 2 * top))
     axes[0].set_ylabel(f"excess cost after {numbers['num_steps']} steps, relative")
@@ -341,7 +343,7 @@ def draw_distance(findings: Findings) -> Any:
         right.plot(*path.T, color=PLAIN, linewidth=1, label="plain, 6 parametrisations" if i == 0 else None)
     for i, path in enumerate(curves["natural_paths"]):
         right.plot(*path.T, color=LIMITED, linewidth=2, label="natural, the same 6" if i == 0 else None)
-    right.plot(*curves["natural_paths"][0][0], "o", color="black", markersize=5)
+    right.plot(*curves["natural_paths"][0][0], "o", color="black", markersize=5, label="start")
     finish(
         right,
         "upper right",

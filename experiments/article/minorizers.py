@@ -112,11 +112,11 @@ def draw_minorizer(findings: Findings) -> Any:
         panel.plot(t, curves["surrogate"], color=SURROGATE, label="L, the surrogate")
         panel.plot(t, bound, color=BOUND, label="M = L − C max KL")
         panel.plot(t, curves["next_bound"], "--", color=BOUND, alpha=0.7, label="M of the next round")
-        panel.plot(0, start, "o", color=TRUE)
+        panel.plot(0, start, "o", color=TRUE, label="θ_old")
         panel.plot([t[peak], t[peak]], [bound[peak], true[peak]], ":", color=FAINT)
-        panel.plot(t[peak], bound[peak], "^", color=BOUND)
-        panel.plot(t[peak], true[peak], "o", color=TRUE, fillstyle="none")
-        finish(panel, None, xlabel="distance from θ_old along F⁺∇η, in logits", ylabel="discounted return")
+        panel.plot(t[peak], bound[peak], "^", color=BOUND, label="maximum of M: gain guaranteed")
+        panel.plot(t[peak], true[peak], "o", color=TRUE, fillstyle="none", label="return there")
+        finish(panel, "lower right", xlabel="distance from θ_old along F⁺∇η, in logits", ylabel="discounted return")
     axes[0].set(ylim=(true.min() - 1.5, curves["surrogate"].max() + 0.2), title=f"two states, γ = {curves['gamma']:g}")
     gain = bound[peak] - start
     axes[1].set(
@@ -124,7 +124,6 @@ def draw_minorizer(findings: Findings) -> Any:
         ylim=(start - 4 * gain, start + 9 * gain),
         title="close to θ_old",
     )
-    axes[0].legend(fontsize=8, loc="lower right")
     return figure
 
 
@@ -210,14 +209,14 @@ def draw_model(findings: Findings) -> Any:
         panel.plot([], [], color=PLAIN, label="∇η, direction")
         panel.plot(*curves["predicted"], "s", color=LIMITED, label="maximum of the model, F⁻¹g/C")
         panel.plot(*curves["best"], "^", color=TRUE, label="maximum of M")
-        panel.plot(0, 0, "o", color=TRUE, fillstyle="none")
+        panel.plot(0, 0, "o", color=TRUE, fillstyle="none", label="θ_old")
         finish(panel, "lower right", title=title, xlabel="change of the 2nd logit", ylabel="change of the 3rd logit")
-    right.plot(curves["kl"], curves["error"], "o-", color=BOUND)
+    right.plot(curves["kl"], curves["error"], "o-", color=BOUND, label="model against M, at six C")
     for kl, error, penalty in zip(curves["kl"], curves["error"], curves["penalties"], strict=True):
         right.annotate(f"C = {penalty:g}", (kl, error), (6, -8), textcoords="offset points", fontsize=8)
     finish(
         right,
-        None,
+        "upper left",
         xscale="log",
         yscale="log",
         title="the model is as good as the step is short",
@@ -340,8 +339,9 @@ def draw_bounds(findings: Findings) -> Any:
     for i, colour, label in labels:
         axes.fill_between(x, curves["low"][:, i], curves["high"][:, i], color=colour, alpha=0.15)
         axes.plot(x, curves["median"][:, i], "o-", markersize=4, color=colour, label=label)
+    axes.fill_between([], [], [], color=FAINT, alpha=0.3, label="10 to 90 % of the MDPs")
     axes.axhline(1, color=FAINT, linestyle=":")
-    axes.text(x[-1], 0.83, "below: sure to improve", fontsize=8, color=FAINT, ha="right", va="top")
+    axes.text(x[-1], 0.83, "below: improvement guaranteed", fontsize=8, color=FAINT, ha="right", va="top")
     finish(
         axes,
         "upper left",

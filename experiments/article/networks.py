@@ -1,13 +1,11 @@
-"""What takes networks and samples to see: the cliff, neighbouring states, and how unevenly a step spreads."""
+"""What takes networks and samples to see: neighbouring states, and how unevenly a step spreads."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from scipy import stats
 
 import trpo_jax
 from experiments.article.drawing import FAINT, LIMITED, NATURAL, PLAIN, Findings, finish, panels
@@ -15,112 +13,21 @@ from experiments.article.problems import random_problems
 from trpo_jax import Categorical, Config, gae, make_environment, make_policy
 from trpo_jax.theory import certify, softmax_policy, tabular_trpo_step
 
-# One program for both figures that train: the radius is traced.
 train_steps = jax.jit(jax.vmap(trpo_jax.train_step, in_axes=(None, 0)))
 
 
-@functools.cache
-def trained(num_iterations: int, num_seeds: int, max_kl: float) -> Any:
+init = jax.jit(jax.vmap(trpo_jax.init, in_axes=(None, 0)))
+
+
+def trained(num_iterations: int, num_seeds: int, max_kl: float, key: Any) -> Any:
     """A configuration, agents trained by it on CartPole, and their metrics [num_seeds, num_iterations]."""
     config = Config(env="CartPole-v1", num_iterations=num_iterations, max_kl=max_kl)
-    seeds = jax.random.split(jax.random.key(0), num_seeds)
-    state = jax.jit(jax.vmap(trpo_jax.init, in_axes=(None, 0)))(config, seeds)
+    state = init(config, jax.random.split(key, num_seeds))
     rows = []
     for _ in range(config.num_iterations):
         state, metrics = train_steps(config, state)
         rows.append(metrics)
     return config, state, jax.tree.map(lambda *columns: np.stack(columns, axis=1), *rows)
-
-
-def compute_cliff(
-    num_seeds: int = 64,
-    num_iterations: int = 48,
-    num_after: int = 20,
-    factors: Any = (1, 10, 100, 1000),
-    num_episodes: int = 16,
-    max_kl: float = 0.01,
-) -> Findings:
-    """CartPole: one update at a multiple of the KL budget from a trained policy, then training as before."""
-    config, good, _ = trained(num_iterations, num_seeds, max_kl)
-
-    @jax.jit
-    @jax.vmap
-    def judge(state: Any) -> Any:
-        key = jax.random.fold_in(jax.random.fold_in(state.key, 2**31), state.iteration)
-        return trpo_jax.evaluate(
-            config, state, key, num_episodes=num_episodes, deterministic=False
-        ).episode_return.mean()
-
-    def continue_after(factor: float) -> Any:
-        state, metrics = train_steps(config.replace(max_kl=factor * max_kl), good)
-        returns = [judge(state)]
-        for _ in range(num_after - 1):
-            state, _ = train_steps(config, state)
-            returns.append(judge(state))
-        return np.stack(returns, axis=1), np.asarray(metrics.mean_kl)
-
-    before = np.asarray(judge(good))
-    returns, kl = map(np.stack, zip(*map(continue_after, factors), strict=True))
-    curves = {"factors": factors, "before": before, "returns": returns, "steps": config.steps_per_iteration}
-    # Of no single seed, and no time at which a mean crosses a line: neither comes out again on another machine.
-    by_factor = {
-        factor: {
-            "median_kl_of_the_update": np.median(kl[i]),
-            "interval_of_the_median": median_interval(kl[i]),
-            "mean_return_after_it": returns[i, :, 0].mean(),
-            "two_standard_errors_of_it": 2 * standard_error(returns[i, :, 0]),
-            "seeds_below_475": int((returns[i, :, 0] < 475).sum()),
-            "seeds_below_half": int((returns[i, :, 0] < 0.5 * before).sum()),
-            "mean_return_at_the_end": returns[i, :, -1].mean(),
-            "two_standard_errors_at_the_end": 2 * standard_error(returns[i, :, -1]),
-        }
-        for i, factor in enumerate(factors)
-    }
-    numbers = {"num_seeds": num_seeds, "mean_return_before": before.mean(), "by_factor": by_factor}
-    return Findings(curves, numbers)
-
-
-def standard_error(values: np.ndarray) -> Any:
-    """Of the mean of independent values, along the first axis."""
-    return np.std(values, axis=0, ddof=1) / np.sqrt(len(values))
-
-
-def median_interval(values: np.ndarray) -> np.ndarray:
-    """95 % interval of the median of independent values, between two of them: their ranks are binomial."""
-    low = int(stats.binom.ppf(0.025, len(values), 0.5))
-    return np.sort(values)[[max(low - 1, 0), min(len(values) - low, len(values) - 1)]]
-
-
-def draw_cliff(findings: Findings) -> Any:
-    curves = findings.curves
-    figure, (left, right) = panels(2, width=4.8, sharey=True)
-    shades = (LIMITED, NATURAL, PLAIN, "#67000d")
-    time = np.arange(curves["returns"].shape[-1] + 1)
-    for factor, returns, colour in zip(curves["factors"], curves["returns"], shades, strict=False):
-        paths = np.concatenate([curves["before"][:, None], returns], axis=1)
-        mean, around = paths.mean(0), 2 * standard_error(paths)
-        left.plot(time, mean, "o-", markersize=3, color=colour, label=f"{factor}×")
-        left.fill_between(time, mean - around, mean + around, color=colour, alpha=0.15, linewidth=0)
-    finish(
-        left,
-        "lower right",
-        title="one update at a multiple of δ = 0.01, mean ± 2 standard errors",
-        xlabel=f"iterations of {int(curves['steps']):,} environment steps",
-        ylabel="return of the sampled policy",
-        ylim=(0, 520),
-        xticks=time[::5],
-    )
-    index = min(2, len(curves["factors"]) - 1)
-    for before, returns in zip(curves["before"], curves["returns"][index], strict=True):
-        right.plot(time, [before, *returns], color=shades[index], alpha=0.3, linewidth=1)
-    finish(
-        right,
-        None,
-        title=f"every seed after the {curves['factors'][index]}× update",
-        xticks=time[::5],
-        xlabel=f"iterations of {int(curves['steps']):,} environment steps",
-    )
-    return figure
 
 
 def compute_neighbours(num_steps: int = 128, num_runs: int = 512, step_size: float = 3e-3) -> Findings:
@@ -214,8 +121,8 @@ def draw_neighbours(findings: Findings) -> Any:
     figure.colorbar(image, ax=left, label="cosine of the gradients", shrink=0.8)
     left.set(title="gradients along one trajectory", xlabel="step", ylabel="step")
     for name, colour, label in (
-        ("trajectory", PLAIN, "one update a step of a trajectory"),
-        ("scattered", NATURAL, "as many, samples from anywhere"),
+        ("trajectory", PLAIN, "one update per step of a trajectory"),
+        ("scattered", NATURAL, "as many updates, scattered samples"),
     ):
         count = np.arange(1, curves["kl"][name].size + 1)
         middle.plot(count, curves["kl"][name], color=colour, label=label)
@@ -224,7 +131,7 @@ def draw_neighbours(findings: Findings) -> Any:
     right.axhline(1, color=LIMITED, label="one update by the mean of all")
     finish(
         middle,
-        None,
+        "upper left",
         xscale="log",
         yscale="log",
         title="how far the policy drifts",
@@ -255,7 +162,7 @@ def compute_spread(
 
     with jax.enable_x64(True):
         exact = step(*random_problems(num_problems))
-    _, _, metrics = trained(num_iterations, num_seeds, max_kl)
+    _, _, metrics = trained(num_iterations, num_seeds, max_kl, jax.random.key(0))
     accepted = np.asarray(metrics.accepted) > 0
     steps = {
         "exact": (np.asarray(exact.mean_kl), np.asarray(exact.maximum_kl)),
@@ -280,7 +187,7 @@ def draw_spread(findings: Findings) -> Any:
     figure, axes = panels(2, width=4.6)
     for panel, name, title in (
         (axes[0], "exact", "random MDPs, exact steps"),
-        (axes[1], "cartpole", "CartPole-v1 while it learns"),
+        (axes[1], "cartpole", "CartPole-v1 in training"),
     ):
         bins = np.logspace(-1.5, 2, 71)
         for values, colour, label in zip(curves[name], (LIMITED, PLAIN), ("mean KL", "largest KL"), strict=True):

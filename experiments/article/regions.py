@@ -88,7 +88,7 @@ def draw_circles(findings: Findings) -> Any:
     counts = numbers["iterations_to_1e-8"]
     for panel in axes:
         panel.contour(x, y, np.log10(surface + 1e-3), levels=12, cmap="Greys", linewidths=0.7, alpha=0.8)
-        panel.plot(1, 1, "*", color="black", markersize=10)
+        panel.plot(1, 1, "*", color="black", markersize=10, linestyle="none", label="minimum")
     paths = curves["paths"]
     shown = paths["steepest"][:400]
     axes[0].plot(*shown.T, ".-", color=PLAIN, markersize=3, linewidth=0.8, label=f"−∇f: {counts['steepest']:,} steps")
@@ -97,7 +97,7 @@ def draw_circles(findings: Findings) -> Any:
         "o-",
         color=NATURAL,
         markersize=3,
-        label=f"Newton: {counts['newton']}",
+        label=f"Newton: {counts['newton']} steps",
     )
     count = counts["trust region"]
     path = paths["trust region"][: count + 1]
@@ -107,7 +107,8 @@ def draw_circles(findings: Findings) -> Any:
         axes[1].add_patch(Circle(path[i], curves["radius"][i], fill=False, color=colour, alpha=0.5, linestyle=style))
         if not curves["accepted"][i]:
             axes[1].plot(*(path[i] + curves["step"][i]), "x", color=PLAIN, markersize=5)
-    axes[1].plot([], [], "x", color=PLAIN, label="refused, the radius shrinks")
+    axes[1].plot([], [], "-", color=LIMITED, alpha=0.5, label="radius of an accepted step")
+    axes[1].plot([], [], "x:", color=PLAIN, label="refused step, its radius")
     for panel, title in zip(axes, ("direction, then length", "length, then direction"), strict=True):
         panel.set_aspect("equal")
         finish(panel, "upper center", title=title, xlabel="x₁", xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
@@ -182,23 +183,21 @@ def draw_radius(findings: Findings) -> Any:
         for row, values in enumerate(curves[rule]):
             for line, name, colour in zip(values, curves["names"], (NATURAL, LIMITED, PLAIN), strict=True):
                 shown = np.clip(line, -0.5, None) if (row, rule) == (1, "ratio") else line
-                axes[row, column].plot(shown, ".-", color=colour, label=f"KL starts {name}")
+                axes[row, column].plot(shown, ".-", color=colour, label=f"KL starts {name}" if row != 1 else None)
     target = curves["target"]
     finish(axes[0, 0], "lower left", yscale="log", title="LQR, by actual/predicted gain r", ylabel="radius δ, nats")
     axes[1, 0].axhspan(0.75, 1.05, color=BOUND, alpha=0.12, label="r > ¾: expand")
     axes[1, 0].axhspan(-0.55, 0.25, color=PLAIN, alpha=0.08, label="r < ¼: shrink")
-    finish(axes[1, 0], None, ylabel="r (−½: −½ or less)", ylim=(-0.55, 1.05))
-    axes[1, 0].text(15, 0.78, "expand", fontsize=8, ha="right", color=BOUND)
-    axes[1, 0].text(0, -0.45, "shrink", fontsize=8, color=PLAIN)
-    finish(axes[2, 0], None, yscale="log", xlabel="iteration", ylabel="excess cost, relative")
+    finish(axes[1, 0], "lower left", ylabel="r (−½: −½ or less)", ylim=(-0.55, 1.05))
+    finish(axes[2, 0], "lower left", yscale="log", xlabel="iteration", ylabel="excess cost, relative")
     finish(
         axes[0, 1],
-        None,
+        "upper left",
         yscale="log",
         title="two states, plain gradient, by divergence",
         ylabel="step length ‖Δθ‖, logits",
     )
-    axes[1, 1].axhspan(target / 1.5, 1.5 * target, color=FAINT, alpha=0.25, label="target · 1.5^±1")
-    finish(axes[1, 1], None, yscale="log", ylabel="KL of the step, nats", ylim=(1e-6, None))
-    finish(axes[2, 1], None, xlabel="iteration", ylabel="return η")
+    axes[1, 1].axhspan(target / 1.5, 1.5 * target, color=FAINT, alpha=0.25, label="target ÷ 1.5 … target × 1.5")
+    finish(axes[1, 1], "lower right", yscale="log", ylabel="KL of the step, nats", ylim=(1e-6, None))
+    finish(axes[2, 1], "best", xlabel="iteration", ylabel="return η")
     return figure

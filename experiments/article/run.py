@@ -1,10 +1,12 @@
 """The ideas behind TRPO in pictures and measured numbers; README.md tells the story.
 
-    python experiments/article/run.py            # every figure
-    python experiments/article/run.py hump       # one of them
+    python experiments/article/run.py exact      # the figures that are exact mathematics
+    python experiments/article/run.py hump       # one figure
+    python experiments/article/run.py            # all figures
 
 Each figure has a function that computes and one that draws, in the module of its chapter. The numbers are printed and
-merged into results.json.
+merged into results.json. Pictures and numbers are written to runs/article, which git ignores; `--output
+experiments/article` replaces those of the page.
 """
 
 import argparse
@@ -21,12 +23,13 @@ import numpy as np
 from PIL import Image
 
 HERE = Path(__file__).parent
+OUTPUT = Path("runs/article")
 # Figure: its chapter, and whether it is exact mathematics, done in double precision.
 FIGURES = {
     "estimator": ("gradients", True),
     "hump": ("gradients", True),
     "terrain": ("gradients", True),
-    "cliff": ("networks", False),
+    "cliff": ("cliff", False),
     "distance": ("gradients", True),
     "neighbours": ("networks", False),
     "minorizer": ("minorizers", True),
@@ -47,13 +50,20 @@ FIGURES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("figure", nargs="?", choices=["all", *FIGURES], default="all")
-    parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("figure", nargs="?", choices=["all", "exact", *FIGURES], default="all")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the pictures and results.json")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    names = list(FIGURES) if arguments.figure == "all" else [arguments.figure]
-    for name in names:
+    for name in figures(arguments.figure):
         make(name, arguments.output)
+    print(f"Pictures and results.json are in {arguments.output}.")
+
+
+def figures(which: str) -> list[str]:
+    """The names of all figures, of the exact ones, or of one."""
+    if which in FIGURES:
+        return [which]
+    return [name for name, (_, exact) in FIGURES.items() if exact or which == "all"]
 
 
 def make(name: str, output: Path) -> None:

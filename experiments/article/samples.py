@@ -280,11 +280,11 @@ def draw_objectives(findings: Findings) -> Any:
     left.plot(curves["position"], curves["log_prob"], color=NATURAL, label="E[log π · A] + constant")
     left.plot(0, curves["paths"]["ratio"][0], "o", color=TRUE, label="π_old")
     finish(left, xlabel="distance along ∇, in logits", ylabel="objective", title="one tangent, two curves")
-    middle.plot(curves["position"], curves["cosine"], color=TRUE)
-    middle.plot(0, 1, "o", color=TRUE)
+    middle.plot(curves["position"], curves["cosine"], color=TRUE, label="along the line")
+    middle.plot(0, 1, "o", color=TRUE, label="π_old")
     finish(
         middle,
-        None,
+        "upper right",
         xlabel="distance along ∇, in logits",
         ylabel="cosine of the two gradients",
         title="equal at π_old only",
@@ -383,10 +383,19 @@ def draw_judgement(findings: Findings) -> Any:
     for i, (panel, colour) in enumerate(zip(axes, SHADES, strict=False)):
         gain, true = curves["gain"][:, i].ravel(), curves["true"][:, i].ravel()
         errors = np.stack([gain - curves["low"][:, i].ravel(), curves["high"][:, i].ravel() - gain])
-        panel.errorbar(gain, true, xerr=errors, fmt="o", markersize=3, linewidth=0.6, color=colour)
+        panel.errorbar(
+            gain,
+            true,
+            xerr=errors,
+            fmt="o",
+            markersize=3,
+            linewidth=0.6,
+            color=colour,
+            label="candidate, 95 % interval",
+        )
         reach = min(gain.min(), true.min()), max(gain.max(), true.max())
-        panel.plot(reach, reach, ":", color=FAINT)
+        panel.plot(reach, reach, ":", color=FAINT, label="predicted = true")
         kl = findings.numbers["by_size"][curves["sizes"][i]]["median_kl"]
-        finish(panel, None, title=f"KL ≈ {float(kl):.2g}", xlabel="predicted gain a decision")
-    axes[0].set_ylabel("true gain a decision")
+        finish(panel, "upper left", title=f"median KL {float(kl):.2g}", xlabel="predicted gain per decision")
+    axes[0].set_ylabel("true gain per decision")
     return figure
