@@ -55,35 +55,41 @@ def test_gradients_explode_and_vanish_and_natural_ones_do_not():
 def test_the_table_of_the_cliff_is_that_of_its_numbers_and_they_carry_its_sentences():
     page, found = ((FOLDER / name).read_text() for name in ("README.md", "results.json"))
     cliff = json.loads(found)["cliff"]
-    assert cliff["num_seeds"] == 64 and cliff["mean_return_before"] > 495
-    falls = []
-    for budget, row in zip(("δ = 0.01", "10 δ", "100 δ", "1000 δ"), cliff["by_factor"].values(), strict=True):
-        after, end = (
-            f"{row[mean]:.0f} ± {row[error]:.0f}"
-            for mean, error in (
-                ("mean_return_after_it", "two_standard_errors_of_it"),
-                ("mean_return_at_the_end", "two_standard_errors_at_the_end"),
-            )
-        )
+    assert cliff["num_groups"] * cliff["num_seeds"] == 512 and cliff["mean_return_before"] > 495
+    rows = list(cliff["by_factor"].values())
+    for budget, row in zip(("δ = 0.01", "10 δ", "100 δ", "1000 δ"), rows, strict=True):
         kl = f"{row['median_kl_of_the_update']:.2g} ({{:.2g}} … {{:.2g}})".format(*row["interval_of_the_median"])
-        line = f"| {budget} | {kl} | {after} | {row['seeds_below_475']} of 64 |"
-        assert line + f" {row['seeds_below_half']} | {end} |" in page
-        falls.append((row["mean_return_after_it"], row["two_standard_errors_of_it"] / 2))
-    # Ten times the budget costs little, a hundred times much: four standard errors of the difference or more.
-    for few, many in ((1, 2), (1, 3)):
-        assert falls[few][0] - falls[many][0] > 4 * np.hypot(falls[few][1], falls[many][1])
-    assert falls[1][0] > 450
+        means = [
+            f"{row[f'mean_return_{when}']:.0f} ± {row[f'two_standard_errors_{error}']:.0f}"
+            for when, error in (("after_it", "of_it"), ("at_the_end", "at_the_end"))
+        ]
+        shares = [
+            f"{100 * row[name]:.0f} % ({100 * min(row[f'{name}_by_group']):.0f} … {100 * max(row[f'{name}_by_group']):.0f})"
+            for name in ("share_below_475", "share_below_250")
+        ]
+        assert f"| {budget} | {kl} | {means[0]} | {' | '.join(shares)} | {means[1]} |" in page
+    small, ten, hundred, thousand = rows
+    assert ten["share_below_475"] < 0.1 > 10 * small["share_below_475"]
+    assert hundred["share_below_475"] == pytest.approx(1 / 2, abs=0.06)  # three standard errors of a share
+    assert hundred["share_below_250"] == pytest.approx(1 / 3, abs=0.06)
+    assert thousand["share_below_475"] == pytest.approx(0.7, abs=0.06)
+    assert thousand["share_below_250"] == pytest.approx(0.6, abs=0.06)
+    assert ten["mean_return_at_the_end"] > 495 > 480 > hundred["mean_return_at_the_end"] > 450
+    for few, many in ((small, ten), (ten, hundred), (hundred, thousand)):
+        falls = [row["mean_return_after_it"] for row in (few, many)]
+        errors = [row["two_standard_errors_of_it"] / 2 for row in (few, many)]
+        assert falls[0] - falls[1] > 4 * np.hypot(*errors)
 
 
 @pytest.mark.slow
 def test_updates_of_a_hundred_times_the_budget_fall():
-    found = numbers_of("cliff", num_seeds=16, num_after=2, factors=(1, 100, 1000), num_episodes=8)
+    found = numbers_of("cliff", num_groups=1, num_seeds=16, times=(1, 2), factors=(1, 100, 1000), num_episodes=8)
     small, middle, large = found["by_factor"].values()
     assert small["median_kl_of_the_update"] <= 0.01 < 0.1 < large["median_kl_of_the_update"]
     assert small["mean_return_after_it"] > 0.95 * found["mean_return_before"]
     for fallen in (middle, large):  # half of the seeds fall, so that among sixteen none hardly ever happens
         assert fallen["mean_return_after_it"] < 0.95 * found["mean_return_before"]
-        assert fallen["seeds_below_475"] >= 3
+        assert fallen["share_below_475"] >= 3 / 16
 
 
 def test_distance_depends_on_the_parametrisation_unless_it_is_natural():
