@@ -63,10 +63,10 @@ def test_the_table_of_the_cliff_is_that_of_its_numbers_and_they_carry_its_senten
             f"{row[f'mean_return_{when}']:.0f} ± {row[f'two_standard_errors_{error}']:.0f}"
             for when, error in (("after_it", "of_it"), ("at_the_end", "at_the_end"))
         ]
-        shares = [
-            f"{100 * row[name]:.0f} % ({100 * min(row[f'{name}_by_group']):.0f} … {100 * max(row[f'{name}_by_group']):.0f})"
-            for name in ("share_below_475", "share_below_250")
-        ]
+        shares = []
+        for name in ("share_below_475", "share_below_250"):
+            share, low, high = (100 * value for value in (row[name], *np.quantile(row[f"{name}_by_group"], (0, 1))))
+            shares.append(f"{share:.0f} % ({low:.0f} … {high:.0f})")
         assert f"| {budget} | {kl} | {means[0]} | {' | '.join(shares)} | {means[1]} |" in page
     small, ten, hundred, thousand = rows
     assert ten["share_below_475"] < 0.1 > 10 * small["share_below_475"]
