@@ -1,4 +1,4 @@
-"""Playing of a trained policy, in Gymnasium's own environments or in that of training, and pictures of an episode."""
+"""Episodes of a trained policy, in Gymnasium's own environments or in that of training, and pictures of them."""
 
 from __future__ import annotations
 

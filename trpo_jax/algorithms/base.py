@@ -112,7 +112,7 @@ def _maker(choice: Any, modules: dict[str, str]) -> Callable[[Config], Any]:
 
 
 def annealed(value: Any, share: Any, config: Config, iteration: Array) -> Array:
-    """A setting that falls by a share of itself over the run: value (1 − share min(k, n)/n) in iteration k of n."""
+    """Lower a setting by a share of itself over the run: value (1 − share min(k, n)/n) in iteration k of n."""
     return value * (1 - share * jnp.minimum(iteration, config.num_iterations) / config.num_iterations)
 
 

@@ -10,7 +10,7 @@ from trpo_jax.steps.types import Array, PolicyApply, PyTree
 
 
 def make(config: Config) -> Algorithm:
-    """Build the policy-gradient algorithm: one step per batch, since a second one would not follow its gradient."""
+    """Build the policy-gradient algorithm: one step per batch, after which the batch no longer gives the gradient."""
 
     def update(
         policy_apply: PolicyApply, params: Array, state: PyTree, experience: Experience, key: Array

@@ -29,7 +29,7 @@ def take_epochs(
     key: Array,
     objective: Objective,
 ) -> tuple[Array, PyTree, UpdateInfo]:
-    """Run the epochs of shuffled minibatches that the settings call for on an objective."""
+    """Maximise an objective by `policy_epochs` epochs of shuffled minibatches."""
     return first_order_update(
         policy_apply,
         params,

@@ -69,7 +69,7 @@ def make_console(*, expendable: bool = False) -> Console:
 
 
 class LiveLine:
-    """A progress bar with a status, cut to the width of the terminal; without one, plain lines, `seconds` apart."""
+    """A progress bar with a status, cut to the terminal's width; without a terminal, plain lines `seconds` apart."""
 
     def __init__(self, console: Console, total: float, seconds: float):
         self.console, self.total, self.seconds = console, total, seconds

@@ -1,1 +1,1 @@
-"""Environments behind one small interface; one file a suite."""
+"""Environments behind one small interface; one file per suite."""

@@ -111,7 +111,7 @@ def _randomized(env: Any, params: Any, max_steps: int | None, randomize: Any) ->
 
 
 def settle(config: Config) -> Config:
-    """Trace those of the `env_args` of `config` that can be traced.
+    """Mark those of the `env_args` of `config` as traced that can be traced.
 
     These are the floats of the environment, even if given as whole numbers, except those that bound its actions.
     """

@@ -157,7 +157,7 @@ def flat(observation: PyTree) -> Array:
 
 
 def one_hot_layers(grid: Array, sizes: tuple[int, ...]) -> Array:
-    """Convert a grid of ids [height, width, K], layer k of `sizes[k]` kinds, to unit vectors [height, width, sum].
+    """Convert ids [height, width, K], layer k of `sizes[k]` kinds, to unit vectors [height, width, sum(sizes)].
 
     Ids are names. As numbers, they would put a door between a wall and a key.
     """

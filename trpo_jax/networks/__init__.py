@@ -1,1 +1,1 @@
-"""Default policies and value functions, and the one form in which the trainer uses any network."""
+"""Default policies and value functions, and the single form in which the trainer uses every network."""

@@ -210,7 +210,7 @@ def _warm_states(run: Run, trained: TrainState) -> TrainState:
 
 
 def start_of(run: Run) -> TrainState | None:
-    """The states from which a run starts, if these are not fresh ones.
+    """The initial states of a run that starts from trained networks; None if it starts from fresh ones.
 
     Raises:
       UsageError: if they are missing, or belong to another run.

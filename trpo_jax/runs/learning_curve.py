@@ -69,7 +69,7 @@ def make_figure(width: float, height: float) -> Any:
 
 
 def label_steps(axes: Any, any_episode: bool, **labels: str) -> None:
-    """Give curves of returns their labels, a grid and steps in thousands; if there is none, a text tells so."""
+    """Label curves of returns, with a grid and steps in thousands; without any curve, write so."""
     if not any_episode:
         axes.text(0.5, 0.5, "no episode has ended", ha="center", va="center", transform=axes.transAxes)
     axes.set(**labels)

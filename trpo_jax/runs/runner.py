@@ -124,7 +124,7 @@ class Clock:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a flag, so that no chunk is lost half-written; a second one ends all."""
+    """Turn the first Ctrl-C or SIGTERM into a flag, so that no chunk is lost half-written; a second one ends it all."""
     received: list[int] = []
 
     def handle(number: int, _: Any) -> None:

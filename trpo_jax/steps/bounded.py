@@ -121,13 +121,16 @@ class Beta:
         return jnp.sum(terms - betaln(self.alpha, self.beta) - jnp.log(high - low), axis=-1)
 
     def entropy(self) -> Array:
-        """Σ_d log B(α, β) − (α − 1) ψ(α) − (β − 1) ψ(β) + (α + β − 2) ψ(α + β) + log(high − low), [...]."""
+        """Entropy, [...].
+
+        Σ_d log B(α, β) − (α − 1) ψ(α) − (β − 1) ψ(β) + (α + β − 2) ψ(α + β) + log(high − low).
+        """
         a, b = self.alpha, self.beta
         terms = betaln(a, b) - (a - 1) * digamma(a) - (b - 1) * digamma(b) + (a + b - 2) * digamma(a + b)
         return jnp.sum(terms + jnp.log(jnp.asarray(self.high, a.dtype) - jnp.asarray(self.low, a.dtype)), axis=-1)
 
     def kl(self, other: Beta) -> Array:
-        """Σ_d D(α, α') + D(β, β') − D(α + β, α' + β'), [...]; exactly 0 against itself.
+        """KL divergence, Σ_d D(α, α') + D(β, β') − D(α + β, α' + β'), [...]; exactly 0 against itself.
 
         D(x, y) = log Γ(y) − log Γ(x) − (y − x) ψ(x).
         """
@@ -142,7 +145,10 @@ class Beta:
         return self._stretched(jnp.where(a + b > 0, peak, self.alpha / (self.alpha + self.beta)))
 
     def fisher_product(self, tangent: Beta) -> Beta:
-        """(ψ'(α) t_α − ψ'(α + β) (t_α + t_β), ψ'(β) t_β − ψ'(α + β) (t_α + t_β))."""
+        """Product with the Fisher matrix.
+
+        (ψ'(α) t_α − ψ'(α + β) (t_α + t_β), ψ'(β) t_β − ψ'(α + β) (t_α + t_β)).
+        """
         shared = _trigamma(self.alpha + self.beta) * (tangent.alpha + tangent.beta)
         return dataclasses.replace(
             self,

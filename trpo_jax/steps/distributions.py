@@ -28,7 +28,7 @@ class Distribution(Protocol):
         ...
 
     def log_prob(self, action: Array) -> Array:
-        """log π(action), [...]."""
+        """Log-probability of an action, log π(action), [...]."""
         ...
 
     def entropy(self) -> Array:
@@ -36,7 +36,7 @@ class Distribution(Protocol):
         ...
 
     def kl(self, other: Any) -> Array:
-        """KL(self ‖ other) in nats, summed over action dimensions, [...]."""
+        """KL divergence, KL(self ‖ other), in nats, summed over action dimensions, [...]."""
         ...
 
     def mode(self) -> Array:
@@ -44,7 +44,7 @@ class Distribution(Protocol):
         ...
 
     def fisher_product(self, tangent: Any) -> Any:
-        """M · tangent, as a distribution of the same type."""
+        """Product with the Fisher matrix, M · tangent, as a distribution of the same type."""
         ...
 
 
@@ -64,18 +64,18 @@ class Categorical:
         return jax.random.categorical(key, self.logits)
 
     def log_prob(self, action: Array) -> Array:
-        """log π(action) for indices [...]."""
+        """Log-probability of action indices [...], log π(action)."""
         log_probs = jax.nn.log_softmax(self.logits)
         index = jnp.asarray(action, jnp.int32) if action.dtype == bool else action
         return jnp.take_along_axis(log_probs, index[..., None], axis=-1)[..., 0]
 
     def entropy(self) -> Array:
-        """−Σ_a π(a) log π(a), [...]."""
+        """Entropy, −Σ_a π(a) log π(a), [...]."""
         log_probs = jax.nn.log_softmax(self.logits)
         return -_expectation(log_probs, log_probs)
 
     def kl(self, other: Categorical) -> Array:
-        """Σ_a π(a) [log π(a) − log π_other(a)], [...]; exactly 0 against itself."""
+        """KL divergence, Σ_a π(a) [log π(a) − log π_other(a)], [...]; exactly 0 against itself."""
         log_probs = jax.nn.log_softmax(self.logits)
         return _expectation(log_probs, log_probs - jax.nn.log_softmax(other.logits))
 
@@ -84,7 +84,7 @@ class Categorical:
         return jnp.argmax(self.logits, axis=-1)
 
     def fisher_product(self, tangent: Categorical) -> Categorical:
-        """(diag(p) − p pᵀ) t, computed as p ⊙ (t − pᵀt)."""
+        """Product with the Fisher matrix, (diag(p) − p pᵀ) t, computed as p ⊙ (t − pᵀt)."""
         probs = jax.nn.softmax(self.logits)
         # The tangent of a forbidden action (p = 0) is 0 · ∞; its share of the metric is 0.
         direction = jnp.where(probs > 0, tangent.logits, 0)
@@ -125,7 +125,7 @@ class DiagonalGaussian:
         return jnp.sum(-0.5 * z**2 - self.log_std - 0.5 * jnp.log(2 * jnp.pi), axis=-1)
 
     def entropy(self) -> Array:
-        """Σ_d log σ_d + ½ log(2πe), [...]."""
+        """Entropy, Σ_d log σ_d + ½ log(2πe), [...]."""
         return jnp.sum(self.log_std + 0.5 * (1 + jnp.log(2 * jnp.pi)), axis=-1)
 
     def bonus(self) -> Array:
@@ -140,7 +140,7 @@ class DiagonalGaussian:
         return self._with(self.mean, jnp.minimum(self.log_std, least) + beyond - beyond**2 / 4).entropy()
 
     def kl(self, other: DiagonalGaussian) -> Array:
-        """Σ_d log(σ'/σ) + (σ² + (μ − μ')²)/(2σ'²) − ½, [...]."""
+        """KL divergence, Σ_d log(σ'/σ) + (σ² + (μ − μ')²)/(2σ'²) − ½, [...]."""
         # Written with expm1 of the difference: no cancellation of order-one terms, and exactly 0 against itself.
         difference = self.log_std - other.log_std
         shift = (self.mean - other.mean) * jnp.exp(-other.log_std)
@@ -151,7 +151,7 @@ class DiagonalGaussian:
         return self.mean
 
     def fisher_product(self, tangent: DiagonalGaussian) -> DiagonalGaussian:
-        """(t_mean / σ², 2 t_log_std)."""
+        """Product with the Fisher matrix, (t_mean / σ², 2 t_log_std)."""
         return self._with(tangent.mean * jnp.exp(-2 * self.log_std), 2 * tangent.log_std, self.largest_log_std)
 
     def __repr__(self) -> str:
@@ -197,7 +197,7 @@ class MultiCategorical:
         return jnp.stack([c.sample(k) for c, k in zip(self.components, keys, strict=True)], axis=-1)
 
     def log_prob(self, action: Array) -> Array:
-        """Σ_k log π_k(action_k), [...]."""
+        """Log-probability, Σ_k log π_k(action_k), [...]."""
         return sum_of(c.log_prob(action[..., k]) for k, c in enumerate(self.components))
 
     def entropy(self) -> Array:
@@ -205,7 +205,7 @@ class MultiCategorical:
         return sum_of(c.entropy() for c in self.components)
 
     def kl(self, other: MultiCategorical) -> Array:
-        """Σ_k KL(π_k ‖ π_other,k), [...]."""
+        """KL divergence, Σ_k KL(π_k ‖ π_other,k), [...]."""
         return sum_of(c.kl(o) for c, o in zip(self.components, other.components, strict=True))
 
     def mode(self) -> Array:

@@ -1,1 +1,1 @@
-"""Sweeps: many agents over settings and seeds, as few compiled programs as there are shapes, on every device."""
+"""Sweeps: many agents over settings and seeds, with one compiled program per static setting, on every device."""

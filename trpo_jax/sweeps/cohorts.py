@@ -97,7 +97,7 @@ class Cohort:
         self.eval_return = np.concatenate([self.eval_return, newest[:, None]], axis=1)
 
     def _stand_still(self, until: int) -> None:
-        """Fill up the remaining iterations when all agents have stopped."""
+        """Fill in the remaining iterations when all agents have stopped."""
         assert self.eval_return is not None
         nothing = np.full((self.size, until - self.done), np.nan, np.float32)
         self._append(dict.fromkeys(METRICS, nothing))

@@ -45,7 +45,7 @@ def comparison_page(comparison: Comparison) -> str:
 
 
 def told(comparison: Comparison) -> list[str]:
-    """The explanations of the numbers, a paragraph each."""
+    """The explanations of the numbers, one paragraph each."""
     first = f"Score: {comparison.score}. IQM: mean of the middle half of the agents, with a 95 % percentile "
     first += "interval of the stratified bootstrap."
     if len(comparison.tasks) == 1:

@@ -69,7 +69,7 @@ class Comparison:
       tasks: for each task the two returns that count as 0 and 1; (0, 1), which changes nothing, if it is the only one.
       methods: by name, best IQM first.
       improvement: (X, Y, P(X > Y), interval): probability that an agent of X is better than one of Y on the same task.
-      notes: facts about the agents that a reader needs, a sentence each.
+      notes: facts about the agents that a reader needs, one sentence each.
     """
 
     score: str
@@ -139,7 +139,7 @@ def compare(paths: Sequence[str | os.PathLike[str]], by: Sequence[str] = ()) -> 
 
 
 def _notes(groups: Mapping[str, Mapping[str, list[Outcome]]], by: Sequence[str], ends: Mapping[str, Any]) -> list[str]:
-    """Facts about the agents that a reader needs, a sentence each."""
+    """Facts about the agents that a reader needs, one sentence each."""
     notes = []
     inside = [outcomes for group in groups.values() for outcomes in group.values()]
     learned_by = [n for n in SETTINGS if n != "env" and not n.startswith("eval_")]

@@ -208,7 +208,7 @@ def _draw_heat_map(env: str, rows: Sequence[Row], names: Sequence[str]) -> Any:
 
 
 def _color_range(rows: Sequence[Row]) -> tuple[float, float]:
-    """The scores of the darkest and the lightest colour, at least a quarter of what the best point learned apart.
+    """The scores of the darkest and the lightest colour, which span at least a quarter of what the best point learned.
 
     So 499 and 500 look alike if training started at 20.
     """

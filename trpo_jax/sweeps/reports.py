@@ -72,7 +72,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The results of a sweep, summarized.
+    """The results of a sweep, summarised.
 
     Attributes:
       rows: {environment: its rows, best first}.

@@ -43,17 +43,17 @@ class Certificate:
 
 
 def state_kl(old: Array, new: Array) -> Array:
-    """KL(old(·|s) ‖ new(·|s)) in every state, nats, [S]; exactly 0 for equal policies."""
+    """KL divergence in every state, KL(old(·|s) ‖ new(·|s)), nats, [S]; exactly 0 for equal policies."""
     return Categorical(jnp.log(old)).kl(Categorical(jnp.log(new)))
 
 
 def mean_state_kl(old: Array, new: Array, mdp: TabularMDP) -> Array:
-    """E_d[KL(old ‖ new)] over the states that the old policy visits, nats; needs γ < 1."""
+    """Mean KL divergence over the states that the old policy visits, E_d[KL(old ‖ new)], nats; needs γ < 1."""
     return (1 - mdp.gamma) * jnp.sum(visitation(old, mdp) * state_kl(old, new))
 
 
 def surrogate_return(old: Array, new: Array, mdp: TabularMDP) -> Array:
-    """L(new) = η(old) + Σ_s ρ_old(s) Σ_a new(a|s) A_old(s, a), a scalar.
+    """Surrogate return of a new policy, L(new) = η(old) + Σ_s ρ_old(s) Σ_a new(a|s) A_old(s, a), a scalar.
 
     Linear in the new policy, and equal to η in value and gradient at the old one.
     Source: Schulman et al. 2015, equation 3.
@@ -62,12 +62,15 @@ def surrogate_return(old: Array, new: Array, mdp: TabularMDP) -> Array:
 
 
 def surrogate_return_gain(old: Array, new: Array, mdp: TabularMDP) -> Array:
-    """L(new) − L(old) = Σ_s ρ_old(s) Σ_a (new − old)(a|s) A_old(s, a), exactly 0 for equal policies."""
+    """Gain of the surrogate return, L(new) − L(old) = Σ_s ρ_old(s) Σ_a (new − old)(a|s) A_old(s, a).
+
+    Exactly 0 for equal policies.
+    """
     return contract("s,sa,sa->", visitation(old, mdp), new - old, advantages(old, mdp))
 
 
 def log_prob_objective(old: Array, new: Array, mdp: TabularMDP) -> Array:
-    """Σ_s ρ_old(s) Σ_a old(a|s) log new(a|s) A_old(s, a), the objective behind ∇ log π · A, a scalar.
+    """The objective behind ∇ log π · A, Σ_s ρ_old(s) Σ_a old(a|s) log new(a|s) A_old(s, a), a scalar.
 
     Its gradient is that of `surrogate_return` at new = old and nowhere else. It has no maximum: where an advantage is
     negative it grows without bound as the probability of that action goes to 0.
@@ -77,12 +80,15 @@ def log_prob_objective(old: Array, new: Array, mdp: TabularMDP) -> Array:
 
 
 def penalty_coefficient(policy: Array, mdp: TabularMDP) -> Array:
-    """C = 4εγ/(1 − γ)² with ε = max |A|, in units of return per nat. Source: Schulman et al. 2015, theorem 1."""
+    """Coefficient of the largest KL in a lower bound, C = 4εγ/(1 − γ)² with ε = max |A|, in units of return per nat.
+
+    Source: Schulman et al. 2015, theorem 1.
+    """
     return 4 * jnp.max(jnp.abs(advantages(policy, mdp))) * mdp.gamma / (1 - mdp.gamma) ** 2
 
 
 def minorizer(old: Array, new: Array, mdp: TabularMDP) -> Array:
-    """M(new) = L(new) − C · max_s KL(old ‖ new) ≤ η(new), equal to η in value and gradient at the old policy.
+    """Lower bound on η(new), equal to it in value and gradient at the old policy: L(new) − C · max_s KL(old ‖ new).
 
     Source: Schulman et al. 2015, equation 9 and theorem 1.
     """

@@ -15,7 +15,7 @@ from trpo_jax.theory.mdps import TabularMDP, advantages, policy_gradient, softma
 
 
 def best_policy_within(policy: Array, advantage: Array, max_kl: Scalar) -> Array:
-    """argmax_π̃ Σ_a π̃(a|s) A(s, a) subject to KL(π ‖ π̃) ≤ κ, separately in every state.
+    """The best policy within a KL bound, state by state: argmax_π̃ Σ_a π̃(a|s) A(s, a) subject to KL(π ‖ π̃) ≤ κ.
 
     Stationarity of the Lagrangian gives π̃ = λ π/(ν − A) with ν > max A. λ normalises, and KL falls from ∞ to 0 as ν
     grows, so ν is the root of one equation in one unknown.
@@ -62,10 +62,10 @@ def minorizer_step(policy: Array, mdp: TabularMDP, penalty: Scalar | None = None
 
 
 def tabular_natural_gradient(logits: Array, mdp: TabularMDP) -> Array:
-    """F⁺∇η = (A(s, a) − mean_b A(s, b)) / (1 − γ) where ρ(s) > 0, else 0; the shortest solution of F x = ∇η, [S, A].
+    """Natural gradient F⁺∇η in closed form, [S, A]: (A(s, a) − mean_b A(s, b)) / (1 − γ) where ρ(s) > 0, else 0.
 
-    F = diag_s d(s) (diag π_s − π_s π_sᵀ) is the Hessian of the mean KL at θ. A constant added to the logits of a state
-    does not change it, and the shortest solution adds none. Needs γ < 1.
+    It is the shortest solution of F x = ∇η. F = diag_s d(s) (diag π_s − π_s π_sᵀ) is the Hessian of the mean KL at θ.
+    A constant added to the logits of a state does not change it, and the shortest solution adds none. Needs γ < 1.
 
     Source: Kakade 2001, theorem 1.
     """
@@ -78,9 +78,10 @@ def tabular_natural_gradient(logits: Array, mdp: TabularMDP) -> Array:
 def tabular_trpo_step(
     logits: Array, mdp: TabularMDP, *, max_kl: Scalar = 0.01, shrink: Scalar = 0.8, max_steps: int = 10
 ) -> tuple[Array, LineSearchInfo]:
-    """θ + αʲ β F⁺∇η with β = √(2δ / ∇ηᵀF⁺∇η), the first j for which ΔL > 0 and E_d[KL(old ‖ new)] ≤ δ.
+    """Exact TRPO step, θ + αʲ β F⁺∇η with β = √(2δ / ∇ηᵀF⁺∇η), for the first j that passes.
 
-    Gradient, Fisher matrix, surrogate and KL are all exact: the step that samples approximate.
+    A candidate passes if ΔL > 0 and E_d[KL(old ‖ new)] ≤ δ. Gradient, Fisher matrix, surrogate and KL are all exact:
+    this is the step that samples approximate.
 
     Args:
       logits: θ, [S, A].
@@ -111,12 +112,12 @@ def tabular_trpo_step(
 
 
 def natural_gradient_step(logits: Array, mdp: TabularMDP, step_size: Scalar) -> Array:
-    """θ + step_size · F⁺∇η, [S, A]. Source: Kakade 2001."""
+    """Take a natural-gradient step, θ + step_size · F⁺∇η, [S, A]. Source: Kakade 2001."""
     return logits + step_size * tabular_natural_gradient(logits, mdp)
 
 
 def plain_gradient_step(logits: Array, mdp: TabularMDP, step_size: Scalar) -> Array:
-    """θ + step_size · ∇η, [S, A]."""
+    """Take a plain gradient step, θ + step_size · ∇η, [S, A]."""
     return logits + step_size * policy_gradient(logits, mdp)
 
 

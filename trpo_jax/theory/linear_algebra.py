@@ -20,12 +20,12 @@ contract = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def product(*matrices: Array) -> Array:
-    """The matrix product of all arguments."""
+    """Multiply all arguments as matrices."""
     return functools.reduce(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST), matrices)
 
 
 def solve(matrix: Array, rhs: Array) -> Array:
-    """x with matrix · x = rhs, by Gauss–Jordan elimination with partial pivoting in O(n³).
+    """Solve matrix · x = rhs by Gauss–Jordan elimination with partial pivoting, in O(n³).
 
     Args:
       matrix: [n, n]. If it is singular, the result is not finite.
@@ -61,7 +61,7 @@ def _gauss_jordan(matrix: Array, rhs: Array) -> Array:
 
 
 def decreasing_root(fn: Callable[[Array], Array], low: Scalar, high: Scalar, num_iterations: int = 60) -> Array:
-    """x in [low, high] with fn(x) = 0 for an elementwise decreasing fn, by bisection; an end if there is none inside.
+    """Find x in [low, high] with fn(x) = 0 for an elementwise decreasing fn, by bisection; an end if there is none.
 
     Args:
       fn: arrays [...] -> arrays [...], each entry of the result depending on the same entry of the argument.

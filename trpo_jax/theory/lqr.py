@@ -45,19 +45,24 @@ class LQR:
 
 
 def scalar_lqr(a: Scalar = 1.0, b: Scalar = 1.0, q: Scalar = 1.0, r: Scalar = 1.0, gamma: Scalar = 0.99) -> LQR:
-    """The problem of one state and one control with E[x_0²] = 1: η(k) = −(q + r k²) / (1 − γ (a − b k)²)."""
+    """Make a problem of one state and one control with E[x_0²] = 1: η(k) = −(q + r k²) / (1 − γ (a − b k)²)."""
     a, b, q, r, one = (jnp.full((1, 1), value, float) for value in (a, b, q, r, 1.0))
     return LQR(a, b, q, r, one, jnp.asarray(gamma, float))
 
 
 def lqr_return(gain: Array, problem: LQR) -> Array:
-    """η(K) = −tr(P E[x_0 x_0ᵀ]) with P = Q + KᵀR K + γ (A − B K)ᵀ P (A − B K); −∞ if K is not stabilising."""
+    """Return of a gain, η(K) = −tr(P E[x_0 x_0ᵀ]); −∞ if K is not stabilising.
+
+    P = Q + KᵀR K + γ (A − B K)ᵀ P (A − B K).
+    """
     value, stable = _cost_to_go(gain, problem)
     return jnp.where(stable, -jnp.sum(value * problem.initial), -jnp.inf)
 
 
 def lqr_gradient(gain: Array, problem: LQR) -> Array:
-    """∇η(K) = −2 [(R + γ BᵀP B) K − γ BᵀP A] X with X = Σ_t γᵗ E[x_t x_tᵀ], [m, n]; NaN if K is not stabilising.
+    """Gradient of the return, [m, n]; NaN if K is not stabilising.
+
+    ∇η(K) = −2 [(R + γ BᵀP B) K − γ BᵀP A] X with X = Σ_t γᵗ E[x_t x_tᵀ] and P as in `lqr_return`.
 
     Source: Fazel et al. 2018, lemma 1, with a discount.
     """
@@ -69,7 +74,7 @@ def lqr_gradient(gain: Array, problem: LQR) -> Array:
 
 
 def optimal_gain(problem: LQR, num_iterations: int = 1000) -> Array:
-    """K* = (R + γ BᵀP B)⁻¹ γ BᵀP A, [m, n], where P is the fixed point of the discounted Riccati equation.
+    """The optimal gain, K* = (R + γ BᵀP B)⁻¹ γ BᵀP A, [m, n]; P is the fixed point of the discounted Riccati equation.
 
     P ← Q + γ AᵀP (A − B K) is value iteration; it contracts by γ ρ(A − B K*)² per step.
 
@@ -107,10 +112,11 @@ def stable_interval(problem: LQR) -> tuple[Array, Array]:
 
 
 def state_moment(gain: Array, problem: LQR, std: Scalar) -> Array:
-    """E_d[x xᵀ], [n, n], under the policy N(−K x, σ² I), where d is the normalised discounted state distribution.
+    """Second moment of the states, E_d[x xᵀ], [n, n], under the policy N(−K x, σ² I).
 
-    X = Σ_t γᵗ E[x_t x_tᵀ] solves X = E[x_0 x_0ᵀ] + γ (A − B K) X (A − B K)ᵀ + γ/(1 − γ) σ² B Bᵀ, where the last term is
-    the noise that every later step adds; E_d[x xᵀ] = (1 − γ) X.
+    d is the normalised discounted state distribution. X = Σ_t γᵗ E[x_t x_tᵀ] solves
+    X = E[x_0 x_0ᵀ] + γ (A − B K) X (A − B K)ᵀ + γ/(1 − γ) σ² B Bᵀ, where the last term is the noise that every later
+    step adds; E_d[x xᵀ] = (1 − γ) X.
 
     Args:
       gain: K, [m, n].
@@ -123,7 +129,7 @@ def state_moment(gain: Array, problem: LQR, std: Scalar) -> Array:
 
 
 def gain_kl(old: Array, new: Array, problem: LQR, std: Scalar) -> Array:
-    """E_d[KL(old ‖ new)] = tr(Δ E_d[x xᵀ] Δᵀ) / 2σ² with Δ = new − old, nats.
+    """Mean KL divergence of a change of gain, E_d[KL(old ‖ new)] = tr(Δ E_d[x xᵀ] Δᵀ) / 2σ² with Δ = new − old, nats.
 
     At a state x the means −K x differ by −Δ x, and equal-variance Gaussians have KL ‖Δ x‖² / 2σ². As that is exactly
     quadratic in Δ, the Fisher matrix gives it without error.
@@ -133,14 +139,14 @@ def gain_kl(old: Array, new: Array, problem: LQR, std: Scalar) -> Array:
 
 
 def plain_gain_step(gain: Array, problem: LQR, step_size: Scalar) -> Array:
-    """K + step_size · ∇η(K), [m, n]: may leave the stable set, from where there is no way back."""
+    """Take a plain gradient step, K + step_size · ∇η(K), [m, n]; from outside the stable set there is no way back."""
     return gain + step_size * lqr_gradient(gain, problem)
 
 
 def kl_limited_gain_step(
     gain: Array, problem: LQR, *, std: Scalar, max_kl: Scalar = 0.01, shrink: Scalar = 0.8, max_steps: int = 20
 ) -> tuple[Array, LineSearchInfo]:
-    """The natural-gradient step with E_d[KL] = δ, shortened until the exact return improves.
+    """Take the natural-gradient step with E_d[KL] = δ, shortened until the exact return improves.
 
     The natural direction is ∇η E_d[x xᵀ]⁻¹, as F maps Δ to Δ E_d[x xᵀ]/σ².
 

@@ -68,29 +68,29 @@ def garnet(key: Array, num_states: int, num_actions: int, branching: int, gamma:
 
 
 def softmax_policy(logits: Array) -> Array:
-    """π(a|s) = exp θ(s, a) / Σ_b exp θ(s, b) of logits θ, [S, A]."""
+    """Softmax policy of logits θ, π(a|s) = exp θ(s, a) / Σ_b exp θ(s, b), [S, A]."""
     return jax.nn.softmax(logits)
 
 
 def state_values(policy: Array, mdp: TabularMDP) -> Array:
-    """V = (I − γ P_π)⁻¹ r_π, [S]: the expected discounted return from each state."""
+    """Expected discounted return from each state, V = (I − γ P_π)⁻¹ r_π, [S]."""
     transition, reward = _chain(policy, mdp)
     return solve(jnp.eye(reward.size, dtype=reward.dtype) - mdp.gamma * transition, reward)
 
 
 def action_values(policy: Array, mdp: TabularMDP) -> Array:
-    """Q(s, a) = r(s, a) + γ Σ_s' P(s'|s, a) V(s'), [S, A]."""
+    """Action values, Q(s, a) = r(s, a) + γ Σ_s' P(s'|s, a) V(s'), [S, A]."""
     return mdp.reward + mdp.gamma * contract("sat,t->sa", mdp.transition, state_values(policy, mdp))
 
 
 def advantages(policy: Array, mdp: TabularMDP) -> Array:
-    """A(s, a) = Q(s, a) − V(s), [S, A]; its mean under the policy is 0 in every state."""
+    """Advantages, A(s, a) = Q(s, a) − V(s), [S, A]; their mean under the policy is 0 in every state."""
     values = action_values(policy, mdp)
     return values - jnp.sum(policy * values, axis=-1, keepdims=True)
 
 
 def visitation(policy: Array, mdp: TabularMDP) -> Array:
-    """ρ(s) = Σ_t γᵗ P(s_t = s) = [(I − γ P_πᵀ)⁻¹ μ](s), [S], summing to 1/(1 − γ).
+    """Discounted visits, ρ(s) = Σ_t γᵗ P(s_t = s) = [(I − γ P_πᵀ)⁻¹ μ](s), [S], summing to 1/(1 − γ).
 
     The normalised distribution is d = (1 − γ) ρ.
     """
@@ -99,12 +99,12 @@ def visitation(policy: Array, mdp: TabularMDP) -> Array:
 
 
 def expected_return(policy: Array, mdp: TabularMDP) -> Array:
-    """η(π) = Σ_s μ(s) V(s) = E[Σ_t γᵗ r_t], a scalar."""
+    """Expected return, η(π) = Σ_s μ(s) V(s) = E[Σ_t γᵗ r_t], a scalar."""
     return jnp.sum(mdp.initial * state_values(policy, mdp))
 
 
 def finite_horizon_values(policy: Array, mdp: TabularMDP, num_steps: int) -> Array:
-    """Expected return of the steps that remain, V_t = r_π + γ P_π V_{t+1} with V_T = 0.
+    """Expected return of the remaining steps, V_t = r_π + γ P_π V_{t+1} with V_T = 0.
 
     Args:
       policy: [S, A], the same at every step.
@@ -126,7 +126,7 @@ def finite_horizon_values(policy: Array, mdp: TabularMDP, num_steps: int) -> Arr
 
 
 def policy_gradient(logits: Array, mdp: TabularMDP) -> Array:
-    """∂η/∂θ(s, a) = ρ(s) π(a|s) A(s, a) of a softmax policy, [S, A].
+    """Gradient of the return of a softmax policy, ∂η/∂θ(s, a) = ρ(s) π(a|s) A(s, a), [S, A].
 
     The policy gradient theorem, Σ_s ρ(s) Σ_a ∇π(a|s) Q(s, a), with the derivative of the softmax.
     Source: Sutton et al. 1999; Agarwal et al. 2021, "On the Theory of Policy Gradient Methods", lemma C.1.
@@ -136,7 +136,7 @@ def policy_gradient(logits: Array, mdp: TabularMDP) -> Array:
 
 
 def sampled_policy_gradient(key: Array, logits: Array, mdp: TabularMDP, num_samples: int) -> Array:
-    """An unbiased estimate of `policy_gradient`, mean_n[∇ log π(a_n|s_n) A(s_n, a_n)] / (1 − γ), [S, A].
+    """Estimate `policy_gradient` without bias, mean_n[∇ log π(a_n|s_n) A(s_n, a_n)] / (1 − γ), [S, A].
 
     States are drawn from d = (1 − γ) ρ and actions from the policy, independently; the advantages are exact, so all
     of the noise is that of the samples.
@@ -159,9 +159,10 @@ def sampled_policy_gradient(key: Array, logits: Array, mdp: TabularMDP, num_samp
 
 
 def performance_difference(old: Array, new: Array, mdp: TabularMDP) -> Array:
-    """η(new) − η(old) = Σ_s ρ_new(s) Σ_a new(a|s) A_old(s, a), a scalar, exactly 0 for equal policies.
+    """Exact gain of a new policy, η(new) − η(old) = Σ_s ρ_new(s) Σ_a new(a|s) A_old(s, a), a scalar.
 
-    Free of the cancellation of subtracting two returns. Source: Kakade & Langford 2002, lemma 6.1.
+    Exactly 0 for equal policies, without the cancellation of subtracting two returns. Source: Kakade & Langford 2002,
+    lemma 6.1.
     """
     # Under the old policy the mean advantage is 0, so only the change of the policy counts.
     return contract("s,sa,sa->", visitation(new, mdp), new - old, advantages(old, mdp))

@@ -13,7 +13,7 @@ from trpo_jax.steps.types import Array, Scalar
 
 
 def importance_weights(target: Array, proposal: Array) -> Array:
-    """w = p/q for probabilities of equal shape; 0 where q = 0, since such outcomes are never drawn.
+    """Importance weights, w = p/q for probabilities of equal shape; 0 where q = 0, as such outcomes are never drawn.
 
     Σ q w f = Σ p f for every f as long as q > 0 wherever p > 0.
     """
@@ -22,7 +22,7 @@ def importance_weights(target: Array, proposal: Array) -> Array:
 
 
 def effective_sample_size(log_weight: Array, axis: int = -1) -> Array:
-    """ESS = (Σw)²/Σw² along an axis: N for equal weights, 1 if one outweighs all others.
+    """Effective sample size, ESS = (Σw)²/Σw² along an axis: N for equal weights, 1 if one outweighs all others.
 
     Args:
       log_weight: log w, up to a common constant, which cancels; [..., N].
@@ -35,12 +35,12 @@ def effective_sample_size(log_weight: Array, axis: int = -1) -> Array:
 
 
 def effective_fraction(target: Array, proposal: Array) -> Array:
-    """lim ESS/N = 1/E_q[w²] for two distributions on finite support [..., K]; [...], in (0, 1]."""
+    """Limit of ESS/N for two distributions on finite support [..., K]: 1/E_q[w²], [...], in (0, 1]."""
     return 1 / jnp.sum(importance_weights(target, proposal) * target, axis=-1)
 
 
 def gaussian_effective_fraction(kl: Scalar) -> Array:
-    """lim ESS/N = exp(−2 KL) for two Gaussians of equal covariance, exactly.
+    """Limit of ESS/N for two Gaussians of equal covariance, exactly exp(−2 KL).
 
     With means Σ^½ z apart, log w is normal with variance ‖z‖² under q, so E_q[w²] = exp(‖z‖²), and KL = ½ ‖z‖².
 
@@ -51,7 +51,7 @@ def gaussian_effective_fraction(kl: Scalar) -> Array:
 
 
 def per_decision_fraction(num_updates: Scalar, max_kl: Scalar) -> Array:
-    """lim ESS/N of the ratios of single decisions, j updates later: exp(−2 j²δ).
+    """Limit of ESS/N for the ratios of single decisions, j updates later: exp(−2 j²δ).
 
     The worst case, in which the updates point the same way: the parameters then move j times as far, and the KL, being
     quadratic, is j²δ.
@@ -64,7 +64,7 @@ def per_decision_fraction(num_updates: Scalar, max_kl: Scalar) -> Array:
 
 
 def trajectory_fraction(num_updates: Scalar, max_kl: Scalar, horizon: Scalar) -> Array:
-    """lim ESS/N of the products of the ratios along H decisions, j updates later: exp(−2 H j²δ).
+    """Limit of ESS/N for the products of the ratios along H decisions, j updates later: exp(−2 H j²δ).
 
     Independent decisions add their divergences. Arguments as in `per_decision_fraction`; horizon is H.
     """

@@ -34,7 +34,7 @@ class TrustRegionTrace:
 
 
 def solve_trust_region(gradient: Array, hessian: Array, radius: Scalar) -> tuple[Array, Array]:
-    """argmin_Δ gᵀΔ + ½ ΔᵀB Δ subject to ‖Δ‖ ≤ δ, exactly, also for an indefinite B.
+    """Minimise gᵀΔ + ½ ΔᵀB Δ over Δ subject to ‖Δ‖ ≤ δ, exactly, also for an indefinite B.
 
     Δ is the minimiser iff (B + λI) Δ = −g, λ (δ − ‖Δ‖) = 0, λ ≥ 0 and B + λI is positive semidefinite. In the
     eigenbasis of B, ‖Δ(λ)‖ is explicit and decreasing in λ. In the "hard case", where it stays below δ as far down as

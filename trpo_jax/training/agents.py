@@ -95,7 +95,7 @@ def _make_networks(config: Config, environment: Environment) -> tuple[Network, N
 
 
 def with_what_is_seen(environment: Environment, *views: str) -> Environment:
-    """Keep only the entries of observations that some views select (see `value_observation`), and a mask."""
+    """Keep only the entries of observations that the given views select (see `value_observation`), and a mask."""
     if environment.entries is None:
         return environment
     seen = {entry for view in views for entry in chosen(environment.entries, view, environment.name)}

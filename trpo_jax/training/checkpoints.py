@@ -184,11 +184,11 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one training: FOLDER/PREFIX00000012.npz is its state after 12 iterations.
+    """The checkpoints of one training job: FOLDER/PREFIX00000012.npz is its state after 12 iterations.
 
-    Each stores its `owner`, a text that is the same for the same training, so that no training uses the checkpoints of
-    another. `kind` names the training in messages, and `mend` is the advice if a file cannot be written. The newest
-    `kept` files that were saved here stay, and those of every `every`-th iteration.
+    Each stores its `owner`, a text that is the same for the same job, so that no job uses the checkpoints of another.
+    `kind` names the job in messages, and `mend` is the advice if a file cannot be written. The newest `kept` files that
+    were saved here stay, and those of every `every`-th iteration.
     """
 
     def __init__(

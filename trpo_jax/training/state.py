@@ -19,7 +19,7 @@ from trpo_jax.steps.types import Array, PyTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Transition:
-    """The record of a rollout, with each step's part, [T, N, ...].
+    """The record of each step of a rollout, [T, N, ...].
 
     Attributes:
       observation: the policy's observation (raw, not normalised).
