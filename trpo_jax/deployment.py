@@ -85,10 +85,10 @@ def seen_environment(config: Config) -> Environment:
 def export_policy(config: Config, state: TrainState, folder: Path) -> Path:
     """Write a policy as portable StableHLO for CPU, CUDA and TPU, with a script that loads it.
 
-    The exported function is that of `acting_policy` for any batch size, with its parameters inside: `observation ->
-    action`, or `(carry, observation) -> (carry, action)` for a recurrent policy (with a list of the carry's arrays if
-    these are in a class of the user's). Observations are in the environment's form here: float32, indices as unit
-    vectors, and bytes divided by 255.
+    The exported function is that of `acting_policy` for any batch size, with its parameters inside:
+    `observation -> action`, or `(carry, observation) -> (carry, action)` for a recurrent policy (with a list of the
+    carry's arrays if these are in a class of the user's). Observations are in the environment's form here: float32,
+    indices as unit vectors, and bytes divided by 255.
 
     Args:
       config: the settings the state was trained with.

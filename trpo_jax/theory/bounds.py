@@ -88,8 +88,9 @@ def penalty_coefficient(policy: Array, mdp: TabularMDP) -> Array:
 
 
 def minorizer(old: Array, new: Array, mdp: TabularMDP) -> Array:
-    """Lower bound on η(new), equal to it in value and gradient at the old policy: L(new) − C · max_s KL(old ‖ new).
+    """Lower bound on η(new), M(new) = L(new) − C · max_s KL(old ‖ new).
 
+    It equals η in value and gradient at the old policy.
     Source: Schulman et al. 2015, equation 9 and theorem 1.
     """
     return surrogate_return(old, new, mdp) - penalty_coefficient(old, mdp) * jnp.max(state_kl(old, new))
