@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.number("--seed", 0, "seed of the first agent")
     train.number("--num-seeds", 1, "agents trained side by side")
     train.add_argument(
-        "--total-steps", type=_whole, help="steps per agent, rounded down to whole iterations; replaces --num-iterations"
+        "--total-steps", type=_whole, help="steps per agent, rounded down to full iterations; replaces --num-iterations"
     )
     train.number("--keep-every", 0, "keep the checkpoint of every so many iterations; 0: only the newest two")
     train.add_argument(
