@@ -138,7 +138,7 @@ def draw_hump(findings: Findings) -> Any:
         panel.fill_between(
             curves[sizes], 1e-8, 2 * top, where=works, color=BOUND, alpha=0.12, label="works from every start"
         )
-        place = "lower left" if name == "plain" else "lower right"
+        place = {"plain": "lower left", "unchecked": "lower right", "limited": "upper right"}[name]
         finish(panel, place, xscale="log", yscale="log", title=title, xlabel=label, ylim=(1e-8, 2 * top))
     axes[0].set_ylabel(f"excess cost after {numbers['num_steps']} steps, relative")
     axes[0].text(1.2e-5, 0.7 * top, "at the top: unstable", fontsize=8, color=FAINT, va="top")

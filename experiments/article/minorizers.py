@@ -108,15 +108,21 @@ def draw_minorizer(findings: Findings) -> Any:
     t, true, bound = curves["position"], curves["true"], curves["bound"]
     start, peak = curves["start"], int(np.argmax(bound))
     for panel in axes:
-        panel.plot(t, true, color=TRUE, linewidth=2, label="η, the return")
-        panel.plot(t, curves["surrogate"], color=SURROGATE, label="L, the surrogate")
-        panel.plot(t, bound, color=BOUND, label="M = L − C max KL")
-        panel.plot(t, curves["next_bound"], "--", color=BOUND, alpha=0.7, label="M of the next round")
-        panel.plot(0, start, "o", color=TRUE, label="θ_old")
+        lines = [
+            *panel.plot(t, true, color=TRUE, linewidth=2, label="η, the return"),
+            *panel.plot(t, curves["surrogate"], color=SURROGATE, label="L, the surrogate"),
+            *panel.plot(t, bound, color=BOUND, label="M = L − C max KL"),
+            *panel.plot(t, curves["next_bound"], "--", color=BOUND, alpha=0.7, label="M of the next round"),
+        ]
         panel.plot([t[peak], t[peak]], [bound[peak], true[peak]], ":", color=FAINT)
-        panel.plot(t[peak], bound[peak], "^", color=BOUND, label="maximum of M: gain guaranteed")
-        panel.plot(t[peak], true[peak], "o", color=TRUE, fillstyle="none", label="return there")
-        finish(panel, "lower right", xlabel="distance from θ_old along F⁺∇η, in logits", ylabel="discounted return")
+        points = [
+            *panel.plot(0, start, "o", color=TRUE, label="θ_old"),
+            *panel.plot(t[peak], bound[peak], "^", color=BOUND, label="maximum of M: gain guaranteed"),
+            *panel.plot(t[peak], true[peak], "o", color=TRUE, fillstyle="none", label="return there"),
+        ]
+        finish(panel, None, xlabel="distance from θ_old along F⁺∇η, in logits", ylabel="discounted return")
+    axes[0].legend(handles=lines, fontsize=8, loc="lower right")
+    axes[1].legend(handles=points, fontsize=8, loc="upper left")
     axes[0].set(ylim=(true.min() - 1.5, curves["surrogate"].max() + 0.2), title=f"two states, γ = {curves['gamma']:g}")
     gain = bound[peak] - start
     axes[1].set(

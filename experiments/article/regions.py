@@ -186,9 +186,9 @@ def draw_radius(findings: Findings) -> Any:
                 axes[row, column].plot(shown, ".-", color=colour, label=f"KL starts {name}" if row != 1 else None)
     target = curves["target"]
     finish(axes[0, 0], "lower left", yscale="log", title="LQR, by actual/predicted gain r", ylabel="radius δ, nats")
-    axes[1, 0].axhspan(0.75, 1.05, color=BOUND, alpha=0.12, label="r > ¾: expand")
+    axes[1, 0].axhspan(0.75, 1.6, color=BOUND, alpha=0.12, label="r > ¾: expand")
     axes[1, 0].axhspan(-0.55, 0.25, color=PLAIN, alpha=0.08, label="r < ¼: shrink")
-    finish(axes[1, 0], "lower left", ylabel="r (−½: −½ or less)", ylim=(-0.55, 1.05))
+    finish(axes[1, 0], "upper right", ylabel="r (−½: −½ or less)", ylim=(-0.55, 1.6))
     finish(axes[2, 0], "lower left", yscale="log", xlabel="iteration", ylabel="excess cost, relative")
     finish(
         axes[0, 1],
@@ -196,6 +196,7 @@ def draw_radius(findings: Findings) -> Any:
         yscale="log",
         title="two states, plain gradient, by divergence",
         ylabel="step length ‖Δθ‖, logits",
+        ylim=(1e-2, 1e2),
     )
     axes[1, 1].axhspan(target / 1.5, 1.5 * target, color=FAINT, alpha=0.25, label="target ÷ 1.5 … target × 1.5")
     finish(axes[1, 1], "lower right", yscale="log", ylabel="KL of the step, nats", ylim=(1e-6, None))

@@ -396,6 +396,6 @@ def draw_judgement(findings: Findings) -> Any:
         reach = min(gain.min(), true.min()), max(gain.max(), true.max())
         panel.plot(reach, reach, ":", color=FAINT, label="predicted = true")
         kl = findings.numbers["by_size"][curves["sizes"][i]]["median_kl"]
-        finish(panel, "upper left", title=f"median KL {float(kl):.2g}", xlabel="predicted gain per decision")
+        finish(panel, "lower right", title=f"median KL {float(kl):.2g}", xlabel="predicted gain per decision")
     axes[0].set_ylabel("true gain per decision")
     return figure
