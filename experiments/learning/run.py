@@ -1,6 +1,6 @@
 """Train classic-control tasks over many seeds and record how well the policies do.
 
-    python experiments/learning/run.py [defaults | options] [--num-seeds 64] [--output experiments/learning]
+    python experiments/learning/run.py [defaults | options] [--num-seeds 64] [--output runs/learning]
 
 `defaults`: the default settings on several tasks. `options`: each of the trainer's variants and baselines on CartPole.
 All seeds of a task are one vmapped program. Each final policy is judged by its deterministic mode on fresh episodes.
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tasks", nargs="?", choices=("defaults", "options"), default="defaults")
     parser.add_argument("--num-seeds", type=int, default=64)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--output", type=Path, default=Path("runs/learning"))
     arguments = parser.parse_args()
 
     options = [
@@ -138,9 +138,10 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
         values = np.array([np.nan if v is None else v for v in r["training_iqm"]])
         steps = r["steps_per_iteration"] * np.arange(1, len(values) + 1) / 1000
         seen = ~np.isnan(values)
-        axes.plot(steps[seen], values[seen], linewidth=2)
-        axes.set(title=r["env"], xlabel="environment steps, thousands", ylabel="training return, IQM over seeds")
+        axes.plot(steps[seen], values[seen], linewidth=2, label=f"TRPO, IQM of {len(r['returns'])} seeds")
+        axes.set(title=r["env"], xlabel="environment steps, thousands", ylabel="training return")
         axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
     figure.savefig(file, dpi=130)
 
 

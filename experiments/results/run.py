@@ -1,9 +1,10 @@
 """How well the library learns, suite by suite: one set of settings per suite, many seeds, beside published numbers.
 
-    python experiments/results/run.py classic          # or memory, gymnax, mujoco, minatar
-    python experiments/results/run.py classic --plot-only
+    python experiments/results/run.py classic          # or memory, gymnax, minatar, minatar-cnn, mujoco, brax
+    python experiments/results/run.py classic --plot-only --output experiments/results
 
-Tasks that stand in the suite's JSON already are not run again (`--fresh` runs them all).
+JSON, table and picture are written to the folder --output. Tasks that its JSON already has are not run again (`--fresh`
+runs them all).
 """
 
 import argparse
@@ -25,7 +26,6 @@ from matplotlib.figure import Figure
 import trpo_jax
 from trpo_jax import Environment, Preset, interquartile_mean, load_preset, stratified_bootstrap
 
-HERE = Path(__file__).parent
 EPISODES = 32
 GYMNAX = "gymnax's README: PPO or evolution strategies of gymnax-blines, at other numbers of steps"
 TIANSHOU = "Tianshou's MuJoCo benchmark: TRPO, mean of 10 seeds, of v3"
@@ -168,10 +168,14 @@ def suites() -> dict[str, Suite]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("suite", choices=sorted(suites()))
+    parser.add_argument("--output", type=Path, default=Path("runs/results"))
     parser.add_argument("--fresh", action="store_true", help="run every task anew")
     parser.add_argument("--plot-only", action="store_true", help="draw anew from the JSON")
     arguments = parser.parse_args()
-    suite, file = suites()[arguments.suite], HERE / f"{arguments.suite}.json"
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    suite, file = suites()[arguments.suite], arguments.output / f"{arguments.suite}.json"
+    if arguments.plot_only and not file.exists():
+        parser.error(f"--plot-only needs {file}; name the folder that has it with --output")
     record = json.loads(file.read_text()) if file.exists() and not arguments.fresh else {"tasks": []}
     done = {(task["name"], task["method"]) for task in record["tasks"]}
     for task, (method, name) in itertools.product(suite.tasks, suite.presets.items()):
@@ -187,8 +191,8 @@ def main() -> None:
         }
         file.write_text(json.dumps(record, indent=1) + "\n")
         print(table(record).splitlines()[-1], flush=True)
-    (HERE / f"{arguments.suite}.md").write_text(table(record))
-    plot(record, HERE / f"{arguments.suite}.png")
+    file.with_suffix(".md").write_text(table(record))
+    plot(record, file.with_suffix(".png"))
     sys.stdout.write(table(record))
 
 
@@ -254,20 +258,23 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+LINES = {"published": "tab:green", "optimal": "black", "random": "gray"}
+LABELS = {"published": "published", "optimal": "best possible", "random": "untrained"}
+
+
 def plot(record: dict[str, Any], file: Path) -> None:
     names = list(dict.fromkeys(task["name"] for task in record["tasks"]))
+    methods = list(dict.fromkeys(task["method"] for task in record["tasks"]))
     columns = min(5, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(3.0 * columns, 2.5 * rows), layout="constrained")
+    figure = Figure(figsize=(3.0 * columns, 2.5 * rows + 0.3), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for task in record["tasks"]:
-        axes = grid[names.index(task["name"])]
-        axes.plot(np.array(task["curve_steps"]) / 1000, task["curve_iqm"], label=task["method"])
-        if len(record["tasks"]) > len(names):
-            axes.legend(fontsize=7)
-        for name, color in (("published", "tab:green"), ("optimal", "black"), ("random", "gray")):
+        axes, colour = grid[names.index(task["name"])], f"C{methods.index(task['method'])}"
+        axes.plot(np.array(task["curve_steps"]) / 1000, task["curve_iqm"], color=colour, label=task["method"])
+        for name, colour in LINES.items():
             if task[name] is not None:
-                axes.axhline(task[name], color=color, linestyle=":", linewidth=1)
+                axes.axhline(task[name], color=colour, linestyle=":", linewidth=1, label=LABELS[name])
         axes.set_title(task["name"].removeprefix("gymnasium/"), fontsize=9)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
@@ -275,6 +282,11 @@ def plot(record: dict[str, Any], file: Path) -> None:
         axes.set_axis_off()
     figure.supxlabel("env steps, thousands", fontsize=9)
     figure.supylabel("training return, IQM", fontsize=9)
+    found = [axes.get_legend_handles_labels() for axes in grid]
+    legend = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
+    order = [label for label in (*methods, *LABELS.values()) if label in legend]
+    handles = [legend[label] for label in order]
+    figure.legend(handles, order, fontsize=8, ncols=len(order), loc="outside upper center")
     figure.savefig(file, dpi=100)
 
 

@@ -1,6 +1,6 @@
 """Measure throughput, where the time goes, how it scales, and how quickly a command starts; beside two peers.
 
-    python experiments/throughput/run.py [--output experiments/throughput] [--peer-environments FOLDER]
+    python experiments/throughput/run.py [--output runs/throughput] [--peer-environments FOLDER]
     python experiments/throughput/run.py --compare rejax --settings '{"env": "Acrobot-v1", "num_envs": 16}'
 
 The first runs for about ten minutes on two cores. Leave the machine alone meanwhile. On an accelerator it takes larger
@@ -39,7 +39,7 @@ SOLVED = {"CartPole-v1": 475.0, "Acrobot-v1": -100.0, "MountainCar-v0": -110.0, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("--output", type=Path, default=Path("runs/throughput"))
     parser.add_argument("--compare", action="append", choices=PEERS, help="this peer alone; may be repeated")
     parser.add_argument("--settings", type=json.loads, default={}, help="of Config, as JSON (default: num_envs 64)")
     parser.add_argument("--peer-environments", type=Path, help="folder that keeps the peers' virtual environments")
@@ -57,6 +57,8 @@ def main() -> None:
         results["peers"] = compare_all(PEERS, config, arguments.peer_environments)
         results["scaling"] = measure_scaling()
         file.write_text(json.dumps(results, indent=1) + "\n")
+    elif not file.exists():
+        parser.error(f"--plot-only needs {file}; name the folder that has it with --output")
     results = json.loads(file.read_text())
     (arguments.output / "results.md").write_text(table(results))
     plot(results, arguments.output / "throughput.png")

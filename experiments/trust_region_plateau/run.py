@@ -1,10 +1,11 @@
 """How wide is the plateau of settings that work? Final return against the step size of TRPO, policy gradient and PPO.
 
-    python experiments/trust_region_plateau/run.py [--sweeps sweeps/trust_region_plateau] [--plot-only]
+    python experiments/trust_region_plateau/run.py [--output runs/trust_region_plateau]
 
 Runs `trpo-jax sweep` on trpo.toml, policy_gradient.toml and ppo.toml (it continues where it was stopped), then writes
-results.json, results.md and plateau.png. The width is the part of the axis, in decades, on which a score keeps nine
-tenths of the way from the untrained policy to the best score that any of the methods reaches on the task.
+results.json, results.md and plateau.png to the folder --output. The width is the part of the axis, in decades, on
+which a score keeps nine tenths of the way from the untrained policy to the best score that any of the methods reaches
+on the task.
 """
 
 import argparse
@@ -32,10 +33,12 @@ METHODS = {  # name: file, swept setting, its name on an axis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sweeps", type=Path, default=Path("sweeps/trust_region_plateau"), help="folder of the sweeps")
+    parser.add_argument("--output", type=Path, default=Path("runs/trust_region_plateau"), help="folder of the results")
     parser.add_argument("--plot-only", action="store_true", help="draw anew from results.json")
     arguments = parser.parse_args()
-    file = HERE / "results.json"
+    file = arguments.output / "results.json"
     if not arguments.plot_only:
+        file.parent.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = {"curves": []}
         for method, (name, setting, _) in METHODS.items():
             folder = arguments.sweeps / name
@@ -45,9 +48,11 @@ def main() -> None:
             found["curves"] += collect(folder, method, setting)
         add_plateaus(found["curves"])
         file.write_text(json.dumps(found, indent=1) + "\n")
+    elif not file.exists():
+        parser.error(f"--plot-only needs {file}; name the folder that has it with --output")
     results = json.loads(file.read_text())
-    (HERE / "results.md").write_text(table(results))
-    plot(results, HERE / "plateau.png")
+    file.with_suffix(".md").write_text(table(results))
+    plot(results, arguments.output / "plateau.png")
     print(table(results))
 
 
