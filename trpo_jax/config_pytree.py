@@ -30,9 +30,8 @@ def _flatten_config(config: Config) -> tuple[tuple[tuple[Any, Any], ...], tuple[
         else:
             leaves[field.name] = value
     # Numbers become strong float32 here, at the single entrance to every transformation: a Python float and an array,
-    # or
-    # a weak and a strong type, would otherwise be two traces. A Config with None among its floats is a tree of axes for
-    # `jax.vmap`, whose integers must stay.
+    # or a weak and a strong type, would otherwise be two traces. A Config with None among its floats is a tree of axes
+    # for `jax.vmap`, whose integers must stay.
     if not any(value is None for value in leaves.values()):
         leaves = {name: _as_float32(value) for name, value in leaves.items()}
     return tuple((jax.tree_util.GetAttrKey(n), v) for n, v in leaves.items()), (tuple(static), tuple(leaves))

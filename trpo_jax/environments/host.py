@@ -255,8 +255,7 @@ def pure_functions(host: Host, space: Space, limit: int) -> tuple[Any, Any, Any]
 
         def rebuild(carry: tuple[Array, _Outcome]) -> tuple[Array, _Outcome]:
             # Call 0 resets, calls 1 … time replay, and the last one takes the step. Under `vmap` all lanes run until
-            # the
-            # slowest is done; the host does nothing for those that are not `lost`.
+            # the slowest is done; the host does nothing for those that are not `lost`.
             i, last = carry
             command = jnp.where(i == 0, RESET, jnp.where(i <= state.time, STEP, MUST_STEP))
             command = jnp.where(lost & (i <= state.time + 1), command, NOTHING)

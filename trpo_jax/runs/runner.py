@@ -44,7 +44,7 @@ def for_each_agent(function: Callable[..., Any], num_agents: int) -> Callable[..
         return lambda config, x, *rest: jax.vmap(lambda one: function(config, one, *rest))(x)
 
     def call_once(config: Config, x: Any, *rest: Any) -> Any:
-        # A batch of one would turn the branches that save a lone agent work into selections.
+        # A batch of one would turn the branches that save a single agent work into selections.
         result = function(config, jax.tree.map(lambda leaf: leaf[0], x), *rest)
         return jax.tree.map(lambda leaf: leaf[None], result)
 

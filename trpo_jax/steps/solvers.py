@@ -98,7 +98,7 @@ def conjugate_gradient(
         beta = jnp.where(moved, (new_r_norm / r_norm) ** 2, 0)
         p = trees.select(moved, trees.add_scaled(r, beta, p), p)
         r_norm = jnp.where(moved, new_r_norm, r_norm)
-        x_norm = jnp.sqrt(trees.dot(x, x))  # infinite for tiny A, about which it then says nothing
+        x_norm = jnp.sqrt(trees.dot(x, x))  # infinite for tiny A, where it is not used
         floor = rounding * (jnp.where(jnp.isfinite(x_norm), largest * x_norm, 0) + b_norm)
         converged = converged | (active & (noise | (r_norm <= jnp.maximum(tolerance * b_norm, floor))))
         return x, r, p, r_norm, largest, moved & ~converged, converged, count + moved

@@ -174,8 +174,7 @@ def training_return(metrics: Mapping[str, np.ndarray]) -> np.ndarray:
     """Mean return of the episodes that ended in the last tenth of the iterations. [A].
 
     If none did, since episodes may be longer than that, those of the last iteration in which one ended count; NaN if
-    none
-    ever did.
+    none ever did.
     """
     count = np.nan_to_num(metrics["num_episodes"].astype(np.float64))
     total = np.where(count > 0, metrics["episode_return"].astype(np.float64), 0) * count

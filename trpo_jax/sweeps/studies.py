@@ -49,8 +49,7 @@ class Study:
         """Ask Optuna for so many new trials.
 
         For each trial the sampler is seeded by the search's seed and the trial's index: the number of trials before it,
-        without
-        those that a killed process left. So a search that is cut anywhere proposes what it would have uncut.
+        without those that a killed process left. So a search that is cut anywhere proposes what it would have uncut.
         """
         import optuna
 
@@ -151,7 +150,8 @@ def open_study(path: str | os.PathLike[str], spec: Spec, storage: str | None, ma
             read_json(folder / "search.json", "")
         except (OSError, UsageError):  # it only repeats the study
             write_table(folder / "search.json", {**description, "made_by": dict(made_by)})
-        owner = f"{socket.gethostname()}:{folder}"[-400:] if storage else ""  # of a database's names 512 are kept
+        owner = f"{socket.gethostname()}:{folder}"[-400:] if storage else ""  # a database keeps 512 characters of a
+        name
         opened = Study(study, where, owner, spec.random.get("seed", 0))
         with opened.at_work():
             opened.settle()

@@ -244,7 +244,7 @@ class Checkpoints:
                 saved = self._open(file, like)
                 check(saved)
             except UsageError as error:
-                if not os.path.lexists(file):  # a process at work has newer ones by now
+                if not os.path.lexists(file):  # a process that is training has newer ones by now
                     return self.newest(like, check)
                 passed.append(error)
                 continue

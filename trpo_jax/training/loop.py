@@ -56,8 +56,7 @@ def _look_around(agent: Agent, learner: LearnerState, actor: ActorState, key: Ar
     """Start the observation statistics from one rollout of the first policy, which is then discarded.
 
     Without it, the statistics would jump from (0, 1) to those of the first batch after the first update. This would
-    move
-    the policy that acts next away from the one whose divergence was bounded.
+    move the policy that acts next away from the one whose divergence was bounded.
     """
     raw = agent._replace(config=agent.config.replace(normalize_observations=False))
     _, batch, _ = rollout(raw, learner, actor, jax.random.fold_in(key, _TO_LOOK_AROUND))
@@ -181,8 +180,8 @@ def train_step(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     function is fitted after the advantages were computed with the old one.
     """
     # On CPU, many agents under `vmap` are faster one after the other, each within the cache and with its own branches
-    # and
-    # early exits: the update nearly twice as fast, the rollout if its environments fill the vector units by themselves.
+    # and early exits: the update nearly twice as fast, the rollout if its environments fill the vector units by
+    # themselves.
     if backend.agents_take_turns() and config.num_envs >= _ENVS_TO_FILL_A_CORE:
         return take_turns(iterate, config, state)
     return iterate(config, state)
@@ -209,8 +208,7 @@ def iterate(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
 def take_turns(function: Callable[..., Any], *arguments: Any) -> Any:
     """Compute `function(*arguments)`, under `vmap` for one lane after the other."""
     # Flat, because a Config's structure depends on its leaves. Traced once, here, so that the values it closes over,
-    # such
-    # as parameters of an environment that are mapped too, are among the arguments.
+    # such as parameters of an environment that are mapped too, are among the arguments.
     leaves, structure = jax.tree.flatten(arguments)
     trace = jax.make_jaxpr(lambda *flat: function(*jax.tree.unflatten(structure, flat)), return_shape=True)
     program, shapes = trace(*leaves)
