@@ -150,8 +150,7 @@ def open_study(path: str | os.PathLike[str], spec: Spec, storage: str | None, ma
             read_json(folder / "search.json", "")
         except (OSError, UsageError):  # it only repeats the study
             write_table(folder / "search.json", {**description, "made_by": dict(made_by)})
-        owner = f"{socket.gethostname()}:{folder}"[-400:] if storage else ""  # a database keeps 512 characters of a
-        name
+        owner = f"{socket.gethostname()}:{folder}"[-400:] if storage else ""  # a database keeps 512 characters
         opened = Study(study, where, owner, spec.random.get("seed", 0))
         with opened.at_work():
             opened.settle()
