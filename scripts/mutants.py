@@ -83,7 +83,7 @@ class LeaveOutOperand(Operator):
         return rest[0] if len(rest) == 1 else tree.PythonNode(node.type, rest)
 
     @classmethod
-    def examples(cls) -> tuple:
+    def examples(cls) -> tuple[Any, ...]:
         return ()
 
 

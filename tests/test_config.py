@@ -284,9 +284,9 @@ def test_numbers_from_hell_are_refused_when_a_config_is_made(name, value, messag
         assert message in str(caught.value) and str(caught.value).endswith(".") and len(str(caught.value)) < 200
 
 
-@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.type in ("int", "float")])
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.metadata["kind"] in ("int", "float")])
 def test_every_number_has_bounds_and_keeps_to_them(name):
-    whole, interval = FIELDS[name].type == "int", FIELDS[name].metadata["interval"]
+    whole, interval = FIELDS[name].metadata["kind"] == "int", FIELDS[name].metadata["interval"]
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     assert np.isfinite([low, high]).all()
     beyond = (int(low) - 1, int(high) + 1) if whole else (low - 1e-6 * max(1, -low), high + 1e-6 * max(1, high))
@@ -393,12 +393,12 @@ def test_settings_without_effect_leave_the_program_as_it_is(update, fit, monkeyp
     assert idle
     jaxpr = program(config)
     assert not {name for name in idle if name in TRACED} & used(jaxpr, TRACED)
-    others = {"bool": True, "int": 2, "float": 2.0, FIELDS["hidden"].type: (3,)}
+    others = {"bool": True, "int": 2, "float": 2.0, "widths": (3,)}
     for name in idle:
         field = FIELDS[name]
         if field.metadata["static"] and name not in (*_REFUSED, *_OF_NETWORKS, "fisher_fraction"):
             choices = field.metadata.get("choices")
-            other = next(c for c in choices if c != field.default) if choices else others[field.type]
+            other = next(c for c in choices if c != field.default) if choices else others[field.metadata["kind"]]
             assert str(program(config.replace(**{name: other}))) == str(jaxpr), name
 
 

@@ -24,7 +24,7 @@ from trpo_jax.sentences import shown
 from trpo_jax.training.agents import make_agent
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config) if field.metadata["flag"]}
-SIZES = {name for name, field in FIELDS.items() if field.type == "int"}
+SIZES = {name for name, field in FIELDS.items() if field.metadata["kind"] == "int"}
 TINY = {"num_envs": 2, "num_steps": 4, "num_iterations": 1, "cg_iterations": 1, "value_cg_iterations": 1}
 TINY |= {"line_search_steps": 2, "policy_epochs": 1, "policy_minibatches": 2, "value_epochs": 1, "value_minibatches": 2}
 # Beyond these the sentence may say what Python's or TOML's reader says of the text.
@@ -53,11 +53,11 @@ def draw(rng, name, values):
     field = FIELDS[name]
     if rng.is_hell():
         return rng.choice(values)
-    if field.type == "bool":
+    if field.metadata["kind"] == "bool":
         return rng.random() < 0.5
-    if field.type == "str":
+    if field.metadata["kind"] == "str":
         return rng.choice(field.metadata.get("choices", ["auto", "camera", "stack_frames=2"]))
-    if "widths" in field.metadata:
+    if field.metadata["kind"] == "widths":
         return rng.choice([[8], [4, 4], [], "8,4"])
     return rng.choice([1, 2, 4]) if name in SIZES else rng.choice([field.default, 0.5, 0.01, 1])
 
@@ -152,7 +152,7 @@ def flags(settings):
     given = []
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
-        if FIELDS[name].type == "bool":
+        if FIELDS[name].metadata["kind"] == "bool":
             given.append(flag if value else flag.replace("--", "--no-", 1))
         else:
             given.append(f"{flag}={value}")

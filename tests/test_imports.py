@@ -48,7 +48,10 @@ def layer(module: str) -> str:
 
 def imported_modules(path: Path) -> set[str]:
     modules = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    guards = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    for_types = {inner for guard in guards for statement in guard.body for inner in ast.walk(statement)}
+    for node in set(ast.walk(tree)) - for_types:  # what only a type checker imports is no import
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +121,7 @@ def export_policy(config: Config, state: TrainState, folder: Path) -> Path:
     return file
 
 
-def _serialize(act: Callable, carry: PyTree, observation: jax.ShapeDtypeStruct) -> bytearray:
+def _serialize(act: Callable[..., Any], carry: PyTree, observation: jax.ShapeDtypeStruct) -> bytearray:
     """Serialise `act` for any batch size: on carries as they are, or on their leaves if a file cannot hold them."""
     (batch, *_), (leaves, structure) = observation.shape, jax.tree.flatten(carry)
     leaves = [jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]

@@ -6,20 +6,27 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 from trpo_jax.env_args import make_env_args
 from trpo_jax.sentences import UsageError, check_number, shown
 
-ALGORITHMS = {
-    "trpo": "trpo_jax.algorithms.trpo",
-    "policy-gradient": "trpo_jax.algorithms.policy_gradient",
-    "ppo": "trpo_jax.algorithms.ppo",
-    "kl-penalty": "trpo_jax.algorithms.kl_penalty",
-}
+# Words that a setting may be, of which the first is the default: in this form type checkers know them, too.
+UpdateName = Literal["trpo", "policy-gradient", "ppo", "kl-penalty"]
+ValueFitName = Literal["gauss-newton", "adam"]
+Constraint = Literal["mean-kl", "max-kl", "reverse-kl"]
+RadiusRule = Literal["fixed", "ratio", "divergence"]
+LineSearch = Literal["auto", "backtracking", "parallel", "none"]
+PolicyOptimizer = Literal["adam", "sgd"]
+NetworkKind = Literal["auto", "mlp", "cnn", "gru"]
+Activation = Literal["auto", "tanh", "relu", "swish", "gelu"]
+Initialisation = Literal["orthogonal", "lecun-normal"]
+ActionDistribution = Literal["gaussian", "tanh", "beta"]
+
+ALGORITHMS = {name: f"trpo_jax.algorithms.{name.replace('-', '_')}" for name in get_args(UpdateName)}
 """Policy updates by name, each with the module that makes it."""
 
-VALUE_FITS = {"gauss-newton": "trpo_jax.algorithms.gauss_newton", "adam": "trpo_jax.algorithms.adam"}
+VALUE_FITS = {name: f"trpo_jax.algorithms.{name.replace('-', '_')}" for name in get_args(ValueFitName)}
 """Value fits by name, each with the module that makes it."""
 
 NEVER = 1e30
@@ -35,6 +42,8 @@ Used = tuple[Mapping[str, tuple[Any, ...]], ...]
 
 TRPO: Used = ({"update": ("trpo",)},)
 GRADIENT_STEPS: Used = ({"update": ("policy-gradient", "ppo", "kl-penalty")},)
+PPO: Used = ({"update": ("ppo",)},)
+KL_PENALTY: Used = ({"update": ("kl-penalty",)},)
 EPOCHS: Used = ({"update": ("ppo", "kl-penalty")},)
 SEARCH: Used = ({"update": ("trpo",), "line_search": ("auto", "backtracking", "parallel")},)
 ADAPTIVE: Used = ({"radius_rule": ("ratio", "divergence")},)
@@ -60,36 +69,43 @@ class _AtLeastOne(tuple[str]):
 EVALUATED: Used = ({"eval_every": _AtLeastOne(("1 or more",))},)
 
 
-def static(
-    default: Any, help: str, *, high: int = 10_000, interval: str = "", choices: tuple[str, ...] = (), used: Used = ()
-) -> Any:
-    """Declare a setting with one program per value: a whole number, a truth value or a word."""
-    meta: dict[str, Any] = {"help": help, "static": True, "choices": choices, "flag": True, "used": used}
+def static(default: Any, help: str, *, high: int = 10_000, interval: str = "", used: Used = ()) -> Any:
+    """Declare a setting with one program per value: a number or a truth value."""
+    meta: dict[str, Any] = {"kind": type(default).__name__, "help": help, "static": True, "flag": True, "used": used}
     if interval or type(default) is int:
         meta["interval"] = interval or f"[1, {high}]"
     return dataclasses.field(default=default, metadata=meta)
 
 
+def one_of(words: Any, help: str, *, used: Used = ()) -> Any:
+    """Declare a setting that is one of the words of a `Literal`, by default the first; each is a program of its own."""
+    choices = get_args(words)
+    meta = {"kind": "str", "help": help, "static": True, "choices": choices, "flag": True, "used": used}
+    return dataclasses.field(default=choices[0], metadata=meta)
+
+
 def traced(default: float, help: str, *, interval: str, used: Used = ()) -> Any:
     """Declare a number for which one program serves all values."""
-    meta = {"help": help, "static": False, "interval": interval, "flag": True, "used": used}
+    meta = {"kind": "float", "help": help, "static": False, "interval": interval, "flag": True, "used": used}
     return dataclasses.field(default=default, metadata=meta)
 
 
 def widths(default: Any, help: str, *, used: Used) -> Any:
     """Declare the widths of layers, a tuple of whole numbers; if the default is "auto", that is allowed, too."""
-    meta = {"help": help, "static": True, "widths": True, "flag": True, "used": used}
+    meta = {"kind": "widths", "help": help, "static": True, "flag": True, "used": used}
     return dataclasses.field(default=default, metadata=meta)
 
 
-def text(default: str, help: str, *, used: Used = ()) -> Any:
+def text(default: str, help: str, *, kind: str = "str", used: Used = ()) -> Any:
     """Declare words that are checked where they are used."""
-    return dataclasses.field(default=default, metadata={"help": help, "static": True, "flag": True, "used": used})
+    meta = {"kind": kind, "help": help, "static": True, "flag": True, "used": used}
+    return dataclasses.field(default=default, metadata=meta)
 
 
 def own_object(default: Any, help: str) -> Any:
     """Declare a setting that no flag and no file can set."""
-    return dataclasses.field(default=default, metadata={"help": help, "static": True, "flag": False, "used": ()})
+    meta = {"kind": "object", "help": help, "static": True, "flag": False, "used": ()}
+    return dataclasses.field(default=default, metadata=meta)
 
 
 def as_widths(value: Any) -> Any:
@@ -110,11 +126,10 @@ def as_widths(value: Any) -> Any:
 
 def as_held(field: Any, value: Any, env: Any) -> Any:
     """Convert a setting to its form in `Config`: widths are tuples, environment settings `EnvArgs`, ranges text."""
-    if "widths" in field.metadata:
-        return as_widths(value)
     if field.name == "env_args":
         return make_env_args(value, env)
-    return as_ranges(value) if field.name == "randomize" else value
+    held = {"widths": as_widths, "ranges": as_ranges}.get(field.metadata["kind"])
+    return held(value) if held else value
 
 
 def as_ranges(value: Any) -> Any:
@@ -161,24 +176,24 @@ def check_value(field: Any, label: str, value: Any) -> None:
     """Raise `UsageError` unless a field of `Config`, called `label`, may have this value; traced values always pass."""
     meta = field.metadata
     if "interval" in meta:
-        if meta["static"] and field.type == "float" and not isinstance(value, numbers.Real):  # an array is traced
+        if meta["static"] and meta["kind"] == "float" and not isinstance(value, numbers.Real):  # an array is traced
             raise UsageError(f"{label} must be a number in {meta['interval']}, got {shown(value)}.")
-        check_number(label, value, whole=field.type == "int", interval=meta["interval"])
-    elif "widths" in meta:
+        check_number(label, value, whole=meta["kind"] == "int", interval=meta["interval"])
+    elif meta["kind"] == "widths":
         _check_widths(field, label, value)
     elif meta.get("choices"):
         own = field.name in ("update", "value_fit") and callable(value)  # a function as in algorithms/base.py
         if not own and (not isinstance(value, str) or value not in meta["choices"]):
             raise UsageError(f"{label} must be one of {', '.join(meta['choices'])}, got {shown(value)}.")
-    elif field.name == "randomize" and not callable(value):
+    elif meta["kind"] == "ranges" and not callable(value):
         if not isinstance(value, str):
             raise UsageError(
                 f"{label} must be ranges, or a randomization_fn of Brax or Playground, got {shown(value)}."
             )
         parse_ranges(value, label)
-    elif field.type == "str" and not (isinstance(value, str) and value.strip()):
+    elif meta["kind"] == "str" and not (isinstance(value, str) and value.strip()):
         raise UsageError(f"{label} must be text, got {shown(value)}.")
-    elif field.type == "bool" and not isinstance(value, bool):
+    elif meta["kind"] == "bool" and not isinstance(value, bool):
         raise UsageError(f"{label} must be True or False, got {shown(value)}.")
     elif field.name == "env_args":
         make_env_args(value, None)

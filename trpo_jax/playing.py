@@ -164,7 +164,9 @@ def play(
     return np.array(returns)
 
 
-def _interface(environment: Environment, world: Any, info: Any, env: str) -> tuple[Callable, Callable]:
+def _interface(
+    environment: Environment, world: Any, info: Any, env: str
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The functions that convert Gymnasium's observations for the policy, and the policy's actions for Gymnasium."""
     wanted = environment.entries or {WHOLE: environment.observation_shape}
     entries, shape, observe = host_observations(world.observation_space, info, environment.action_space, env)

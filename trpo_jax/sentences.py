@@ -47,6 +47,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(lowered[match] for match in close)}?" if close else "."
 
 
+def check_known(names: Iterable[str], known: Iterable[str], source: str) -> None:
+    """Raise `UsageError` with one sentence, which names `source`, if one of the names is no setting."""
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{source} has no setting {shown(name)}{nearest(name, known)}")
+
+
 def counted(number: int, noun: str) -> str:
     """A number with its noun: "1 episode", "2,000 episodes"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

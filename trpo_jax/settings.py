@@ -8,13 +8,13 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from trpo_jax.config import FIELDS, Config, check_setting
+from trpo_jax.config import Config, check_setting
 from trpo_jax.env_args import PREFIX, check_env_arg
 from trpo_jax.fields import NONE, as_ranges, as_text, as_widths
 from trpo_jax.files import read_limited
-from trpo_jax.sentences import UsageError, check_limits, first_line, nearest, shown
+from trpo_jax.sentences import UsageError, check_known, check_limits, first_line, shown
 
-_KINDS = {field.name: str(field.type) for field in dataclasses.fields(Config) if field.metadata["flag"]}
+_KINDS = {field.name: field.metadata["kind"] for field in dataclasses.fields(Config) if field.metadata["flag"]}
 SETTINGS = ("env", *_KINDS)  # those that a file can name: networks and environments of the user's are not among them
 DISTRIBUTIONS = ("uniform", "log_uniform", "choice")  # from which a search or a sweep draws values
 TOTAL_STEPS = "total_steps"  # may replace num_iterations wherever a setting may stand
@@ -71,11 +71,12 @@ def is_whole(name: str) -> bool:
 
 def cast(name: str, value: Any) -> Any:
     """Convert a value to its type in `Config`: TOML writes 1 for 1.0, 1e5 for a whole number, and lists of widths."""
-    if name in FIELDS and "widths" in FIELDS[name].metadata:
+    kind = _KINDS.get(name)
+    if kind == "widths":
         return as_widths(value)
-    if name == "randomize":
+    if kind == "ranges":
         return as_ranges(value)
-    if type(value) is int and _KINDS.get(name) == "float":
+    if type(value) is int and kind == "float":
         with contextlib.suppress(OverflowError):  # too large for any range
             return float(value)
     if isinstance(value, float) and is_whole(name) and value.is_integer():
@@ -114,10 +115,7 @@ def checked_settings(table: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def check_names(names: Iterable[str], source: str) -> None:
     """Raise `UsageError` with one sentence if a name is not a setting."""
-    known = (*SETTINGS, TOTAL_STEPS)
-    for name in names:
-        if name not in known and not name.startswith(PREFIX):
-            raise UsageError(f"{source} has no setting {shown(name)}{nearest(name, known)}")
+    check_known((name for name in names if not name.startswith(PREFIX)), (*SETTINGS, TOTAL_STEPS), source)
 
 
 def with_length(settings: Mapping[str, Any], base: Config) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +50,7 @@ def make(config: Config) -> Algorithm:
     return Algorithm(functools.partial(rule.init, config), update)
 
 
-def line_search_of(config: Config) -> functools.partial:
+def line_search_of(config: Config) -> functools.partial[Any]:
     """The line search for these settings on this backend."""
     turns = backend.candidates_take_turns() if config.line_search == "auto" else config.line_search == "backtracking"
     search = full_step if config.line_search == "none" else backtracking_line_search if turns else parallel_line_search

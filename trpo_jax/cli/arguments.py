@@ -232,7 +232,7 @@ def _add_settings(
         help="setting of the environment, such as gravity=20; may be repeated",
     )
     types: dict[str, Any] = {"int": _whole, "float": float}
-    forms = {"int": "N", "float": "X", "str": "TEXT", "Any": "NAME=LOW..HIGH"}
+    forms = {"int": "N", "float": "X", "str": "TEXT", "widths": "N,N", "ranges": "NAME=LOW..HIGH"}
     for field in dataclasses.fields(Config):
         meta = field.metadata
         if not meta["flag"] or (only and field.name not in only):
@@ -241,12 +241,11 @@ def _add_settings(
         default = as_text((defaults or {}).get(field.name, field.default))
         text = f"{meta['help']} (default: {default}{values})"
         options: dict[str, Any] = {"default": None, "dest": field.name, "help": text}
-        if field.type == "bool":
+        if meta["kind"] == "bool":
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = types.get(str(field.type), str)
-            form = "N,N" if "widths" in meta else forms.get(str(field.type))
-            options["metavar"] = "|".join(meta.get("choices", ())) or form
+            options["type"] = types.get(meta["kind"], str)
+            options["metavar"] = "|".join(meta.get("choices", ())) or forms[meta["kind"]]
         group.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 

@@ -30,7 +30,7 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
     def reset(key: Array) -> tuple[Array, PyTree]:
         return env.reset_env(key, params)
 
-    def step(key: Array, state: PyTree, action: Array) -> tuple:
+    def step(key: Array, state: PyTree, action: Array) -> tuple[Any, ...]:
         observation, state, reward, dead, _ = env.step_env(key, state, action, params)
         return observation, state, reward, dead, False
 

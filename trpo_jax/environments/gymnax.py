@@ -136,14 +136,14 @@ def _known_bounds(name: str) -> Iterator[None]:
         ) from None
 
 
-def _raw_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: str) -> tuple[Any, Any, None]:
+def _raw_functions(env: Any, extra: tuple[Any, ...], observe: Any, to_env: Any, name: str) -> tuple[Any, Any, None]:
     """Reset and step of a gymnax environment, without its own reset at the end of an episode."""
 
     def reset(key: Array) -> tuple[Array, PyTree]:
         observation, state = env.reset_env(key, *extra)
         return observe(observation, state), state
 
-    def step(key: Array, state: PyTree, action: Array) -> tuple:
+    def step(key: Array, state: PyTree, action: Array) -> tuple[Any, ...]:
         observation, state, reward, terminated, info = env.step_env(key, state, to_env(action), *extra)
         _check_info(info, env, name)
         return observe(observation, state), state, reward, terminated, env.is_truncated(state, *extra)
@@ -158,7 +158,7 @@ class _Resetting(NamedTuple):
     observation: PyTree  # in this state
 
 
-def _public_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: str) -> tuple[Any, Any, Any]:
+def _public_functions(env: Any, extra: tuple[Any, ...], observe: Any, to_env: Any, name: str) -> tuple[Any, Any, Any]:
     """Public reset and step of an environment that resets itself, and a `restart` that returns the start it drew."""
 
     def reset(key: Array) -> tuple[Array, _Resetting]:
@@ -166,7 +166,7 @@ def _public_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: s
         seen = observe(observation, state)
         return seen, _Resetting(state, seen)
 
-    def step(key: Array, resetting: _Resetting, action: Array) -> tuple:
+    def step(key: Array, resetting: _Resetting, action: Array) -> tuple[Any, ...]:
         result = env.step(key, resetting.state, to_env(action), *extra)
         values = len(result) if isinstance(result, (tuple, list)) else 1
         if values != 6 or "final_observation" not in (result[5] or {}):
@@ -187,7 +187,7 @@ def _public_functions(env: Any, extra: tuple, observe: Any, to_env: Any, name: s
     return reset, step, restart
 
 
-def _masked(env: Any, extra: tuple, observe: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+def _masked(env: Any, extra: tuple[Any, ...], observe: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
     """Make `see(observation, state)`, with a mask of legal actions if the environment has `action_mask(state)`."""
     method = getattr(env, MASK, None)
     if not callable(method):
@@ -220,7 +220,7 @@ def _inherits_gymnax_step(env: Any) -> bool:
     )
 
 
-def _declared_observations(env: Any, extra: tuple) -> Any:
+def _declared_observations(env: Any, extra: tuple[Any, ...]) -> Any:
     """The space that an environment declares for its observations, or None."""
     if not callable(getattr(env, "observation_space", None)):
         return None

@@ -152,12 +152,12 @@ class Host:
     def _reset(self, out: _Outcome, i: int, env: Any, seed: int) -> None:
         self._keep(out, i, env, self._run(env, "reset", seed)[0], seed.to_bytes(4, "little"))
 
-    def _run(self, env: Any, method: str, argument: Any) -> tuple:
+    def _run(self, env: Any, method: str, argument: Any) -> tuple[Any, ...]:
         """Call an instance; return (observation, reward, terminated, truncated) as they arrive in arrays."""
         try:
             if method == "reset":
                 observation, info = env.reset(seed=argument)
-                rest: tuple = ()
+                rest: tuple[Any, ...] = ()
             else:
                 observation, reward, terminated, truncated, info = env.step(argument)
                 rest = np.asarray(reward, np.float32).item(), bool(terminated), bool(truncated)

@@ -44,7 +44,7 @@ def from_timesteps(env: Any, name: str, max_steps: int | None) -> Environment:
         state, timestep = env.reset(jax.random.key_data(key))
         return observe(timestep.observation), state
 
-    def step(key: Array, state: PyTree, action: Array) -> tuple:
+    def step(key: Array, state: PyTree, action: Array) -> tuple[Any, ...]:
         state, timestep = env.step(state, action.reshape(shape))
         last = timestep.last()
         goes_on = jnp.all(timestep.discount > 0)  # at a time limit, in dm_env's convention

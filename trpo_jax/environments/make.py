@@ -8,7 +8,7 @@ import os
 import sys
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -76,7 +76,7 @@ def environment_of(config: Config) -> Environment:
     if config.wrappers == config.randomize == NONE:
         return make_environment(config.env, params=params, max_steps=max_steps)
     # Cached as `_by_name` is, and for the same reason.
-    changed = _changed.__wrapped__ if config.env_args.traced else _changed
+    changed = _changed.__wrapped__ if cast("EnvArgs", config.env_args).traced else _changed
     return changed(config.env, params, max_steps, config.randomize, config.wrappers)
 
 

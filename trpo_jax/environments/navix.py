@@ -35,7 +35,7 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
         timestep = env.reset(jax.random.key_data(key))
         return observe(timestep), timestep
 
-    def step(key: Array, timestep: PyTree, action: Array) -> tuple:
+    def step(key: Array, timestep: PyTree, action: Array) -> tuple[Any, ...]:
         timestep = env._step(timestep, action)  # its `step` would reset an episode one step after its end
         return observe(timestep), timestep, timestep.reward, timestep.is_termination(), timestep.is_truncation()
 

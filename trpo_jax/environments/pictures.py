@@ -17,7 +17,7 @@ _CELL = 30  # pixels per side of a grid's cell
 _GRID_FRAMES_PER_SECOND = 10.0  # as in gymnax's own animations
 
 
-def film_of_gymnax(env: Any, params: tuple, states: Sequence[PyTree], name: str) -> Film:
+def film_of_gymnax(env: Any, params: tuple[Any, ...], states: Sequence[PyTree], name: str) -> Film:
     """Draw the states of an episode.
 
     Args:

@@ -27,7 +27,7 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
         timestep = env.reset(params, jax.random.key_data(key))
         return one_hot_layers(timestep.observation, kinds), timestep
 
-    def step(key: Array, timestep: PyTree, action: Array) -> tuple:
+    def step(key: Array, timestep: PyTree, action: Array) -> tuple[Any, ...]:
         timestep = env.step(params, timestep, action)
         last, goes_on = timestep.last(), timestep.discount > 0
         observation = one_hot_layers(timestep.observation, kinds)

@@ -35,7 +35,7 @@ def plot_learning_curve(run: Run) -> Path:
     judged = _plot_evaluations(axes, run)
     if num_seeds > 1 or judged:
         axes.legend(loc="lower right")
-    method = run.config.update.replace("-", " ")
+    method = str(run.config.update).replace("-", " ")
     title = f"{method.upper() if len(method) <= 4 else method} on {run.config.env}"
     label_steps(
         axes, num_seeds > 0 or judged, title=title, xlabel="environment steps (each agent)", ylabel="episode return"

@@ -73,11 +73,11 @@ def backtracking_line_search(
     """
     fractions = _fractions(step, shrink, max_steps)
 
-    def keep_searching(carry: tuple) -> Array:
+    def keep_searching(carry: tuple[Any, ...]) -> Array:
         j, passed, _ = carry
         return (j < max_steps) & ~passed
 
-    def try_next(carry: tuple) -> tuple:
+    def try_next(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         j, _, _ = carry
         candidate = trees.add_scaled(params, fractions[j], step)
         evaluation = evaluate(candidate)

@@ -56,13 +56,13 @@ def minibatch_descent(
     chex.assert_is_divisible(batch_size, minibatches)
     samples = jax.tree.map(lambda leaf: leaf.reshape(batch_size, *leaf.shape[len(batch_shape) :]), batch)
 
-    def step(carry: tuple, index: Array) -> tuple[tuple, Array]:
+    def step(carry: tuple[Any, ...], index: Array) -> tuple[tuple[Any, ...], Array]:
         params, state = carry
         loss, gradient = jax.value_and_grad(loss_fn)(params, *jax.tree.map(lambda leaf: leaf[index], samples))
         updates, state = optimizer.update(clip_norm(gradient, max_grad_norm), state, params)
         return (optax.apply_updates(params, updates), state), loss
 
-    def epoch(carry: tuple, number: Array) -> tuple[tuple, Array]:
+    def epoch(carry: tuple[Any, ...], number: Array) -> tuple[tuple[Any, ...], Array]:
         if key is None or minibatches == 1:
             parts = jnp.arange(batch_size).reshape(-1, minibatches).T
         else:

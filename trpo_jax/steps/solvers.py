@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ def conjugate_gradient(
     eps = jnp.finfo(b_norm.dtype).eps
     rounding = 10 * eps
 
-    def step(_: Array, carry: tuple) -> tuple:
+    def step(_: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         x, r, p, r_norm, largest, active, converged, count = carry
         a_p = matvec(p)
         p_a_p, p_squared = trees.dot(p, a_p), trees.dot(p, p)
@@ -103,7 +103,7 @@ def conjugate_gradient(
         converged = converged | (active & (noise | (r_norm <= jnp.maximum(tolerance * b_norm, floor))))
         return x, r, p, r_norm, largest, moved & ~converged, converged, count + moved
 
-    def step_if_active(i: Array, carry: tuple) -> tuple:
+    def step_if_active(i: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         # Where branches are cheap, a frozen step is skipped. An accelerator would wait for the branch.
         if not backend.branches_are_cheap():
             return step(i, carry)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from trpo_jax.steps.distributions import Distribution
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Array = jax.Array
 PyTree = Any
 Scalar = float | jax.Array
@@ -23,6 +25,11 @@ DistributionFn = Callable[[PyTree], Distribution]
 
 PolicyApply = Callable[[PyTree, Any], Distribution]
 """`policy_apply(params, observation)` -> a batched distribution."""
+
+
+def typed_jit(function: Callable[P, R]) -> Callable[P, R]:
+    """`jax.jit`, whose result has the types of the function; JAX itself declares that it may return anything."""
+    return jax.jit(function)
 
 
 def at_least_float32(x: Any) -> Array:

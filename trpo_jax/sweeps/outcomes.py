@@ -137,7 +137,7 @@ def _of_sweep(path: Path) -> list[Outcome]:
 
 
 def _of_point(
-    columns: Mapping[str, list], agents: np.ndarray, names: tuple[str, ...], asked: Mapping[str, Any]
+    columns: Mapping[str, list[Any]], agents: np.ndarray, names: tuple[str, ...], asked: Mapping[str, Any]
 ) -> Outcome:
     settings = {name: columns[name][agents[0]] for name in names}
 

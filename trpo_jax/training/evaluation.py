@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,11 +71,11 @@ def evaluate(
     policy = with_normalization(config, state.learner.statistics, agent.policy)
     limit = min(max_steps, agent.environment.max_steps or max_steps)
 
-    def unfinished(carry: tuple) -> Array:
+    def unfinished(carry: tuple[Any, ...]) -> Array:
         time, *_, evaluation = carry
         return (time < limit) & ~jnp.all(evaluation.finished)
 
-    def step(carry: tuple) -> tuple:
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         time, observation, memory, env_state, evaluation = carry
         key_action, key_step = jax.random.split(jax.random.fold_in(key_run, time))
         memory, distribution = policy.step(state.learner.policy_params, memory, observation)
@@ -131,7 +132,7 @@ def _step_running(
       Observations and states, and the rewards of this step and whether it ended the episode, [E] each.
     """
 
-    def step(key: Array, running: Array, observation: Array, state: PyTree, action: Array) -> tuple:
+    def step(key: Array, running: Array, observation: Array, state: PyTree, action: Array) -> tuple[Any, ...]:
         if environment.restart is not None:
             result = environment.step(key, state, action)
             return result.observation, result.state, result.reward, result.done

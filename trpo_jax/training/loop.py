@@ -15,7 +15,7 @@ from trpo_jax import backend
 from trpo_jax.config_pytree import Config
 from trpo_jax.sentences import UsageError, check_limits, shown
 from trpo_jax.steps.statistics import init_statistics, update_statistics
-from trpo_jax.steps.types import Array, PyTree
+from trpo_jax.steps.types import Array, PyTree, typed_jit
 from trpo_jax.training.agents import Agent, make_agent
 from trpo_jax.training.evaluation import has_reached, judge, stops
 from trpo_jax.training.learner import TrainInfo, blank_buffer, init_learner, update_learner
@@ -69,7 +69,11 @@ Hook = Callable[[Config, TrainState, Metrics], PyTree]
 """`hook(config, state, metrics)` -> a pytree of arrays, from the state after an iteration and its metrics."""
 
 
-def train(config: Config, key: Array, *, callback: Hook | None = None, every: int = 1) -> tuple[Any, ...]:
+Trained = tuple[TrainState, Metrics, *tuple[Any, ...]]
+"""The final state and metrics; then, where they are asked for, an `Evaluation` and what the callback returned."""
+
+
+def train(config: Config, key: Array, *, callback: Hook | None = None, every: int = 1) -> Trained:
     """Train one agent for `config.num_iterations` iterations.
 
     A pure function of its arguments, for the caller to transform:
@@ -107,7 +111,7 @@ def train(config: Config, key: Array, *, callback: Hook | None = None, every: in
     return jax.lax.scan(lambda s, _: train_step(config, s), state, None, length=config.num_iterations)
 
 
-def _train_with(config: Config, state: TrainState, hooks: Sequence[tuple[Hook, int]]) -> tuple[Any, ...]:
+def _train_with(config: Config, state: TrainState, hooks: Sequence[tuple[Hook, int]]) -> Trained:
     """The scan of `train` with hooks, each at its own interval and evaluation first; returns what `train` does."""
     iterations = config.num_iterations
     after = jax.eval_shape(lambda s: train_step(config, s), state)
@@ -171,7 +175,7 @@ def train_chunk(config: Config, state: TrainState, num_iterations: Array, capaci
     return jax.lax.fori_loop(0, num_iterations, step, (state, blank))
 
 
-@jax.jit
+@typed_jit
 def train_step(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     """One iteration: collect T·N steps, update the policy inside the trust region, refit the value function.
 
