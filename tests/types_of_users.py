@@ -32,20 +32,20 @@ config.max_kl = 0.1  # error: misc
 
 state, metrics = train(config, key)
 steps: jax.Array = metrics.episode_length
-metrics.episode_lenght  # error: attr-defined
+_ = metrics.episode_lenght  # error: attr-defined
 state, metrics, evaluation = train(config.replace(eval_every=10), key)
 states, metrics = jax.vmap(train, in_axes=(None, 0))(config, jax.random.split(key, 4))
-states.lerner  # error: attr-defined
+_ = states.lerner  # error: attr-defined
 states, metrics = typed_jit(jax.vmap(train, in_axes=(None, 0)))(config, jax.random.split(key, 4))
-metrics.mean_kll  # error: attr-defined
+_ = metrics.mean_kll  # error: attr-defined
 state, metrics, *_ = typed_jit(functools.partial(train, config, every=10))(key)
-state.iterations  # error: attr-defined
+_ = state.iterations  # error: attr-defined
 typed_jit(train)(config, 0)  # error: arg-type
 state, metrics = jax.jit(train)(config, key)  # JAX declares that what comes back may be anything
 compiled: tuple[TrainState, Metrics] = jax.jit(train)(config, key)
 
 state, metrics = train_step(config, init(config, key))
-metrics.divergance  # error: attr-defined
+_ = metrics.divergance  # error: attr-defined
 train_step(config, key)  # error: arg-type
 score: float = evaluate(config, state, key).episode_return.mean().item()
 evaluate(config, state, key, episodes=3)  # error: call-arg
