@@ -28,6 +28,24 @@ def test_every_figure_is_shown_and_its_numbers_are_kept():
     assert len(list(FOLDER.glob("*.png"))) == len(article.FIGURES)
 
 
+def test_a_readers_run_writes_outside_git(tmp_path, monkeypatch):
+    exact = article.figures("exact")
+    assert len(exact) == 14 and set(exact) < set(article.figures("all")) == set(article.FIGURES)
+    before = {file: file.read_bytes() for file in FOLDER.iterdir() if file.is_file()}
+    monkeypatch.chdir(tmp_path)
+    curves = {f"method {i}": np.linspace(0, 1, 9) for i in range(6)}
+    findings = article.chapter("climbing").Findings(curves, {"number": 0.123456789})
+    monkeypatch.setattr(article, "compute", lambda name: findings)
+    monkeypatch.setattr("sys.argv", ["run.py", "climbing"])
+    article.main()
+    assert json.loads((tmp_path / "runs" / "article" / "results.json").read_text()) == {
+        "climbing": {"number": 0.123457}
+    }
+    assert {file.name for file in (tmp_path / "runs" / "article").iterdir()} == {"climbing.png", "results.json"}
+    assert {file: file.read_bytes() for file in before} == before
+    assert "/runs/" in (FOLDER.parents[1] / ".gitignore").read_text().split()
+
+
 def test_estimator_has_no_bias_and_an_error_of_one_over_root_n():
     found = numbers_of("estimator", num_samples=(10, 100, 1000), num_repeats=200)
     assert found["slope"] == pytest.approx(-0.5, abs=0.05)

@@ -24,6 +24,10 @@ DOCS = ROOT / "docs"
 PAGES = sorted((DOCS / "pages").rglob("*.md"))
 EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*/README.md"))
+# Pages outside the site, whose strict build checks its own.
+OUTSIDE = [ROOT / "README.md", ROOT / "experiments" / "README.md", *EXPERIMENTS]
+OUTSIDE += sorted((ROOT / "experiments").glob("*/notes.md"))
 # What needs another library is shown, and not run: `<!-- not run: needs stable-baselines3 -->` stands before it.
 BLOCK = re.compile(r"(?P<not_run><!-- not run: [^\n]+ -->\n+)?^```python\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -101,7 +105,34 @@ def test_commands_of_a_page_are_commands(page):
                 make_parser().parse_args(arguments)
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def name_in_repository(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", EXPERIMENTS, ids=name_in_repository)
+def test_an_experiment_opens_with_its_result_and_its_command(page):
+    opening = page.read_text().partition("\n## ")[0]
+    result, command = re.search(r"^(\||!\[)", opening, re.MULTILINE), opening.find("```bash\npython experiments/")
+    assert result and result.start() < command
+
+
+@pytest.mark.parametrize("page", OUTSIDE, ids=name_in_repository)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        place = page.parent / path if path else page
+        assert place.exists(), target
+        if anchor:
+            headings = re.findall(
+                r"^#+ (.*)", (place / "README.md" if place.is_dir() else place).read_text(), re.MULTILINE
+            )
+            anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, target
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OUTSIDE], ids=name_in_repository)
 def test_pages_are_written_and_speak_plain_english(page):
     text = page.read_text()
     assert "To be written" not in text
