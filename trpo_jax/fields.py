@@ -209,5 +209,5 @@ def _check_widths(field: Any, label: str, value: Any) -> None:
         default = f" or {AUTO}" if field.default == AUTO else ""
         raise UsageError(
             f"{label} must be widths of layers such as 256,256 (in files [256, 256]){default}, each from 1 to "
-            f"{_WIDEST:,}, {_MOST_LAYERS} layers at most, got {shown(value)}."
+            f"{_WIDEST:,}, at most {_MOST_LAYERS} layers, got {shown(value)}."
         )

@@ -41,7 +41,7 @@ def validate(config: Config) -> None:
         )
     if config.eval_every > config.num_iterations:
         raise UsageError(
-            f"eval_every={config.eval_every} is more than num_iterations={config.num_iterations}, so that nothing "
+            f"eval_every={config.eval_every} is more than num_iterations={config.num_iterations}, so nothing "
             "would be evaluated; lower it."
         )
     low, high = config.smallest_max_kl, config.largest_max_kl

@@ -157,7 +157,7 @@ def test_wrong_settings_are_refused_in_one_sentence(args, message):
 def test_an_environment_that_is_made_takes_none():
     for change in ({"env_args": {"gravity": 1.0}}, {"max_steps": 3}):
         with pytest.raises(
-            UsageError, match=r"is an Environment already; set a time limit by limit_steps, and params where"
+            UsageError, match=r"is an Environment already; set a time limit with limit_steps, params where"
         ):
             make_agent(Config(env=make_environment("CartPole-v1"), **change))
 

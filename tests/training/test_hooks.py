@@ -159,5 +159,5 @@ def test_before_its_goal_nothing_is_frozen():
 
 
 def test_more_iterations_than_there_are_are_refused():
-    with pytest.raises(UsageError, match="eval_every=8 is more than num_iterations=7, so that nothing would be eval"):
+    with pytest.raises(UsageError, match="eval_every=8 is more than num_iterations=7, so nothing would be eval"):
         train(growing().replace(eval_every=8), KEY)

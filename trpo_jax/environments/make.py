@@ -45,7 +45,7 @@ def make_environment(env: Any, *, params: Any = None, max_steps: int | None = No
     if isinstance(env, Environment):
         if params is not None or max_steps is not None:
             raise UsageError(
-                f"{env.name} is an Environment already; set a time limit by limit_steps, and params where it is made."
+                f"{env.name} is an Environment already; set a time limit with limit_steps, params where it is made."
             )
         if env not in _sound:
             check_declaration(env)
