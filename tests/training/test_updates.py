@@ -19,7 +19,7 @@ from trpo_jax.steps.statistics import init_statistics
 from trpo_jax.steps.values import explained_variance
 from trpo_jax.training.agents import make_agent, with_normalization
 from trpo_jax.training.estimates import normalize_weights
-from trpo_jax.training.learner import update_learner
+from trpo_jax.training.learner import estimate, prepare, update_learner
 from trpo_jax.training.recurrence import flatten_batch
 from trpo_jax.training.rollouts import rollout
 
@@ -174,7 +174,7 @@ class Outcome:
 def radius_after(config, outcome, used=0.01):
     """The radius that follows from an update whose radius was 0.01, of which `used` was left."""
     rule, blank = RADIUS_RULES[config.radius_rule], jnp.zeros(1)
-    experience = Experience(None, None, jnp.float32(1), 0, jnp.int32(0), init_statistics((1,)), None)
+    experience = Experience(None, None, jnp.float32(1), 0, jnp.int32(0), blank, init_statistics((1,)), None)
     state = rule.init(config.replace(max_kl=0.01), blank, experience.statistics)
     state = rule.after(config, blank, state, experience, outcome, jnp.float32(used))
     return float(jax.tree.leaves(state)[0])
@@ -203,7 +203,8 @@ def test_the_radius_follows_the_measured_ratio(ratio, factor):
 
     batch = Batch(jnp.ones((4, 1)), jnp.ones(4, int), advantage)
     statistics = init_statistics((1,))
-    experience = Experience(batch, advantage, jnp.float32(1), 4, jnp.int32(1), statistics, lambda statistics: apply)
+    one = jnp.float32(1)
+    experience = Experience(batch, advantage, one, 4, jnp.int32(1), now - last, statistics, lambda statistics: apply)
     state = rule.init(config, last, statistics)
     assert np.isnan(rule.before(config, apply, now, state, experience)[2])  # nothing was promised yet
     previous = state.previous._replace(gain=jnp.float32(gain), at_boundary=jnp.bool_(True))
@@ -524,3 +525,36 @@ def test_several_agents_of_an_option_are_each_a_run_of_their_own(names):
 def test_flat_batches_keep_the_newest_environments_first():
     wide = jnp.arange(2 * 6).reshape(2, 6)
     np.testing.assert_array_equal(flatten_batch(wide)[:4], flatten_batch(wide[:, :2]))
+
+
+@pytest.mark.parametrize("name", ["ratio", "max-kl", "policy gradient", "PPO", "penalty", "reuse"])
+def test_the_held_out_gain_is_the_slope_of_the_next_batch_along_the_step_before(name):
+    config = small_config(num_iterations=2, **OPTIONS[name]).replace(normalize_advantages=False)
+    first, _ = jax.jit(train_step)(config, init(config, jax.random.key(3)))
+    second, metrics = jax.jit(train_step)(config, first)
+    agent, before = make_agent(config), init(config, jax.random.key(3)).learner
+    old, unravel = ravel_pytree(before.policy_params)
+    now = ravel_pytree(first.learner.policy_params)[0]
+    np.testing.assert_array_equal(first.learner.last_step, now - old)
+
+    # The second batch, as a trainer that reuses nothing sees it.
+    alone = make_agent(config.replace(reuse=1))
+    learner = dataclasses.replace(first.learner, buffer=None)
+    key = jax.random.fold_in(first.key, first.iteration)
+    _, transitions, _ = rollout(agent, learner, first.actor, key)
+    prepared = prepare(alone, learner, transitions, first.actor.carry, first.iteration)
+    advantage = estimate(alone, learner, prepared).advantage
+    policy = with_normalization(config, first.learner.statistics, agent.policy)
+
+    def log_prob(vector):
+        return policy.step(unravel(vector), (), prepared.observation)[1].log_prob(prepared.action)
+
+    _, slope = jax.jvp(log_prob, (now,), (now - old,))
+    np.testing.assert_allclose(metrics.held_out_gain, jnp.mean(slope * advantage), rtol=1e-3, atol=1e-6)
+    assert metrics.held_out_gain != 0
+
+
+def test_the_held_out_gain_is_zero_where_there_was_no_step():
+    config = small_config(num_iterations=3, update="policy-gradient", policy_learning_rate=0.0)
+    _, metrics = trainer()(config, jax.random.key(0))
+    np.testing.assert_array_equal(metrics.held_out_gain, np.zeros(3))

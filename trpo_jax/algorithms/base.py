@@ -18,6 +18,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from trpo_jax.config import Config
@@ -37,6 +38,7 @@ class Experience(NamedTuple):
       scale: the size of one unit of the batch's advantages in units of the raw ones.
       num_new: number of samples from the newest batch, which come first (static).
       iteration: iterations completed before this one, int32.
+      last_step: the change of the parameters by the update before, [P]; 0 before the first one.
       statistics: the statistics that normalise the observations.
       apply_under: `apply_under(statistics)` -> the `policy_apply` of an agent with other statistics.
     """
@@ -46,8 +48,15 @@ class Experience(NamedTuple):
     scale: Array
     num_new: int
     iteration: Array
+    last_step: Array
     statistics: RunningStatistics
     apply_under: Callable[[RunningStatistics], PolicyApply]
+
+    @property
+    def newest(self) -> Batch:
+        """The samples of the newest batch, whose actions the policy at hand took."""
+        parts = self.batch.observation, self.batch.action, self.batch.advantage
+        return Batch(*jax.tree.map(lambda leaf: leaf[: self.num_new], parts))
 
 
 class Algorithm(NamedTuple):

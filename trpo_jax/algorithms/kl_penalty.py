@@ -43,7 +43,7 @@ def make(config: Config) -> Algorithm:
         inverse = adapt_radius_by_divergence(
             1 / state.penalty, effective_divergence(info, target), target, *_INVERSE_PENALTIES
         )
-        info = dataclasses.replace(info, extra={"penalty": state.penalty})
+        info = dataclasses.replace(info, extra={**info.extra, "penalty": state.penalty})
         return params, PenaltyState(optimizer, 1 / inverse), info
 
     return Algorithm(init, update, shuffles=True)

@@ -22,6 +22,7 @@ def make(config: Config) -> Algorithm:
             experience.batch,
             optimizer=policy_optimizer(config, experience.iteration),
             entropy_coefficient=config.entropy_coefficient,
+            last_step=experience.last_step,
         )
 
     return Algorithm(lambda params, statistics: policy_optimizer(config).init(params), update)

@@ -42,4 +42,5 @@ def take_epochs(
         entropy_coefficient=config.entropy_coefficient,
         key=key,
         max_grad_norm=config.max_grad_norm,
+        last_step=experience.last_step,
     )

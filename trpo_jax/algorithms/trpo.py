@@ -15,7 +15,7 @@ from trpo_jax.algorithms.radius_rules import RADIUS_RULES
 from trpo_jax.config import Config
 from trpo_jax.steps.line_searches import backtracking_line_search, full_step, parallel_line_search
 from trpo_jax.steps.objectives import maximum_kl, mean_kl, reverse_kl
-from trpo_jax.steps.policy_updates import UpdateInfo
+from trpo_jax.steps.policy_updates import UpdateInfo, held_out_gain, surrogate_gradient
 from trpo_jax.steps.solvers import Solver
 from trpo_jax.steps.trust_region import trpo_update
 from trpo_jax.steps.types import Array, PolicyApply, PyTree
@@ -42,9 +42,14 @@ def make(config: Config) -> Algorithm:
             solver=Solver(config.cg_damping, config.cg_iterations, config.cg_tolerance),
             line_search=line_search_of(config),
             entropy_coefficient=config.entropy_coefficient,
+            last_step=experience.last_step if config.reuse == 1 else None,
         )
         state = rule.after(config, params, state, experience, info, radius)
-        extra = {"radius": jnp.asarray(radius, jnp.float32), "gain_ratio": gain_ratio}
+        extra = {**info.extra, "radius": jnp.asarray(radius, jnp.float32), "gain_ratio": gain_ratio}
+        if config.reuse > 1:  # the step before has seen a part of the batch
+            weight = config.entropy_coefficient
+            gradient, _ = surrogate_gradient(policy_apply, params, experience.newest, entropy_coefficient=weight)
+            extra |= held_out_gain(gradient, experience.last_step)
         return new_params, state, dataclasses.replace(info, extra=extra)
 
     return Algorithm(functools.partial(rule.init, config), update)

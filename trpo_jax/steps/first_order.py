@@ -8,6 +8,7 @@ objective has to limit the change: PPO clips the ratio, the penalty subtracts th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from trpo_jax.steps.policy_updates import (
     Batch,
     UpdateInfo,
     finite_info,
+    held_out_gain,
     make_evaluate,
     of_old_policy,
     surrogate_gradient,
@@ -74,6 +76,7 @@ def first_order_update(
     entropy_coefficient: Scalar = 0.0,
     key: Array | None = None,
     max_grad_norm: Scalar = 0.0,
+    last_step: PyTree | None = None,
 ) -> tuple[PyTree, optax.OptState, UpdateInfo]:
     """Maximise an objective by gradient steps on a batch that the policy at `params` collected.
 
@@ -93,6 +96,7 @@ def first_order_update(
       key: PRNG key that reshuffles the samples in every epoch, as is usual in PPO. None: minibatch m of every epoch
         holds the samples m, m + M, m + 2M, … of the flattened batch, with M minibatches.
       max_grad_norm: largest norm of a minibatch's gradient, to which a longer one is scaled; 0: no limit.
+      last_step: the step before, whose gain on this batch the report then has, see `trpo_update`.
 
     Returns:
       New parameters, new optimizer state, and an `UpdateInfo` with surrogate and KL as in `trpo_update`:
@@ -131,6 +135,7 @@ def first_order_update(
     evaluate = make_evaluate(policy_apply, old_distribution, batch, entropy_coefficient=entropy_coefficient)
     evaluation, step = evaluate(new_params), jax.tree.map(jnp.subtract, new_params, params)
     info = _info(gradient, step, evaluation, jnp.mean(old_distribution.entropy()), untouched)
+    info = dataclasses.replace(info, extra=held_out_gain(gradient, last_step))
     params, optimizer_state = trees.select(info.accepted, (new_params, new_state), (params, optimizer_state))
     return params, optimizer_state, finite_info(info)
 

@@ -91,7 +91,7 @@ class UpdateInfo:
         1 after a rejected update if θ_old took them.
       gradient_norm: ‖∇L‖₂ at θ_old.
       cg_residual: relative residual after conjugate gradient.
-      extra: further numbers of the algorithm, {name: scalar}; `radius`, `gain_ratio` and `penalty` become metrics.
+      extra: further numbers, {name: scalar}; `held_out_gain`, `radius`, `gain_ratio` and `penalty` become metrics.
     """
 
     accepted: Array
@@ -106,6 +106,15 @@ class UpdateInfo:
     gradient_norm: Array
     cg_residual: Array
     extra: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+
+
+def held_out_gain(gradient: PyTree, last_step: PyTree | None) -> dict[str, Array]:
+    """Measure the step before on a batch that it has not seen: gᵀs, its gain to first order, for `UpdateInfo.extra`.
+
+    The gradient g at θ is an average over samples that did not choose the step s that led to θ, so that their noise
+    does not count as a gain. No pass over the batch is needed. Nothing is measured without a step.
+    """
+    return {} if last_step is None else {"held_out_gain": trees.dot(gradient, last_step)}
 
 
 def finite_info(info: UpdateInfo) -> UpdateInfo:

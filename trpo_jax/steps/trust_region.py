@@ -23,6 +23,7 @@ from trpo_jax.steps.policy_updates import (
     Divergence,
     UpdateInfo,
     finite_info,
+    held_out_gain,
     make_evaluate,
     of_old_policy,
     surrogate_gradient,
@@ -127,6 +128,7 @@ def trpo_update(
     solver: Solver = _SOLVER,
     line_search: Callable[..., Any] = backtracking_line_search,
     entropy_coefficient: Scalar = 0.0,
+    last_step: PyTree | None = None,
     **moved: Any,
 ) -> tuple[PyTree, UpdateInfo]:
     """Take one trust-region step on a batch that was collected by the policy at `params`, or by earlier policies.
@@ -150,6 +152,8 @@ def trpo_update(
       line_search: `backtracking_line_search`, `parallel_line_search`, or `full_step` (the natural gradient method). For
         other candidates give `functools.partial(backtracking_line_search, shrink=α, max_steps=n)`.
       entropy_coefficient: c of a bonus c · mean entropy in the objective.
+      last_step: the step that led to `params` from those of another batch, a pytree like params. The report then has
+        its gain on this batch, to first order, as `extra["held_out_gain"]`: gᵀ last_step.
       moved: nothing; an option of an earlier version raises an error that names its replacement.
 
     Returns:
@@ -195,6 +199,7 @@ def trpo_update(
         effective_sample_fraction=jnp.where(search.accepted, sample_fraction, untouched),
         gradient_norm=solve.gradient_norm,
         cg_residual=solve.cg_residual,
+        extra=held_out_gain(gradient, last_step),
     )
     return new_params, finite_info(info)
 

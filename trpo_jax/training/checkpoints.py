@@ -22,7 +22,7 @@ from trpo_jax.sentences import UsageError
 from trpo_jax.steps.types import PyTree
 from trpo_jax.training.loop import init
 
-_FORMAT = 2  # changes with the structure of `TrainState`
+_FORMAT = 3  # changes with the structure of `TrainState`
 
 
 def save(path: str | os.PathLike[str], state: PyTree, *, note: Any = None, mend: str = WRITABLE) -> None:

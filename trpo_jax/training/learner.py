@@ -86,10 +86,12 @@ def init_learner(
     value_params = init_parameters(value, key_value, observation, "value")
     if config.policy is not None or config.value is not None:
         check_networks(agent, policy_params, value, value_params)
+    vector = ravel_pytree(policy_params)[0]
     return LearnerState(
         policy_params=policy_params,
         value_params=value_params,
-        update=agent.algorithm.init(ravel_pytree(policy_params)[0], statistics),
+        last_step=jnp.zeros_like(vector),
+        update=agent.algorithm.init(vector, statistics),
         value_fit=agent.value_fit.init(value_params),
         statistics=statistics,
         return_statistics=init_statistics(()) if config.normalize_rewards else None,
@@ -116,12 +118,13 @@ def update_learner(
     key_policy, key_value = jax.random.split(key)
     prepared = prepare(agent, learner, batch, carry, iteration)
     estimates = estimate(agent, learner, prepared)
-    policy_params, update, info = update_policy(agent, learner, prepared, estimates, iteration, key_policy)
+    policy_params, step, update, info = update_policy(agent, learner, prepared, estimates, iteration, key_policy)
     value_params, fit, value_loss = fit_value(agent, learner, policy_params, prepared, estimates, iteration, key_value)
     learner = dataclasses.replace(
         adapt(agent, learner, prepared),
         policy_params=policy_params,
         value_params=value_params,
+        last_step=step,
         update=update,
         value_fit=fit,
     )
@@ -212,8 +215,8 @@ def value_and_input(agent: Agent, learner: LearnerState, prepared: Prepared) -> 
 
 def update_policy(
     agent: Agent, learner: LearnerState, prepared: Prepared, estimates: Estimates, iteration: Array, key: Array
-) -> tuple[PyTree, PyTree, UpdateInfo]:
-    """Update the policy; return its new parameters, the algorithm's state and its report."""
+) -> tuple[PyTree, Array, PyTree, UpdateInfo]:
+    """New policy parameters, their change [P], the algorithm's new state, and the report of the update."""
     config = agent.config
     # One flat vector instead of a pytree halves the time to compile the solver.
     vector, unravel = ravel_pytree(learner.policy_params)
@@ -231,12 +234,13 @@ def update_policy(
         scale=scale,
         num_new=config.steps_per_iteration,
         iteration=iteration,
+        last_step=learner.last_step,
         statistics=learner.statistics,
         apply_under=apply_under,
     )
     apply = apply_under(learner.statistics)
-    vector, state, info = agent.algorithm.update(apply, vector, learner.update, experience, key)
-    return unravel(vector), state, info
+    new, state, info = agent.algorithm.update(apply, vector, learner.update, experience, key)
+    return unravel(new), new - vector, state, info
 
 
 def fit_value(

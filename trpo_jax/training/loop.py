@@ -244,6 +244,7 @@ def _metrics(ended: EpisodeTotals, episodes: EpisodeTotals, info: TrainInfo, fin
         step_fraction=update.step_fraction,
         surrogate_gain=update.surrogate_gain,
         predicted_gain=update.predicted_gain,
+        held_out_gain=extra.get("held_out_gain", absent),
         divergence=update.divergence,
         mean_kl=update.mean_kl,
         maximum_kl=update.maximum_kl,

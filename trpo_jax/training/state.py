@@ -104,6 +104,7 @@ class LearnerState:
     Attributes:
       policy_params: policy parameters θ.
       value_params: value-function parameters.
+      last_step: change of θ by the newest update, flat, [P]; the next batch measures its gain.
       update: state of the algorithm between updates, such as an optimizer's; None if there is none.
       value_fit: the same for the value fit.
       statistics: running mean and variance of observations.
@@ -113,6 +114,7 @@ class LearnerState:
 
     policy_params: PyTree
     value_params: PyTree
+    last_step: Array
     update: PyTree
     value_fit: PyTree
     statistics: RunningStatistics
@@ -152,6 +154,9 @@ class Metrics:
       step_fraction: share αʲ of the full natural step that was taken; 0 if rejected.
       surrogate_gain: L(θ_new) − L(θ_old), in units of the (normalised) advantage.
       predicted_gain: the same as predicted by the linear model at the full step, gᵀs.
+      held_out_gain: gain of the update before, measured on this batch, which it has not seen: gᵀ(θ − θ_before) with the
+        gradient g of this batch, to first order; 0 in the first iteration and after a rejected update; NaN where an
+        algorithm of one's own does not measure it. Compare it with `surrogate_gain` of the row before.
       divergence: the divergence that `constraint` bounds, nats, by default the mean KL; never above `radius` (except
         with line_search=none, and where there is no radius).
       mean_kl: mean KL(old ‖ new) over the batch, nats.
@@ -177,6 +182,7 @@ class Metrics:
     step_fraction: Array
     surrogate_gain: Array
     predicted_gain: Array
+    held_out_gain: Array
     divergence: Array
     mean_kl: Array
     maximum_kl: Array
