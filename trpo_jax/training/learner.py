@@ -118,13 +118,13 @@ def update_learner(
     key_policy, key_value = jax.random.split(key)
     prepared = prepare(agent, learner, batch, carry, iteration)
     estimates = estimate(agent, learner, prepared)
-    policy_params, step, update, info = update_policy(agent, learner, prepared, estimates, iteration, key_policy)
+    policy_params, update, info = update_policy(agent, learner, prepared, estimates, iteration, key_policy)
     value_params, fit, value_loss = fit_value(agent, learner, policy_params, prepared, estimates, iteration, key_value)
     learner = dataclasses.replace(
         adapt(agent, learner, prepared),
         policy_params=policy_params,
         value_params=value_params,
-        last_step=step,
+        last_step=ravel_pytree(policy_params)[0] - ravel_pytree(learner.policy_params)[0],
         update=update,
         value_fit=fit,
     )
@@ -215,8 +215,8 @@ def value_and_input(agent: Agent, learner: LearnerState, prepared: Prepared) -> 
 
 def update_policy(
     agent: Agent, learner: LearnerState, prepared: Prepared, estimates: Estimates, iteration: Array, key: Array
-) -> tuple[PyTree, Array, PyTree, UpdateInfo]:
-    """New policy parameters, their change [P], the algorithm's new state, and the report of the update."""
+) -> tuple[PyTree, PyTree, UpdateInfo]:
+    """Update the policy; return its new parameters, the algorithm's state and its report."""
     config = agent.config
     # One flat vector instead of a pytree halves the time to compile the solver.
     vector, unravel = ravel_pytree(learner.policy_params)
@@ -239,8 +239,8 @@ def update_policy(
         apply_under=apply_under,
     )
     apply = apply_under(learner.statistics)
-    new, state, info = agent.algorithm.update(apply, vector, learner.update, experience, key)
-    return unravel(new), new - vector, state, info
+    vector, state, info = agent.algorithm.update(apply, vector, learner.update, experience, key)
+    return unravel(vector), state, info
 
 
 def fit_value(
