@@ -531,7 +531,7 @@ def test_flat_batches_keep_the_newest_environments_first():
 def test_the_held_out_gain_is_the_slope_of_the_next_batch_along_the_step_before(name):
     config = small_config(num_iterations=2, **OPTIONS[name]).replace(normalize_advantages=False)
     first, _ = jax.jit(train_step)(config, init(config, jax.random.key(3)))
-    second, metrics = jax.jit(train_step)(config, first)
+    _, metrics = jax.jit(train_step)(config, first)
     agent, before = make_agent(config), init(config, jax.random.key(3)).learner
     old, unravel = ravel_pytree(before.policy_params)
     now = ravel_pytree(first.learner.policy_params)[0]
