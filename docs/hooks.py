@@ -60,6 +60,8 @@ def on_page_content(content: str, **_: Any) -> str:
     """Turn formulas into MathML, which every browser draws by itself: no script and no font is needed."""
 
     def draw(found: re.Match[str]) -> str:
-        return convert(html.unescape(found[2]), display="inline" if found[1] == "span" else "block")
+        if found[1] == "span":
+            return convert(html.unescape(found[2]))
+        return f'<div class="formula">{convert(html.unescape(found[2]), display="block")}</div>'
 
     return _FORMULA.sub(draw, content)

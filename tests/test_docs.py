@@ -132,6 +132,12 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors, target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_code_of_a_page_fits_into_its_column(page):
+    lines = "\n".join(re.findall(r"^```\w+\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)).splitlines()
+    assert not [line for line in lines if len(line) > 100], "a window of 1280 pixels shows 100 characters"
+
+
 @pytest.mark.parametrize("page", [*PAGES, *OUTSIDE], ids=name_in_repository)
 def test_pages_are_written_and_speak_plain_english(page):
     text = page.read_text()
