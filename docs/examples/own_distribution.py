@@ -12,7 +12,7 @@ from trpo_jax import Config, Network, train
 @jax.tree_util.register_dataclass  # a pytree of float arrays, so that JAX can differentiate it
 @dataclasses.dataclass(frozen=True)
 class Laplace:
-    """Independent dimensions of density exp(−|a − mean| / b) / 2b with b = exp(log_scale), [..., D]."""
+    """Independent dimensions of density exp(−|a − mean| / b) / 2b, b = exp(log_scale), [..., D]."""
 
     mean: jax.Array
     log_scale: jax.Array
