@@ -83,7 +83,7 @@ def suites() -> dict[str, Suite]:
     ]
     return {
         "classic": Suite(
-            {"TRPO": "classic"},
+            {"TRPO": "classic", "PPO": "classic-ppo"},
             64,
             [
                 Task("CartPole-v1", 500.0, 500.0),
@@ -265,7 +265,7 @@ LABELS = {"published": "published", "optimal": "best possible", "random": "untra
 def plot(record: dict[str, Any], file: Path) -> None:
     names = list(dict.fromkeys(task["name"] for task in record["tasks"]))
     methods = list(dict.fromkeys(task["method"] for task in record["tasks"]))
-    columns = min(5, len(names))
+    columns = min(3 if len(names) <= 6 else 5, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(3.0 * columns, 2.5 * rows + 0.3), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
