@@ -72,7 +72,7 @@ def test_what_has_no_preset_is_one_sentence(capsys, tmp_path):
     assert main(["train", "gymnasium/Nowhere-v0", "--preset", "--output", out]) == 2
     assert "no preset has 'gymnasium/Nowhere-v0'" in capsys.readouterr().err
     assert main(["train", "--preset", "clasic", "--output", out]) == 2
-    assert "there is no preset 'clasic'; did you mean classic?" in capsys.readouterr().err
+    assert "there is no preset 'clasic'; did you mean classic or classic-ppo?" in capsys.readouterr().err
     assert not Path(out).exists()
 
 
