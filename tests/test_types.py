@@ -12,6 +12,10 @@ import trpo_jax
 FILE = Path(__file__).with_name("types_of_users.py")
 
 
+def test_the_package_says_that_it_is_typed():
+    assert (Path(trpo_jax.__file__).parent / "py.typed").is_file()
+
+
 @pytest.mark.long  # mypy reads the whole package and JAX, in a process of its own
 def test_a_type_checker_finds_what_is_wrong_in_a_users_code_and_nothing_else(tmp_path):
     command = ["-m", "mypy", "--strict", "--follow-imports=silent", "--config-file=", f"--cache-dir={tmp_path}", FILE]
