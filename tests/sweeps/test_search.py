@@ -171,7 +171,7 @@ def test_command_line(tmp_path, python):
         "study.db",
     ]
     page = (folder / "report.html").read_text()
-    assert "4 trials: 1 trained to the end, 3 stopped early" in page and "from 8 trials on" in page
+    assert "4 trials: 1 trained to the end, 3 stopped early" in page and "at least 8 trials" in page
     assert f"Page: {Path('searches/space/report.html')}" in result.stdout and page.count("<img") == 1
     config, states = load_run(folder / "best")
     assert states.iteration.tolist() == [config.num_iterations] * 2
