@@ -192,6 +192,11 @@ def test_the_site_opens_in_a_browser_and_its_search_finds(site):
         for name, title in (("index.html", "trpo_jax"), ("steps/trpo-update.html", "trpo_update")):
             page.goto(f"{host}/{name}")
             assert title in page.inner_text("main")
+            code = "[...document.querySelectorAll('article > .highlight code')]"
+            assert not page.evaluate(f"{code}.some(block => block.scrollWidth > block.clientWidth)")
+            page.set_viewport_size({"width": 400, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth") == 400, "a phone need not scroll sideways"
+            page.set_viewport_size({"width": 1280, "height": 800})
         page.keyboard.press("s")
         page.keyboard.type("conjugate gradient")
         page.wait_for_selector(".md-search-result__link")
