@@ -12,14 +12,13 @@ import pytest
 from probes import Countdown, small_config
 
 from trpo_jax import Config
-from trpo_jax.benchmarks import report
+from trpo_jax.benchmarks import machine, report
 from trpo_jax.benchmarks.measure import (
     PARTS,
     measure_many,
     measure_one,
     measure_policy_update,
     measure_time_to,
-    setting,
     time_in_turn,
 )
 from trpo_jax.cli import main
@@ -54,7 +53,7 @@ def result():
     update = measure_policy_update(config, 64, 2)
     reached = measure_time_to(1e9, config, 1, 2 * config.steps_per_iteration)
     parts = {"one_agent": one, "many_agents": many, "policy_update": update, "time_to_threshold": reached}
-    return {"setting": setting(), "settings": settings_of(config), "repetitions": 2, **parts}
+    return {"setting": machine.setting(), "settings": settings_of(config), "repetitions": 2, **parts}
 
 
 @pytest.mark.long
@@ -104,6 +103,28 @@ def test_tables_say_what_the_figures_are(result):
     for phrase in ("line search", "limit", "memory of 32 agents", "inf"):
         assert phrase in text, phrase
     assert f"{result['setting']['cores']} cores" in found[0][0]
+
+
+def test_a_busy_machine_is_reported():
+    assert report.warning_of(None) is None and report.warning_of(0.05) is None
+    assert "other programs take 62% of the processors" in report.warning_of(0.62)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells how busy its processors are")
+def test_work_of_others_is_seen_and_their_absence_is(monkeypatch):
+    ticks = iter([(100, 1000), (160, 1200), (160, 1200), (160, 1400)])
+    monkeypatch.setattr(machine, "_ticks", lambda: next(ticks))
+    assert machine.busy_share(0.0) == 0.3 and machine.busy_share(0.0) == 0.0
+    monkeypatch.undo()
+    in_use, total = machine._ticks()
+    assert 0 < in_use < total
+
+
+def test_a_figure_names_its_machine_flags_and_commit(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    found = machine.setting()
+    assert found["processor"] and found["flags"]["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=false"
+    assert found["command"] and (found["commit"] is None or len(found["commit"]) in (12, 13))
 
 
 def test_what_compares_with_others_is_named(capsys):
@@ -180,6 +201,10 @@ def test_a_comparison_has_every_figure_of_both_sides(name, echo):
     [
         (["--repetitions", "0"], "repetitions must be a whole number from 1 to 10,000, got 0."),
         (["--output", "no/such/folder/b.json"], "there is no folder no/such/folder"),
+        (["--picture", "curves.png"], "--picture needs a curve"),
+        (["--num-agents", "1,2", "--picture", "no/such/folder/b.png"], "there is no folder no/such/folder"),
+        (["--num-agents", "1,2", "--picture", "curves.jpg"], "--picture must name a file that ends in .png"),
+        (["--env-counts", "0,2"], "num_envs must be"),
         (["CartPol-v1"], "did you mean CartPole-v1"),
         (["--network", "gru"], "with networks that are not recurrent"),
         (["--update", "ppo"], "measures the parts of update=trpo"),
@@ -192,11 +217,23 @@ def test_bad_input_to_the_command_is_one_sentence(arguments, sentence, capsys):
 
 
 @pytest.mark.slow
-def test_the_command_writes_every_figure(tmp_path, capsys):
+def test_the_command_writes_every_figure(tmp_path, capsys, monkeypatch):
     file = tmp_path / "benchmark.json"
     tiny = ["--num-envs", "2", "--num-steps", "16", "--num-agents", "1,3", "--repetitions", "1", "--num-seeds", "1"]
-    assert main(["benchmark", *tiny, "--threshold-steps", "64", "--output", str(file)]) == 0
+    tiny += ["--env-counts", "2,4", "--threshold-steps", "64", "--output", str(file)]
+    picture = tmp_path / "curves.png"
+    assert main(["benchmark", *tiny, "--picture", str(picture)]) == 0
     written = json.loads(file.read_text())
     assert written["settings"]["num_envs"] == 2 and written["many_agents"]["num_agents"] == 3
     assert [row["num_agents"] for row in written["agents_curve"]] == [1, 3]
-    assert "env steps/s" in capsys.readouterr().out
+    assert [row["num_envs"] for row in written["environments_curve"]] == [2, 4]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert "env steps/s" in out and "double backward: " in out
+    found = written | {"time_to_threshold": written["time_to_threshold"] | {"seconds": math.inf}}
+    monkeypatch.setattr(report, "run_benchmark", lambda *arguments, **options: found)
+    assert main(["benchmark", *tiny, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["time_to_threshold"].pop("seconds") is None
+    found["time_to_threshold"].pop("seconds")
+    assert printed == found

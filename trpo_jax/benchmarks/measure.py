@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -20,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from trpo_jax import __version__
 from trpo_jax.algorithms.trpo import line_search_of
 from trpo_jax.config_pytree import Config
 from trpo_jax.steps.curvature import curvature_sample
@@ -61,20 +57,6 @@ def time_in_turn(programs: Mapping[str, Callable[[], Any]], repetitions: int) ->
 def summary(values: Any) -> dict[str, float]:
     """Median and range, in the form of the JSON file."""
     return {"median": float(np.median(values)), "low": float(np.min(values)), "high": float(np.max(values))}
-
-
-def setting() -> dict[str, Any]:
-    """The machine and the versions for a figure."""
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "devices": jax.device_count(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("jax", "jaxlib", "flax", "gymnax")},
-        "trpo_jax": __version__,
-    }
 
 
 class Trainer:
@@ -260,12 +242,29 @@ def measure_many(config: Config, num_agents: int, repetitions: int) -> dict[str,
         "num_agents": num_agents,
         "compile_seconds": agents.compile_seconds,
         "iteration_of_an_agent_ms": summary(1e3 * together),
+        "iteration_alone_ms": summary(1e3 * one),
         "env_steps_per_second": summary(config.steps_per_iteration / together),
         "updates_per_second": summary(1 / together),
         "time_of_an_agent_over_one_alone": float(np.median(together) / np.median(one)),
         "memory_bytes": memory,
         "predicted_memory_bytes": predicted,
         "predicted_over_measured_memory": predicted / memory,
+    }
+
+
+def measure_environments(config: Config, num_envs: int, repetitions: int) -> dict[str, Any]:
+    """Measure the throughput and memory of one agent with N environments."""
+    config = config.replace(num_envs=num_envs)
+    trainer = Trainer(config)
+    iteration = np.array([trainer.run() for _ in range(repetitions)])
+    memory, predicted = program_memory(trainer.program), predict_memory(config, 1, trainer.per_run)
+    return {
+        "num_envs": num_envs,
+        "compile_seconds": trainer.compile_seconds,
+        "iteration_ms": summary(1e3 * iteration),
+        "env_steps_per_second": summary(config.steps_per_iteration / iteration),
+        "memory_bytes": memory,
+        "predicted_memory_bytes": predicted,
     }
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from trpo_jax.benchmarks.machine import BUSY, busy_share, setting
 from trpo_jax.benchmarks.measure import (
     PARTS,
+    measure_environments,
     measure_many,
     measure_one,
     measure_policy_update,
     measure_time_to,
-    setting,
 )
 from trpo_jax.config_pytree import Config
 from trpo_jax.sentences import counted
@@ -25,6 +26,7 @@ def run_benchmark(
     config: Config,
     *,
     num_agents: Sequence[int],
+    env_counts: Sequence[int] = (),
     repetitions: int,
     threshold: float | None,
     num_seeds: int,
@@ -36,6 +38,7 @@ def run_benchmark(
     Args:
       config: the settings to measure.
       num_agents: numbers of agents side by side in one program; each is measured, the last in detail.
+      env_counts: numbers of environments of one agent, for a curve.
       repetitions: measurements of each figure, at least 5 for a meaningful median.
       threshold: return to reach; None: this is left out.
       num_seeds: agents trained to the threshold, one after the other.
@@ -57,10 +60,30 @@ def run_benchmark(
     result["many_agents"] = curve[-1]
     if len(curve) > 1:
         result["agents_curve"] = curve
+    for number in env_counts:
+        report(f"one agent with {counted(number, 'environment')}")
+        result.setdefault("environments_curve", []).append(measure_environments(config, number, repetitions))
     if threshold is not None:
         report(f"time to a return of {threshold:g}")
         result["time_to_threshold"] = measure_time_to(threshold, config, num_seeds, max_steps)
+    result["setting"]["busy_after"] = busy_share()
     return result
+
+
+def warning_of(busy: float | None) -> str | None:
+    """A sentence if other work takes a share of the processors that the figures would show."""
+    if busy is None or busy < BUSY:
+        return None
+    return f"warning: other programs take {busy:.0%} of the processors, so the figures are too low; measure again."
+
+
+def notes() -> list[str]:
+    """What the tables' terms mean."""
+    return [
+        "limit: the time that every on-policy method needs, a rollout, one policy gradient and one value gradient.",
+        "double backward: Fisher products by differentiating the mean KL twice, as most implementations do.",
+        "among many ÷ alone: time per iteration and agent, both measured in the same turn.",
+    ]
 
 
 def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -69,7 +92,7 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
     update = result["policy_update"]
     where = result["setting"]
     title = (
-        f"{settings['env']}, {settings['num_envs']} envs x {settings['num_steps']} steps; {where['device']}, "
+        f"{settings['env']}, {settings['num_envs']} envs x {settings['num_steps']} steps; {_machine(where)}, "
         f"{where['cores']} cores, jax {where['jax']}; median of {result['repetitions']} (range)"
     )
     rows = [
@@ -81,6 +104,15 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
                 f"{_range(some['iteration_of_an_agent_ms'], 1)} per agent",
             ]
             for some in result.get("agents_curve", [many])
+        ),
+        *(
+            [
+                f"1 agent, {counted(some['num_envs'], 'environment')}",
+                _range(some["env_steps_per_second"], 1),
+                "",
+                _range(some["iteration_ms"], 1),
+            ]
+            for some in result.get("environments_curve", [])
         ),
     ]
     found = [(title, ["", "env steps/s", "updates/s", "iteration, ms"], rows)]
@@ -116,6 +148,10 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         rows.append([f"training to a return of {reached['threshold']:g}", text])
     found.append(("", ["", ""], rows))
     return found
+
+
+def _machine(where: dict[str, Any]) -> str:
+    return where["processor"] if where["platform"] == "cpu" else where["device"]
 
 
 def _range(values: dict[str, float], digits: int) -> str:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from trpo_jax import __version__
+from trpo_jax.cli.flag_types import env_arg, moved, whole, whole_numbers
 from trpo_jax.config import Config
-from trpo_jax.env_args import PREFIX
 from trpo_jax.fields import as_text
 from trpo_jax.sentences import UsageError, check_limits
 from trpo_jax.settings import SETTINGS
@@ -25,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
     def number(self, flag: str, default: float, meaning: str, kind: Callable[[str], float] | None = None) -> None:
         """Add a flag that takes a number, by default a whole one."""
-        self.add_argument(flag, type=kind or _whole, default=default, help=f"{meaning} (default: {default})")
+        self.add_argument(flag, type=kind or whole, default=default, help=f"{meaning} (default: {default})")
 
     def error(self, message: str) -> NoReturn:
         text = " ".join(message.split()).rstrip(".")
@@ -59,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.number("--seed", 0, "seed of the first agent")
     train.number("--num-seeds", 1, "agents trained side by side")
     train.add_argument(
-        "--total-steps", type=_whole, help="steps per agent, rounded down to full iterations; replaces --num-iterations"
+        "--total-steps", type=whole, help="steps per agent, rounded down to full iterations; replaces --num-iterations"
     )
     train.number("--keep-every", 0, "keep the checkpoint of every so many iterations; 0: only the newest two")
     train.add_argument(
@@ -74,14 +73,19 @@ def make_parser() -> argparse.ArgumentParser:
     benchmark = commands.add_parser("benchmark", help="measure throughput, memory and where the time goes")
     benchmark.add_argument("env", nargs="?", default="CartPole-v1", help="environment, or MODULE:FACTORY")
     benchmark.add_argument("--output", help="JSON file for all figures (default: none)")
+    benchmark.add_argument("--json", action="store_true", help="print all figures as JSON, and nothing else")
+    benchmark.add_argument("--picture", help="PNG file for the curves over agents and environments (default: none)")
     benchmark.add_argument(
-        "--num-agents", type=_whole_numbers, default=[64], metavar="N,N", help="agents side by side (default: 64)"
+        "--num-agents", type=whole_numbers, default=[64], metavar="N,N", help="agents side by side (default: 64)"
+    )
+    benchmark.add_argument(
+        "--env-counts", type=whole_numbers, default=[], metavar="N,N", help="environments of one agent, for a curve"
     )
     benchmark.number("--repetitions", 7, "measurements of each figure")
     benchmark.add_argument("--threshold", type=float, help="return to reach (default: Gymnasium's, if there is one)")
     benchmark.number("--num-seeds", 16, "agents trained until they reach it")
     benchmark.number("--threshold-steps", 500_000, "env steps after which a seed counts as not reaching it")
-    benchmark.add_argument("--compare", "--peer-environments", type=_moved, help=argparse.SUPPRESS)
+    benchmark.add_argument("--compare", "--peer-environments", type=moved, help=argparse.SUPPRESS)
     _add_settings(benchmark, BENCHMARK)
 
     check = commands.add_parser("check", help="check an environment against the contract, and list every problem")
@@ -109,7 +113,7 @@ def _add_run_commands(commands: Any) -> None:
     resume = commands.add_parser("resume", help="continue a run that was interrupted")
     resume.add_argument("path", help="folder of the run")
     resume.add_argument(
-        "--total-steps", type=_whole, help="extend the run to so many steps per agent, rounded down to whole iterations"
+        "--total-steps", type=whole, help="extend the run to so many steps per agent, rounded down to whole iterations"
     )
     _add_env(resume)
     _add_sinks(resume)
@@ -147,15 +151,15 @@ def _add_sweep_commands(commands: Any) -> None:
     sweep.add_argument("--extend", action="store_true", help="add the agents of the file to the sweep in the folder")
     sweep.number("--checkpoint-seconds", 60, "seconds between checkpoints of the agents in training", float)
     sweep.add_argument(
-        "--agents-per-device", type=_whole, help="agents per device in one program (default: as memory allows)"
+        "--agents-per-device", type=whole, help="agents per device in one program (default: as memory allows)"
     )
     sweep.add_argument(
-        "--num-devices", type=_whole, help="CPU only: number of devices to make of it (default: one per core)"
+        "--num-devices", type=whole, help="CPU only: number of devices to make of it (default: one per core)"
     )
     _add_sinks(sweep)
     sweep.add_argument("--coordinator", help="host:port of process 0, which connects several hosts")
-    sweep.add_argument("--num-processes", type=_whole, help="processes that share the sweep and its folder")
-    sweep.add_argument("--process-id", type=_whole, help="number of this process, from 0")
+    sweep.add_argument("--num-processes", type=whole, help="processes that share the sweep and its folder")
+    sweep.add_argument("--process-id", type=whole, help="number of this process, from 0")
 
     report = commands.add_parser("report", help="show a sweep, finished or not, as a table, pictures and a page")
     report.add_argument("path", help="folder of the sweep")
@@ -174,7 +178,7 @@ def _add_sweep_commands(commands: Any) -> None:
     tune = commands.add_parser("tune", help="search for settings with Optuna; each batch of trials is one program")
     tune.add_argument("file", help="TOML file with [base] settings and [random] distributions")
     tune.add_argument("--output", help="folder of the search (default: searches/NAME-OF-THE-FILE)")
-    tune.add_argument("--num-trials", type=_whole, help="trials (default: count in [random])")
+    tune.add_argument("--num-trials", type=whole, help="trials (default: count in [random])")
     tune.number("--batch", 16, "trials trained together")
     tune.add_argument("--storage", help="Optuna storage URL (default: an SQLite file in the folder)")
 
@@ -193,7 +197,7 @@ def _add_sinks(parser: argparse.ArgumentParser) -> None:
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--point", type=_whole, help="for a sweep: number of the point (default: that of the best agent)"
+        "--point", type=whole, help="for a sweep: number of the point (default: that of the best agent)"
     )
     parser.add_argument(
         "--checkpoint",
@@ -207,7 +211,7 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 def _add_agent(parser: argparse.ArgumentParser, default: str = "0 of a run") -> None:
     parser.add_argument(
         "--agent",
-        type=_whole,
+        type=whole,
         help=f"agent: its number in a run, from 0, or its seed in a sweep (default: {default}, the best of a sweep)",
     )
 
@@ -227,11 +231,11 @@ def _add_settings(
         "--env-arg",
         action="append",
         default=[],
-        type=_env_arg,
+        type=env_arg,
         metavar="NAME=VALUE",
         help="setting of the environment, such as gravity=20; may be repeated",
     )
-    types: dict[str, Any] = {"int": _whole, "float": float}
+    types: dict[str, Any] = {"int": whole, "float": float}
     forms = {"int": "N", "float": "X", "str": "TEXT", "widths": "N,N", "ranges": "NAME=LOW..HIGH"}
     for field in dataclasses.fields(Config):
         meta = field.metadata
@@ -247,38 +251,6 @@ def _add_settings(
             options["type"] = types.get(meta["kind"], str)
             options["metavar"] = "|".join(meta.get("choices", ())) or forms[meta["kind"]]
         group.add_argument(f"--{field.name.replace('_', '-')}", **options)
-
-
-def _whole(text: str) -> int:
-    """A whole number; 1e5 and 100_000 count as one."""
-    for read in (int, float):  # whole numbers beyond 2^53 are exact, too
-        try:
-            value = read(text)
-        except ValueError:
-            continue
-        if isinstance(value, int) or value.is_integer():
-            return int(value)
-    raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a whole number")
-
-
-def _whole_numbers(text: str) -> list[int]:
-    """Whole numbers, such as 1,8,64."""
-    return [_whole(part) for part in text.split(",")]
-
-
-def _env_arg(text: str) -> tuple[str, Any]:
-    """Name and value of an environment's setting: a number, true or false, or a word."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not NAME=VALUE, such as gravity=20")
-    for read in (int, float):
-        with contextlib.suppress(ValueError):
-            return f"{PREFIX}{name}", read(value)
-    return f"{PREFIX}{name}", {"true": True, "false": False}.get(value.lower(), value)
-
-
-def _moved(_: str) -> NoReturn:
-    raise argparse.ArgumentTypeError("other libraries are compared by `python experiments/throughput/run.py` instead")
 
 
 def flags_of(parser: argparse.ArgumentParser, command: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trpo_jax.cli.choices import config_of
 from trpo_jax.cli.startup import start_quickly
 from trpo_jax.config import Config
-from trpo_jax.files import command, file_of_kind, plain_json, write_atomically
+from trpo_jax.files import command, file_of_kind, plain_json, say, write_atomically
 from trpo_jax.presets import available_presets, load_preset
 from trpo_jax.sentences import UsageError, counted, shown
 
@@ -182,10 +182,15 @@ def benchmark(namespace: argparse.Namespace) -> int:
     """Measure throughput, memory and where the time goes."""
     config = config_of(namespace)
     output = Path(namespace.output) if namespace.output else None
-    if output and not output.parent.is_dir():
-        raise UsageError(f"there is no folder {output.parent} for {output}; make it, or choose another --output.")
+    picture = file_of_kind(namespace.picture, "--picture", ".png") if namespace.picture else None
+    for flag, file in (("--output", output), ("--picture", picture)):
+        if file and not file.parent.is_dir():
+            raise UsageError(f"there is no folder {file.parent} for {file}; make it, or choose another {flag}.")
+    if picture and len(namespace.num_agents) < 2 and len(namespace.env_counts) < 2:
+        raise UsageError("--picture needs a curve: give --num-agents or --env-counts two numbers or more, as 1,8,64.")
 
-    from trpo_jax.benchmarks.report import THRESHOLDS, run_benchmark, tables
+    from trpo_jax.benchmarks.curves import draw_curves
+    from trpo_jax.benchmarks.report import THRESHOLDS, notes, run_benchmark, tables, warning_of
     from trpo_jax.cli.displays import make_console, print_table
     from trpo_jax.environments.make import settle
     from trpo_jax.training.agents import make_agent
@@ -195,21 +200,36 @@ def benchmark(namespace: argparse.Namespace) -> int:
         raise UsageError("benchmark measures the parts of update=trpo, with networks that are not recurrent.")
     if config.eval_every:
         raise UsageError("benchmark measures training without evaluation; leave out eval_every.")
+    for number in namespace.env_counts:
+        config.replace(num_envs=number)  # one out of range is refused before anything is measured
     console = make_console()
+    tell = say if namespace.json else lambda text: console.print(text, soft_wrap=True)
     result = run_benchmark(
         config,
         num_agents=namespace.num_agents,
+        env_counts=namespace.env_counts,
         repetitions=namespace.repetitions,
         threshold=THRESHOLDS.get(config.env) if namespace.threshold is None else namespace.threshold,
         num_seeds=namespace.num_seeds,
         max_steps=namespace.threshold_steps,
-        report=lambda what: console.print(f"Measuring {what} …", soft_wrap=True),
+        report=lambda what: tell(f"Measuring {what} …"),
     )
+    text = json.dumps(plain_json(result), indent=2) + "\n"
     if output:
-        write_atomically(output, json.dumps(result, indent=2) + "\n")
-    for title, columns, rows in tables(result):
-        print_table(console, title, columns, rows)
-        console.print()
+        write_atomically(output, text)
+    if picture:
+        draw_curves(result, picture)
+    if namespace.json:
+        print(text, end="")
+    else:
+        for title, columns, rows in tables(result):
+            print_table(console, title, columns, rows)
+            console.print()
+        for line in notes():
+            tell(line)
+    where = result["setting"]
+    if warning := warning_of(max((where[name] or 0) for name in ("busy", "busy_after"))):
+        say(warning)
     return 0
 
 
