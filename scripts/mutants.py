@@ -40,7 +40,7 @@ from cosmic_ray.operators.operator import Operator
 from cosmic_ray.plugins import get_operator, operator_names
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("steps/*.py", "training/*.py", "environments/base.py", "environments/wrappers.py", "sweeps/statistics.py")
+SOURCES = ("steps/*.py", "training/*.py", "environments/base.py", "environments/wrappers.py", "sweeps/iqm.py")
 ASIDE = ("memory.py", "checkpoints.py")  # estimates and files, without learning
 # After the tests that are nearest to a file come these, which together run every part of an iteration.
 ALL_TESTS = [
