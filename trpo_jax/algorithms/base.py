@@ -23,9 +23,12 @@ import jax.numpy as jnp
 
 from trpo_jax.config import Config
 from trpo_jax.fields import ALGORITHMS, VALUE_FITS
+from trpo_jax.steps.curvature import curvature_sample
 from trpo_jax.steps.policy_updates import Batch, UpdateInfo
 from trpo_jax.steps.statistics import RunningStatistics
 from trpo_jax.steps.types import Array, PolicyApply, PyTree
+
+_HELD_OUT = 1024  # samples: enough for a mean over iterations, and a small part of a large batch
 
 
 class Experience(NamedTuple):
@@ -53,10 +56,11 @@ class Experience(NamedTuple):
     apply_under: Callable[[RunningStatistics], PolicyApply]
 
     @property
-    def newest(self) -> Batch:
-        """The samples of the newest batch, whose actions the policy at hand took."""
+    def held_out(self) -> Batch:
+        """Samples that no earlier update has seen: at most 1024, spread over the newest batch."""
         parts = self.batch.observation, self.batch.action, self.batch.advantage
-        return Batch(*jax.tree.map(lambda leaf: leaf[: self.num_new], parts))
+        newest = jax.tree.map(lambda leaf: leaf[: self.num_new], parts)
+        return Batch(*curvature_sample(newest, (self.num_new,), min(1.0, _HELD_OUT / self.num_new)))
 
 
 class Algorithm(NamedTuple):

@@ -48,7 +48,7 @@ def make(config: Config) -> Algorithm:
         extra = {**info.extra, "radius": jnp.asarray(radius, jnp.float32), "gain_ratio": gain_ratio}
         if config.reuse > 1:  # the step before has seen a part of the batch
             weight = config.entropy_coefficient
-            gradient, _ = surrogate_gradient(policy_apply, params, experience.newest, entropy_coefficient=weight)
+            gradient, _ = surrogate_gradient(policy_apply, params, experience.held_out, entropy_coefficient=weight)
             extra |= held_out_gain(gradient, experience.last_step)
         return new_params, state, dataclasses.replace(info, extra=extra)
 
