@@ -75,9 +75,9 @@ if TYPE_CHECKING:
     from trpo_jax.sweeps.iqm import interquartile_mean as interquartile_mean
     from trpo_jax.sweeps.iqm import probability_of_improvement as probability_of_improvement
     from trpo_jax.sweeps.iqm import stratified_bootstrap as stratified_bootstrap
-    from trpo_jax.sweeps.placement import shard_environments as shard_environments
     from trpo_jax.training.checkpoints import load as load
     from trpo_jax.training.checkpoints import save as save
+    from trpo_jax.training.devices import shard_environments as shard_environments
     from trpo_jax.training.evaluation import evaluate as evaluate
     from trpo_jax.training.loop import init as init
     from trpo_jax.training.loop import train as train
@@ -157,7 +157,7 @@ _HOME = {
     "reverse_kl": "steps.objectives",
     "run_sweep": "sweeps.in_folder",
     "save": "training.checkpoints",
-    "shard_environments": "sweeps.placement",
+    "shard_environments": "training.devices",
     "stack_frames": "environments.wrappers",
     "stratified_bootstrap": "sweeps.iqm",
     "surrogate": "steps.objectives",

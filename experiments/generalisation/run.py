@@ -151,7 +151,7 @@ def measure(config: Config, trained: TrainState, num_batches: int) -> list[dict[
 def cases(arguments: argparse.Namespace) -> Any:
     """Configs with their policies: (config, state, iterations done)."""
     if arguments.run:
-        config, state = trpo_jax.load_run(arguments.run)
+        config, state = trpo_jax.load_run(arguments.run, agent=0)
         yield config, state, int(state.iteration)
         return
     chosen = [(arguments.env, arguments.preset, arguments.iterations)] if arguments.env else CASES
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument(
         "--iterations", type=int, nargs="+", default=[15, 60], help="how long its policies were trained"
     )
-    parser.add_argument("--run", type=Path, help="a run's folder, instead")
+    parser.add_argument("--run", type=Path, help="a run's folder, instead; its first agent")
     parser.add_argument("--num-batches", type=int, default=32)
     parser.add_argument("--output", type=Path, default=Path("runs/generalisation"), help="folder for the results")
     arguments = parser.parse_args()

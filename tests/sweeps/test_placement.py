@@ -1,7 +1,6 @@
 """Placing agents: programs for blocks of them, as many as memory holds, apart from each other, on every device."""
 
 import logging
-import os
 import re
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from probes import Faulty, raw, same_bits, small_config
 
-from trpo_jax import Config, UsageError, init, sweep, train
+from trpo_jax import Config, UsageError, sweep, train
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.sweeps import cohorts, placement
 from trpo_jax.sweeps.plans import stack_configs
@@ -124,54 +123,6 @@ def test_free_memory_is_less_than_there_is():
     free = placement.free_memory(jax.local_devices()[:1])
     assert 2**20 < free < 2**50
     assert placement.free_memory([jax.local_devices()[0]] * 4) == pytest.approx(free / 4, rel=0.2)
-
-
-ONE_LARGE_AGENT = """
-import jax, numpy as np
-from trpo_jax import Config, init, train_step
-from trpo_jax.sweeps.placement import shard_environments
-config = Config(num_envs=64, num_steps=16, normalize_observations=True, normalize_rewards=True)
-state = jax.jit(init)(config, jax.random.key(0))
-spread = shard_environments(state)
-step = jax.jit(train_step)
-compiled = step.lower(config, spread).compile()
-text = compiled.as_text()
-assert "all-reduce" in text
-new, metrics = compiled(config, spread)
-observation = new.actor.observation
-assert len(observation.sharding.device_set) == 4
-assert observation.sharding.shard_shape(observation.shape)[0] == 16, observation.sharding
-expected, expected_metrics = step(config, state)
-np.testing.assert_allclose(metrics.mean_kl, expected_metrics.mean_kl, rtol=1e-3)
-np.testing.assert_allclose(metrics.surrogate_gain, expected_metrics.surrogate_gain, rtol=1e-3)
-np.testing.assert_array_equal(metrics.num_episodes, expected_metrics.num_episodes)
-for name in ("statistics", "return_statistics"):
-    merged, whole = getattr(new.learner, name), getattr(expected.learner, name)
-    assert merged.count == whole.count in (64 * 16, 2 * 64 * 16)  # observations: one rollout before the first, too
-    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(merged.variance, whole.variance, rtol=1e-4, atol=1e-6)
-for a, b in zip(jax.tree.leaves(new.learner.policy_params), jax.tree.leaves(expected.learner.policy_params)):
-    np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
-import re
-moved = re.findall(r"= \\w+\\[([\\d,]*)\\]\\S* (?:all-gather|all-to-all|collective-permute)\\(", text)
-print("largest array that moves:", max(int(np.prod([int(n) for n in shape.split(",") if n])) for shape in moved))
-"""
-
-
-@pytest.mark.long
-def test_one_large_agent_over_four_devices(python):
-    quick = os.environ.get("XLA_FLAGS", "")
-    flags = {"XLA_FLAGS": f"{quick} --xla_force_host_platform_device_count=4", "NPROC": "16"}
-    result = python("-c", ONE_LARGE_AGENT, env=flags, timeout=250)
-    assert result.returncode == 0, result.stderr[-3000:]
-    # The batch of 1024 samples stays where it is: what moves is an entry or two an environment.
-    assert 0 < int(result.stdout.split(":")[1]) <= 2 * 64
-
-
-def test_environments_must_divide_over_the_devices():
-    state = jax.jit(init)(small_config(num_envs=3), jax.random.key(0))
-    with pytest.raises(UsageError, match="num_envs=3 is not a multiple of the 2 devices"):
-        placement.shard_environments(state, jax.local_devices()[:1] * 2)
 
 
 def test_a_host_keeps_states_bit_for_bit():

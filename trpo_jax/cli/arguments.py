@@ -64,6 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--init-from", metavar="RUN", help="folder of a run with whose trained networks the agents start"
     )
+    _add_devices(train)
     _add_sinks(train)
     _add_settings(train)
 
@@ -116,6 +117,7 @@ def _add_run_commands(commands: Any) -> None:
         "--total-steps", type=whole, help="extend the run to so many steps per agent, rounded down to whole iterations"
     )
     _add_env(resume)
+    _add_devices(resume)
     _add_sinks(resume)
 
     play = commands.add_parser("play", help="play a trained policy in Gymnasium's environment, or in that of training")
@@ -181,6 +183,10 @@ def _add_sweep_commands(commands: Any) -> None:
     tune.add_argument("--num-trials", type=whole, help="trials (default: count in [random])")
     tune.number("--batch", 16, "trials trained together")
     tune.add_argument("--storage", help="Optuna storage URL (default: an SQLite file in the folder)")
+
+
+def _add_devices(parser: _Parser) -> None:
+    parser.number("--num-devices", 1, "devices that share the environments of one agent; on a CPU they are made of it")
 
 
 def _add_sinks(parser: argparse.ArgumentParser) -> None:

@@ -43,6 +43,15 @@ def start_quickly() -> None:
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # it compiles again then
 
 
+def use_devices(number: int) -> None:
+    """On a CPU, make so many devices of it, unless `XLA_FLAGS` says how many."""
+    import jax
+
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # a program that calls `main` may have started JAX already
+            jax.config.update("jax_num_cpu_devices", number)
+
+
 def use_every_core(file: Path, num_devices: int | None) -> None:
     """On a CPU, make each core a device; an existing sweep continues with the number of threads in its file."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -53,8 +62,4 @@ def use_every_core(file: Path, num_devices: int | None) -> None:
     if type(threads) is int:
         os.environ.setdefault("NPROC", str(threads))
         cores = min(cores, threads)
-    import jax
-
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # a program that calls `main` may have started JAX already
-            jax.config.update("jax_num_cpu_devices", num_devices or cores)
+    use_devices(num_devices or cores)

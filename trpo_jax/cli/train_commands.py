@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trpo_jax.cli.choices import config_of, opener_of, tell_idle
 from trpo_jax.cli.commands import run_of
-from trpo_jax.cli.startup import start_quickly
+from trpo_jax.cli.startup import start_quickly, use_devices
 from trpo_jax.config import Config
 from trpo_jax.files import command, say
 from trpo_jax.presets import changed, load_preset, preset_of, with_preset
@@ -29,12 +29,16 @@ def train(namespace: argparse.Namespace) -> int:
     config = config_of(namespace, _over_preset(namespace, file))
     validate(config)
     start_quickly()
+    if namespace.num_devices > 1:
+        use_devices(namespace.num_devices)
     from trpo_jax.environments.base import Box
     from trpo_jax.environments.make import settle
     from trpo_jax.runs.folders import create_run
     from trpo_jax.training.agents import make_agent
+    from trpo_jax.training.devices import devices_of
 
     config = settle(config)
+    devices_of(namespace.num_devices, config.num_envs, namespace.num_seeds)  # refused before a folder is made
     for name in ("initial_log_std", "state_dependent_std"):
         if getattr(namespace, name) and not isinstance(make_agent(config).environment.action_space, Box):
             raise UsageError(
@@ -78,6 +82,8 @@ def _over_preset(namespace: argparse.Namespace, file: Mapping[str, Any]) -> Mapp
 def resume(namespace: argparse.Namespace) -> int:
     """Continue a run that was interrupted."""
     start_quickly()
+    if namespace.num_devices > 1:
+        use_devices(namespace.num_devices)
     from trpo_jax.runs.folders import extend_run
 
     run = run_of(namespace)
@@ -119,7 +125,7 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
         try:
             sinks = [sink for name, (sink, _) in zip(namespace.log, opened, strict=True) if name not in late]
             others = [sink for name, (sink, _) in zip(namespace.log, opened, strict=True) if name in late]
-            complete = continue_run(run, show, sinks, late_sinks=others)
+            complete = continue_run(run, show, sinks, late_sinks=others, num_devices=namespace.num_devices)
         finally:
             for _, close in opened:
                 close()

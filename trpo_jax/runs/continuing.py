@@ -26,6 +26,7 @@ from trpo_jax.runs.runner import CAPACITY, Chunk, Clock, advance, for_each_agent
 from trpo_jax.runs.sinks import Sink
 from trpo_jax.sentences import UsageError
 from trpo_jax.training.checkpoints import Checkpoints, Saved
+from trpo_jax.training.devices import devices_of, shardings_of
 from trpo_jax.training.evaluation import stops
 from trpo_jax.training.loop import init, train_chunk
 from trpo_jax.training.state import TrainState
@@ -48,6 +49,7 @@ def continue_run(
     sinks: Sequence[Sink] = (),
     *,
     late_sinks: Sequence[Sink] = (),
+    num_devices: int = 1,
 ) -> bool:
     """Train a run from its newest checkpoint to the end.
 
@@ -59,13 +61,17 @@ def continue_run(
         training ends there, and can be continued.
       sinks: further outputs for the metrics, besides metrics.csv.
       late_sinks: the same, for those that also get the rows that exist already.
+      num_devices: devices that share the environments of a single agent. Sums over them differ in their last bits from
+        those on one device, so that a run repeats itself, and resumes to the same bits, on as many devices.
 
     Returns:
       Whether the run is complete.
 
     Raises:
-      UsageError: if another process is using the folder, or it cannot be written to or continued.
+      UsageError: if another process is using the folder, it cannot be written to or continued, or the devices cannot
+        be used.
     """
+    devices = devices_of(num_devices, run.config.num_envs, run.num_seeds)
     with locked(run.path, "checkpoints"):
         file, judge, checkpoints = TableFile(run.path / "metrics.csv"), Judge(run, CONTINUES), run.checkpoints
         saved = _restore(run, file, judge, checkpoints)
@@ -75,12 +81,15 @@ def continue_run(
         sinks = [*sinks, *late_sinks]
         if done >= until or judge.stopped.all():
             return True
-        program, states = _compile(run, judge, jax.tree.map(jnp.asarray, saved.state) if saved else start_of(run))
+        stored = jax.tree.map(jnp.asarray, saved.state) if saved else start_of(run)
+        program, states = _compile(run, judge, stored, devices)
         with interrupts() as interrupted:
             steps = run.num_seeds * run.config.steps_per_iteration  # of an iteration of all agents
             clock = Clock(steps * until, steps * done)
 
             def on_chunk(chunk: Chunk) -> bool:
+                if len(devices) > 1:
+                    chunk = chunk._replace(states=jax.device_put(chunk.states, devices[0]))
                 metrics = without_stopped(chunk.metrics, judge.stopped)
                 rows = list(rows_of(metrics, chunk.done, run.config.steps_per_iteration, run.seed))
                 file.append(rows, CONTINUES)
@@ -134,20 +143,32 @@ def _restore(run: Run, file: TableFile, judge: Judge, checkpoints: Checkpoints) 
     return saved
 
 
-def _compile(run: Run, judge: Judge, states: TrainState | None) -> tuple[Any, Any]:
+def _compile(run: Run, judge: Judge, states: TrainState | None, devices: Sequence[Any]) -> tuple[Any, Any]:
     """Compile the program of a run, see `advance`; return it with the given or the initial states."""
     start = jax.jit(for_each_agent(init, run.num_seeds))
-    chunk = functools.partial(train_chunk, capacity=CAPACITY)
-    train = jax.jit(for_each_agent(chunk, run.num_seeds), donate_argnums=1)
     with ThreadPoolExecutor(max_workers=1) as compiler:  # one program compiles while the next is traced
         started = compiler.submit(start.lower(run.config, run.keys).compile) if states is None else None
         like = jax.eval_shape(start, run.config, run.keys) if states is None else states
-        program = _compile_stopping(run, judge, like) if stops(run.config) else None
-        program = program or train.lower(run.config, like, np.int32(1)).compile()
-        return program, states if started is None else started.result()(run.config, run.keys)
+        places = shardings_of(like, devices, axis=1) if len(devices) > 1 else None
+        program = _compile_training(run, judge, like, places)
+        states = states if started is None else started.result()(run.config, run.keys)
+        return program, states if places is None else jax.device_put(states, places)
 
 
-def _compile_stopping(run: Run, judge: Judge, like: TrainState) -> Callable[..., Any]:
+def _compile_training(run: Run, judge: Judge, like: TrainState, places: Any) -> Any:
+    """Compile the iterations of a run for states like these, which lie and stay at the given places, if any."""
+    options: dict[str, Any] = {"donate_argnums": 1}
+    if places is not None:
+        like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, places)
+        options["out_shardings"] = (places, None)
+    if stops(run.config):
+        return _compile_stopping(run, judge, like, options)
+    chunk = functools.partial(train_chunk, capacity=CAPACITY)
+    train = jax.jit(for_each_agent(chunk, run.num_seeds), **options)
+    return train.lower(run.config, like, np.int32(1)).compile()
+
+
+def _compile_stopping(run: Run, judge: Judge, like: TrainState, options: dict[str, Any]) -> Callable[..., Any]:
     """The same for agents that may stop before others: each has its own number of iterations, which is 0 then."""
 
     def chunk(config: Config, x: tuple[TrainState, Any]) -> Any:
@@ -157,5 +178,5 @@ def _compile_stopping(run: Run, judge: Judge, like: TrainState) -> Callable[...,
         return for_each_agent(chunk, run.num_seeds)(config, (states, lengths))
 
     lengths = np.zeros(run.num_seeds, np.int32)
-    program = jax.jit(train, donate_argnums=1).lower(run.config, like, lengths).compile()
+    program = jax.jit(train, **options).lower(run.config, like, lengths).compile()
     return lambda config, states, length: program(config, states, np.where(judge.stopped, np.int32(0), length))

@@ -172,26 +172,3 @@ def connect_hosts(
 def _on_a_cluster() -> bool:
     tasks = os.environ.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in os.environ else "1"
     return (tasks.isdigit() and int(tasks) > 1) or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-
-
-def shard_environments(state: TrainState, devices: Sequence[Any] | None = None) -> TrainState:
-    """Spread the environments of one large agent over devices; parameters are copied to each.
-
-    `train_step` on the result is data-parallel: every device steps its share of the N environments, and gradients,
-    Fisher products, advantage and observation statistics are sums over all devices.
-
-    Args:
-      state: the state of one agent.
-      devices: the devices; by default all.
-
-    Raises:
-      UsageError: if the number of devices does not divide N.
-    """
-    devices = jax.devices() if devices is None else devices
-    num_envs = state.actor.observation.shape[0]
-    if num_envs % len(devices):
-        raise UsageError(f"num_envs={num_envs} is not a multiple of the {len(devices)} devices; choose one that is.")
-    mesh = Mesh(np.array(devices), ("envs",))
-    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("envs"))
-    iteration, key, learner = jax.device_put((state.iteration, state.key, state.learner), whole)
-    return TrainState(iteration, key, learner, jax.device_put(state.actor, split))
