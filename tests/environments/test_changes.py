@@ -33,7 +33,7 @@ def test_wrappers_by_name_are_those_by_hand():
     [
         (
             "stack_frame=4",
-            "there is no wrapper 'stack_frame'; choose among stack_frames, repeat_actions, limit_steps",
+            "wrappers cannot be 'stack_frame'; choose among stack_frames, repeat_actions, limit_steps",
         ),
         ("stack_frames", r"wrappers must have the form stack_frames=4, got 'stack_frames'\."),
         ("append_time=3", r"wrappers must have the form append_time, got 'append_time=3'\."),

@@ -307,6 +307,6 @@ def test_dry_run_shows_programs_and_writes_nothing(tmp_path, python):
     )
     assert "sweep.toml: 1 program" in result.stdout and "MiB" in result.stdout
     assert re.search(r"The sweep would take about \d+:\d\d here, estimated from measurements", result.stdout)
-    assert re.search(r"training \d+:\d\d, iterations times .* and evaluation \d+:\d\d", result.stdout)
+    assert re.search(r"training \d+:\d\d \(iterations times .* and evaluation \d+:\d\d", result.stdout)
     assert re.search(r"CartPole-v1 +4 +12 +1 x 4 +3 +23,040", result.stdout)
     assert [entry.name for entry in tmp_path.iterdir()] == ["sweep.toml"]

@@ -27,7 +27,7 @@ def apply_wrappers(environment: Environment, text: str) -> Environment:
     for part in [] if text == NONE else text.split():
         name, equals, value = part.partition("=")
         if name not in _NAMES:
-            raise UsageError(f"there is no wrapper {shown(name)}; choose among {', '.join(_NAMES)}.")
+            raise UsageError(f"wrappers cannot be {shown(name)}; choose among {', '.join(_NAMES)}.")
         if bool(equals) != (name not in _ALONE):
             form = name if name in _ALONE else f"{name}={'1,3' if name == 'hide_entries' else 4}"
             raise UsageError(f"wrappers must have the form {form}, got {shown(part)}.")
