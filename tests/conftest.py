@@ -86,3 +86,12 @@ def python():
         return subprocess.run(command, timeout=timeout, capture_output=True, text=True, env=environment, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A browser to open pages with."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium on this machine to open a page with")
+    return found

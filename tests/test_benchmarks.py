@@ -110,21 +110,22 @@ def test_a_busy_machine_is_reported():
     assert "other programs take 62% of the processors" in report.warning_of(0.62)
 
 
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells how busy its processors are")
 def test_work_of_others_is_seen_and_their_absence_is(monkeypatch):
     ticks = iter([(100, 1000), (160, 1200), (160, 1200), (160, 1400)])
     monkeypatch.setattr(machine, "_ticks", lambda: next(ticks))
     assert machine.busy_share(0.0) == 0.3 and machine.busy_share(0.0) == 0.0
     monkeypatch.undo()
-    in_use, total = machine._ticks()
-    assert 0 < in_use < total
+    found = machine._ticks()
+    assert (found is not None) == Path("/proc/stat").exists()  # only Linux tells
+    assert found is None or 0 < found[0] < found[1]
 
 
 def test_a_figure_names_its_machine_flags_and_commit(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
     found = machine.setting()
     assert found["processor"] and found["flags"]["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=false"
-    assert found["command"] and (found["commit"] is None or len(found["commit"]) in (12, 13))
+    in_repository = (Path(machine.__file__).parents[2] / ".git").exists()
+    assert found["command"] and (len(found["commit"]) in (12, 13) if in_repository else found["commit"] is None)
 
 
 def test_what_compares_with_others_is_named(capsys):

@@ -3,12 +3,10 @@
 import contextlib
 import functools
 import http.server
-import importlib.util
 import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -146,8 +144,7 @@ def test_pages_are_written_and_speak_plain_english(page):
 
 
 def test_no_word_is_misspelt():
-    if importlib.util.find_spec("codespell_lib") is None:
-        pytest.skip("needs the extra docs: pip install '.[docs]'")
+    pytest.importorskip("codespell_lib", reason="needs the extra docs: pip install '.[docs]'")
     checked = ["README.md", "CITATION.cff", "docs", "experiments", "scripts", "tests", "trpo_jax"]
     result = subprocess.run([sys.executable, "-m", "codespell_lib", *checked], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -156,8 +153,7 @@ def test_no_word_is_misspelt():
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The built site."""
-    if importlib.util.find_spec("mkdocs") is None:
-        pytest.skip("needs the extra docs: pip install '.[docs]'")
+    pytest.importorskip("mkdocs", reason="needs the extra docs: pip install '.[docs]'")
     folder = tmp_path_factory.mktemp("site")
     arguments = ["build", "--strict", "--config-file", str(DOCS / "mkdocs.yml"), "--site-dir", str(folder)]
     result = subprocess.run([sys.executable, "-m", "mkdocs", *arguments], capture_output=True, text=True)
@@ -172,11 +168,7 @@ def test_the_site_fetches_nothing_from_elsewhere(site):
     assert not [page for page in pages if elsewhere.search(page.read_text())]
 
 
-def test_the_site_opens_in_a_browser_and_its_search_finds(site):
-    found = (shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))
-    browser = next(filter(None, found), None)
-    if browser is None:
-        pytest.skip("needs Chromium")
+def test_the_site_opens_in_a_browser_and_its_search_finds(site, browser):
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra docs: pip install '.[docs]'")
     handler = functools.partial(QuietHandler, directory=site)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, playwright.sync_playwright() as started:

@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import html
 import re
-import shutil
 import subprocess
 
 import numpy as np
@@ -396,10 +395,7 @@ def test_training_return_is_of_the_last_episodes_that_ended():
     np.testing.assert_equal(training_return(rows), np.float32([4, 9, 3, np.nan, np.nan]))
 
 
-def test_page_in_a_browser(grid, tmp_path):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium on this machine to open the page with")
+def test_page_in_a_browser(grid, tmp_path, browser):
     write_report(grid, make_report(grid))
     quiet = "--no-first-run --disable-background-networking --disable-component-update --disable-sync --disable-quic"
     options = ["--headless", "--no-sandbox", "--disable-gpu", *quiet.split(), f"--user-data-dir={tmp_path / 'browser'}"]

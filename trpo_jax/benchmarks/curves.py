@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from trpo_jax.benchmarks.machine import name_of
 from trpo_jax.files import write_atomically
 from trpo_jax.runs.learning_curve import make_figure
 
@@ -34,8 +35,7 @@ def draw_curves(result: dict[str, Any], file: Path) -> None:
             axes.set(xscale="log", yscale="log")
             axes.grid(alpha=0.3)
             axes.legend()
-    where, settings = result["setting"], result["settings"]
-    machine = where["processor"] if where["platform"] == "cpu" else where["device"]
+    settings = result["settings"]
     shape = f"{settings['num_envs']} environments x {settings['num_steps']} steps"
-    figure.suptitle(f"{settings['env']}, {shape}; {machine}, {where['cores']} cores", fontsize=10)
+    figure.suptitle(f"{settings['env']}, {shape}; {name_of(result['setting'])}", fontsize=10)
     write_atomically(file, lambda sink: figure.savefig(sink, dpi=120, format="png"))

@@ -8,13 +8,12 @@ import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from trpo_jax import __version__
+from trpo_jax.runs.descriptions import made_by
 
 BUSY = 0.1  # share of the processors from which other work shows in the figures
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "OMP_NUM_THREADS")
@@ -22,21 +21,22 @@ _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "OMP_NUM_THREADS")
 
 def setting() -> dict[str, Any]:
     """The machine, the versions, the flags and the command of a figure."""
-    device = jax.devices()[0]
     return {
-        "device": device.device_kind,
-        "platform": device.platform,
+        **made_by(),
+        "platform": jax.devices()[0].platform,
         "devices": jax.device_count(),
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "busy": busy_share(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("jax", "jaxlib", "flax", "gymnax")},
-        "trpo_jax": __version__,
         "commit": commit(),
         "flags": {name: value for name, value in os.environ.items() if name in _FLAGS or name.startswith("JAX_")},
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
+
+
+def name_of(setting: dict[str, Any]) -> str:
+    """The name of what computed, and its cores, for a title."""
+    return f"{setting['processor' if setting['platform'] == 'cpu' else 'device']}, {setting['cores']} cores"
 
 
 def processor() -> str:

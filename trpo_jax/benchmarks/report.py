@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trpo_jax.benchmarks.machine import BUSY, busy_share, setting
+from trpo_jax.benchmarks.machine import BUSY, busy_share, name_of, setting
 from trpo_jax.benchmarks.measure import (
     PARTS,
     measure_environments,
@@ -88,14 +88,21 @@ def notes() -> list[str]:
 
 def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, columns, rows) for every part of a result."""
-    one, many, settings = result["one_agent"], result["many_agents"], result["settings"]
-    update = result["policy_update"]
-    where = result["setting"]
+    settings, where = result["settings"], result["setting"]
     title = (
-        f"{settings['env']}, {settings['num_envs']} envs x {settings['num_steps']} steps; {_machine(where)}, "
-        f"{where['cores']} cores, jax {where['jax']}; median of {result['repetitions']} (range)"
+        f"{settings['env']}, {settings['num_envs']} envs x {settings['num_steps']} steps; {name_of(where)}, "
+        f"jax {where['jax']}; median of {result['repetitions']} (range)"
     )
-    rows = [
+    return [
+        (title, ["", "env steps/s", "updates/s", "iteration, ms"], _throughput(result)),
+        ("each stage as a program of its own", ["", "ms", "share"], _stages(result["one_agent"]["parts_ms"])),
+        ("", ["", ""], _ratios(result)),
+    ]
+
+
+def _throughput(result: dict[str, Any]) -> list[list[str]]:
+    one, many = result["one_agent"], result["many_agents"]
+    return [
         ["1 agent", *(_range(one[key], 1) for key in ("env_steps_per_second", "updates_per_second", "iteration_ms"))],
         *(
             [
@@ -115,16 +122,17 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
             for some in result.get("environments_curve", [])
         ),
     ]
-    found = [(title, ["", "env steps/s", "updates/s", "iteration, ms"], rows)]
 
-    total = sum(one["parts_ms"][name]["median"] for name in PARTS)
-    rows = [
-        [name, _range(one["parts_ms"][name], 2), f"{100 * one['parts_ms'][name]['median'] / total:.0f} %"]
-        for name in PARTS
-    ]
-    rows.append(["value gradient (for the limit)", _range(one["parts_ms"]["value gradient"], 2), ""])
-    found.append(("each stage as a program of its own", ["", "ms", "share"], rows))
 
+def _stages(parts: dict[str, Any]) -> list[list[str]]:
+    total = sum(parts[name]["median"] for name in PARTS)
+    rows = [[name, _range(parts[name], 2), f"{100 * parts[name]['median'] / total:.0f} %"] for name in PARTS]
+    rows.append(["value gradient (for the limit)", _range(parts["value gradient"], 2), ""])
+    return rows
+
+
+def _ratios(result: dict[str, Any]) -> list[list[str]]:
+    one, many, update = (result[name] for name in ("one_agent", "many_agents", "policy_update"))
     rows = [
         ["limit: rollout + policy gradient + value gradient", f"{one['limit_ms']:.2f} ms"],
         ["iteration ÷ limit", f"{one['iteration_over_limit']:.2f}"],
@@ -146,12 +154,7 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
             f"{reached['seconds']:.3f} s, {reached['env_steps']:,.0f} env steps (IQM of {len(reached['seeds'])} seeds)"
         )
         rows.append([f"training to a return of {reached['threshold']:g}", text])
-    found.append(("", ["", ""], rows))
-    return found
-
-
-def _machine(where: dict[str, Any]) -> str:
-    return where["processor"] if where["platform"] == "cpu" else where["device"]
+    return rows
 
 
 def _range(values: dict[str, float], digits: int) -> str:
