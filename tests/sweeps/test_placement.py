@@ -2,16 +2,20 @@
 
 import logging
 import re
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 from probes import Faulty, raw, same_bits, small_config
 
 from trpo_jax import Config, UsageError, sweep, train
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.sweeps import cohorts, placement
+from trpo_jax.sweeps.grids import Spec
+from trpo_jax.sweeps.in_folder import run_sweep
 from trpo_jax.sweeps.plans import stack_configs
 
 
@@ -149,3 +153,43 @@ def test_hosts_meet_only_where_there_are_several(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "2")
     placement.connect_hosts()
     assert met == [(None, None, None)]
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Whether each compilation ran in the main thread, and its `hidden`; in another thread, those of `broken` fail."""
+    found, broken, compile_programs = [], [], placement.compile_programs
+
+    def watched(config, *others):
+        found.append((threading.current_thread() is threading.main_thread(), config.hidden))
+        if config.hidden in broken and not found[-1][0]:
+            raise RuntimeError("no memory beside a training")
+        return compile_programs(config, *others)
+
+    monkeypatch.setattr(placement, "compile_programs", watched)
+    return found, broken
+
+
+def trained_in(path):
+    """The results of a sweep of three programs."""
+    base = {"env": "CartPole-v1", "num_envs": 2, "num_steps": 4, "num_iterations": 3}
+    spec = Spec(base=base, grid={"hidden": [[2], [3], [4]]}, num_seeds=2, num_episodes=0)
+    assert run_sweep(path, spec, most_agents=1) == "complete"
+    rows = parquet.ParquetDataset(path / "results").read()
+    return [rows[name].to_pylist() for name in ("point", "mean_kl", "entropy")]
+
+
+def test_the_next_program_is_compiled_while_the_one_before_trains(tmp_path, compiled):
+    found, broken = compiled
+    usual = trained_in(tmp_path / "usual")
+    assert found == [(True, (2,)), (False, (3,)), (False, (4,))]
+    found.clear()
+    broken.append((3,))  # is compiled again when its turn comes; the one after it again beside it
+    assert trained_in(tmp_path / "broken") == usual
+    assert found == [(True, (2,)), (False, (3,)), (True, (3,)), (False, (4,))]
+
+
+def test_programs_are_compiled_with_the_settings_of_the_thread_that_asks(tmp_path, compiled):
+    with jax.default_matmul_precision("highest"):  # holds for this thread only
+        trained_in(tmp_path)
+    assert compiled[0] == [(True, (2,)), (True, (3,)), (True, (4,))]

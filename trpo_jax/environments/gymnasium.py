@@ -28,10 +28,8 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
             with quiet_mujoco():
                 return gymnasium.make(name, disable_env_checker=True, **limit, **options)
         except gymnasium.error.DependencyNotInstalled as error:
-            raise UsageError(
-                f"{full_name} needs a package that is not installed ({first_line(error)}); "
-                "install what MuJoCo needs with pip install '.[gymnasium]'."
-            ) from error
+            # Gymnasium's own sentence names the package and the command that installs it.
+            raise UsageError(f"{full_name} needs a package that is not installed: {first_line(error)}") from error
         except gymnasium.error.UnregisteredEnv as error:
             raise UsageError(
                 f"there is no environment {full_name}{nearest(name, names())} `trpo-jax envs` lists them."

@@ -22,7 +22,7 @@ from trpo_jax.sentences import UsageError, counted
 from trpo_jax.settings import setting_names, settings_of, value_of
 from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, stopped_iteration, training_return
 from trpo_jax.sweeps.grids import Point, Spec
-from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs
+from trpo_jax.sweeps.placement import Ahead, Programs, agents_per_block, fit_programs
 from trpo_jax.sweeps.plans import Group, plan
 from trpo_jax.sweeps.storage import Block, Folder, cut_into_blocks
 from trpo_jax.training.state import TrainState
@@ -79,10 +79,11 @@ def run_sweep(
         clock = Clock(sum(group.num_agents * group.steps_per_agent for group in groups) / process[1])
         size = checkpoint_seconds, most_agents
         work = _Work(folder, spec, points, groups, process, *size, clock, interrupted, report, open_sinks)
-        for number in range(len(groups)):
-            work.train_group(number)
-            if work.stopped:
-                return "interrupted"
+        with contextlib.closing(work.ahead):
+            for number in range(len(groups)):
+                work.train_group(number)
+                if work.stopped:
+                    return "interrupted"
     numbers = range(len(groups))
     complete = all(folder.is_finished(block) for number in numbers for block in work.blocks(number))
     return "complete" if complete else "shared"
@@ -103,6 +104,7 @@ class _Work:
     interrupted: Callable[[], bool]
     report: Callable[[Progress], bool | None]
     open_sinks: Callable[[str, Mapping[str, Any]], Sequence[OpenSink]]
+    ahead: Ahead = dataclasses.field(default_factory=Ahead)
     rounding_checked: bool = False
     ended: bool = False  # by the report
 
@@ -129,6 +131,7 @@ class _Work:
             self.clock.done += mine
             return
         programs = self._settle(number, settled)
+        self._compile_ahead(number)
         pending = self._pending(number)
         self.clock.done += mine - sum(block.size for block in pending) * group.steps_per_agent
         self.clock.start()
@@ -142,15 +145,25 @@ class _Work:
             pending = [block for block in pending if block not in together]
             self._train_blocks(programs, together, [snapshots.pop(block) for block in together] if most else None)
 
+    def _request(self, number: int) -> tuple[Config, int, int, list[Any]]:
+        """The arguments of `fit_programs` for a group."""
+        group, devices, settled = self.groups[number], jax.local_devices(), self.folder.program(number)
+        agents = settled["agents_per_block"] if settled else agents_per_block(group.num_agents, len(devices))
+        return group.configs[0], min(agents, self.most_agents or agents), self.spec.num_episodes, devices
+
+    def _compile_ahead(self, number: int) -> None:
+        """Begin to compile the programs of the next group that has something to train."""
+        for later in range(number + 1, len(self.groups)):
+            if not self.folder.program(later) or self._pending(later):
+                return self.ahead.begin(*self._request(later))
+
     def _settle(self, number: int, settled: dict[str, Any] | None) -> Programs:
         """Compile a group's programs, and settle how many agents they hold."""
         if not self.rounding_checked:
             _check_rounding(self.folder)
             self.rounding_checked = True
-        group, devices = self.groups[number], jax.local_devices()
-        agents = settled["agents_per_block"] if settled else agents_per_block(group.num_agents, len(devices))
-        agents = min(agents, self.most_agents or agents)
-        programs = fit_programs(group.configs[0], agents, self.spec.num_episodes, devices)
+        group = self.groups[number]
+        programs = fit_programs(*self._request(number), ahead=self.ahead)
         about = {"agents": group.num_agents, "agents_per_block": programs.agents_per_block, "memory": programs.memory}
         settled = self.folder.settle_program(number, about)
         if settled["agents_per_block"] != programs.agents_per_block:

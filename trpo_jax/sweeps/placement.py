@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -67,8 +68,17 @@ def agents_per_block(num_agents: int, num_devices: int) -> int:
     return -(-num_agents // (num_devices * rounds))
 
 
-def fit_programs(config: Config, most_agents: int, num_episodes: int, devices: Sequence[Any]) -> Programs:
+def fit_programs(
+    config: Config, most_agents: int, num_episodes: int, devices: Sequence[Any], ahead: Ahead | None = None
+) -> Programs:
     """Compile the programs for blocks of at most `most_agents`, or fewer if the devices have too little free memory.
+
+    Args:
+      config: any one of the group.
+      most_agents: the largest U.
+      num_episodes: episodes of the evaluation at the end; 0: none.
+      devices: the D devices.
+      ahead: programs that may have been compiled already.
 
     Raises:
       UsageError: if not even one agent fits.
@@ -77,7 +87,8 @@ def fit_programs(config: Config, most_agents: int, num_episodes: int, devices: S
     check_memory(config, 1, free)
     agents = most_agents
     while True:
-        programs = compile_programs(config, agents, num_episodes, devices)
+        request = config, agents, num_episodes, devices
+        programs = (ahead and ahead.take(*request)) or compile_programs(*request)
         if programs.memory <= _SHARE_OF_FREE_MEMORY * free:
             return programs
         if agents == 1:
@@ -86,6 +97,42 @@ def fit_programs(config: Config, most_agents: int, num_episodes: int, devices: S
                 "lower num_envs, num_steps or the size of the networks."
             )
         agents = max(1, min(agents - 1, int(0.9 * agents * _SHARE_OF_FREE_MEMORY * free / programs.memory)))
+
+
+class Ahead:
+    """The programs of one group, compiled in a thread while those of the group before it train.
+
+    Whether they fit into memory is asked when their turn comes, after the group before has given its memory back. What
+    cannot be compiled beside a training is compiled again when its turn comes, and only then is an error raised.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="compile-ahead")
+        self._waiting: tuple[tuple[Any, ...], Future[Programs | None]] | None = None
+
+    def begin(self, *request: Any) -> None:
+        """Begin to compile the programs for these arguments of `compile_programs`."""
+        self._waiting = request, self._pool.submit(_compile_under, _jax_settings(), request)
+
+    def take(self, *request: Any) -> Programs | None:
+        """Wait for the programs that were begun; None if they are for other arguments, or did not compile."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is None or waiting[0] != request or waiting[1].exception():
+            return None
+        return waiting[1].result()
+
+    def close(self) -> None:
+        """Give up what has not begun; what has begun ends by itself."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _compile_under(settings: dict[str, Any], request: tuple[Any, ...]) -> Programs | None:
+    return compile_programs(*request) if _jax_settings() == settings else None
+
+
+def _jax_settings() -> dict[str, Any]:
+    """Settings of JAX in this thread: `with jax.default_matmul_precision(…)` and the like hold for one thread only."""
+    return {name: getattr(jax.config, name) for name in dir(jax.config) if name.startswith("jax_")}
 
 
 def compile_programs(config: Config, agents: int, num_episodes: int, devices: Sequence[Any]) -> Programs:
