@@ -1,6 +1,6 @@
 """How well the library learns, suite by suite: one set of settings per suite, many seeds, beside published numbers.
 
-    python experiments/results/run.py classic          # or memory, gymnax, minatar, minatar-cnn, mujoco, brax
+    python experiments/results/run.py classic          # or memory, gymnax, minatar, minatar-cnn, mujoco, box2d, brax
     python experiments/results/run.py classic --plot-only --output experiments/results
 
 JSON, table and picture are written to the folder --output. Tasks that its JSON already has are not run again (`--fresh`
