@@ -92,6 +92,6 @@ def python():
 def browser():
     """A browser to open pages with."""
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
+    if found is None:  # no Python package installs it
         pytest.skip("no Chromium on this machine to open a page with")
     return found

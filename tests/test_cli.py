@@ -441,6 +441,7 @@ def test_an_answer_that_cannot_be_shown_is_one_sentence(command, error, status, 
     assert capsys.readouterr().err == (said if status else "")
 
 
+# Linux alone has this device, on which every write fails.
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
 @pytest.mark.parametrize("arguments, status", [(["--help"], 2), (["evaluate", "missing"], 2)])
 def test_exit_is_quiet_on_a_full_disk(arguments, status):

@@ -115,7 +115,7 @@ def test_a_picture_of_an_episode(trained, tmp_path):
 
 def test_mujoco_is_drawn_without_a_screen(tmp_path, monkeypatch):
     pytest.importorskip("mujoco", reason="needs the extra gymnasium")
-    if not find_library("EGL"):
+    if not find_library("EGL"):  # MuJoCo draws with it where there is no screen; no Python package installs it
         pytest.skip("needs the system's libegl1")
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)

@@ -115,7 +115,7 @@ def test_what_has_no_pictures_is_one_sentence(env, tmp_path):
 @pytest.mark.long
 def test_bodies_are_drawn(env, package, python, tmp_path):
     pytest.importorskip(package, reason="needs the extra of the suite")
-    if not find_library("EGL"):
+    if not find_library("EGL"):  # MuJoCo draws with it where there is no screen; no Python package installs it
         pytest.skip("needs the system's libegl1")
     arguments = ["-m", "trpo_jax"]
     small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]

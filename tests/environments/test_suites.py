@@ -56,6 +56,7 @@ OWN_LIMITS = [
 
 
 def need(name):
+    """Skip where a suite, an optional dependency, is not installed; `.ci/run` has a stage that installs all of them."""
     suite = name.split("/")[0]
     missing = [p for p in (PACKAGES.get(suite, suite), *EXTRA_NEEDS.get(name, ())) if not importlib.util.find_spec(p)]
     if missing:

@@ -80,6 +80,7 @@ def branches():
     return str(jax.make_jaxpr(jax.vmap(lambda state: train_step(config, state)))(states)).count(" cond[")
 
 
+# The fixture `accelerator` imitates an accelerator; on a real one there is no other form to compare with.
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="compares with the form for a CPU")
 def test_a_branch_is_in_the_form_for_a_cpu_alone(request):
     before = branches()

@@ -130,7 +130,7 @@ class _Work:
         if settled and not self._pending(number):
             self.clock.done += mine
             return
-        programs = self._settle(number, settled)
+        programs = self._settle(number)
         self._compile_ahead(number)
         pending = self._pending(number)
         self.clock.done += mine - sum(block.size for block in pending) * group.steps_per_agent
@@ -157,7 +157,7 @@ class _Work:
             if not self.folder.program(later) or self._pending(later):
                 return self.ahead.begin(*self._request(later))
 
-    def _settle(self, number: int, settled: dict[str, Any] | None) -> Programs:
+    def _settle(self, number: int) -> Programs:
         """Compile a group's programs, and settle how many agents they hold."""
         if not self.rounding_checked:
             _check_rounding(self.folder)
