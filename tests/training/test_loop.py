@@ -696,7 +696,7 @@ def test_values_of_next_observations_without_evaluating_each(truncations, num_st
             assert max(sizes[:-1]) == (4 if limit else 4 * num_steps)
 
 
-# On a CPU agents take turns, which keeps the bits of each; an accelerator batches their products, which rounds otherwise.
+# On a CPU agents take turns, which keeps the bits of each; an accelerator batches their products and rounds otherwise.
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="accelerators run many agents in lockstep")
 def test_many_agents_with_many_environments_keep_the_bits_of_each_alone():
     config = small_config(probes.Countdown(), num_envs=32, normalize_observations=True)
