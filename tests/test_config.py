@@ -25,6 +25,7 @@ TRACED = [
     "largest_max_kl",
     "target_kl",
     "anneal_max_kl",
+    "smallest_advantage_std",
     "entropy_coefficient",
     "cg_damping",
     "cg_tolerance",

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from probes import lane, same_bits, small_config, stack
 from trpo_jax import Batch, Categorical, Config, Network, UsageError, gae, init, load, save, train, train_step, validate
 from trpo_jax.algorithms.base import Experience, annealed
 from trpo_jax.algorithms.radius_rules import RADIUS_RULES
+from trpo_jax.algorithms.trpo import radius_of
 from trpo_jax.steps.statistics import init_statistics
 from trpo_jax.steps.values import explained_variance
 from trpo_jax.training.agents import make_agent, with_normalization
@@ -27,6 +29,7 @@ OPTIONS = {
     "ratio": {"radius_rule": "ratio", "normalize_observations": True},
     "divergence": {"radius_rule": "divergence"},
     "annealed": {"anneal_max_kl": 0.8},
+    "small advantages": {"smallest_advantage_std": 10.0},
     "max-kl": {"constraint": "max-kl"},
     "reverse-kl": {"constraint": "reverse-kl", "entropy_coefficient": 0.01},
     "natural gradient": {"line_search": "none"},
@@ -231,6 +234,27 @@ def test_the_radius_of_a_rule_anneals_and_shrinks_under_reuse():
         np.testing.assert_allclose(found, share * radius, rtol=1e-5)
         target = 0.01 * share
         radius *= 0.5 if used > 1.5 * target else 2.0 if used < target / 1.5 else 1.0
+
+
+@pytest.mark.parametrize("smallest, share", [(0.0, 1), (0.5, 1), (1.0, 1), (2.0, 1 / 4), (10.0, 1 / 100)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_radius_shrinks_with_the_square_of_small_advantages(smallest, share, normalize):
+    config = Config(smallest_advantage_std=smallest, normalize_advantages=normalize, max_kl=0.02)
+    advantage = jnp.tile(jnp.asarray([4.0, 2.0]), 8)  # a standard deviation of 1 about a mean of 3
+    experience = types.SimpleNamespace(advantage=advantage, iteration=jnp.int32(0))
+    np.testing.assert_allclose(radius_of(config, config.max_kl, experience), 0.02 * share, rtol=1e-6)
+
+
+def test_a_policy_with_nothing_left_to_gain_stays_where_it_is():
+    """All episodes are cut after 5 steps, and so have equal returns: the advantages are errors of the value function."""
+    config = Config(num_envs=8, num_steps=20, num_iterations=12, hidden=(8,), max_steps=5, gamma=0.5)
+    values = jnp.asarray([0.0, 0.1])
+    runs = jax.vmap(lambda smallest: train(config.replace(smallest_advantage_std=smallest), jax.random.key(0))[1])
+    metrics = jax.jit(runs)(values)
+    last = metrics.divergence[:, -4:].mean(axis=1)
+    assert last[0] > 0.3 * config.max_kl
+    assert last[1] < 0.15 * config.max_kl
+    assert metrics.finite.all()
 
 
 @pytest.mark.parametrize("iteration, share", [(0, 0), (5, 0.5), (10, 1), (11, 1), (40, 1), (2**30, 1)])

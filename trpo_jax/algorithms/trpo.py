@@ -31,7 +31,7 @@ def make(config: Config) -> Algorithm:
         policy_apply: PolicyApply, params: Array, state: PyTree, experience: Experience, key: Array
     ) -> tuple[Array, PyTree, UpdateInfo]:
         state, first_radius, gain_ratio = rule.before(config, policy_apply, params, state, experience)
-        radius = radius_of(config, first_radius, experience.iteration)
+        radius = radius_of(config, first_radius, experience)
         new_params, info = trpo_update(
             policy_apply,
             params,
@@ -62,15 +62,21 @@ def line_search_of(config: Config) -> functools.partial[Any]:
     return functools.partial(search, shrink=config.line_search_shrink, max_steps=config.line_search_steps)
 
 
-def radius_of(config: Config, radius: Array, iteration: Array) -> Array:
+def radius_of(config: Config, radius: Array, experience: Experience) -> Array:
     """The trust-region radius of this update, nats, from δ of the radius rule.
 
     Where the batch has samples up to K − 1 policies old, the changes of the policy since then have used up part of the
     trust region: δ / (Σ_i ν_i (i + 1))², where ν_i is the share of samples that are i policies old (Queeney et al.
     2021, with δ = ε²/2).
+
+    Where the advantages have a standard deviation s below `smallest_advantage_std` = s_min, there is little left to
+    gain: δ (s/s_min)². The natural step is √(2δ / gᵀF⁻¹g) F⁻¹g, which does not depend on the unit of the advantages.
+    With this, a step is as long as one with a fixed learning rate would be, in proportion to s.
     """
-    radius = annealed(radius, config.anneal_max_kl, config, iteration)
+    radius = annealed(radius, config.anneal_max_kl, config, experience.iteration)
     if config.reuse > 1:
-        age = jnp.minimum(np.arange(config.reuse), iteration)
+        age = jnp.minimum(np.arange(config.reuse), experience.iteration)
         radius /= jnp.mean(age + 1.0) ** 2
-    return radius
+    smallest = jnp.asarray(config.smallest_advantage_std)
+    share = jnp.std(experience.advantage) / jnp.where(smallest > 0, smallest, 1)
+    return radius * jnp.where((smallest > 0) & (share < 1), share**2, 1)
