@@ -246,7 +246,7 @@ def test_the_radius_shrinks_with_the_square_of_small_advantages(smallest, share,
 
 
 def test_a_policy_with_nothing_left_to_gain_stays_where_it_is():
-    """All episodes are cut after 5 steps, and so have equal returns: the advantages are errors of the value function."""
+    """All episodes are cut after 5 steps and have equal returns: the advantages are errors of the value function."""
     config = Config(num_envs=8, num_steps=20, num_iterations=12, hidden=(8,), max_steps=5, gamma=0.5)
     values = jnp.asarray([0.0, 0.1])
     runs = jax.vmap(lambda smallest: train(config.replace(smallest_advantage_std=smallest), jax.random.key(0))[1])
