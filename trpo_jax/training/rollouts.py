@@ -77,7 +77,7 @@ def rollout(
 
 
 def _scan_with_few_kernels(agent: Agent, step: _Step, start: ActorState, keys: Array) -> tuple[ActorState, Transition]:
-    """Scan the same steps, [T, 2] keys, but split all keys before them, and write the parts of a transition together."""
+    """Scan the steps, given keys [T, 2]: split all keys before them, and write the parts of a transition together."""
     key_action, key_step = keys[:, 0], keys[:, 1]
     split = jax.vmap(lambda key: environment_keys(agent.environment, key, agent.config.num_envs))
     like = jax.eval_shape(step, start, (key_action[0], key_step[0]))[1]
