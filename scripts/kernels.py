@@ -23,8 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trpo_jax import Config, backend, init, train_step
-from trpo_jax.training.memory import program_memory
+from trpo_jax import Config, init, train_step
 
 # An operation belongs to the first phase with a function that it was traced in.
 PHASES = {
@@ -59,7 +58,7 @@ class Operation:
     opcode: str
     called: dict[str, list[str]]  # computations, by role: body, condition, to_apply, branch_computations
     turns: int | None  # of a loop, if known
-    phase: str | None  # None: without a source
+    phase: str  # "": that of the loop around it, such as where the trace of a function is used again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +92,7 @@ def parse(text: str) -> Program:
                     opcode=found[2],
                     called={role: re.findall(r"[\w.\-]+", names) for role, names in called},
                     turns=int(turns[1]) if turns else None,
-                    phase=phases[frame[1]] if frame else None,
+                    phase=phases[frame[1]] if frame else "",
                 )
             )
     return Program(computations, entry)
@@ -119,7 +118,7 @@ def _phases(text: str) -> dict[str, str]:
         while frame in frames:
             location, frame = frames[frame]
             functions |= set(names[locations[location][0]][0].split("."))
-        return next((phase for phase, within in PHASES.items() if within & functions), REST)
+        return next((phase for phase, within in PHASES.items() if within & functions), "")
 
     return {frame: phase(frame) for frame in frames}
 
@@ -139,7 +138,7 @@ def _inside(program: Program, computation: str, outer: str) -> Counts:
             for name, number in (parts["body"][0] + condition).items():
                 counts[name] += number * (operation.turns or 1)
         elif operation.opcode == "conditional":
-            counts += max(parts.get("branch_computations", [Counter()]), key=Counter.total)
+            counts += max(parts.get("branch_computations", [Counter()]), key=lambda branch: branch.total())
         elif operation.opcode == "call":
             counts += parts["to_apply"][0]
         elif operation.opcode not in NO_KERNEL and not operation.opcode.endswith("-done"):
@@ -204,12 +203,13 @@ def compile_iterations(config: Config, agents: int | None, target: str | None, f
         shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=on_card)  # noqa: E731
         arguments = jax.tree.map(shape, arguments)
         options = {"xla_gpu_autotune_level": 0, "xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-    depth = jax.config.jax_traceback_in_locations_limit
-    jax.config.update("jax_traceback_in_locations_limit", -1)  # the phase is far out
+    depth = "jax_traceback_in_locations_limit"
+    before = jax.config.values[depth]
+    jax.config.update(depth, -1)  # the function of a phase is far out
     try:
         return jax.jit(run, donate_argnums=1).lower(*arguments).compile(compiler_options=options)
     finally:
-        jax.config.update("jax_traceback_in_locations_limit", depth)
+        jax.config.update(depth, before)
 
 
 def main() -> None:
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--target", help="description of a card to compile for (a GpuTargetConfig in text form)")
     chosen = parser.parse_args()
     if chosen.target:
-        backend.platform = lambda: "gpu"  # the form of the library's own choices
+        jax.default_backend = lambda: "gpu"  # the library asks this which form a program is to have
     with tempfile.TemporaryDirectory() as folder:
         compiled = compile_iterations(Config(**chosen.settings), chosen.agents, chosen.target, folder)
         program = parse(compiled.as_text())
@@ -231,7 +231,11 @@ def main() -> None:
     for phase in (*PHASES, REST):
         print(f"| {phase} | {' | '.join(f'{column[phase]:,}' for column in columns.values())} |")
     print(f"| all | {' | '.join(f'{column.total():,}' for column in columns.values())} |")
-    print(f"\n{program_memory(compiled) / 2**20:,.1f} MiB at once")
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    print(
+        f"\n{held / 2**20:,.1f} MiB of arguments and results, {memory.temp_size_in_bytes / 2**20:,.1f} MiB of scratch"
+    )
 
 
 if __name__ == "__main__":

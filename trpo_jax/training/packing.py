@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from trpo_jax.steps.types import Array, PyTree
 
-_WIDEST = 64  # entries of a leaf; to copy a larger one takes longer than the kernel it saves
+_WIDEST = 1024  # entries of a leaf; a copy of a larger one takes longer than the launches it saves
 
 
 def pack(tree: PyTree) -> list[Array]:
