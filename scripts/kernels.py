@@ -138,7 +138,7 @@ def _inside(program: Program, computation: str, outer: str) -> Counts:
             for name, number in (parts["body"][0] + condition).items():
                 counts[name] += number * (operation.turns or 1)
         elif operation.opcode == "conditional":
-            counts += max(parts.get("branch_computations", [Counter()]), key=lambda branch: branch.total())
+            counts += max(parts.get("branch_computations", [Counter()]), key=lambda branch: sum(branch.values()))
         elif operation.opcode == "call":
             counts += parts["to_apply"][0]
         elif operation.opcode not in NO_KERNEL and not operation.opcode.endswith("-done"):
