@@ -56,7 +56,7 @@ class Operation:
 
     name: str
     opcode: str
-    called: dict[str, list[str]]  # computations, by role: body, condition, to_apply, branch_computations
+    called: dict[str, list[str]]  # computations, by role: body, condition, to_apply, …
     turns: int | None  # of a loop, if known
     phase: str  # "": that of the loop around it, such as where the trace of a function is used again
 
@@ -83,7 +83,9 @@ def parse(text: str) -> Program:
             entry = found[2] if found[1] else entry
             operations = computations.setdefault(found[2], [])
         elif found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\(", line):
-            called = re.findall(r"(body|condition|to_apply|branch_computations)=(\{[^}]*|%?[\w.\-]+)", line)
+            called = re.findall(
+                r"(body|condition|to_apply|branch_computations|(?:true|false)_computation)=(\{[^}]*|%?[\w.\-]+)", line
+            )
             turns = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
             frame = re.search(r"stack_frame_id=(\d+)", line)
             operations.append(
@@ -138,7 +140,9 @@ def _inside(program: Program, computation: str, outer: str) -> Counts:
             for name, number in (parts["body"][0] + condition).items():
                 counts[name] += number * (operation.turns or 1)
         elif operation.opcode == "conditional":
-            counts += max(parts.get("branch_computations", [Counter()]), key=lambda branch: sum(branch.values()))
+            branches = [branch for role in parts.values() for branch in role]
+            largest = max(branches, key=Counter.total)
+            counts += largest
         elif operation.opcode == "call":
             counts += parts["to_apply"][0]
         elif operation.opcode not in NO_KERNEL and not operation.opcode.endswith("-done"):

@@ -51,6 +51,7 @@ def _groups(leaves: list[Any]) -> list[list[int]]:
     """Indices of the leaves that share an array."""
     groups: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
-        alone = math.prod(leaf.shape[1:]) > _WIDEST or jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+        words = leaf.dtype == bool or any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.integer, jnp.floating))
+        alone = not words or math.prod(leaf.shape[1:]) > _WIDEST
         groups.setdefault(("alone", i) if alone else leaf.dtype.itemsize, []).append(i)
     return list(groups.values())

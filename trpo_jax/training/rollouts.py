@@ -87,7 +87,8 @@ def _scan_with_few_kernels(agent: Agent, step: _Step, start: ActorState, keys: A
         return actor, pack(transition)
 
     end, transitions = jax.lax.scan(packed, start, (key_action, split(key_step)))
-    return end, unpack(transitions, like)
+    # Taken apart here and not where it is used, so that both forms are not held at once while the agent learns.
+    return end, jax.lax.optimization_barrier(unpack(transitions, like))
 
 
 def init_actor(agent: Agent, key: Array) -> ActorState:
