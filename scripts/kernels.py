@@ -46,6 +46,7 @@ NO_KERNEL = {
     "opt-barrier",
     "partition-id",
 }
+ROLES = "body|condition|to_apply|branch_computations|true_computation|false_computation"
 
 Counts = Counter[str]
 
