@@ -52,6 +52,11 @@ def sums_in_groups() -> bool:
     return platform() == "gpu"
 
 
+def launches_are_costly() -> bool:
+    """Whether to start a small kernel takes longer than its work, so that fewer and wider ones save time."""
+    return platform() == "gpu"
+
+
 def all_convolutions_by_patches() -> bool:
     """Whether convolutions with large kernels, too, are matrix products with patches."""
     return platform() == "cpu"

@@ -15,32 +15,43 @@ def reset_environments(environment: Environment, key: Array, num_envs: int) -> t
     return jax.vmap(environment.reset)(jax.random.split(key, num_envs))
 
 
+def environment_keys(environment: Environment, key: Array, num_envs: int) -> Array:
+    """Split the key of a step: two keys for each environment, to step and to begin, [N, 2]; one if it resets itself.
+
+    This is the split that gymnax's own step makes, so that trajectories agree key by key.
+    """
+    keys = jax.random.split(key, num_envs)
+    return keys if environment.restart is not None else jax.vmap(jax.random.split)(keys)
+
+
 def step_environments(
     environment: Environment, key: Array, state: PyTree, action: Array
 ) -> tuple[Step, tuple[Array, PyTree]]:
     """Step N environments; return their `Step`s, and the observations and states to go on from, [N, ...] each.
+
+    The key is that of the step, or what `environment_keys` made of it.
 
     Where an episode ended, the latter are those of the next one. Drawing them can cost more than the step itself, and
     in most steps no episode ends: where branches are cheap, none are drawn then. (Under `vmap` the branch becomes a
     selection, which always has the cost of drawing.) Costly ones are drawn a few at a time on every backend. An
     environment that resets itself has drawn them already.
     """
+
+    # All of it is here, so that a branch without initial states computes no keys for them.
+    def keys() -> Array:
+        return key if key.ndim else environment_keys(environment, key, action.shape[0])
+
     if environment.restart is not None:
-        own = jax.random.split(key, action.shape[0])
+        own = keys()
         step = jax.vmap(environment.step)(own, state, action)
         return step, _begin(step, jax.vmap(environment.restart)(own, step.state))
 
-    # The split that gymnax's own step makes, so that trajectories agree key by key. All of it is here, so that a branch
-    # without initial states computes no keys for them.
-    def keys(which: int) -> Array:
-        return jax.vmap(jax.random.split)(jax.random.split(key, action.shape[0]))[:, which]
-
-    step = jax.vmap(environment.step)(keys(0), state, action)
+    step = jax.vmap(environment.step)(keys()[:, 0], state, action)
     if environment.costly_reset:
-        return step, _begin_few(step, environment, keys(1))
+        return step, _begin_few(step, environment, keys()[:, 1])
 
     def begin() -> tuple[Array, PyTree]:
-        return _begin(step, jax.vmap(environment.reset)(keys(1)))
+        return _begin(step, jax.vmap(environment.reset)(keys()[:, 1]))
 
     if not backend.branches_are_cheap():
         return step, begin()

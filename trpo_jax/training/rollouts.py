@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from trpo_jax import backend
 from trpo_jax.steps.types import Array
 from trpo_jax.training.agents import Agent, with_normalization
+from trpo_jax.training.packing import pack, unpack
 from trpo_jax.training.recurrence import initial_carries, restart
-from trpo_jax.training.resets import reset_environments, step_environments
+from trpo_jax.training.resets import environment_keys, reset_environments, step_environments
 from trpo_jax.training.state import ActorState, Carry, EpisodeTotals, LearnerState, Transition
+
+_Step = Callable[[ActorState, Any], tuple[ActorState, Transition]]
 
 
 def rollout(
@@ -60,10 +66,29 @@ def rollout(
 
     # Summed per environment until the end: a reduction in every step would be one more kernel each.
     start = dataclasses.replace(actor, ended=jax.tree.map(jnp.zeros_like, actor.ended))
-    end, transitions = jax.lax.scan(step, start, jax.random.split(key, (agent.config.num_steps, 2)))
+    keys = jax.random.split(key, (agent.config.num_steps, 2))
+    if backend.launches_are_costly():
+        end, transitions = _scan_with_few_kernels(agent, step, start, keys)
+    else:
+        end, transitions = jax.lax.scan(step, start, keys)
     any_ended = jnp.sum(end.ended.count) > 0
     ended = jax.tree.map(lambda new, old: jnp.where(any_ended, new, old), end.ended, actor.ended)
     return dataclasses.replace(end, ended=ended), transitions, end.ended
+
+
+def _scan_with_few_kernels(agent: Agent, step: _Step, start: ActorState, keys: Array) -> tuple[ActorState, Transition]:
+    """Scan the steps, given keys [T, 2]: split all keys before them, and write the parts of a transition together."""
+    key_action, key_step = keys[:, 0], keys[:, 1]
+    split = jax.vmap(lambda key: environment_keys(agent.environment, key, agent.config.num_envs))
+    like = jax.eval_shape(step, start, (key_action[0], key_step[0]))[1]
+
+    def packed(actor: ActorState, keys: Any) -> tuple[ActorState, list[Array]]:
+        actor, transition = step(actor, keys)
+        return actor, pack(transition)
+
+    end, transitions = jax.lax.scan(packed, start, (key_action, split(key_step)))
+    # Taken apart here and not where it is used, so that both forms are not held at once while the agent learns.
+    return end, jax.lax.optimization_barrier(unpack(transitions, like))
 
 
 def init_actor(agent: Agent, key: Array) -> ActorState:
