@@ -42,7 +42,7 @@ _CURVES = 8  # best points whose learning curves are drawn
 _LARGEST = 40  # rows or columns of a heat map; a larger one has no numbers in its cells
 _ROWS = 1000  # of a table on the page; a browser takes long for many thousands
 _DOTS = 2000  # of a scatter plot; more points are summarised
-_TICKS = 12  # of an axis of a large heat map
+_TICKS = 8  # of an axis of a large heat map
 _GROUPS = 40  # of points with similar values of a setting, in a summary
 
 
