@@ -152,7 +152,7 @@ def _draw_curves(env: str, rows: Sequence[Row]) -> Any:
         band = bootstrap_band(row.steps[at], [row.returns[:, at].astype(np.float64)])
         plot_band(axes, band, label, shade=0.18 if len(shown) <= 4 else 0.08)
     any_episode = any(np.isfinite(row.curve).any() for row in shown)
-    best = f", the {_CURVES} best of {len(rows)} points" if len(rows) > _CURVES else ""
+    best = f", the {_CURVES} best of {len(rows):,} points" if len(rows) > _CURVES else ""
     title, ylabel = plain(f"{env}{best}"), "training return, IQM over seeds and 95 % interval"
     label_steps(axes, any_episode, title=title, xlabel="environment steps per agent", ylabel=ylabel)
     if len(rows) > 1:
