@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.config import Config
+from trpo_jax.config import FIELDS, Config
 from trpo_jax.env_args import EnvArgs
 
 __all__ = ["Config"]
 
 _ENV_ARG = "env_args."  # prefix of a leaf that is a setting of the environment
+# In the order of the fields; a sweep flattens a configuration for each of its agents.
+_SETTINGS = tuple((name, field.metadata["static"]) for name, field in FIELDS.items())
 
 
-def _flatten_config(config: Config) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, Any]]:
+def _flatten_with_keys(config: Config) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, Any]]:
+    leaves, (static, names) = _flatten_config(config)
+    return tuple(zip(map(jax.tree_util.GetAttrKey, names), leaves, strict=True)), (static, names)
+
+
+def _flatten_config(config: Config) -> tuple[tuple[Any, ...], tuple[Any, Any]]:
     leaves: dict[str, Any] = {}
     static: list[tuple[str, Any]] = []
-    for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
-        if field.name == "env_args":
-            static.append((field.name, tuple((name, type(own), own) for name, own in value.static)))
+    for name, is_static in _SETTINGS:
+        value = getattr(config, name)
+        if name == "env_args":
+            static.append((name, tuple((name, type(own), own) for name, own in value.static)))
             leaves |= {f"{_ENV_ARG}{name}": value[name] for name in value.traced}
-        elif field.metadata["static"]:
-            static.append((field.name, value if _is_hashable(value) else _ByIdentity(value)))
+        elif is_static:
+            static.append((name, value if _is_hashable(value) else _ByIdentity(value)))
         else:
-            leaves[field.name] = value
+            leaves[name] = value
     # Numbers become strong float32 here, at the single entrance to every transformation: a Python float and an array,
     # or a weak and a strong type, would otherwise be two traces. A Config with None among its floats is a tree of axes
     # for `jax.vmap`, whose integers must stay.
     if not any(value is None for value in leaves.values()):
         leaves = {name: _as_float32(value) for name, value in leaves.items()}
-    return tuple((jax.tree_util.GetAttrKey(n), v) for n, v in leaves.items()), (tuple(static), tuple(leaves))
+    return tuple(leaves.values()), (tuple(static), tuple(leaves))
 
 
 def _as_float32(value: Any) -> Any:
@@ -82,4 +88,4 @@ def _is_hashable(value: Any) -> bool:
     return True
 
 
-jax.tree_util.register_pytree_with_keys(Config, _flatten_config, _unflatten_config)
+jax.tree_util.register_pytree_with_keys(Config, _flatten_with_keys, _unflatten_config, _flatten_config)

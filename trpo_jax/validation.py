@@ -26,8 +26,9 @@ def validate(config: Config) -> None:
 
     Traced values cannot be inspected and pass. Arrays of values (a sweep) are checked value by value.
     """
-    for name in FIELDS:
-        check_setting(name, getattr(config, name))
+    for name, field in FIELDS.items():
+        if (value := getattr(config, name)) is not field.default:
+            check_setting(name, value)
     for name, number in minibatches(config):
         if config.steps_per_iteration % number:
             raise UsageError(

@@ -7,7 +7,7 @@ pytestmark = pytest.mark.long
 
 # Networks, lanes and minibatch as users have them; short, to be quick. Bits are looked at, so nothing is simplified.
 AGENTS = """
-import itertools, sys
+import itertools, re, sys
 import jax, numpy as np
 from probes import raw
 from trpo_jax import Config, init, sweep
@@ -38,6 +38,10 @@ in_memory.fit_programs = fit_and_watch
 metrics = sweep(config, grid, jax.random.key(1), num_seeds=2, num_episodes=0).metrics
 save("sweep", jax.tree.map(lambda leaf: leaf.reshape(12, 4), metrics))
 (programs,) = used
+# Agents never communicate: no device waits for another.
+text = programs.start.as_text() + programs.train.as_text()
+moved = re.search(r"\\b(all-[a-z]+|reduce-scatter|collective-[a-z]+|send|recv)(-start|-done)?\\(", text)
+assert "while(" in text and not moved, moved
 
 def in_programs_of_the_sweep(agents):
     configs, keys = zip(*agents)

@@ -15,7 +15,7 @@ from trpo_jax.runs.evaluations import COLUMNS
 from trpo_jax.runs.metrics import METRICS, TableFile
 from trpo_jax.settings import settings_of
 from trpo_jax.sweeps.comparisons import _profile
-from trpo_jax.sweeps.iqm import bootstrap_band, interquartile_mean
+from trpo_jax.sweeps.iqm import _times_drawn, bootstrap_band, interquartile_mean
 from trpo_jax.sweeps.outcomes import Curves
 
 # Scores of two methods on two tasks, and what rliable 1.2 says of them: metrics.aggregate_iqm and
@@ -210,3 +210,38 @@ def test_too_many_methods_are_refused(tmp_path):
     folder = sweep_folder(tmp_path / "s", [({"gamma": 0.9 + i / 1000}, np.ones(SEEDS)) for i in range(11)])
     with pytest.raises(UsageError, match="there are 11 methods, more than 10"):
         compare([folder], by=["gamma"])
+
+
+# Many agents
+
+
+def test_improvement_counts_every_pair():
+    """Against the definition, pair by pair, where scores are equal, infinite or missing."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(5, size=40).astype(float), rng.integers(5, size=31).astype(float)
+    x[:3], y[:4] = (np.nan, np.inf, -np.inf), (np.nan, np.nan, np.inf, 2)
+    lowest = [np.where(np.isnan(scores), -np.inf, scores) for scores in (x, y)]
+    wins = (lowest[0][:, None] > lowest[1]) + 0.5 * (lowest[0][:, None] == lowest[1])
+    value, interval = probability_of_improvement([x], [y])
+    assert value == wins.mean() and interval[0] <= value <= interval[1]
+    draws = np.random.default_rng(0)
+    times = [_times_drawn(draws, len(scores), 2000) for scores in (x, y)]
+    drawn = ((times[0] @ wins) * times[1]).sum(axis=1) / wins.size
+    np.testing.assert_array_equal(interval, np.quantile(drawn, (0.025, 0.975)))
+
+
+def test_bootstrap_in_slices_is_the_bootstrap(monkeypatch):
+    scores = [np.random.default_rng(0).normal(size=300)]
+    whole = stratified_bootstrap(scores)
+    monkeypatch.setattr("trpo_jax.sweeps.iqm._AT_ONCE", 10_000)
+    assert stratified_bootstrap(scores) == whole
+
+
+def test_interval_of_very_many_agents_is_that_of_large_samples():
+    """The IQM of n normal scores has variance (∫ of x² in the middle half + 2q²/4) / (n/4) by Huber; q = 0.6745."""
+    q, density = 0.674489750196, 0.317776572684
+    inside = 0.5 - 2 * q * density
+    n = 100_000
+    deviation = np.sqrt((inside + q**2 / 2) * 4 / n)
+    low, high = stratified_bootstrap([np.random.default_rng(0).normal(size=n)])
+    assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.25)

@@ -20,7 +20,8 @@ from trpo_jax.settings import value_of
 from trpo_jax.sweeps.cohorts import training_return
 from trpo_jax.sweeps.drawing import scale_axis
 from trpo_jax.sweeps.iqm import interquartile_mean, stratified_bootstrap
-from trpo_jax.sweeps.pages import _color_range, _draw_heat_map, _file_name, write_report
+from trpo_jax.sweeps.outcomes import agents_by_point
+from trpo_jax.sweeps.pages import _color_range, _draw_heat_map, _draw_summary, _file_name, write_report
 from trpo_jax.sweeps.reports import Row, make_report, narrow_table_of, table_of
 from trpo_jax.sweeps.storage import Block, Folder
 
@@ -299,11 +300,59 @@ def test_scores_that_are_no_numbers_leave_a_report(values, varied, tmp_path):
 def test_heat_map_of_many_points_has_room():
     numbers = {"iqm": 1.0, "interval": (0, 1), "mean": 1, "worst": 1, "num_seeds": 1, "num_failed": 0}
     arrays = {"scores": np.ones(1), "steps": np.ones(1), "returns": np.ones((1, 1))}
-    for size, ticks in ((3, 3), (900, 40)):
+    for size, ticks in ((3, 3), (900, 8)):
         settings = [{"gamma": gamma, "max_kl": kl} for gamma in (0, 1) for kl in range(size)]
         rows = [Row(env="E", settings=setting, **numbers, **arrays) for setting in settings]
         figure = _draw_heat_map("E", rows, ["gamma", "max_kl"])
-        assert 0 < len(figure.axes[0].get_xticks()) <= ticks and figure.get_size_inches().max() <= 40
+        assert 0 < len(figure.axes[0].get_xticks()) <= ticks and figure.get_size_inches().max() <= 10
+
+
+def test_report_of_very_many_points_is_short(tmp_path):
+    """The page and the pictures have their limits, and the table beside them has every point."""
+    settings = [{"max_kl": 0.001 * (1 + i), "gamma": g, "cg_damping": 0.1} for i in range(1200) for g in (0.9, 0.99)]
+    folder = many_points(tmp_path / "s", [*settings, {"max_kl": 0.01, "gamma": 0.9, "cg_damping": 0.2}])
+    report = make_report(folder)
+    (rows,) = report.rows.values()
+    assert len(rows) == 2401 and [row.iqm for row in rows] == sorted(range(2401), reverse=True)
+    assert rows[0].settings == {"cg_damping": 0.2, "gamma": 0.9, "max_kl": 0.01} and rows[0].interval == (2400, 2400)
+    page = write_report(folder, report).read_text()
+    assert page.count("<tr>") < 1010 and "The best 1,000 of 2,401 points; table.csv has all." in page
+    assert len((folder / "table.csv").read_text().splitlines()) == 2402
+    assert all(folder.joinpath(name).stat().st_size < 500_000 for name in ("learning_curves.png", "settings.png"))
+
+
+def many_points(path, settings):
+    """One seed of each point, with the point's number as its score, two iterations."""
+    folder, n = Folder(path), len(settings)
+    write_table(folder.path / "sweep.json", {"num_seeds": 1, "num_episodes": 4, "made_by": {"jax": "0"}})
+    configs = [Config(num_iterations=2).replace(**one) for one in settings]
+    columns = {
+        "point": np.arange(n, dtype=np.int32),
+        "seed": np.zeros(n, np.int32),
+        **{name: [value_of(config, name) for config in configs] for name in ("env", *_flags())},
+        "final_return": np.arange(n, dtype=np.float32),
+        "training_return": np.arange(n, dtype=np.float32),
+        "failed_at": np.ma.masked_equal(np.zeros(n), 0),
+        **{name: np.ones((n, 2), np.float32) for name in METRICS},
+    }
+    folder.write_results(Block(0, 0, 0, n), columns)
+    return path
+
+
+def test_summary_of_many_points_has_their_quartiles():
+    from trpo_jax.runs.learning_curve import make_figure
+
+    axes = make_figure(4, 3).add_subplot()
+    _draw_summary(axes, [1.0] * 5 + [2.0] * 5, [0, 1, 2, 3, 4, 10, 20, 30, 40, np.nan])
+    median, best = (line.get_ydata() for line in axes.lines)
+    assert list(median) == [2, 25] and list(best) == [4, 40] and list(axes.lines[0].get_xdata()) == [1, 2]
+
+
+def test_agents_are_grouped_by_point_in_order_of_appearance():
+    points = np.array([7, 7, 2, 7, 2, 5])
+    found = agents_by_point(points)
+    assert {point: list(agents) for point, agents in found.items()} == {7: [0, 1, 3], 2: [2, 4], 5: [5]}
+    assert list(found) == [7, 2, 5]
 
 
 def test_a_sweep_in_which_no_episode_ended_is_said_to_be_one(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from probes import SMALL_SWEEP
 from trpo_jax import UsageError
 from trpo_jax.cli import main
 from trpo_jax.runs.descriptions import made_by
-from trpo_jax.sweeps import in_folder
+from trpo_jax.sweeps import grids, in_folder
 from trpo_jax.sweeps.grids import Spec, read_spec
 from trpo_jax.sweeps.storage import Folder
 
@@ -150,6 +150,15 @@ def test_finished_sweep_is_not_run_again(finished, capsys):
     assert main(["sweep", str(finished.parent / "sweep.toml"), "--output", str(finished)]) == 0
     assert {file: file.stat().st_mtime_ns for file in (finished / "results").iterdir()} == before
     assert "max_kl" in capsys.readouterr().out
+
+
+def test_a_sweep_is_planned_once(finished, monkeypatch):
+    """Of 100,000 points a plan takes half a minute."""
+    made = []
+    make_point = grids.make_point
+    monkeypatch.setattr(grids, "make_point", lambda *settings: made.append(settings) or make_point(*settings))
+    assert sweep(finished.parent / "sweep.toml", "--output", finished) == 0
+    assert len(made) == 4
 
 
 def sweep(*arguments):

@@ -35,7 +35,7 @@ def sweep(namespace: argparse.Namespace) -> int:
         print_outline(console, namespace.file, programs, spec.keep)
         return 0
     process = connect_hosts(namespace.coordinator, namespace.num_processes, namespace.process_id)
-    points, groups = plan(spec)
+    points, groups = planned = plan(spec)
     tell_idle({**spec.base, **points[0].varied}, [point.config for point in points], namespace.file)
     where = f", process {process[0]} of {process[1]}" if process[1] > 1 else ""
     console.print(
@@ -56,6 +56,7 @@ def sweep(namespace: argparse.Namespace) -> int:
             report=lambda progress: line.show(progress.clock.done / progress.clock.total, sweep_status(progress)),
             open_sinks=open_sinks,
             extend=namespace.extend,
+            planned=planned,
         )
     if ending == "complete":
         return _show_report(output, expendable=True)
@@ -78,10 +79,9 @@ def _show_report(path: Path, *, expendable: bool = False) -> int:
 
     report, console, most = make_report(path), make_console(expendable=expendable), 20
     for env, rows in report.rows.items():
-        titles, cells = narrow_table_of(rows, console.width)
-        print_table(console, f"{env}: {report.score}", titles, cells[:most])
-        if len(cells) > most:
-            console.print(f"and {len(cells) - most} more.")
+        print_table(console, f"{env}: {report.score}", *narrow_table_of(rows[:most], console.width))
+        if len(rows) > most:
+            console.print(f"and {len(rows) - most:,} more.")
     if report.num_agents < report.num_asked:
         console.print(f"{report.extent} are finished.")
     if report.failures:

@@ -67,7 +67,8 @@ def outline(
         compiling = time.perf_counter() - started
         report((number + 0.5) / len(groups), f"Timing {which}: two iterations and their evaluation …")
         seconds, judging = _measure(programs, group)
-        same = [name for name in varied if len({str(value_of(config, name)) for config in group.configs}) == 1]
+        mine = [points[i].config for i in group.points]
+        same = [name for name in varied if len({str(value_of(config, name)) for config in mine}) == 1]
         static = {name: value_of(group.configs[0], name) for name in same}
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(programs.states)) // programs.width
         sizes = programs._replace(start=None, train=None, judge=None, evaluate=None)

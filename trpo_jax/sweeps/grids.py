@@ -36,6 +36,7 @@ KEEP = ("none", "best", "all")
 _OF_RANDOM = ("count", "seed")  # entries of [random] that are not settings
 _MOST_POINTS = 100_000  # each is a configuration in the memory of this process
 _MOST_AGENTS = 10_000_000
+_DEFAULTS = Config()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +211,7 @@ def make_points(spec: Spec) -> list[Point]:
 
 def make_point(base: Mapping[str, Any], varied: Mapping[str, Any]) -> Point:
     """Make a point and check its configuration; `total_steps` becomes `num_iterations`."""
-    config = settle(with_length({name: cast(name, value) for name, value in {**base, **varied}.items()}, Config()))
+    config = settle(with_length({name: cast(name, value) for name, value in {**base, **varied}.items()}, _DEFAULTS))
     validate(config)
     return Point({name: cast(name, value) for name, value in varied.items()}, config)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 _RESAMPLES = 2000
+_MOST_DRAWS = 20_000_000  # of runs, for one interval
+_AT_ONCE = 2**22  # of them in memory
 
 
 def interquartile_mean(values: Any, axis: int = -1) -> Any:
@@ -35,7 +37,7 @@ def stratified_bootstrap(
       scores: one array of scores per task, [seeds] each.
       statistic: `statistic(runs, axis=1)` of the runs of all tasks, [resamples, runs], in place of the IQM.
       confidence: nominal coverage of the interval.
-      resamples: bootstrap samples.
+      resamples: bootstrap samples; fewer, but at least 200, of more than 10,000 runs.
       seed: seed of the resampling; a fixed one makes reports reproducible.
 
     Returns:
@@ -45,8 +47,25 @@ def stratified_bootstrap(
     if not len(scores) or any(len(task) == 0 for task in scores):
         return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
-    drawn = [np.asarray(task)[rng.integers(len(task), size=(resamples, len(task)))] for task in scores]
-    return _percentiles(statistic(np.concatenate(drawn, axis=1), axis=1), confidence)
+    runs = sum(map(len, scores))
+    resamples = _fewer(resamples, runs) if runs > len(scores) else 1  # of one run a task, every sample is the same
+    found = []
+    for some in _in_slices(resamples, runs):
+        drawn = [np.asarray(task)[rng.integers(len(task), size=(some, len(task)))] for task in scores]
+        found.append(statistic(np.concatenate(drawn, axis=1), axis=1))
+    return _percentiles(np.concatenate(found), confidence)
+
+
+def _fewer(resamples: int, runs: int) -> int:
+    """So many bootstrap samples, or fewer of many thousands of runs, whose interval is narrow; at least 200."""
+    return min(resamples, max(200, _MOST_DRAWS // max(1, runs)))
+
+
+def _in_slices(resamples: int, runs: int) -> Iterator[int]:
+    """Sizes of slices of the bootstrap samples that fit into little memory."""
+    most = max(1, _AT_ONCE // runs)
+    for first in range(0, resamples, most):
+        yield min(most, resamples - first)
 
 
 def probability_of_improvement(
@@ -66,14 +85,21 @@ def probability_of_improvement(
       The Mann-Whitney statistic U / (seeds x other seeds), averaged, and its 95 % interval by the stratified bootstrap.
     """
     rng = np.random.default_rng(seed)
+    resamples = _fewer(resamples, sum(map(len, scores)) + sum(map(len, others)))
     drawn = np.zeros(resamples)
     found = 0.0
     for ours, theirs in zip(scores, others, strict=True):
         x, y = (np.where(np.isnan(task), -np.inf, np.asarray(task, np.float64)) for task in (ours, theirs))
-        wins = (x[:, None] > y) + 0.5 * (x[:, None] == y)
-        found += float(wins.mean()) / len(scores)
-        times_x, times_y = (_times_drawn(rng, len(task), resamples) for task in (x, y))
-        drawn += ((times_x @ wins) * times_y).sum(axis=1) / (wins.size * len(scores))
+        order, pairs, first = np.argsort(x, kind="stable"), len(x) * len(y), 0
+        # Of the sorted runs X, those before the first are fewer than Y, those from the second on are more.
+        ends = [np.searchsorted(x[order], y, side=side) for side in ("left", "right")]
+        found += float((len(x) - (ends[0] + ends[1]) / 2).sum() / pairs) / len(scores)
+        for some in _in_slices(resamples, len(x) + len(y)):
+            times_x, times_y = (_times_drawn(rng, len(task), some) for task in (x, y))
+            before = np.cumsum(np.pad(times_x[:, order], ((0, 0), (1, 0))), axis=1)
+            wins = len(x) - (before[:, ends[0]] + before[:, ends[1]]) / 2  # half a win for each that is equal
+            drawn[first : first + some] += (wins * times_y).sum(axis=1) / (pairs * len(scores))
+            first += some
     return found, _percentiles(drawn)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,6 +121,33 @@ def setting_columns(description: Mapping[str, Any]) -> tuple[str, ...]:
     return (*SETTINGS, *sorted(of_env))
 
 
+def columns_of(table: Any, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Columns of results as arrays of Python's values; equal ones are one object, so that many agents take little."""
+    columns = {}
+    for name in names:
+        encoded = table[name].combine_chunks().dictionary_encode("encode")
+        values = np.empty(len(encoded.dictionary), object)
+        values[:] = encoded.dictionary.to_pylist()
+        columns[name] = values[encoded.indices.to_numpy()]
+    return columns
+
+
+def lists_of(column: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from agents to their lists in a column, which are equally long, as float64 [S, K]; K = 0 without."""
+    if column.null_count == len(column):
+        return lambda agents: np.empty((len(agents), 0))
+    lists = column.combine_chunks()
+    numbers, ends = lists.values.to_numpy(zero_copy_only=False), lists.offsets.to_numpy()
+    return lambda agents: np.array([numbers[ends[i] : ends[i + 1]] for i in agents], np.float64)
+
+
+def agents_by_point(points: np.ndarray) -> dict[int, np.ndarray]:
+    """Where the agents of each point are, in order of first appearance."""
+    found, first, at = np.unique(points.astype(np.int64), return_index=True, return_inverse=True)
+    members = np.split(np.argsort(at, kind="stable"), np.cumsum(np.bincount(at))[:-1])
+    return {int(found[i]): members[i] for i in np.argsort(first)}
+
+
 def _of_sweep(path: Path) -> list[Outcome]:
     folder = Folder(path)
     description = folder.description()
@@ -131,25 +158,30 @@ def _of_sweep(path: Path) -> list[Outcome]:
         raise UsageError(f"{path} has no finished agents yet; continue it, or leave it out.")
     if any(table[name].null_count for name in ("point", "env", "num_envs", "num_steps", "episode_return")):
         raise UsageError(f"results in {path} lack columns; restore them, or leave the sweep out.")
-    columns = {name: table[name].to_pylist() for name in (*names, *others)}
-    points = np.array(columns["point"])
-    return [_of_point(columns, np.flatnonzero(points == p), names, description) for p in dict.fromkeys(points.tolist())]
+    columns = columns_of(table, [*names, "point", "final_return", "training_return"])
+    lists = {name: lists_of(table[name]) for name in ("episode_return", "eval_return")}
+    by_point = agents_by_point(columns["point"]).values()
+    return [_of_point(columns, lists, agents, names, description) for agents in by_point]
 
 
 def _of_point(
-    columns: Mapping[str, list[Any]], agents: np.ndarray, names: tuple[str, ...], asked: Mapping[str, Any]
+    columns: Mapping[str, np.ndarray],
+    lists: Mapping[str, Callable[[np.ndarray], np.ndarray]],
+    agents: np.ndarray,
+    names: tuple[str, ...],
+    asked: Mapping[str, Any],
 ) -> Outcome:
     settings = {name: columns[name][agents[0]] for name in names}
 
     def column(name: str) -> np.ndarray:
-        return np.array([columns[name][i] for i in agents], np.float64)
+        return columns[name][agents].astype(np.float64)
 
     per_iteration = settings["num_envs"] * settings["num_steps"]
-    returns = column("episode_return")
-    judged = None if columns["eval_return"][agents[0]] is None else column("eval_return")
+    returns = lists["episode_return"](agents)
+    judged = lists["eval_return"](agents)
     steps = per_iteration * np.arange(1, returns.shape[1] + 1)
     evaluations = None
-    if judged is not None and judged.shape[1]:
+    if judged.shape[1]:
         every = per_iteration * (settings.get("eval_every") or 1)
         evaluations = Curves(every * np.arange(1, judged.shape[1] + 1), _finite(judged))
     final = column("final_return") if asked.get("num_episodes", 0) > 0 else None

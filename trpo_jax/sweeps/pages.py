@@ -40,6 +40,10 @@ from trpo_jax.sweeps.reports import Report, Row, scale_of, table_of
 _POINTS = 60  # of a learning curve
 _CURVES = 8  # best points whose learning curves are drawn
 _LARGEST = 40  # rows or columns of a heat map; a larger one has no numbers in its cells
+_ROWS = 1000  # of a table on the page; a browser takes long for many thousands
+_DOTS = 2000  # of a scatter plot; more points are summarised
+_TICKS = 8  # of an axis of a large heat map
+_GROUPS = 40  # of points with similar values of a setting, in a summary
 
 
 def write_report(path: str | os.PathLike[str], report: Report) -> Path:
@@ -59,9 +63,8 @@ def write_report(path: str | os.PathLike[str], report: Report) -> Path:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for env, rows in report.rows.items():
-        titles, _ = table_of(rows)
         interval = ["iqm", "low", "high", "median", "mean", "worst", "seeds", "failed"]
-        writer.writerow(["env", *titles[: len(rows[0].settings)], *interval])
+        writer.writerow(["env", *rows[0].settings, *interval])
         for row in rows:
             numbers = [row.iqm, *row.interval, row.median, row.mean, row.worst, row.num_seeds, row.num_failed]
             writer.writerow([env, *row.settings.values(), *numbers])
@@ -104,11 +107,14 @@ def _page(title: str, report: Report, pictures: Mapping[str, Sequence[tuple[str,
         names = list(report.overall[0][0])
         cells = [
             [*(text_of(settings[name]) for name in names), f"{iqm:.3f}", f"{low:.3f} … {high:.3f}"]
-            for settings, iqm, (low, high) in report.overall
+            for settings, iqm, (low, high) in report.overall[:_ROWS]
         ]
         parts.append(html_table([*names, "IQM", "95 % interval"], cells))
     for env, rows in report.rows.items():
-        parts += [heading(env), html_table(*table_of(rows)), *(image(*picture) for picture in pictures[env])]
+        parts += [heading(env), html_table(*table_of(rows[:_ROWS]))]
+        if len(rows) > _ROWS:
+            parts.append(paragraph(f"The best {_ROWS:,} of {len(rows):,} points; table.csv has all."))
+        parts += [image(*picture) for picture in pictures[env]]
     parts += _failures(report)
     asked = {name: value for name, value in report.description.items() if name != "made_by"}
     made_by = report.description.get("made_by", {})
@@ -124,9 +130,10 @@ def _failures(report: Report) -> list[str]:
         return [heading("Failures"), paragraph("None: every reward, observation and parameter was a finite number.")]
     cells = [
         [env, ", ".join(f"{n}={text_of(v)}" for n, v in settings.items()), str(seed), str(iteration)]
-        for env, settings, seed, iteration in report.failures
+        for env, settings, seed, iteration in report.failures[:_ROWS]
     ]
-    told = paragraph("Agents that met a number that was not finite, and at which iteration.")
+    more = f" The first {_ROWS:,} of {len(report.failures):,}." if len(report.failures) > _ROWS else ""
+    told = paragraph(f"Agents that met a number that was not finite, and at which iteration.{more}")
     return [heading("Failures"), told, html_table(["environment", "settings", "seed", "iteration"], cells)]
 
 
@@ -145,7 +152,7 @@ def _draw_curves(env: str, rows: Sequence[Row]) -> Any:
         band = bootstrap_band(row.steps[at], [row.returns[:, at].astype(np.float64)])
         plot_band(axes, band, label, shade=0.18 if len(shown) <= 4 else 0.08)
     any_episode = any(np.isfinite(row.curve).any() for row in shown)
-    best = f", the {_CURVES} best of {len(rows)} points" if len(rows) > _CURVES else ""
+    best = f", the {_CURVES} best of {len(rows):,} points" if len(rows) > _CURVES else ""
     title, ylabel = plain(f"{env}{best}"), "training return, IQM over seeds and 95 % interval"
     label_steps(axes, any_episode, title=title, xlabel="environment steps per agent", ylabel=ylabel)
     if len(rows) > 1:
@@ -154,11 +161,14 @@ def _draw_curves(env: str, rows: Sequence[Row]) -> Any:
 
 
 def _draw_settings(env: str, rows: Sequence[Row], logarithmic: set[str]) -> Any:
-    """Draw the score against the settings: a line for one, a heat map for a full grid of two, else scatter plots."""
+    """Draw the score against the settings: a line for one, a heat map for a full grid of two, else scatter plots.
+
+    Of very many points the scatter plots are summaries.
+    """
     names = list(rows[0].settings)
     if not names:
         return None
-    if len(names) == 1 and _is_number(rows, names[0]):
+    if len(names) == 1 and len(rows) <= _DOTS and _is_number(rows, names[0]):
         return _draw_line(env, rows, names[0], names[0] in logarithmic)
     if len(names) == 2 and len(rows) == np.prod([len({row.settings[name] for row in rows}) for name in names]):
         return _draw_heat_map(env, rows, names)
@@ -187,21 +197,23 @@ def _draw_line(env: str, rows: Sequence[Row], name: str, logarithmic: bool) -> A
 
 def _draw_heat_map(env: str, rows: Sequence[Row], names: Sequence[str]) -> Any:
     ordered = [sorted({row.settings[name] for row in rows}, key=_order) for name in names]
+    places = [{value: i for i, value in enumerate(values)} for values in ordered]
     grid = np.full([len(values) for values in ordered], np.nan)
     for row in rows:
-        at = tuple(values.index(row.settings[name]) for name, values in zip(names, ordered, strict=True))
-        grid[at] = row.iqm
-    figure = sized_figure(1.5 + 0.9 * grid.shape[1], 1.5 + 0.6 * grid.shape[0])
+        grid[tuple(place[row.settings[name]] for name, place in zip(names, places, strict=True))] = row.iqm
+    numbered = max(grid.shape) <= _LARGEST
+    width, height = 1.5 + 0.9 * grid.shape[1], 1.5 + 0.6 * grid.shape[0]
+    figure = sized_figure(width, height) if numbered else sized_figure(min(width, 10), min(height, 8))
     axes = figure.add_subplot()
     finite = np.where(np.isfinite(grid), grid, np.nan)
     low, high = _color_range(rows)
     colors = axes.imshow(finite, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=high)
     figure.colorbar(colors, label="IQM")
-    for i, j in np.ndindex(*grid.shape) if max(grid.shape) <= _LARGEST else ():
+    for i, j in np.ndindex(*grid.shape) if numbered else ():
         color = "white" if grid[i, j] <= (low + high) / 2 else "black"
         axes.text(j, i, number(float(grid[i, j])), ha="center", va="center", color=color, fontsize=8)
     for set_ticks, values in ((axes.set_yticks, ordered[0]), (axes.set_xticks, ordered[1])):
-        shown = range(0, len(values), -(-len(values) // _LARGEST))
+        shown = range(0, len(values), 1 if numbered else -(-len(values) // _TICKS))
         set_ticks(shown, [plain(text_of(values[i])) for i in shown])
     axes.set(title=plain(env), xlabel=names[1], ylabel=names[0])
     return figure
@@ -221,22 +233,43 @@ def _draw_scatter(env: str, rows: Sequence[Row], names: Sequence[str], logarithm
     figure = sized_figure(3.2 * min(4, len(names)), 3 * -(-len(names) // 4))
     panels = figure.subplots(-(-len(names) // 4), min(4, len(names)), squeeze=False, sharey=True).ravel()
     scores = [row.iqm for row in rows]
+    draw = _draw_dots if len(rows) <= _DOTS else _draw_summary
     for axes, name in zip(panels, names, strict=False):
         values = [row.settings[name] for row in rows]
         if _is_number(rows, name):
-            axes.scatter(values, scores, s=16)
+            draw(axes, values, scores)
             scale_axis(axes, values, logarithmic=name in logarithmic)
         else:
             kinds = sorted(set(values), key=_order)
-            axes.scatter([kinds.index(value) for value in values], scores, s=16)
+            draw(axes, [kinds.index(value) for value in values], scores)
             axes.set_xticks(range(len(kinds)), [plain(text_of(kind)) for kind in kinds])
         axes.set(xlabel=name)
         axes.grid(alpha=0.3)
     for axes in panels[len(names) :]:
         axes.remove()
     panels[0].set_ylabel("score, IQM over seeds")
-    figure.suptitle(plain(env))
+    told = "" if draw is _draw_dots else f", {len(rows):,} points: median, middle half, and best"
+    figure.suptitle(plain(f"{env}{told}"))
     return figure
+
+
+def _draw_dots(axes: Any, values: Sequence[float], scores: Sequence[float]) -> None:
+    axes.scatter(values, scores, s=16)
+
+
+def _draw_summary(axes: Any, values: Sequence[float], scores: Sequence[float]) -> None:
+    """Draw quartiles and the best of the scores for each value, or for groups of similar values if they are many."""
+    x, y = np.array(values, np.float64), np.array(scores)
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    if not x.size:
+        return
+    order, starts = np.argsort(x, kind="stable"), np.unique(np.sort(x), return_index=True)[1]
+    groups = np.split(order, starts[1:]) if len(starts) <= _GROUPS else np.array_split(order, _GROUPS)
+    middle = [np.median(x[group]) for group in groups]
+    low, median, high, best = np.transpose([np.percentile(y[group], (25, 50, 75, 100)) for group in groups])
+    axes.fill_between(middle, low, high, alpha=0.2)
+    axes.plot(middle, median, marker=".")
+    axes.plot(middle, best, linestyle="", marker="_")
 
 
 def _order(value: Any) -> tuple[str, Any]:

@@ -89,12 +89,14 @@ def plan(spec: Spec, before: Sequence[Spec] = ()) -> tuple[list[Point], list[Gro
         keys = agent_keys(stage.seed, stage.num_seeds)
         wanted: dict[int, list[int]] = {}  # {first new seed: points}
         for point in make_points(stage):
-            identity = (static_part(point.config), *map(float, jax.tree.leaves(point.config)))
-            place = places.get(identity, len(points)) if groups else len(points)
+            place = len(points)
+            if before:  # a sweep that never grew does without
+                identity = (static_part(point.config), *map(float, jax.tree.leaves(point.config)))
+                known = places.setdefault(identity, place)
+                place = known if groups else place
             if place == len(points):
                 points.append(point)
                 num_seeds.append(0)
-                places.setdefault(identity, place)
             if num_seeds[place] < stage.num_seeds:
                 wanted.setdefault(num_seeds[place], []).append(place)
         for first, members in wanted.items():

@@ -15,7 +15,7 @@ from trpo_jax.runs.metrics import fill_forward
 from trpo_jax.sentences import UsageError, counted
 from trpo_jax.sweeps.drawing import interval_text, number, text_of
 from trpo_jax.sweeps.iqm import first_returns, interquartile_mean, score_scale, stratified_bootstrap
-from trpo_jax.sweeps.outcomes import setting_columns
+from trpo_jax.sweeps.outcomes import agents_by_point, columns_of, lists_of, setting_columns
 from trpo_jax.sweeps.plans import earlier_forms, plan, spec_of
 from trpo_jax.sweeps.storage import Folder
 
@@ -125,9 +125,8 @@ def make_report(path: str | os.PathLike[str]) -> Report:
     missing = [name for name in needed if table[name].null_count]
     if missing:
         raise UsageError(f"results in {path} lack {', '.join(missing)}; restore them, or sweep again elsewhere.")
-    curves = table["episode_return"]
-    names = {*needed, *outcomes, *settings_known} - {"episode_return"}
-    columns = {name: np.array(table[name].to_pylist(), dtype=object) for name in names}
+    curves = lists_of(table["episode_return"])
+    columns = columns_of(table, {*needed, *outcomes, *settings_known} - {"episode_return"})
     score = columns["final_return" if episodes else "training_return"].astype(np.float64)
     crossed = {name for section in ("grid", "random") for name in _section(description, section)}
     rows: dict[str, list[Row]] = {}
@@ -140,14 +139,13 @@ def make_report(path: str | os.PathLike[str]) -> Report:
         if "num_iterations" in varied and len(varied) > 1 and _follows(columns, here, "num_iterations", varied):
             varied.remove("num_iterations")  # total_steps was given, and the iterations follow from the sizes
         rows[env] = []
-        for point in dict.fromkeys(columns["point"][here]):
-            agents = here[columns["point"][here] == point]
+        for members in agents_by_point(columns["point"][here]).values():
+            agents = here[members]
             settings = {name: columns[name][agents[0]] for name in varied}
             failed = [int(i) for i in agents if columns["failed_at"][i] is not None]
             failures += [(env, settings, int(columns["seed"][i]), int(columns["failed_at"][i])) for i in failed]
-            returns = np.array(curves.take(agents).to_pylist(), dtype=np.float64)
             per_iteration = columns["num_envs"][agents[0]] * columns["num_steps"][agents[0]]
-            rows[env].append(_make_row(env, settings, score[agents], returns, per_iteration, len(failed)))
+            rows[env].append(_make_row(env, settings, score[agents], curves(agents), per_iteration, len(failed)))
         rows[env].sort(key=lambda row: row.merit, reverse=True)
     by_mode = f"mean return of {counted(episodes, 'episode')} by the policy's mode"
     words = by_mode if episodes else "training return at the end"
