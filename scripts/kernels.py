@@ -2,7 +2,7 @@
 
     python scripts/kernels.py --settings '{"num_envs": 64}' --agents 64
 
-On a GPU the time of an iteration with small networks is nearly proportional to these numbers. No GPU is needed: with
+On a GPU the time of an iteration with small networks is expected to follow these numbers. No GPU is needed: with
 the CUDA plugin of JAX installed and `--target`, XLA compiles for the card that a file describes, such as
 xla/backends/gpu/target_config/specs/h100_sxm.txtpb of XLA's sources; set JAX_PLATFORMS=cpu. A kernel counts as often as
 its loop runs. A loop whose length depends on data counts as one turn. Launches are what the host submits: a command

@@ -168,6 +168,8 @@ def suites() -> dict[str, Suite]:
                 Task("gymnasium/HalfCheetah-v5", 4471.2),
                 Task("gymnasium/Hopper-v5", 2046.0),
                 Task("gymnasium/Walker2d-v5", 3826.7),
+                Task("gymnasium/InvertedPendulum-v5", 1000.0, 1000.0),
+                Task("gymnasium/InvertedDoublePendulum-v5", 8435.0),
             ],
             TIANSHOU,
             packages=("gymnasium", "mujoco"),
