@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 
 import gymnax
 import jax
@@ -133,6 +134,16 @@ def test_step_keeps_every_dtype_and_shape_of_reset(name):
     assert (result.observation, result.state) == (observation, state)
     leaves = jax.tree.leaves((observation, state, result))
     assert not any(leaf.weak_type for leaf in leaves)
+
+
+def test_an_environment_made_with_64_bits_works_without_them():
+    with jax.enable_x64(True):
+        environment = make_environment("CartPole-v1", max_steps=77)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, state = environment.reset(jax.random.key(0))
+        step = environment.step(jax.random.key(1), state, jnp.int32(0))
+    assert {leaf.dtype.itemsize for leaf in jax.tree.leaves((state, step))} <= {1, 4}
 
 
 def test_every_registered_environment_is_listed():

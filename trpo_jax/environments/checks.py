@@ -43,8 +43,12 @@ def fixed_dtypes(
         lambda a, b: a.dtype if a.dtype == b.dtype else jnp.promote_types(a, b), from_reset, stepped.state
     )
 
+    def cast_leaf(leaf: Any, dtype: Any) -> Array:
+        # An environment that was made with 64-bit numbers may be used without them.
+        return jax.lax.convert_element_type(leaf, jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True))
+
     def cast(state: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf, dtype: jax.lax.convert_element_type(leaf, dtype), state, dtypes)
+        return jax.tree.map(cast_leaf, state, dtypes)
 
     def cast_reset(key: Array) -> tuple[Array, PyTree]:
         observation, state = reset(key)
