@@ -237,9 +237,8 @@ def test_the_radius_of_a_rule_anneals_and_shrinks_under_reuse():
 
 
 @pytest.mark.parametrize("smallest, share", [(0.0, 1), (0.5, 1), (1.0, 1), (2.0, 1 / 4), (10.0, 1 / 100)])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_the_radius_shrinks_with_the_square_of_small_advantages(smallest, share, normalize):
-    config = Config(smallest_advantage_std=smallest, normalize_advantages=normalize, max_kl=0.02)
+def test_the_radius_shrinks_with_the_square_of_small_advantages(smallest, share):
+    config = Config(smallest_advantage_std=smallest, max_kl=0.02)
     advantage = jnp.tile(jnp.asarray([4.0, 2.0]), 8)  # a standard deviation of 1 about a mean of 3
     experience = types.SimpleNamespace(advantage=advantage, iteration=jnp.int32(0))
     np.testing.assert_allclose(radius_of(config, config.max_kl, experience), 0.02 * share, rtol=1e-6)

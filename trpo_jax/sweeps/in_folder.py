@@ -65,7 +65,7 @@ def run_sweep(
       open_sinks: `open_sinks(part, settings)` is called for each point of a finished block with its name, such as
         "point_3", and its settings. It returns further outputs for the metrics of its agents, and how to close them.
       extend: if the folder has another sweep, add the agents of this one that it lacks; existing ones stay.
-      planned: the result of `plan(spec)`, if it is there already; for 100,000 points it takes half a minute.
+      planned: the result of `plan(spec)`, if it is there already; for 100,000 points it takes 14 to 25 s.
 
     Returns:
       How it ended: "complete" if all blocks of all processes are finished, "interrupted" by Ctrl-C, SIGTERM or the
