@@ -245,3 +245,10 @@ def test_interval_of_very_many_agents_is_that_of_large_samples():
     deviation = np.sqrt((inside + q**2 / 2) * 4 / n)
     low, high = stratified_bootstrap([np.random.default_rng(0).normal(size=n)])
     assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.25)
+
+
+def test_methods_without_runs_have_no_probability_of_improvement():
+    nothing = np.array([])
+    with np.errstate(invalid="ignore"):
+        found, interval = probability_of_improvement([nothing], [nothing])
+    assert np.isnan([found, *interval]).all()

@@ -63,7 +63,7 @@ def _fewer(resamples: int, runs: int) -> int:
 
 def _in_slices(resamples: int, runs: int) -> Iterator[int]:
     """Sizes of slices of the bootstrap samples that fit into little memory."""
-    most = max(1, _AT_ONCE // runs)
+    most = max(1, _AT_ONCE // max(1, runs))
     for first in range(0, resamples, most):
         yield min(most, resamples - first)
 
