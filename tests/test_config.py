@@ -25,7 +25,7 @@ TRACED = [
     "largest_max_kl",
     "target_kl",
     "anneal_max_kl",
-    "smallest_advantage_std",
+    "smallest_explained_variance",
     "entropy_coefficient",
     "cg_damping",
     "cg_tolerance",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trpo_jax.environments.make import available_environments as available_environments
     from trpo_jax.environments.make import make_environment as make_environment
     from trpo_jax.environments.wrappers import append_time as append_time
+    from trpo_jax.environments.wrappers import cache_resets as cache_resets
     from trpo_jax.environments.wrappers import flatten_observations as flatten_observations
     from trpo_jax.environments.wrappers import hide_entries as hide_entries
     from trpo_jax.environments.wrappers import limit_steps as limit_steps
@@ -115,6 +116,7 @@ _HOME = {
     "UsageError": "sentences",
     "ValueFit": "algorithms.base",
     "append_time": "environments.wrappers",
+    "cache_resets": "environments.wrappers",
     "available_environments": "environments.make",
     "backtracking_line_search": "steps.line_searches",
     "check_environment": "environments.contract",

@@ -87,11 +87,11 @@ class Config:
     anneal_max_kl: Scalar = traced(
         0.0, "share by which δ falls linearly over the run; 1: towards 0", interval="[0, 1]", used=fields.TRPO
     )
-    smallest_advantage_std: Scalar = traced(
+    smallest_explained_variance: Scalar = traced(
         0.0,
-        "standard deviation of the advantages, in units of the reward as it is used, below which δ shrinks with its "
-        "square, so that errors of the value function do not move a policy that has nothing left to gain; 0: never",
-        interval="[0, 1e6]",
+        "explained variance of the value function below which δ shrinks in proportion, so that errors of the value "
+        "function do not move a policy that has nothing left to gain; 0: never",
+        interval="[0, 1]",
         used=fields.TRPO,
     )
     reuse: int = static(

@@ -1,10 +1,11 @@
 """How well the library learns, suite by suite: one set of settings per suite, many seeds, beside published numbers.
 
     python experiments/results/run.py classic          # or memory, gymnax, minatar, minatar-cnn, mujoco, box2d, brax
+    python experiments/results/run.py classic CartPole-v1 --workers 2
     python experiments/results/run.py classic --plot-only --output experiments/results
 
 JSON, table and picture are written to the folder --output. Tasks that its JSON already has are not run again (`--fresh`
-runs them all).
+runs them all); neither are seeds that ran before with the same settings, of a command that was interrupted.
 """
 
 import argparse
@@ -12,11 +13,15 @@ import dataclasses
 import functools
 import itertools
 import json
+import multiprocessing
+import os
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +29,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import trpo_jax
-from trpo_jax import Environment, Preset, interquartile_mean, load_preset, stratified_bootstrap
+from trpo_jax import Environment, interquartile_mean, load_preset, stratified_bootstrap
 
 EPISODES = 32
 GYMNAX = "gymnax's README: PPO or evolution strategies of gymnax-blines, at other numbers of steps"
@@ -170,6 +175,9 @@ def suites() -> dict[str, Suite]:
                 Task("gymnasium/Walker2d-v5", 3826.7),
                 Task("gymnasium/InvertedPendulum-v5", 1000.0, 1000.0),
                 Task("gymnasium/InvertedDoublePendulum-v5", 8435.0),
+                Task("gymnasium/Reacher-v5", -5.1),
+                Task("gymnasium/Swimmer-v5", 40.9),
+                Task("gymnasium/Ant-v5", 2867.0),
             ],
             TIANSHOU,
             packages=("gymnasium", "mujoco"),
@@ -180,38 +188,125 @@ def suites() -> dict[str, Suite]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("suite", choices=sorted(suites()))
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help="tasks of the suite; all, if none is named")
     parser.add_argument("--output", type=Path, default=Path("runs/results"))
-    parser.add_argument("--fresh", action="store_true", help="run every task anew")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the seeds, on a core each (CPU)")
+    parser.add_argument("--fresh", action="store_true", help="run the tasks anew")
     parser.add_argument("--plot-only", action="store_true", help="draw anew from the JSON")
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
     suite, file = suites()[arguments.suite], arguments.output / f"{arguments.suite}.json"
+    names = [task.name for task in suite.tasks]
+    for name in arguments.tasks:
+        if name not in names:
+            parser.error(f"{name} is not a task of {arguments.suite}, which has {', '.join(names)}")
     if arguments.plot_only and not file.exists():
         parser.error(f"--plot-only needs {file}; name the folder that has it with --output")
-    record = json.loads(file.read_text()) if file.exists() and not arguments.fresh else {"tasks": []}
-    done = {(task["name"], task["method"]) for task in record["tasks"]}
-    for task, (method, name) in itertools.product(suite.tasks, suite.presets.items()):
-        if arguments.plot_only or (task.name, method) in done:
-            continue
-        preset = load_preset(name)
-        record["tasks"].append({"name": task.name, "method": method, "preset": name, **run_task(task, suite, preset)})
-        record |= {
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    record = json.loads(file.read_text()) if file.exists() else {"tasks": []}
+    rows = {(row["name"], row["method"]): row for row in record["tasks"]}
+    order = list(itertools.product(names, suite.presets))
+    chosen = [] if arguments.plot_only else [row for row in order if row[0] in (arguments.tasks or names)]
+    folder = arguments.output / "seeds"
+    jobs = [Job(arguments.suite, *row, folder) for row in chosen if arguments.fresh or row not in rows]
+    for old in [job.file(seed) for job in jobs for seed in range(suite.num_seeds) if arguments.fresh]:
+        old.unlink(missing_ok=True)
+    for job, results in run_jobs(jobs, arguments.workers):
+        rows[job.task, job.method] = summarize(job, results)
+        record = {
+            "tasks": [rows[row] for row in order if row in rows],
             "device": jax.devices()[0].device_kind,
             **{name: version(name) for name in ("jax", "gymnax", "trpo_jax", *suite.packages)},
             "settings": {method: load_preset(name).settings for method, name in suite.presets.items()},
             "source": suite.source,
         }
         file.write_text(json.dumps(record, indent=1) + "\n")
-        print(table(record).splitlines()[-1], flush=True)
+        print(table({"tasks": [rows[job.task, job.method]]}).splitlines()[-1], flush=True)
     file.with_suffix(".md").write_text(table(record))
     plot(record, file.with_suffix(".png"))
     sys.stdout.write(table(record))
 
 
-def run_task(task: Task, suite: Suite, preset: Preset) -> dict[str, Any]:
-    """Train seeds 0, 1, … in one program, and judge each as it ended and as it began."""
-    config = trpo_jax.Config(env=task.env, **preset.settings)
-    config = config.replace(num_iterations=(task.env_steps or preset.tasks[task.name]) // config.steps_per_iteration)
+class Job(NamedTuple):
+    """A row of the table: a task of a suite, trained by a method; what its seeds gave is kept in `folder`."""
+
+    suite: str
+    task: str
+    method: str
+    folder: Path
+
+    @property
+    def config(self) -> trpo_jax.Config:
+        suite = suites()[self.suite]
+        preset = load_preset(suite.presets[self.method])
+        task = next(task for task in suite.tasks if task.name == self.task)
+        config = trpo_jax.Config(env=task.env, **preset.settings)
+        env_steps = task.env_steps or preset.tasks[task.name]
+        return config.replace(num_iterations=env_steps // config.steps_per_iteration)
+
+    def file(self, seed: int) -> Path:
+        return self.folder / f"{self.suite} {self.method} {self.task.replace('/', ' ')} {seed}.npz"
+
+
+class Result(NamedTuple):
+    """What a seed gave: training returns, the returns before and after training, and the seconds that it took."""
+
+    curve: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    seconds: np.ndarray
+
+
+def run_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Result]]]:
+    """Yield the results of each job's seeds: one after the other on CPU, side by side on an accelerator."""
+    if jax.default_backend() != "cpu":
+        yield from ((job, run_seeds(job, range(suites()[job.suite].num_seeds))) for job in jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    cores = spawn.SimpleQueue()
+    for _, core in zip(range(workers), itertools.cycle(sorted(os.sched_getaffinity(0))), strict=False):
+        cores.put(core)
+    with ProcessPoolExecutor(workers, spawn, initializer=pin, initargs=(cores,)) as pool:
+        started = [
+            (job, [pool.submit(run_seeds, job, [seed]) for seed in range(suites()[job.suite].num_seeds)])
+            for job in jobs
+        ]
+        yield from ((job, [result for future in futures for result in future.result()]) for job, futures in started)
+
+
+def pin(cores: Any) -> None:
+    """Keep this process on a core of its own."""
+    os.sched_setaffinity(0, {cores.get()})
+
+
+def run_seeds(job: Job, seeds: Sequence[int]) -> list[Result]:
+    """Train some seeds, and judge each as it ended and as it began; seeds that ran before are not run again."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    files = [job.file(seed) for seed in seeds]
+    settings = json.dumps([load_preset(suites()[job.suite].presets[job.method]).settings, job.config.num_iterations])
+    kept = [result for file in files if (result := load(file, settings)) is not None]
+    if len(kept) == len(files):
+        return kept
+    program = compiled(job, len(seeds))
+    start = time.perf_counter()
+    arrays = map(np.asarray, jax.block_until_ready(program(jnp.asarray(seeds))))
+    seconds = np.full(len(seeds), (time.perf_counter() - start) / len(seeds))
+    results = [Result(*of_seed) for of_seed in zip(*arrays, seconds, strict=True)]
+    for file, result in zip(files, results, strict=True):
+        np.savez(file, settings=settings, **result._asdict())
+    return results
+
+
+def load(file: Path, settings: str) -> Result | None:
+    """A seed that ran before, if it ran with these settings."""
+    if not file.exists():
+        return None
+    with np.load(file) as kept:
+        return Result(*(kept[name] for name in Result._fields)) if kept["settings"] == settings else None
+
+
+@functools.lru_cache(maxsize=1)
+def compiled(job: Job, num_seeds: int) -> Any:
+    config = job.config
     judge = functools.partial(trpo_jax.evaluate, num_episodes=EPISODES, max_steps=5000)
 
     def run(seed: Any) -> Any:
@@ -219,36 +314,36 @@ def run_task(task: Task, suite: Suite, preset: Preset) -> dict[str, Any]:
         judge_key = jax.random.fold_in(key, 2**31)
         first = judge(config, trpo_jax.init(config, key), judge_key, deterministic=False)
         state, metrics = trpo_jax.train(config, key)
-        last = judge(config, state, judge_key, deterministic=not suite.sampled)
+        last = judge(config, state, judge_key, deterministic=not suites()[job.suite].sampled)
         return metrics.episode_return, first.episode_return.mean(), last.episode_return.mean()
 
-    # One after the other on CPU, where each stays within the cache; side by side on an accelerator.
-    across = jax.vmap(run) if jax.default_backend() != "cpu" else functools.partial(jax.lax.map, run)
-    program = jax.jit(across).lower(jnp.arange(suite.num_seeds)).compile()
-    start = time.perf_counter()
-    curves, random, returns = map(np.asarray, jax.block_until_ready(program(jnp.arange(suite.num_seeds))))
-    return summarize(task, config, curves, random, returns, time.perf_counter() - start)
+    across = jax.vmap(run) if num_seeds > 1 else functools.partial(jax.lax.map, run)
+    return jax.jit(across).lower(jnp.arange(num_seeds)).compile()
 
 
-def summarize(
-    task: Task, config: trpo_jax.Config, curves: np.ndarray, random: np.ndarray, returns: np.ndarray, seconds: float
-) -> dict[str, Any]:
-    """What is recorded of training returns [seeds, iterations], and of returns [seeds] before and after training."""
+def summarize(job: Job, results: list[Result]) -> dict[str, Any]:
+    """Make the row that is recorded of a job."""
+    suite = suites()[job.suite]
+    task = next(task for task in suite.tasks if task.name == job.task)
+    curves, random, returns, seconds = map(np.array, zip(*results, strict=True))
     # The curve begins when an episode of every seed has ended.
     curves = curves.T
     seen = np.flatnonzero(~np.isnan(curves).any(axis=1))
-    every = max(1, len(seen) // 100)
+    every, steps = max(1, len(seen) // 100), job.config.steps_per_iteration
     return {
-        "env_steps": len(curves) * config.steps_per_iteration,
+        "name": job.task,
+        "method": job.method,
+        "preset": suite.presets[job.method],
+        "env_steps": len(curves) * steps,
         "num_seeds": len(returns),
         "iqm": float(interquartile_mean(returns)),
         "interval": stratified_bootstrap([returns]),
         "random": float(random.mean()),
         "published": task.published,
         "optimal": task.optimal,
-        "seconds": round(seconds, 1),
+        "seconds": round(float(seconds.sum()), 1),
         "returns": [round(float(value), 3) for value in returns],
-        "curve_steps": [(int(i) + 1) * config.steps_per_iteration for i in seen[::every]],
+        "curve_steps": [(int(i) + 1) * steps for i in seen[::every]],
         "curve_iqm": [round(float(interquartile_mean(curves[i])), 3) for i in seen[::every]],
     }
 

@@ -17,6 +17,7 @@ from trpo_jax import (
     Step,
     UsageError,
     append_time,
+    cache_resets,
     flatten_observations,
     hide_entries,
     limit_steps,
@@ -25,6 +26,7 @@ from trpo_jax import (
     stack_frames,
     train,
 )
+from trpo_jax.training.resets import step_environments
 
 
 @functools.cache
@@ -119,6 +121,33 @@ def test_actions_are_repeated_until_the_episode_ends(resets):
         first = environment.reset(jax.random.key(t))[1] if environment.restart is None else result.state
         state = first if result.done else result.state
     assert set(lengths) >= {3} and min(lengths) < 3
+
+
+def test_cached_resets_begin_every_episode_of_an_instance_alike():
+    environment = make_environment("CartPole-v1")
+    cached = cache_resets(environment)
+    keys = jax.random.split(jax.random.key(0), 3)
+    first, state = jax.vmap(cached.reset)(keys)
+    plain, inner = jax.vmap(environment.reset)(keys)
+    np.testing.assert_array_equal(first, plain)
+    assert len(np.unique(first, axis=0)) == 3
+    advance, step_inner = jax.jit(functools.partial(step_environments, cached)), jax.jit(jax.vmap(environment.step))
+    ends = np.zeros(3)
+    for t in range(40):
+        key, action = jax.random.key(t), jnp.zeros(3, int)
+        step, (observation, state) = advance(key, state, action)
+        by_hand = step_inner(jax.random.split(key, 3), inner, action)
+        done = np.asarray(step.done)
+        np.testing.assert_array_equal(step.observation, by_hand.observation)
+        np.testing.assert_array_equal(observation, np.where(done[:, None], first, step.observation))
+        inner, ends = state[0], ends + done
+    assert (ends >= 2).all()
+
+
+def test_frames_of_cached_resets_begin_anew():
+    _, steps = play(stack_frames(cache_resets(make_environment("CartPole-v1")), 2))
+    starts = steps.observation[steps.terminated]
+    assert len(starts) >= 2 and (starts == starts[0]).all() and (starts[0, :4] == starts[0, 4:]).all()
 
 
 def test_a_time_limit_truncates_and_its_clock_starts_again():
@@ -254,6 +283,10 @@ REFUSED = {
         r"^stack_frames takes an Environment, got 'CartPole-v1'; ",
     ),
     "an object": (lambda: append_time(probes.Endless()), r"^append_time takes an Environment, got "),
+    "own resets": (
+        lambda: cache_resets(cart_pole("resets itself")),
+        r"resets itself in its own step, so its resets cannot be cached; leave it out\.$",
+    ),
     "no frames": (lambda: stack_frames(OBSERVED, 0), r"^num_frames must be a whole number from 1 to 1,000, got 0"),
     "no action": (
         lambda: repeat_actions(OBSERVED, 0),

@@ -119,7 +119,7 @@ SWEPT = [
             "gae_lambda": 0.2,
             "max_kl": 0.05,
             "anneal_max_kl": 0.5,
-            "smallest_advantage_std": 10.0,
+            "smallest_explained_variance": 1.0,
             "entropy_coefficient": 0.5,
             "cg_damping": 1.0,
             "cg_tolerance": 0.5,

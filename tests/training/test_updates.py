@@ -29,7 +29,7 @@ OPTIONS = {
     "ratio": {"radius_rule": "ratio", "normalize_observations": True},
     "divergence": {"radius_rule": "divergence"},
     "annealed": {"anneal_max_kl": 0.8},
-    "small advantages": {"smallest_advantage_std": 10.0},
+    "explained variance": {"smallest_explained_variance": 1.0},
     "max-kl": {"constraint": "max-kl"},
     "reverse-kl": {"constraint": "reverse-kl", "entropy_coefficient": 0.01},
     "natural gradient": {"line_search": "none"},
@@ -177,7 +177,7 @@ class Outcome:
 def radius_after(config, outcome, used=0.01):
     """The radius that follows from an update whose radius was 0.01, of which `used` was left."""
     rule, blank = RADIUS_RULES[config.radius_rule], jnp.zeros(1)
-    experience = Experience(None, None, jnp.float32(1), 0, jnp.int32(0), blank, init_statistics((1,)), None)
+    experience = Experience(None, None, None, jnp.float32(1), 0, jnp.int32(0), blank, init_statistics((1,)), None)
     state = rule.init(config.replace(max_kl=0.01), blank, experience.statistics)
     state = rule.after(config, blank, state, experience, outcome, jnp.float32(used))
     return float(jax.tree.leaves(state)[0])
@@ -207,7 +207,9 @@ def test_the_radius_follows_the_measured_ratio(ratio, factor):
     batch = Batch(jnp.ones((4, 1)), jnp.ones(4, int), advantage)
     statistics = init_statistics((1,))
     one = jnp.float32(1)
-    experience = Experience(batch, advantage, one, 4, jnp.int32(1), now - last, statistics, lambda statistics: apply)
+    experience = Experience(
+        batch, advantage, one, one, 4, jnp.int32(1), now - last, statistics, lambda statistics: apply
+    )
     state = rule.init(config, last, statistics)
     assert np.isnan(rule.before(config, apply, now, state, experience)[2])  # nothing was promised yet
     previous = state.previous._replace(gain=jnp.float32(gain), at_boundary=jnp.bool_(True))
@@ -236,11 +238,13 @@ def test_the_radius_of_a_rule_anneals_and_shrinks_under_reuse():
         radius *= 0.5 if used > 1.5 * target else 2.0 if used < target / 1.5 else 1.0
 
 
-@pytest.mark.parametrize("smallest, share", [(0.0, 1), (0.5, 1), (1.0, 1), (2.0, 1 / 4), (10.0, 1 / 100)])
-def test_the_radius_shrinks_with_the_square_of_small_advantages(smallest, share):
-    config = Config(smallest_advantage_std=smallest, max_kl=0.02)
-    advantage = jnp.tile(jnp.asarray([4.0, 2.0]), 8)  # a standard deviation of 1 about a mean of 3
-    experience = types.SimpleNamespace(advantage=advantage, iteration=jnp.int32(0))
+@pytest.mark.parametrize(
+    "smallest, explained, share",
+    [(0.0, 0.2, 1), (0.0, -3, 1), (0.1, 0.2, 1), (0.2, 0.2, 1), (0.4, 0.2, 1 / 2), (1.0, 0.2, 1 / 5), (0.1, -3, 1e-3)],
+)
+def test_the_radius_shrinks_with_the_explained_variance(smallest, explained, share):
+    config = Config(smallest_explained_variance=smallest, max_kl=0.02)
+    experience = types.SimpleNamespace(explained_variance=jnp.float32(explained), iteration=jnp.int32(0))
     np.testing.assert_allclose(radius_of(config, config.max_kl, experience), 0.02 * share, rtol=1e-6)
 
 
@@ -248,7 +252,7 @@ def test_a_policy_with_nothing_left_to_gain_stays_where_it_is():
     """All episodes are cut after 5 steps and have equal returns: the advantages are errors of the value function."""
     config = Config(num_envs=8, num_steps=20, num_iterations=12, hidden=(8,), max_steps=5, gamma=0.5)
     values = jnp.asarray([0.0, 0.1])
-    runs = jax.vmap(lambda smallest: train(config.replace(smallest_advantage_std=smallest), jax.random.key(0))[1])
+    runs = jax.vmap(lambda smallest: train(config.replace(smallest_explained_variance=smallest), jax.random.key(0))[1])
     metrics = jax.jit(runs)(values)
     last = metrics.divergence[:, -4:].mean(axis=1)
     assert last[0] > 0.3 * config.max_kl

@@ -38,6 +38,7 @@ class Experience(NamedTuple):
       batch: the samples. The advantages are normalised if `normalize_advantages` is set; without a baseline they are
         returns.
       advantage: the advantages before normalisation, [B].
+      explained_variance: explained variance of the value function that the advantages are from, see `Metrics`.
       scale: the size of one unit of the batch's advantages in units of the raw ones.
       num_new: number of samples from the newest batch, which come first (static).
       iteration: iterations completed before this one, int32.
@@ -48,6 +49,7 @@ class Experience(NamedTuple):
 
     batch: Batch
     advantage: Array
+    explained_variance: Array
     scale: Array
     num_new: int
     iteration: Array

@@ -20,6 +20,7 @@ from trpo_jax.steps.solvers import Solver
 from trpo_jax.steps.trust_region import trpo_update
 from trpo_jax.steps.types import Array, PolicyApply, PyTree
 
+_SMALLEST_SHARE = 1e-3  # of δ, where the value function explains nothing; none at all would look like a refused step
 CONSTRAINTS = {"mean-kl": mean_kl, "max-kl": maximum_kl, "reverse-kl": reverse_kl}
 
 
@@ -69,14 +70,14 @@ def radius_of(config: Config, radius: Array, experience: Experience) -> Array:
     trust region: δ / (Σ_i ν_i (i + 1))², where ν_i is the share of samples that are i policies old (Queeney et al.
     2021, with δ = ε²/2).
 
-    Where the advantages have a standard deviation s below `smallest_advantage_std` = s_min, there is little left to
-    gain: δ (s/s_min)². The natural step is √(2δ / gᵀF⁻¹g) F⁻¹g, which does not depend on the unit of the advantages.
-    With this, a step is as long as one with a fixed learning rate would be, in proportion to s.
+    Where the value function has an explained variance E below `smallest_explained_variance` = E_min, the advantages are
+    mostly its errors: δ E/E_min, and never less than δ/1000. So it is once all episodes end alike. While returns differ
+    and the value function has been fitted, E is far above 0.
     """
     radius = annealed(radius, config.anneal_max_kl, config, experience.iteration)
     if config.reuse > 1:
         age = jnp.minimum(np.arange(config.reuse), experience.iteration)
         radius /= jnp.mean(age + 1.0) ** 2
-    smallest = jnp.asarray(config.smallest_advantage_std)
-    share = jnp.std(experience.advantage) / jnp.where(smallest > 0, smallest, 1)
-    return radius * jnp.where((smallest > 0) & (share < 1), share**2, 1)
+    smallest = jnp.asarray(config.smallest_explained_variance)
+    share = experience.explained_variance / jnp.where(smallest > 0, smallest, 1)
+    return radius * jnp.where((smallest > 0) & (share < 1), jnp.maximum(share, _SMALLEST_SHARE), 1)

@@ -14,7 +14,7 @@ from trpo_jax.fields import NONE
 from trpo_jax.sentences import UsageError, shown
 
 _WITH_NUMBER = ("stack_frames", "repeat_actions", "limit_steps")
-_ALONE = ("flatten_observations", "append_time")
+_ALONE = ("flatten_observations", "append_time", "cache_resets")
 _NAMES = (*_WITH_NUMBER, *_ALONE, "hide_entries")
 
 

@@ -231,6 +231,7 @@ def update_policy(
     experience = Experience(
         batch=Batch(prepared.policy_input, prepared.action, weight, log_prob, sample_ndim=agent.sample_ndim),
         advantage=estimates.advantage,
+        explained_variance=explained_variance(estimates.values, estimates.targets),
         scale=scale,
         num_new=config.steps_per_iteration,
         iteration=iteration,
