@@ -62,7 +62,7 @@ class Suite:
     """Tasks that share one set of settings.
 
     Attributes:
-      presets: the presets whose settings are run, by the method's name.
+      presets: the presets whose settings are run on the tasks that each names, by the method's name.
       num_seeds: seeds 0, 1, …
       tasks: the environments.
       source: of the published numbers.
@@ -167,7 +167,7 @@ def suites() -> dict[str, Suite]:
             packages=("gymnasium", "Box2D"),
         ),
         "mujoco": Suite(
-            {"TRPO": "mujoco"},
+            {"TRPO": "mujoco", "TRPO, γ = 0.999": "mujoco-swimmer"},
             5,
             [
                 Task("gymnasium/HalfCheetah-v5", 4471.2),
@@ -178,6 +178,7 @@ def suites() -> dict[str, Suite]:
                 Task("gymnasium/Reacher-v5", -5.1),
                 Task("gymnasium/Swimmer-v5", 40.9),
                 Task("gymnasium/Ant-v5", 2867.0),
+                Task("gymnasium/Humanoid-v5", 810.0),
             ],
             TIANSHOU,
             packages=("gymnasium", "mujoco"),
@@ -204,7 +205,12 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     record = json.loads(file.read_text()) if file.exists() else {"tasks": []}
     rows = {(row["name"], row["method"]): row for row in record["tasks"]}
-    order = list(itertools.product(names, suite.presets))
+    lengths = {method: load_preset(name).tasks for method, name in suite.presets.items()}
+    order = [
+        (task.name, method)
+        for task, method in itertools.product(suite.tasks, suite.presets)
+        if task.env_steps or task.name in lengths[method]
+    ]
     chosen = [] if arguments.plot_only else [row for row in order if row[0] in (arguments.tasks or names)]
     folder = arguments.output / "seeds"
     jobs = [Job(arguments.suite, *row, folder) for row in chosen if arguments.fresh or row not in rows]
