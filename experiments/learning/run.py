@@ -1,15 +1,18 @@
 """Train classic-control tasks over many seeds and record how well the policies do.
 
-    python experiments/learning/run.py [defaults | options] [--num-seeds 64] [--output runs/learning]
+    python experiments/learning/run.py [defaults | options | resets] [--num-seeds 64] [--output runs/learning]
 
 `defaults`: the default settings on several tasks. `options`: each of the trainer's variants and baselines on CartPole.
+`resets`: starts drawn anew for every episode against starts drawn once for each environment (`cache_resets`).
 All seeds of a task are one vmapped program. Each final policy is judged by its deterministic mode on fresh episodes.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,10 +50,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "REINFORCE, Adam": {"update": "policy-gradient", "baseline": False, "gae_lambda": 1.0},
 }
 
+DRAWN = [TASKS[0], TASKS[3], {"env": "FourRooms-misc", "steps": 100_000, "solved": 0.99}]
+
+
+def resets() -> Iterator[dict[str, Any]]:
+    """As many steps per iteration in few and in many environments, with fresh starts and with cached ones."""
+    for task, num_envs in itertools.product(DRAWN, (4, 16, 128)):
+        for wrappers in ("none", "cache_resets"):
+            settings = {"num_envs": num_envs, "num_steps": 2048 // num_envs, "wrappers": wrappers}
+            yield {**task, "settings": {**task.get("settings", {}), **settings}}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tasks", nargs="?", choices=("defaults", "options"), default="defaults")
+    parser.add_argument("tasks", nargs="?", choices=("defaults", "options", "resets"), default="defaults")
     parser.add_argument("--num-seeds", type=int, default=64)
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))
     arguments = parser.parse_args()
@@ -59,12 +72,12 @@ def main() -> None:
         {"name": name, "env": "CartPole-v1", "steps": 200_000, "solved": 475, "settings": settings}
         for name, settings in OPTIONS.items()
     ]
-    tasks = TASKS if arguments.tasks == "defaults" else options
+    tasks = {"defaults": TASKS, "options": options, "resets": list(resets())}[arguments.tasks]
     results = [run_task(task, arguments.num_seeds) for task in tasks]
     packages = {name: version(name) for name in ("jax", "jaxlib", "gymnax", "trpo_jax")}
     record = {"device": jax.devices()[0].device_kind, **packages, "num_seeds": arguments.num_seeds, "tasks": results}
     arguments.output.mkdir(parents=True, exist_ok=True)
-    name = "results" if arguments.tasks == "defaults" else "options"
+    name = "results" if arguments.tasks == "defaults" else arguments.tasks
     (arguments.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     (arguments.output / f"{name}.md").write_text(table(results))
     if arguments.tasks == "defaults":

@@ -57,11 +57,15 @@ class Experience(NamedTuple):
     statistics: RunningStatistics
     apply_under: Callable[[RunningStatistics], PolicyApply]
 
+    def newest(self, advantage: Array) -> tuple[PyTree, PyTree, Array]:
+        """Observations, actions and these advantages [B] of the newest batch, which no earlier update has seen."""
+        parts = self.batch.observation, self.batch.action, advantage
+        return jax.tree.map(lambda leaf: leaf[: self.num_new], parts)
+
     @property
     def held_out(self) -> Batch:
-        """Samples that no earlier update has seen: at most 1024, spread over the newest batch."""
-        parts = self.batch.observation, self.batch.action, self.batch.advantage
-        newest = jax.tree.map(lambda leaf: leaf[: self.num_new], parts)
+        """At most 1024 samples, spread over the newest batch."""
+        newest = self.newest(self.batch.advantage)
         return Batch(*curvature_sample(newest, (self.num_new,), min(1.0, _HELD_OUT / self.num_new)))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -106,8 +105,7 @@ def _measure(
     of this batch.
     """
     last = state.previous
-    newest = experience.batch.observation, experience.batch.action, experience.advantage
-    observation, action, advantage = jax.tree.map(lambda leaf: leaf[: experience.num_new], newest)
+    observation, action, advantage = experience.newest(experience.advantage)
     policy = policy_apply(params, observation)
     last_policy = experience.apply_under(last.statistics)(last.policy_params, observation)
     backward = -jnp.expm1(last_policy.log_prob(action) - policy.log_prob(action)) * advantage

@@ -45,9 +45,9 @@ def start_quickly() -> None:
 
 def use_devices(number: int) -> None:
     """On a CPU, make so many devices of it, unless `XLA_FLAGS` says how many."""
-    import jax
+    if number > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        import jax
 
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # a program that calls `main` may have started JAX already
             jax.config.update("jax_num_cpu_devices", number)
 

@@ -29,8 +29,7 @@ def train(namespace: argparse.Namespace) -> int:
     config = config_of(namespace, _over_preset(namespace, file))
     validate(config)
     start_quickly()
-    if namespace.num_devices > 1:
-        use_devices(namespace.num_devices)
+    use_devices(namespace.num_devices)
     from trpo_jax.environments.base import Box
     from trpo_jax.environments.make import settle
     from trpo_jax.runs.folders import create_run
@@ -82,8 +81,7 @@ def _over_preset(namespace: argparse.Namespace, file: Mapping[str, Any]) -> Mapp
 def resume(namespace: argparse.Namespace) -> int:
     """Continue a run that was interrupted."""
     start_quickly()
-    if namespace.num_devices > 1:
-        use_devices(namespace.num_devices)
+    use_devices(namespace.num_devices)
     from trpo_jax.runs.folders import extend_run
 
     run = run_of(namespace)
