@@ -205,7 +205,7 @@ def cache_resets(environment: Environment) -> Environment:
 
     Where drawing a start costs more than a step, this saves it: in a program of N environments only N are drawn, and
     kept beside the running states. The agent then learns from N starts alone, so this suits many environments, as on
-    an accelerator (Brax and Stoix do so by default). An agent of few environments learns less from few starts.
+    an accelerator (Brax does so). An agent of few environments sees few starts.
 
     Raises:
       UsageError: if the environment resets itself.
