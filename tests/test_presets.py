@@ -35,6 +35,10 @@ def test_a_published_row_was_run_with_the_preset_that_it_names(file):
             assert config.num_iterations * config.steps_per_iteration == row["env_steps"]
 
 
+def test_swimmer_differs_in_its_horizon_alone():
+    assert load_preset("mujoco-swimmer").settings == {**load_preset("mujoco").settings, "gamma": 0.999}
+
+
 def test_a_preset_comes_first_then_the_file_then_the_flags(tmp_path):
     file, out = tmp_path / "own.toml", tmp_path / "out"
     file.write_text("max_kl = 0.5\ncg_damping = 0.25\nnum_iterations = 3\n")

@@ -29,7 +29,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import trpo_jax
-from trpo_jax import Environment, interquartile_mean, load_preset, stratified_bootstrap
+from trpo_jax import Environment, Preset, interquartile_mean, load_preset, stratified_bootstrap
 
 EPISODES = 32
 GYMNAX = "gymnax's README: PPO or evolution strategies of gymnax-blines, at other numbers of steps"
@@ -200,6 +200,8 @@ def main() -> None:
     for name in arguments.tasks:
         if name not in names:
             parser.error(f"{name} is not a task of {arguments.suite}, which has {', '.join(names)}")
+    if arguments.workers < 1:
+        parser.error(f"--workers must be 1 or more, got {arguments.workers}")
     if arguments.plot_only and not file.exists():
         parser.error(f"--plot-only needs {file}; name the folder that has it with --output")
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -241,10 +243,14 @@ class Job(NamedTuple):
     folder: Path
 
     @property
-    def config(self) -> trpo_jax.Config:
+    def row(self) -> tuple[Suite, Task, Preset]:
         suite = suites()[self.suite]
-        preset = load_preset(suite.presets[self.method])
         task = next(task for task in suite.tasks if task.name == self.task)
+        return suite, task, load_preset(suite.presets[self.method])
+
+    @property
+    def config(self) -> trpo_jax.Config:
+        _, task, preset = self.row
         config = trpo_jax.Config(env=task.env, **preset.settings)
         env_steps = task.env_steps or preset.tasks[task.name]
         return config.replace(num_iterations=env_steps // config.steps_per_iteration)
@@ -269,9 +275,11 @@ def run_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Result]]
         return
     spawn = multiprocessing.get_context("spawn")
     cores = spawn.SimpleQueue()
-    for _, core in zip(range(workers), itertools.cycle(sorted(os.sched_getaffinity(0))), strict=False):
-        cores.put(core)
-    with ProcessPoolExecutor(workers, spawn, initializer=pin, initargs=(cores,)) as pool:
+    for worker in range(workers):
+        cores.put(worker)
+    with ProcessPoolExecutor(
+        workers, spawn, initializer=pin if workers > 1 else None, initargs=(cores,) if workers > 1 else ()
+    ) as pool:
         started = [
             (job, [pool.submit(run_seeds, job, [seed]) for seed in range(suites()[job.suite].num_seeds)])
             for job in jobs
@@ -280,15 +288,17 @@ def run_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Result]]
 
 
 def pin(cores: Any) -> None:
-    """Keep this process on a core of its own."""
-    os.sched_setaffinity(0, {cores.get()})
+    """Keep this process on a core of its own, where the system can: XLA's threads of several would share all cores."""
+    if sys.platform == "linux":
+        available = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {available[cores.get() % len(available)]})
 
 
 def run_seeds(job: Job, seeds: Sequence[int]) -> list[Result]:
     """Train some seeds, and judge each as it ended and as it began; seeds that ran before are not run again."""
     job.folder.mkdir(parents=True, exist_ok=True)
     files = [job.file(seed) for seed in seeds]
-    settings = json.dumps([load_preset(suites()[job.suite].presets[job.method]).settings, job.config.num_iterations])
+    settings = json.dumps([job.row[2].settings, job.config.num_iterations])
     kept = [result for file in files if (result := load(file, settings)) is not None]
     if len(kept) == len(files):
         return kept
@@ -329,8 +339,7 @@ def compiled(job: Job, num_seeds: int) -> Any:
 
 def summarize(job: Job, results: list[Result]) -> dict[str, Any]:
     """Make the row that is recorded of a job."""
-    suite = suites()[job.suite]
-    task = next(task for task in suite.tasks if task.name == job.task)
+    suite, task, _ = job.row
     curves, random, returns, seconds = map(np.array, zip(*results, strict=True))
     # The curve begins when an episode of every seed has ended.
     curves = curves.T

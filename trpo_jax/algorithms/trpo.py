@@ -71,8 +71,8 @@ def radius_of(config: Config, radius: Array, experience: Experience) -> Array:
     2021, with δ = ε²/2).
 
     Where the value function has an explained variance E below `smallest_explained_variance` = E_min, the advantages are
-    mostly its errors: δ E/E_min, and never less than δ/1000. So it is once all episodes end alike. While returns differ
-    and the value function has been fitted, E is far above 0.
+    mostly its errors: δ E/E_min, and never less than δ/1000. So it mostly is once all episodes end alike. While returns
+    differ and the value function has been fitted, E is well above 0.
     """
     radius = annealed(radius, config.anneal_max_kl, config, experience.iteration)
     if config.reuse > 1:
