@@ -277,9 +277,7 @@ def run_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Result]]
     cores = spawn.SimpleQueue()
     for worker in range(workers):
         cores.put(worker)
-    with ProcessPoolExecutor(
-        workers, spawn, initializer=pin if workers > 1 else None, initargs=(cores,) if workers > 1 else ()
-    ) as pool:
+    with ProcessPoolExecutor(workers, spawn, initializer=pin, initargs=(cores, workers)) as pool:
         started = [
             (job, [pool.submit(run_seeds, job, [seed]) for seed in range(suites()[job.suite].num_seeds)])
             for job in jobs
@@ -287,9 +285,9 @@ def run_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Result]]
         yield from ((job, [result for future in futures for result in future.result()]) for job, futures in started)
 
 
-def pin(cores: Any) -> None:
-    """Keep this process on a core of its own, where the system can: XLA's threads of several would share all cores."""
-    if sys.platform == "linux":
+def pin(cores: Any, workers: int) -> None:
+    """Keep each of several processes on a core of its own, where the system can: else their threads share all cores."""
+    if workers > 1 and sys.platform == "linux":
         available = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {available[cores.get() % len(available)]})
 
