@@ -1,6 +1,6 @@
 """How well the library learns, suite by suite: one set of settings per suite, many seeds, beside published numbers.
 
-    python experiments/results/run.py classic          # or memory, gymnax, minatar, minatar-cnn, mujoco, box2d, brax
+    python experiments/results/run.py classic          # or any other suite; see --help
     python experiments/results/run.py classic CartPole-v1 --workers 2
     python experiments/results/run.py classic --plot-only --output experiments/results
 
@@ -149,6 +149,24 @@ def suites() -> dict[str, Suite]:
             minatar_tasks,
             GYMNAX,
             sampled=True,
+        ),
+        "gridworlds": Suite(
+            {"TRPO": "gridworlds", "PPO": "gridworlds-ppo"},
+            5,
+            [
+                Task("navix/Navix-Empty-Random-8x8-v0"),
+                Task("navix/Navix-DoorKey-8x8-v0"),
+                Task("navix/Navix-LavaGapS7-v0"),
+                Task("navix/Navix-SimpleCrossingS9N1-v0"),
+                Task("navix/Navix-Dynamic-Obstacles-8x8-v0"),
+                Task("xminigrid/MiniGrid-EmptyRandom-16x16"),
+                Task("xminigrid/MiniGrid-DoorKey-8x8"),
+                Task("xminigrid/MiniGrid-FourRooms"),
+                Task("xminigrid/MiniGrid-Unlock"),
+                Task("xminigrid/MiniGrid-UnlockPickUp"),
+            ],
+            sampled=True,
+            packages=("navix", "xminigrid"),
         ),
         "brax": Suite(
             {"TRPO": "brax", "PPO": "brax-ppo"},
