@@ -215,6 +215,9 @@ def test_the_command_judges_the_best_anew_before_it_quotes_it(tmp_path, capsys):
     row = next(line.split() for line in printed.splitlines() if line.startswith("0 "))
     assert row[:3] == ["0", str(best.iteration), f"{best.mean:.1f}"] and row[-1] == f"{best.chosen_by:.1f}"
     assert len(list((tmp_path / "run" / "checkpoints").glob("0*.npz"))) == 4
+    for flags, how in (([], "sampled actions"), (["--no-stochastic"], "deterministic actions")):
+        assert main(["evaluate", str(tmp_path / "run"), "--num-episodes=3", *flags]) == 0
+        assert how in capsys.readouterr().out
     assert main(["train", *settings, "--eval-episodes=3", "--output", str(tmp_path / "x")]) == 2
     error = capsys.readouterr().err
     assert "eval_episodes needs eval_every=1 or more; with eval_every=0 it has no effect; leave it out." in error

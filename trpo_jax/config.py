@@ -255,9 +255,7 @@ class Config:
         0, "iterations between evaluations during training; 0: no evaluation", interval="[0, 10000000]"
     )
     eval_episodes: int = static(32, "episodes per evaluation during training", used=fields.EVALUATED, high=1_000_000)
-    eval_stochastic: bool = static(
-        False, "sample actions in evaluations during training, instead of the mode", used=fields.EVALUATED
-    )
+    eval_stochastic: bool = static(False, "sample actions in evaluations, instead of taking the policy's mode")
     stop_at_return: float = static(
         fields.NEVER,
         "training of an agent ends when an evaluation during training has this mean return; 1e30 or more: never",

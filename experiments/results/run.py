@@ -66,7 +66,6 @@ class Suite:
       num_seeds: seeds 0, 1, …
       tasks: the environments.
       source: of the published numbers.
-      sampled: judge the policy by sampled actions, as the suite's literature does, not by its mode.
       packages: whose versions are recorded beside those of the core.
     """
 
@@ -74,7 +73,6 @@ class Suite:
     num_seeds: int
     tasks: list[Task]
     source: str = ""
-    sampled: bool = False
     packages: tuple[str, ...] = ()
 
 
@@ -141,14 +139,12 @@ def suites() -> dict[str, Suite]:
             3,
             minatar_tasks,
             GYMNAX,
-            sampled=True,
         ),
         "minatar-cnn": Suite(
             {"TRPO": "minatar-cnn", "PPO": "minatar-cnn-ppo"},
             3,
             minatar_tasks,
             GYMNAX,
-            sampled=True,
         ),
         "gridworlds": Suite(
             {"TRPO": "gridworlds", "PPO": "gridworlds-ppo"},
@@ -165,7 +161,6 @@ def suites() -> dict[str, Suite]:
                 Task("xminigrid/MiniGrid-Unlock"),
                 Task("xminigrid/MiniGrid-UnlockPickUp"),
             ],
-            sampled=True,
             packages=("navix", "xminigrid"),
         ),
         "brax": Suite(
@@ -346,7 +341,7 @@ def compiled(job: Job, num_seeds: int) -> Any:
         judge_key = jax.random.fold_in(key, 2**31)
         first = judge(config, trpo_jax.init(config, key), judge_key, deterministic=False)
         state, metrics = trpo_jax.train(config, key)
-        last = judge(config, state, judge_key, deterministic=not suites()[job.suite].sampled)
+        last = judge(config, state, judge_key)
         return metrics.episode_return, first.episode_return.mean(), last.episode_return.mean()
 
     across = jax.vmap(run) if num_seeds > 1 else functools.partial(jax.lax.map, run)

@@ -71,14 +71,14 @@ def collect(sweep: Path) -> list[dict[str, Any]]:
     """Per environment: settings, IQM with interval, the untrained return."""
     description = json.loads((sweep / "sweep.json").read_text())
     method = SWEEPS[sweep.name]
-    setting, score = METHODS[method][0], "final_return" if description["num_episodes"] else "training_return"
-    names = ["env", setting, score, "episode_return", "env_steps"]
+    setting = METHODS[method][0]
+    names = ["env", setting, "final_return", "episode_return", "env_steps"]
     rows = parquet.ParquetDataset(sweep / "results").read(columns=names).to_pylist()
     found = []
     for env in dict.fromkeys(row["env"] for row in rows):
         here = [row for row in rows if row["env"] == env]
         sizes = sorted({row[setting] for row in here})
-        scores = [np.array([row[score] for row in here if row[setting] == size]) for size in sizes]
+        scores = [np.array([row["final_return"] for row in here if row[setting] == size]) for size in sizes]
         # The first episodes that ended, of the slowest learners: as good as untrained.
         slowest = [np.array(row["episode_return"]) for row in here if row[setting] == sizes[0]]
         untrained = float(np.mean([curve[~np.isnan(curve)][0] for curve in slowest]))
@@ -91,7 +91,6 @@ def collect(sweep: Path) -> list[dict[str, Any]]:
                 "env": env,
                 "env_steps": here[0]["env_steps"],
                 "num_seeds": len(scores[0]),
-                "score": score,
                 "setting": setting,
                 "sizes": sizes,
                 "iqm": iqm,

@@ -153,6 +153,15 @@ def test_what_must_be_known_is_said(tmp_path):
     assert set(compare([pooled], by=["gamma"]).methods) == {"gamma=0.9", "gamma=0.99"}
 
 
+def test_scores_of_the_mode_and_of_sampled_actions_are_not_compared(tmp_path):
+    folders = [
+        sweep_folder(tmp_path / name, [({"eval_stochastic": sampled}, np.ones(SEEDS))])
+        for name, sampled in (("a", False), ("b", True), ("c", True))
+    ]
+    assert compare(folders[:2]).score == "training return at the end"
+    assert compare(folders[1:]).score == "mean return by sampled actions after training"
+
+
 def test_page_stands_alone_and_holds_what_the_command_prints(tmp_path, capsys):
     points = [
         ({"env": e, "update": u}, s * 100)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
-from probes import Faulty, raw, same_bits, small_config
+from probes import Faulty, RewardedAction, raw, same_bits, small_config
 
 from trpo_jax import Config, UsageError, sweep, train
 from trpo_jax.runs.metrics import METRICS
@@ -42,6 +42,14 @@ def test_sweep_hands_out_what_it_was_asked_for():
     for name in METRICS:
         np.testing.assert_allclose(getattr(result.metrics, name)[3, 1], getattr(expected, name), rtol=1e-5, atol=1e-6)
     assert np.isnan(result.final_return).all() and (result.failed_at == 0).all()
+
+
+def test_the_final_score_is_of_the_mode_or_of_sampled_actions_as_the_setting_says():
+    """One step, whose two actions earn −1 and 1: the mode earns one of them in every episode, a new policy both."""
+    config = small_config(RewardedAction(), num_iterations=1)
+    grid = {"eval_stochastic": [False, True]}
+    mode, sampled = sweep(config, grid, jax.random.key(0), num_seeds=2, num_episodes=40).final_return
+    assert (np.abs(mode) == 1).all() and (np.abs(sampled) < 1).all()
 
 
 @pytest.mark.long

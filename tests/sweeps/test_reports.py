@@ -114,6 +114,14 @@ def test_table_is_sorted_by_iqm(grid):
     assert titles[:3] == ["gamma", "max_kl", "IQM"] and cells[0][:2] == ["0.99", "0.03"]
 
 
+@pytest.mark.parametrize(
+    "ways, words", [([True, True], "4 episodes by sampled actions"), ([True, False], "4 episodes")]
+)
+def test_how_the_agents_acted_is_said_unless_it_differs(tmp_path, ways, words):
+    points = [({"eval_stochastic": way}, scores(i)) for i, way in enumerate(ways)]
+    assert make_report(sweep_folder(tmp_path / "x", points)).score == f"mean return of {words}"
+
+
 def test_training_return_is_the_score_where_nothing_was_evaluated(tmp_path):
     report = make_report(sweep_folder(tmp_path / "s", [({}, np.full(SEEDS, 8.0))], num_episodes=0))
     assert report.rows["CartPole-v1"][0].iqm == 4 and report.score.startswith("training return")

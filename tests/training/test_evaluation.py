@@ -90,6 +90,17 @@ def test_stochastic_samples(rewarded):
     assert (sure == -1).all()
 
 
+def test_the_setting_decides_unless_the_caller_does(rewarded):
+    state = with_logits(rewarded[2], [0.0, 0.1])
+    for settings, chosen, sampled in (({"eval_stochastic": True}, {}, True), ({}, {}, False)):
+        run, _ = prepare(probes.RewardedAction(), num_episodes=40, settings=settings, **chosen)
+        expected = rewarded[sampled](state, jax.random.key(0)).episode_return
+        np.testing.assert_array_equal(run(state, jax.random.key(0)).episode_return, expected)
+    settings = {"eval_stochastic": True}
+    run, _ = prepare(probes.RewardedAction(), num_episodes=40, settings=settings, deterministic=True)
+    assert (run(state, jax.random.key(0)).episode_return == 1).all()
+
+
 def test_every_step_draws_anew():
     """Five actions of about ±0.1 an episode: if independent, they have one sign in one episode of 16."""
     settings = {"policy": probes.linear_gaussian(), "value": probes.linear_value()}

@@ -105,7 +105,11 @@ def _add_run_commands(commands: Any) -> None:
     evaluate.number("--num-episodes", 64, "episodes per agent")
     _add_agent(evaluate, "all of a run")
     evaluate.add_argument("--randomize", action="store_true", help="draw environment settings as in training")
-    evaluate.add_argument("--stochastic", action="store_true", help="sample actions instead of taking the mode")
+    evaluate.add_argument(
+        "--stochastic",
+        action=argparse.BooleanOptionalAction,
+        help="sample actions instead of taking the policy's mode (default: eval_stochastic of the run)",
+    )
     evaluate.number("--seed", 0, "seed of the episodes")
     evaluate.add_argument("--output", help="JSON file for all figures (default: none)")
     _add_checkpoint(evaluate)

@@ -47,16 +47,23 @@ def evaluate(namespace: argparse.Namespace) -> int:
 
     run, state = _agents_of(namespace, namespace.agent)
     check_episodes(run.config, run.num_seeds, namespace.num_episodes, free_memory(jax.local_devices()[:1]))
+    stochastic = run.config.eval_stochastic if namespace.stochastic is None else namespace.stochastic
     run_episodes = functools.partial(
         evaluation.evaluate,
         num_episodes=namespace.num_episodes,
-        deterministic=not namespace.stochastic,
+        deterministic=not stochastic,
         randomize=namespace.randomize,
     )
     keys = jax.random.split(jax.random.key(namespace.seed), run.num_seeds)
     result = jax.jit(jax.vmap(run_episodes, in_axes=(None, 0, 0)))(run.config, state, keys)
-    asked = {name: getattr(namespace, name) for name in ("checkpoint", "stochastic", "num_episodes", "seed")}
-    figures = {"folder": str(run.path), "env": str(run.config.env), **asked, **_figures(run, state, result)}
+    asked = {name: getattr(namespace, name) for name in ("checkpoint", "num_episodes", "seed")}
+    figures = {
+        "folder": str(run.path),
+        "env": str(run.config.env),
+        "stochastic": stochastic,
+        **asked,
+        **_figures(run, state, result),
+    }
     print_evaluation(make_console(), figures)
     if file:
         write_atomically(file, json.dumps(plain_json(figures), indent=1) + "\n")

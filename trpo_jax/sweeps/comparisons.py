@@ -23,7 +23,7 @@ from trpo_jax.sweeps.iqm import (
     score_scale,
     stratified_bootstrap,
 )
-from trpo_jax.sweeps.outcomes import Curves, Outcome, differ, group_outcomes, read_folders
+from trpo_jax.sweeps.outcomes import Curves, Outcome, differ, group_outcomes, policy_words, read_folders
 
 _POINTS = 50  # of a curve
 _THRESHOLDS = 101  # of a performance profile
@@ -172,14 +172,15 @@ class _Measure:
 
 def _measures(outcomes: Sequence[Outcome]) -> tuple[_Measure, _Measure]:
     """The best score and the best curve that all agents have."""
-    judged = all(o.evaluations for o in outcomes) and not differ("eval_stochastic", outcomes)
+    alike = not differ("eval_stochastic", outcomes)
     curve = _Measure("training return", lambda o: o.returns)
     score = _Measure("training return at the end", lambda o: o.training)
-    if judged:
+    if alike and all(o.evaluations for o in outcomes):
         curve = _Measure("mean return of evaluations during training", lambda o: o.evaluations)
         score = _Measure("mean return of the last evaluation during training", _last_evaluation)
-    if all(o.final is not None for o in outcomes):
-        score = _Measure("mean return of the policy's mode after training", lambda o: o.final)
+    if alike and all(o.final is not None for o in outcomes):
+        how = policy_words(bool(o.settings.get("eval_stochastic")) for o in outcomes)
+        score = _Measure(f"mean return{how} after training", lambda o: o.final)
     return score, curve
 
 

@@ -58,7 +58,7 @@ class Spec:
       random: distributions to draw from; besides settings it has `count`, the number of points drawn, and their `seed`.
       num_seeds: agents per point.
       seed: `jax.random.key(seed + i)` trains agent i of a point.
-      num_episodes: episodes by the policy's mode that score each agent after training; 0: score by training returns.
+      num_episodes: episodes that score each agent after training; 0: score by training returns.
       keep: which trained states to keep: none, that of the best agent of each point, or all.
     """
 

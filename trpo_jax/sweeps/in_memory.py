@@ -40,7 +40,7 @@ def sweep(
       grid: {setting: values}; every combination is a point, the last setting varying fastest.
       key: a typed PRNG key; all points share the `num_seeds` keys split from it.
       num_seeds: S, agents per point.
-      num_episodes: episodes by the policy's mode with which each agent is evaluated at the end; 0: none.
+      num_episodes: episodes with which each agent is evaluated at the end; 0: none.
       keep: which trained states to return: "none", that of the "best" agent of each point, or "all".
       devices: where to run; by default all devices of this process.
 
@@ -124,7 +124,7 @@ class SweepResult:
     Attributes:
       points: the varied settings of each point, [G].
       metrics: `Metrics` of NumPy arrays, [G, S, I]; NaN after the end of points with fewer iterations.
-      final_return: mean return of each trained policy's mode, [G, S]; NaN if not requested.
+      final_return: mean return of each trained policy over fresh episodes, [G, S]; NaN if not requested.
       failed_at: iteration, counted from 1, at which an agent met a number that was not finite; 0 if none did. [G, S].
       eval_return: mean return of each evaluation during training, [G, S, K], one per `eval_every` iterations; NaN after
         the end of points with fewer.

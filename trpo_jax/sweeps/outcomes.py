@@ -121,6 +121,12 @@ def setting_columns(description: Mapping[str, Any]) -> tuple[str, ...]:
     return (*SETTINGS, *sorted(of_env))
 
 
+def policy_words(stochastic: Iterable[bool]) -> str:
+    """How the agents of some evaluations acted: " by sampled actions", or "" if not all acted in the same way."""
+    ways = {bool(sampled) for sampled in stochastic}
+    return {(True,): " by sampled actions", (False,): " by the policy's mode"}.get(tuple(ways), "")
+
+
 def columns_of(table: Any, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Columns of results as arrays of Python's values; equal ones are one object, so that many agents take little."""
     columns = {}

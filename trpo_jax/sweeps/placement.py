@@ -40,7 +40,7 @@ class Programs(NamedTuple):
       train: (configs, states, number of iterations ≤ CAPACITY) -> (states, metrics [D·U, capacity]); reuses the memory
         of the states. If agents may stop before others, each has its own number, [D·U].
       judge: (configs, states) -> mean return of an evaluation during training; None if not requested.
-      evaluate: (configs, states) -> mean return of the policy's mode over fresh episodes; None if not requested.
+      evaluate: (configs, states) -> mean return of the policy over fresh episodes; None if not requested.
       agents_per_block: U.
       num_devices: D.
       memory: bytes that the largest program needs on each device.
@@ -158,9 +158,9 @@ def compile_programs(config: Config, agents: int, num_episodes: int, devices: Se
     lengths = jax.ShapeDtypeStruct((total,) if evaluation.stops(config) else (), np.int32)
     chunk = _compile(train, mesh, configs, states, lengths, donate=1)
     during = _compile(judge, mesh, configs, states) if config.eval_every else None
-    mode = _compile(evaluate, mesh, configs, states) if num_episodes else None
-    memory = max(program_memory(program) for program in (start, chunk, during, mode) if program)
-    return Programs(start, chunk, during, mode, agents, len(devices), memory, states)
+    after = _compile(evaluate, mesh, configs, states) if num_episodes else None
+    memory = max(program_memory(program) for program in (start, chunk, during, after) if program)
+    return Programs(start, chunk, during, after, agents, len(devices), memory, states)
 
 
 def _compile(function: Callable[..., Any], mesh: Mesh, *arguments: Any, donate: int | None = None) -> Any:

@@ -15,7 +15,7 @@ from trpo_jax.runs.metrics import fill_forward
 from trpo_jax.sentences import UsageError, counted
 from trpo_jax.sweeps.drawing import interval_text, number, text_of
 from trpo_jax.sweeps.iqm import first_returns, interquartile_mean, score_scale, stratified_bootstrap
-from trpo_jax.sweeps.outcomes import agents_by_point, columns_of, lists_of, setting_columns
+from trpo_jax.sweeps.outcomes import agents_by_point, columns_of, lists_of, policy_words, setting_columns
 from trpo_jax.sweeps.plans import earlier_forms, plan, spec_of
 from trpo_jax.sweeps.storage import Folder
 
@@ -147,8 +147,8 @@ def make_report(path: str | os.PathLike[str]) -> Report:
             per_iteration = columns["num_envs"][agents[0]] * columns["num_steps"][agents[0]]
             rows[env].append(_make_row(env, settings, score[agents], curves(agents), per_iteration, len(failed)))
         rows[env].sort(key=lambda row: row.merit, reverse=True)
-    by_mode = f"mean return of {counted(episodes, 'episode')} by the policy's mode"
-    words = by_mode if episodes else "training return at the end"
+    evaluated = f"mean return of {counted(episodes, 'episode')}{policy_words(columns['eval_stochastic'])}"
+    words = evaluated if episodes else "training return at the end"
     asked = max(len(score), _num_agents(description))
     return Report(rows, _overall(rows), failures, words, len(score), asked, description)
 

@@ -44,7 +44,7 @@ def evaluate(
     key: Array,
     *,
     num_episodes: int = 64,
-    deterministic: bool = True,
+    deterministic: bool | None = None,
     max_steps: int = 100_000,
     randomize: bool = False,
 ) -> Evaluation:
@@ -56,13 +56,15 @@ def evaluate(
       key: a typed PRNG key, for resets, transitions and sampled actions.
       num_episodes: E, episodes run side by side (static). Only the first episode of each environment counts, so that
         short episodes are not favoured.
-      deterministic: act by the distribution's mode instead of sampling (static).
+      deterministic: act by the distribution's mode instead of sampling (static); None: unless `config.eval_stochastic`
+        is set.
       max_steps: steps after which an unfinished episode is cut off (static).
       randomize: draw environment settings as in training, if `config.randomize` is set (static).
 
     Returns:
       An `Evaluation`.
     """
+    deterministic = not config.eval_stochastic if deterministic is None else deterministic
     agent = make_agent(config if randomize else config.replace(randomize=NONE))
     check_key(key)
     check_limits({"num_episodes": num_episodes, "max_steps": max_steps})
@@ -101,13 +103,13 @@ def evaluate(
 
 
 def judge(config: Config, state: TrainState, *, anew: bool = False) -> Evaluation:
-    """Evaluate a state during training, with the settings `eval_episodes` and `eval_stochastic`.
+    """Evaluate a state during training, over `eval_episodes`.
 
     Its key comes from the run's key and the iteration, so that it draws nothing from training and gives the same result
     wherever it runs. The best of many noisy evaluations is biased upwards; `anew` evaluates other episodes.
     """
     key = jax.random.fold_in(jax.random.fold_in(state.key, _TO_JUDGE_ANEW if anew else _TO_JUDGE), state.iteration)
-    return evaluate(config, state, key, num_episodes=config.eval_episodes, deterministic=not config.eval_stochastic)
+    return evaluate(config, state, key, num_episodes=config.eval_episodes)
 
 
 def stops(config: Config) -> bool:
