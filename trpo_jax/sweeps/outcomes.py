@@ -122,9 +122,9 @@ def setting_columns(description: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def policy_words(stochastic: Iterable[bool]) -> str:
-    """How the agents of some evaluations acted: " by sampled actions", or "" if not all acted in the same way."""
-    ways = {bool(sampled) for sampled in stochastic}
-    return {(True,): " by sampled actions", (False,): " by the policy's mode"}.get(tuple(ways), "")
+    """How the agents acted in some evaluations: " by sampled actions", or "" if not all acted in the same way."""
+    ways = set(stochastic)
+    return "" if len(ways) > 1 else " by sampled actions" if True in ways else " by the policy's mode"
 
 
 def columns_of(table: Any, names: Iterable[str]) -> dict[str, np.ndarray]:
