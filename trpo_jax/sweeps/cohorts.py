@@ -119,7 +119,7 @@ class Cohort:
         return self._metrics[0]
 
     def evaluate(self) -> np.ndarray:
-        """Mean return of each agent's mode over fresh episodes, float32 [A]; NaN if not requested."""
+        """Mean return of each agent over fresh episodes, float32 [A]; NaN if not requested."""
         if self.programs.evaluate is None:
             return np.full(self.size, np.nan, np.float32)
         return np.asarray(self.programs.evaluate(self.configs, self.states), np.float32)[: self.size]
