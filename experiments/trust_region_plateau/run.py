@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow.parquet as parquet
 from matplotlib.figure import Figure
 
-from trpo_jax import interquartile_mean, stratified_bootstrap
+from trpo_jax import Config, evaluate, init, interquartile_mean, stratified_bootstrap
 
 HERE = Path(__file__).parent
 KEPT = 0.9
@@ -34,8 +35,6 @@ SWEEPS = {  # file: method
     "ppo": "PPO",
     "doorkey_trpo": "TRPO",
     "doorkey_ppo": "PPO",
-    "space_invaders_trpo": "TRPO",
-    "space_invaders_ppo": "PPO",
 }
 
 
@@ -72,16 +71,13 @@ def collect(sweep: Path) -> list[dict[str, Any]]:
     description = json.loads((sweep / "sweep.json").read_text())
     method = SWEEPS[sweep.name]
     setting = METHODS[method][0]
-    names = ["env", setting, "final_return", "episode_return", "env_steps"]
+    names = ["env", setting, "final_return", "env_steps"]
     rows = parquet.ParquetDataset(sweep / "results").read(columns=names).to_pylist()
     found = []
     for env in dict.fromkeys(row["env"] for row in rows):
         here = [row for row in rows if row["env"] == env]
         sizes = sorted({row[setting] for row in here})
         scores = [np.array([row["final_return"] for row in here if row[setting] == size]) for size in sizes]
-        # The first episodes that ended, of the slowest learners: as good as untrained.
-        slowest = [np.array(row["episode_return"]) for row in here if row[setting] == sizes[0]]
-        untrained = float(np.mean([curve[~np.isnan(curve)][0] for curve in slowest]))
         iqm = [float(interquartile_mean(values)) for values in scores]
         found.append(
             {
@@ -95,10 +91,17 @@ def collect(sweep: Path) -> list[dict[str, Any]]:
                 "sizes": sizes,
                 "iqm": iqm,
                 "interval": [stratified_bootstrap([values]) for values in scores],
-                "untrained": untrained,
+                "untrained": untrained_return(env),
             }
         )
     return found
+
+
+def untrained_return(env: str) -> float:
+    """Mean return of 256 episodes of a new policy, which acts nearly at random."""
+    config, key = Config(env=env), jax.random.key(0)
+    run = jax.jit(lambda key: evaluate(config, init(config, key), key, num_episodes=256, deterministic=False))
+    return float(run(key).episode_return.mean())
 
 
 def add_plateaus(curves: list[dict[str, Any]]) -> None:
