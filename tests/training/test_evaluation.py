@@ -92,8 +92,8 @@ def test_stochastic_samples(rewarded):
 
 def test_the_setting_decides_unless_the_caller_does(rewarded):
     state = with_logits(rewarded[2], [0.0, 0.1])
-    for settings, chosen, sampled in (({"eval_stochastic": True}, {}, True), ({}, {}, False)):
-        run, _ = prepare(probes.RewardedAction(), num_episodes=40, settings=settings, **chosen)
+    for sampled in (True, False):
+        run, _ = prepare(probes.RewardedAction(), num_episodes=40, settings={"eval_stochastic": sampled})
         expected = rewarded[sampled](state, jax.random.key(0)).episode_return
         np.testing.assert_array_equal(run(state, jax.random.key(0)).episode_return, expected)
     settings = {"eval_stochastic": True}
