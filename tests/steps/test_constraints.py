@@ -226,3 +226,32 @@ def test_advantages_of_another_policy_are_cut_where_the_two_part(estimate, x64):
     half = at(1.0, 1, 0.5, 1)
     np.testing.assert_allclose(half[2:], golden[2:], atol=1e-10)
     np.testing.assert_allclose(half[1], 2.35 + 0.855 * 0.5 * golden[2], atol=1e-8)
+
+
+class WithoutDivergence(Categorical):
+    """A categorical distribution whose KL to others is NaN in one sample of the batch."""
+
+    def kl(self, other):
+        return super().kl(other).at[3].set(jnp.nan)
+
+    def fisher_product(self, tangent):
+        return WithoutDivergence(super().fisher_product(tangent).logits)
+
+
+jax.tree_util.register_pytree_node(
+    WithoutDivergence, lambda d: ((d.logits,), None), lambda _, children: WithoutDivergence(*children)
+)
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_one_divergence_that_is_nan_rejects_the_update_of_a_long_batch(constraint):
+    params, observation, action, advantage = make_problem(batch=10_000)
+
+    def policy(params, observation):
+        return WithoutDivergence(categorical(params, observation).logits)
+
+    new, info = jax.jit(functools.partial(trpo_update, policy, constraint=constraint))(
+        params, observation, action, advantage
+    )
+    assert not info.accepted
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, new, params)))

@@ -116,6 +116,14 @@ def test_zero_right_hand_side():
     assert info.converged and info.num_iterations == 0 and info.relative_residual == 0
 
 
+@pytest.mark.parametrize("size", [8_000, 50_000])
+def test_nan_anywhere_in_a_long_right_hand_side_gives_zero(size):
+    b = jnp.ones(size).at[size // 2].set(jnp.nan)
+    x, info = jax.jit(lambda b: conjugate_gradient(lambda v: 2 * v, b, num_iterations=3))(b)
+    assert not x.any()
+    assert not info.converged
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_right_hand_side(bad):
     x, info = solve(jnp.eye(3), jnp.array([1.0, bad, 2.0]))

@@ -91,6 +91,6 @@ def estimate_candidate(
         low=low,
         high=high,
         mean_kl=jnp.mean(kl),
-        maximum_kl=jnp.max(kl),
+        maximum_kl=trees.maximum(kl),
         effective_sample_fraction=effective_sample_fraction(new, old_log_prob, action),
     )

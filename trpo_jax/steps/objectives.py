@@ -9,6 +9,7 @@ import chex
 import jax.numpy as jnp
 
 from trpo_jax.steps.distributions import Distribution
+from trpo_jax.steps.trees import maximum
 from trpo_jax.steps.types import Array
 
 
@@ -61,7 +62,7 @@ def mean_kl(old_distribution: Distribution, distribution: Distribution) -> Array
 
 def maximum_kl(old_distribution: Distribution, distribution: Distribution) -> Array:
     """Largest KL(old ‖ new) of a single sample, nats, as bounded in theory (Schulman et al. 2015, equation 11)."""
-    return jnp.max(old_distribution.kl(distribution))
+    return maximum(old_distribution.kl(distribution))
 
 
 def reverse_kl(old_distribution: Distribution, distribution: Distribution) -> Array:

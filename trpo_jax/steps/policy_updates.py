@@ -196,7 +196,7 @@ def make_evaluate(
         kl = old_distribution.kl(distribution)
         gain = surrogate_gain(distribution, old_log_prob, batch.action, batch.advantage)
         gain += entropy_coefficient * jnp.mean(entropy_bonus(distribution) - old_bonus)
-        mean, largest = jnp.mean(kl), jnp.max(kl)
+        mean, largest = jnp.mean(kl), trees.maximum(kl)
         # XLA does not see that a usual constraint reduces this same KL, and would compute it twice.
         if constraint is mean_kl:
             divergence = mean

@@ -16,7 +16,7 @@ from trpo_jax.steps.line_searches import backtracking_line_search
 from trpo_jax.steps.minibatches import minibatch_descent
 from trpo_jax.steps.solvers import Solver, conjugate_gradient
 from trpo_jax.steps.statistics import varies
-from trpo_jax.steps.trees import check_parameters
+from trpo_jax.steps.trees import check_parameters, max_abs, maximum
 from trpo_jax.steps.types import Array, PyTree, Scalar, at_least_float32
 
 if TYPE_CHECKING:
@@ -153,5 +153,5 @@ def explained_variance(values: Array, targets: Array) -> Array:
     """Compute 1 − Var[targets − values] / Var[targets]: 1 is perfect, 0 a constant's worth. Constant targets give 0."""
     values, targets = at_least_float32(values), at_least_float32(targets)
     variance = jnp.var(targets)
-    varied = varies(jnp.max(targets) - jnp.min(targets), jnp.max(jnp.abs(targets)))
+    varied = varies(maximum(targets) + maximum(-targets), max_abs(targets))
     return jnp.where(varied, 1 - jnp.var(targets - values) / jnp.where(varied, variance, 1), 0)

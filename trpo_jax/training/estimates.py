@@ -12,6 +12,7 @@ from trpo_jax import backend
 from trpo_jax.config import Config
 from trpo_jax.steps.advantages import gae, parallel_gae
 from trpo_jax.steps.statistics import RunningStatistics, update_statistics, varies
+from trpo_jax.steps.trees import max_abs, maximum
 from trpo_jax.steps.types import Array, at_least_float32
 from trpo_jax.training.state import Transition
 
@@ -151,10 +152,10 @@ def normalize_weights(config: Config, weight: Array, of: Array | None = None) ->
         size = jnp.sqrt(jnp.mean(weight**2))
         scale = jnp.where(size > 0, size, 1)
         return scale, weight / scale
-    smallest, largest = jnp.min(weight), jnp.max(weight)
+    smallest, largest = -maximum(-weight), maximum(weight)
     magnitude = jnp.maximum(jnp.abs(smallest), jnp.abs(largest))
     if of is not None:
-        magnitude = jnp.maximum(magnitude, jnp.max(jnp.abs(of)))
+        magnitude = jnp.maximum(magnitude, max_abs(of))
     spread = largest - smallest
     varied = varies(spread, magnitude)
     scale = jnp.where(varied, jnp.std(weight), 1)

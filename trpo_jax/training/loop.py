@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 from trpo_jax import backend
 from trpo_jax.config_pytree import Config
 from trpo_jax.sentences import UsageError, check_limits, shown
+from trpo_jax.steps import trees
 from trpo_jax.steps.statistics import init_statistics, update_statistics
 from trpo_jax.steps.types import Array, PyTree, typed_jit
 from trpo_jax.training.agents import Agent, make_agent
@@ -203,9 +204,8 @@ def iterate(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     after = TrainState(state.iteration + 1, state.key, learner, actor)
     # In JAX's 64-bit mode, sums of 32-bit numbers may have 64 bits; a state keeps the dtypes that it began with.
     after = jax.tree.map(lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype), after, state)
-    finite = _all_finite(
-        (batch.reward, batch.observation, batch.next_observation, learner.policy_params, learner.value_params)
-    )
+    vectors = ravel_pytree(learner.policy_params)[0], ravel_pytree(learner.value_params)[0]
+    finite = trees.all_finite((batch.reward, batch.observation, batch.next_observation, vectors))
     return after, _metrics(actor.ended, episodes, info, finite)
 
 
@@ -222,10 +222,6 @@ def take_turns(function: Callable[..., Any], *arguments: Any) -> Any:
         return jax.core.eval_jaxpr(program.jaxpr, consts, *leaves)
 
     return jax.tree.unflatten(jax.tree.structure(shapes), flat(program.consts, *leaves))
-
-
-def _all_finite(tree: PyTree) -> Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def _metrics(ended: EpisodeTotals, episodes: EpisodeTotals, info: TrainInfo, finite: Array) -> Metrics:
