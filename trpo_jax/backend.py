@@ -32,11 +32,6 @@ def scans_are_sequential() -> bool:
     return platform() == "cpu"
 
 
-def candidates_take_turns() -> bool:
-    """Whether a line search tries its candidates until one passes, instead of all of them in one batch."""
-    return platform() == "cpu"
-
-
 def blocks_stay_in_cache() -> bool:
     """Whether a large batch is processed in blocks that fit a processor's cache."""
     return platform() == "cpu"

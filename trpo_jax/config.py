@@ -118,8 +118,8 @@ class Config:
     )
     line_search: fields.LineSearch = one_of(
         fields.LineSearch,
-        "one candidate after the other, or all in one batched pass; auto: parallel on accelerators; none: take the full"
-        " step, as in the natural gradient method",
+        "backtracking: one candidate after the other; parallel: all in one batched pass, in about four times the memory; "
+        "auto: backtracking; none: take the full step, as in the natural gradient method",
         used=fields.TRPO,
     )
     line_search_shrink: Scalar = traced(

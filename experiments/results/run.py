@@ -180,7 +180,7 @@ def suites() -> dict[str, Suite]:
             packages=("gymnasium", "Box2D"),
         ),
         "mujoco": Suite(
-            {"TRPO": "mujoco", "TRPO, γ = 0.999": "mujoco-swimmer"},
+            {"TRPO": "mujoco", "TRPO, γ = 0.999": "mujoco-swimmer", "PPO": "mujoco-ppo"},
             5,
             [
                 Task("gymnasium/HalfCheetah-v5", 4471.2),

@@ -9,7 +9,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax import backend
 from trpo_jax.algorithms.base import Algorithm, Experience, annealed
 from trpo_jax.algorithms.radius_rules import RADIUS_RULES
 from trpo_jax.config import Config
@@ -57,9 +56,9 @@ def make(config: Config) -> Algorithm:
 
 
 def line_search_of(config: Config) -> functools.partial[Any]:
-    """The line search for these settings on this backend."""
-    turns = backend.candidates_take_turns() if config.line_search == "auto" else config.line_search == "backtracking"
-    search = full_step if config.line_search == "none" else backtracking_line_search if turns else parallel_line_search
+    """The line search for these settings."""
+    searches = {"none": full_step, "parallel": parallel_line_search}
+    search = searches.get(config.line_search, backtracking_line_search)
     return functools.partial(search, shrink=config.line_search_shrink, max_steps=config.line_search_steps)
 
 
