@@ -118,7 +118,7 @@ class Config:
     )
     line_search: fields.LineSearch = one_of(
         fields.LineSearch,
-        "backtracking: one candidate after the other; parallel: all in one batched pass, in about four times the memory; "
+        "backtracking: one candidate after the other; parallel: all in one batched pass, in four times the memory; "
         "auto: backtracking; none: take the full step, as in the natural gradient method",
         used=fields.TRPO,
     )
