@@ -1,8 +1,8 @@
 """Line searches: the largest αʲ with which a step improves the surrogate inside the trust region.
 
-Two searches with one signature and one result. The sequential one stops at the first candidate that passes, which is
-usually the first or the second. The parallel one evaluates all of them in one batched pass: no loop, but as many
-forward passes as candidates, side by side in memory.
+Two searches with one signature and one result. The sequential one stops at the first candidate that passes; under
+`vmap` it runs until the slowest agent is done. The parallel one evaluates all candidates in one batched pass: no loop,
+but as many forward passes as candidates, side by side in memory.
 """
 
 from __future__ import annotations

@@ -204,6 +204,7 @@ def iterate(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     after = TrainState(state.iteration + 1, state.key, learner, actor)
     # In JAX's 64-bit mode, sums of 32-bit numbers may have 64 bits; a state keeps the dtypes that it began with.
     after = jax.tree.map(lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype), after, state)
+    # One vector per network: a kernel for each of its layers would take longer to compile.
     vectors = ravel_pytree(learner.policy_params)[0], ravel_pytree(learner.value_params)[0]
     finite = trees.all_finite((batch.reward, batch.observation, batch.next_observation, vectors))
     return after, _metrics(actor.ended, episodes, info, finite)
