@@ -170,11 +170,12 @@ def suites() -> dict[str, Suite]:
             packages=("brax",),
         ),
         "box2d": Suite(
-            {"TRPO": "box2d"},
+            {"TRPO": "box2d", "PPO": "box2d-ppo"},
             10,
             [
                 Task("gymnasium/LunarLander-v3", 133.2),
                 Task("gymnasium/LunarLanderContinuous-v3", 262.4),
+                Task("gymnasium/BipedalWalker-v3", 182.0),
             ],
             ZOO,
             packages=("gymnasium", "Box2D"),
