@@ -35,6 +35,10 @@ SWEEPS = {  # file: method
     "ppo": "PPO",
     "doorkey_trpo": "TRPO",
     "doorkey_ppo": "PPO",
+    "breakout_trpo": "TRPO",
+    "breakout_ppo": "PPO",
+    "cheetah_trpo": "TRPO",
+    "cheetah_ppo": "PPO",
 }
 
 

@@ -98,34 +98,15 @@ def next_values(
     """Compute V of each step's next observation, [T, N]; after a terminal state it is arbitrary, since nothing uses it.
 
     It is V of the next row, except at truncated steps and in the last row. V is evaluated for those alone if `sparse`
-    allows it. On CPU, where branches are cheap, this needs at most one truncation per environment. On an accelerator,
-    where `vmap` takes both sides of a branch, it takes one truncated step of every environment at a time, and needs a
-    time limit `max_steps` that keeps their number small.
+    allows it, with one truncated step of every environment at a time, unless a short time limit `max_steps` makes one
+    pass over the whole batch faster. Without a limit their number is not known, and an accelerator takes that one pass.
     """
     next_observation, num_steps = batch.next_observation, batch.reward.shape[0]
-    on_cpu = backend.branches_are_cheap()
-    if not sparse or not (on_cpu or (max_steps is not None and 2 * max_steps >= num_steps)):
+    few = backend.branches_are_cheap() if max_steps is None else 2 * max_steps >= num_steps
+    if not sparse or not few:
         return value_fn(next_observation)
-    truncated = batch.truncated & ~batch.terminated
-    if not on_cpu:
-        return _one_truncation_at_a_time(truncated, values, value_fn, next_observation)
-    here = jnp.argmax(truncated, axis=0), jnp.arange(truncated.shape[1])  # the one truncated step of each environment
-
-    def once_each() -> Array:
-        at_truncation, at_end = jnp.split(value_fn(jnp.concatenate([next_observation[here], next_observation[-1]])), 2)
-        next_values = jnp.concatenate([values[1:], at_end[None]])
-        return next_values.at[here].set(jnp.where(truncated[here], at_truncation, next_values[here]))
-
-    twice = jnp.any(jnp.sum(truncated[:-1], axis=0) > 1)
-    return jax.lax.cond(twice, lambda: value_fn(next_observation), once_each)
-
-
-def _one_truncation_at_a_time(truncated: Array, values: Array, value_fn: ValueFn, next_observation: Array) -> Array:
-    """Compute V of next observations [T, N] in passes over N of them, one for every truncation of an environment.
-
-    Each environment looks along its own steps, so that environments on several devices stay where they are.
-    """
-    environments = jnp.arange(truncated.shape[1])
+    # Each environment looks along its own steps, so that environments on several devices stay where they are.
+    environments = jnp.arange(batch.reward.shape[1])
 
     def one_each(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         left, next_values = carry
@@ -134,7 +115,7 @@ def _one_truncation_at_a_time(truncated: Array, values: Array, value_fn: ValueFn
         return left.at[here].set(False), next_values.at[here].set(found)
 
     next_values = jnp.concatenate([values[1:], value_fn(next_observation[-1])[None]])
-    left = truncated.at[-1].set(False)
+    left = (batch.truncated & ~batch.terminated).at[-1].set(False)
     return jax.lax.while_loop(lambda carry: jnp.any(carry[0]), one_each, (left, next_values))[1]
 
 
