@@ -17,6 +17,7 @@ from trpo_jax.sweeps import cohorts, placement
 from trpo_jax.sweeps.grids import Spec
 from trpo_jax.sweeps.in_folder import run_sweep
 from trpo_jax.sweeps.plans import stack_configs
+from trpo_jax.sweeps.storage import Folder
 
 
 @pytest.mark.long
@@ -178,11 +179,11 @@ def compiled(monkeypatch):
     return found, broken
 
 
-def trained_in(path):
+def trained_in(path, **options):
     """The results of a sweep of three programs."""
     base = {"env": "CartPole-v1", "num_envs": 2, "num_steps": 4, "num_iterations": 3}
     spec = Spec(base=base, grid={"hidden": [[2], [3], [4]]}, num_seeds=2, num_episodes=0)
-    assert run_sweep(path, spec, most_agents=1) == "complete"
+    assert run_sweep(path, spec, most_agents=1, **options) == "complete"
     rows = parquet.ParquetDataset(path / "results").read()
     return [rows[name].to_pylist() for name in ("point", "mean_kl", "entropy")]
 
@@ -201,3 +202,36 @@ def test_programs_are_compiled_with_the_settings_of_the_thread_that_asks(tmp_pat
     with jax.default_matmul_precision("highest"):  # holds for this thread only
         trained_in(tmp_path)
     assert compiled[0] == [(True, (2,)), (True, (3,)), (True, (4,))]
+
+
+def test_results_are_written_while_the_next_agents_train(tmp_path, monkeypatch):
+    write, usual = Folder.write_results, trained_in(tmp_path / "usual")
+    trained, waited = threading.Semaphore(0), []
+
+    def written_after_the_next_chunk(self, block, columns):
+        last = block.group == 2 and block.last == 2  # no agents come after it
+        waited.append(last or trained.acquire(timeout=60))
+        write(self, block, columns)
+
+    def report(progress):
+        if progress.blocks[0].group or progress.blocks[0].first:
+            trained.release(2)
+
+    monkeypatch.setattr(Folder, "write_results", written_after_the_next_chunk)
+    assert trained_in(tmp_path / "late", report=report) == usual
+    assert all(waited) and len(waited) == 6
+
+
+def test_a_failure_to_write_results_ends_the_sweep_while_the_next_agents_train(tmp_path, monkeypatch):
+    reports = []
+
+    def full(self, block, columns):
+        raise UsageError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write_results", full)
+        patch.setattr("trpo_jax.runs.runner._CHUNK_SECONDS", 0)  # a chunk per iteration
+        with pytest.raises(UsageError, match="the disk is full"):
+            trained_in(tmp_path, report=lambda progress: reports.append((progress.blocks[0].group, progress.iteration)))
+    assert (0, 3) in reports and (2, 1) not in reports
+    assert trained_in(tmp_path)

@@ -7,7 +7,8 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
@@ -82,7 +83,7 @@ def run_sweep(
         clock = Clock(sum(group.num_agents * group.steps_per_agent for group in groups) / process[1])
         size = checkpoint_seconds, most_agents
         work = _Work(folder, spec, points, groups, process, *size, clock, interrupted, report, open_sinks)
-        with contextlib.closing(work.ahead):
+        with contextlib.closing(work.ahead), work.writing():
             for number in range(len(groups)):
                 work.train_group(number)
                 if work.stopped:
@@ -108,6 +109,8 @@ class _Work:
     report: Callable[[Progress], bool | None]
     open_sinks: Callable[[str, Mapping[str, Any]], Sequence[OpenSink]]
     ahead: Ahead = dataclasses.field(default_factory=Ahead)
+    writer: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "write-results"))
+    written: tuple[Future[None], list[tuple[Block, dict[str, np.ndarray]]]] | None = None  # the blocks of last time
     rounding_checked: bool = False
     ended: bool = False  # by the report
 
@@ -189,18 +192,19 @@ class _Work:
         steps = len(members) * group.configs[0].steps_per_iteration  # of an iteration
         self.clock.done += steps * cohort.done
         ends = np.cumsum([block.size for block in blocks])
-        slices = [slice(end - block.size, end) for block, end in zip(blocks, ends, strict=True)]
+        each = [(block, slice(end - block.size, end)) for block, end in zip(blocks, ends, strict=True)]
         saved = time.monotonic()
 
         def on_chunk(length: int) -> bool:
             nonlocal saved
+            self._conclude(wait=False)
             self.clock.count(steps * length)
             progress = Progress(at, blocks, num_blocks, cohort.done, group.num_iterations, self.clock)
             self.ended |= self.report(progress) is False
             stop, late = self.stopped, time.monotonic() - saved >= self.checkpoint_seconds
             if (stop or late) and cohort.done < group.num_iterations:
                 snapshot = cohort.snapshot()
-                for block, where in zip(blocks, slices, strict=True):
+                for block, where in each:
                     self.folder.save(block, snapshot.take(where))
                 saved = time.monotonic()
             return not stop
@@ -212,11 +216,32 @@ class _Work:
         if cohort.eval_return is not None:
             stopped_at = stopped_iteration(cohort.eval_return, group.configs[0])
             outcome |= {"eval_return": cohort.eval_return, "stopped_at": np.ma.masked_equal(stopped_at, 0)}
-        for block, where in zip(blocks, slices, strict=True):
-            mine = {name: values[where] for name, values in outcome.items()}
+        finished = [(block, {name: values[where] for name, values in outcome.items()}) for block, where in each]
+        for (block, mine), (_, where) in zip(finished, each, strict=True):
             self._keep(block, cohort.states, where, mine)
-            self.folder.write_results(block, self._columns(block, mine))
-            self._feed_sinks(block, mine)
+        self._conclude()
+        self.written = self.writer.submit(self._write, finished), finished
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Write the results of finished blocks in a thread, while the devices train the next ones."""
+        with self.writer:
+            try:
+                yield
+            finally:
+                self._conclude()
+
+    def _write(self, finished: Sequence[tuple[Block, dict[str, np.ndarray]]]) -> None:
+        for block, outcome in finished:
+            self.folder.write_results(block, self._columns(block, outcome))
+
+    def _conclude(self, wait: bool = True) -> None:
+        """Raise what failed while the last results were written; pass them to the sinks."""
+        if self.written and (wait or self.written[0].done()):
+            (writing, finished), self.written = self.written, None
+            writing.result()
+            for block, outcome in finished:
+                self._feed_sinks(block, outcome)
 
     def _keep(self, block: Block, states: TrainState, where: slice, outcome: Mapping[str, np.ndarray]) -> None:
         """Write the states of a block's agents that the sweep keeps: all, or that of the best one of each point."""
@@ -245,30 +270,30 @@ class _Work:
     def _columns(self, block: Block, outcome: dict[str, np.ndarray]) -> dict[str, Any]:
         """The rows of a block as the columns of its Parquet file."""
         at, seeds = self.groups[block.group].agents(block.first, block.last)
-        configs = [self.points[i].config for i in at]
         return {
             "point": at,
             "seed": (self.spec.seed + seeds).astype(np.int32),
-            **{name: _values(name, configs, is_text) for name, is_text in self._settings.items()},
-            "env_steps": np.array([c.num_iterations * c.steps_per_iteration for c in configs], np.int64),
-            "final_return": outcome.pop("final_return"),
+            **{name: values.take(at) for name, values in self._settings.items()},
+            "env_steps": np.full(len(at), self.groups[block.group].steps_per_agent, np.int64),
+            "final_return": outcome["final_return"],
             "training_return": training_return(outcome),
             "failed_at": np.ma.masked_equal(failed_iteration(outcome), 0),
-            **outcome,
+            **{name: values for name, values in outcome.items() if name != "final_return"},
         }
 
     @functools.cached_property
-    def _settings(self) -> dict[str, bool]:
-        """Every setting, and whether its column is text, which has room for several kinds of values."""
-        names = setting_names(point.config for point in self.points)
-        kinds = {name: {type(value_of(point.config, name)) for point in self.points} - {type(None)} for name in names}
-        return {name: len(kinds[name]) > 1 and kinds[name] != {int, float} for name in names}
+    def _settings(self) -> dict[str, Any]:
+        """Every setting of every point, as Arrow arrays; text where a setting has several kinds of values."""
+        import pyarrow as pa
 
-
-def _values(name: str, configs: Sequence[Config], is_text: bool) -> list[Any]:
-    """The values of a setting for a column."""
-    values = [value_of(config, name) for config in configs]
-    return [None if v is None else str(v) for v in values] if is_text else values
+        columns = {}
+        for name in setting_names(point.config for point in self.points):
+            values = [value_of(point.config, name) for point in self.points]
+            kinds = {type(value) for value in values} - {type(None)}
+            if len(kinds) > 1 and kinds != {int, float}:
+                values = [None if value is None else str(value) for value in values]
+            columns[name] = pa.array(values)
+        return columns
 
 
 def _feed(sink: Sink, outcome: Mapping[str, np.ndarray], config: Config, seed: int) -> None:

@@ -142,4 +142,8 @@ def spec_of(description: Mapping[str, Any]) -> Spec:
 
 def stack_configs(configs: Iterable[Config]) -> Config:
     """Stack K configurations that share a program to one `Config` whose floats are arrays [K]."""
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *configs)
+    configs = list(configs)
+    apart = list({id(config): config for config in configs}.values())  # the agents of a point share one
+    place = {id(config): i for i, config in enumerate(apart)}
+    at = np.array([place[id(config)] for config in configs])
+    return jax.tree.map(lambda *leaves: np.stack(leaves)[at], *apart)

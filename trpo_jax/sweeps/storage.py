@@ -283,6 +283,8 @@ def _column(values: Any) -> Any:
     """Make a column from one value per agent (masked: none), or from one list per agent."""
     import pyarrow as pa
 
+    if isinstance(values, pa.Array):
+        return values
     if isinstance(values, np.ndarray) and values.ndim == 2:
         offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
         return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)))
