@@ -273,7 +273,7 @@ class _Work:
         return {
             "point": at,
             "seed": (self.spec.seed + seeds).astype(np.int32),
-            **{name: values.take(at) for name, values in self._settings.items()},
+            **dict(zip(self._settings.schema.names, self._settings.take(at), strict=True)),
             "env_steps": np.full(len(at), self.groups[block.group].steps_per_agent, np.int64),
             "final_return": outcome["final_return"],
             "training_return": training_return(outcome),
@@ -282,8 +282,8 @@ class _Work:
         }
 
     @functools.cached_property
-    def _settings(self) -> dict[str, Any]:
-        """Every setting of every point, as Arrow arrays; text where a setting has several kinds of values."""
+    def _settings(self) -> Any:
+        """Every setting of every point, as an Arrow record batch; text where a setting has several kinds of values."""
         import pyarrow as pa
 
         columns = {}
@@ -293,7 +293,7 @@ class _Work:
             if len(kinds) > 1 and kinds != {int, float}:
                 values = [None if value is None else str(value) for value in values]
             columns[name] = pa.array(values)
-        return columns
+        return pa.record_batch(columns)
 
 
 def _feed(sink: Sink, outcome: Mapping[str, np.ndarray], config: Config, seed: int) -> None:
