@@ -37,8 +37,6 @@ SWEEPS = {  # file: method
     "doorkey_ppo": "PPO",
     "breakout_trpo": "TRPO",
     "breakout_ppo": "PPO",
-    "cheetah_trpo": "TRPO",
-    "cheetah_ppo": "PPO",
 }
 
 
