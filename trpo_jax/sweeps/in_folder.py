@@ -180,7 +180,7 @@ class _Work:
         return programs
 
     def _train_blocks(self, programs: Programs, blocks: list[Block], snapshots: Sequence[Snapshot] | None) -> None:
-        """Train at most D blocks, one per device, from their common iteration; write their results.
+        """Train at most D blocks, one per device, from their common iteration; begin to write their results.
 
         An interrupt saves them after the current chunk.
         """
@@ -216,9 +216,11 @@ class _Work:
         if cohort.eval_return is not None:
             stopped_at = stopped_iteration(cohort.eval_return, group.configs[0])
             outcome |= {"eval_return": cohort.eval_return, "stopped_at": np.ma.masked_equal(stopped_at, 0)}
-        finished = [(block, {name: values[where] for name, values in outcome.items()}) for block, where in each]
-        for (block, mine), (_, where) in zip(finished, each, strict=True):
+        finished = []
+        for block, where in each:
+            mine = {name: values[where] for name, values in outcome.items()}
             self._keep(block, cohort.states, where, mine)
+            finished.append((block, mine))
         self._conclude()
         self.written = self.writer.submit(self._write, finished), finished
 
