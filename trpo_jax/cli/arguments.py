@@ -190,7 +190,7 @@ def _add_sweep_commands(commands: Any) -> None:
 
 
 def _add_devices(parser: _Parser) -> None:
-    parser.number("--num-devices", 1, "devices that share the environments of one agent; on a CPU they are made of it")
+    parser.number("--num-devices", 1, "devices that share the environments of one agent (no gain on a CPU)")
 
 
 def _add_sinks(parser: argparse.ArgumentParser) -> None:

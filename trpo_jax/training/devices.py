@@ -18,7 +18,8 @@ def shard_environments(state: TrainState, devices: Sequence[Any] | None = None) 
     """Spread the environments of one large agent over devices; parameters are copied to each.
 
     `train_step` on the result is data-parallel: every device steps its share of the N environments, and gradients,
-    Fisher products, advantage and observation statistics are sums over all devices.
+    advantage and observation statistics are sums over all devices. So are Fisher products if `fisher_fraction` is 1;
+    a smaller sample for the curvature is copied to every device.
 
     Args:
       state: the state of one agent.
