@@ -159,7 +159,7 @@ class Config:
         used=fields.KL_PENALTY,
     )
     value_fit: fields.ValueFitName | Callable[[Config], ValueFit] = one_of(
-        fields.ValueFitName, "value fit: one damped Gauss-Newton step, or epochs of minibatches with Adam"
+        fields.ValueFitName, "value fit: damped Gauss-Newton steps, or epochs of minibatches with Adam"
     )
     value_damping: Scalar = traced(
         defaults.VALUE_DAMPING,
@@ -168,7 +168,12 @@ class Config:
         used=fields.GAUSS_NEWTON,
     )
     value_cg_iterations: int = static(
-        defaults.VALUE_CG_ITERATIONS, "gauss-newton: at most k conjugate-gradient iterations", used=fields.GAUSS_NEWTON
+        defaults.VALUE_CG_ITERATIONS,
+        "gauss-newton: at most k conjugate-gradient iterations per step",
+        used=fields.GAUSS_NEWTON,
+    )
+    gauss_newton_steps: int = static(
+        1, "gauss-newton: steps per fit, each on the whole batch", used=fields.GAUSS_NEWTON
     )
     value_learning_rate: Scalar = traced(3e-3, "adam: learning rate", interval="[0, 1e6]", used=fields.ADAM)
     value_clip: Scalar = traced(

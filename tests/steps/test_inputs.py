@@ -284,6 +284,7 @@ def test_the_steps_have_the_defaults_of_config():
         gauss_newton_fit: {
             "solver": Solver(config.value_damping, config.value_cg_iterations, config.cg_tolerance),
             "fisher_fraction": config.fisher_fraction,
+            "num_steps": config.gauss_newton_steps,
         },
         normalize: {"clip": config.observation_clip},
     }.items():

@@ -1,5 +1,7 @@
 """Fitting the value function, and how well it fits; running statistics of observations."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,6 +114,23 @@ def test_gauss_newton_damping_is_ridge_regression_towards_the_start(x64):
     matrix = observation.T @ observation / 40 + damping * jnp.eye(3)
     expected = start + jnp.linalg.solve(matrix, observation.T @ (target - observation @ start) / 40)
     np.testing.assert_allclose(params, expected, rtol=1e-10)
+
+
+def test_several_gauss_newton_steps_are_as_many_fits_in_turn(x64):
+    def value(params, observation):
+        return jnp.tanh(observation @ params["w"]) @ params["v"]
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {"w": jax.random.normal(keys[0], (2, 8)), "v": jax.random.normal(keys[1], (8,))}
+    batch = jax.random.normal(keys[2], (40, 2)), 10 * jax.random.normal(keys[3], (40,))
+    fit = functools.partial(gauss_newton_fit, value, fisher_fraction=0.5)
+    together, final_loss = jax.jit(lambda params: fit(params, *batch, num_steps=3))(params)
+    losses = []
+    for _ in range(3):
+        params, loss = fit(params, *batch)
+        losses.append(float(loss))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), together, params)
+    assert float(final_loss) == pytest.approx(losses[-1]) and losses[0] > losses[1] > losses[2]
 
 
 @pytest.mark.parametrize("fraction, damping", [(1.0, 1e-3), (0.25, 0.3)])

@@ -222,6 +222,7 @@ CHOICES = {
     "policy_minibatches": (4, PPO),
     "value_fit": ("adam", {}),
     "value_cg_iterations": (2, {}),
+    "gauss_newton_steps": (2, {}),
     "value_epochs": (3, ADAM),
     "value_minibatches": (4, ADAM),
     "normalize_advantages": (False, {}),

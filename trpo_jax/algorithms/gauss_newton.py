@@ -1,4 +1,4 @@
-"""Value fit by one damped Gauss–Newton step, with the same machinery as the policy step."""
+"""Value fit by damped Gauss–Newton steps, with the same machinery as the policy step."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def make(config: Config) -> ValueFit:
             solver=Solver(config.value_damping, config.value_cg_iterations, config.cg_tolerance),
             fisher_fraction=config.fisher_fraction,
             sample_ndim=targets.sample_ndim,
+            num_steps=config.gauss_newton_steps,
         )
         return unravel(vector), state, loss
 
