@@ -131,6 +131,8 @@ def test_several_gauss_newton_steps_are_as_many_fits_in_turn(x64):
         losses.append(float(loss))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), together, params)
     assert float(final_loss) == pytest.approx(losses[-1]) and losses[0] > losses[1] > losses[2]
+    with pytest.raises(ValueError, match="num_steps of a value fit must be a whole number of at least 1, got 0"):
+        fit(params, *batch, num_steps=0)
 
 
 @pytest.mark.parametrize("fraction, damping", [(1.0, 1e-3), (0.25, 0.3)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -59,10 +60,15 @@ def gauss_newton_fit(
       New parameters, and their mean squared error on those samples. If no step helps or any number is not finite, the
       parameters are returned bit for bit.
 
+    Raises:
+      ValueError: if the parameters are not arrays of floats, or `num_steps` is not a whole number ≥ 1.
+
     Source: Schulman et al. 2016, section 5 (there with a trust region in place of the damping).
     """
 
     check_parameters(params)
+    if not isinstance(num_steps, numbers.Integral) or num_steps < 1:
+        raise ValueError(f"num_steps of a value fit must be a whole number of at least 1, got {num_steps!r}")
     target = at_least_float32(target)
 
     def cotangent(values: Array, target: Array) -> Array:
@@ -72,12 +78,11 @@ def gauss_newton_fit(
     sample_shape = target.shape[:sample_ndim]
     sample = curvature_sample(observation, sample_shape, fisher_fraction)
     share = min(1.0, _TRIED_ON / target.size)
+    tried, tried_target = curvature_sample((observation, target), sample_shape, share)
 
     def improve(params: PyTree) -> tuple[PyTree, Array]:
         values, ascent = forward_and_gradient(value_apply, params, observation, cotangent, target)
-        error = target - values
-        tried, tried_target, tried_error = curvature_sample((observation, target, error), sample_shape, share)
-        loss = jnp.mean(tried_error**2)
+        loss = jnp.mean(curvature_sample(target - values, sample_shape, share) ** 2)
 
         def distribution_fn(params: PyTree) -> DiagonalGaussian:
             return DiagonalGaussian(value_apply(params, sample)[..., None], jnp.zeros(1, values.dtype))
@@ -92,7 +97,7 @@ def gauss_newton_fit(
         params, info = backtracking_line_search(evaluate, params, step, max_kl=0.0, shrink=0.5, max_steps=5)
         return params, loss - info.surrogate_gain
 
-    if num_steps == 1:
+    if num_steps == 1:  # without a loop, in which XLA may round otherwise
         return improve(params)
     params, losses = jax.lax.scan(lambda params, _: improve(params), params, length=num_steps)
     return params, losses[-1]
