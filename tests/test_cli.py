@@ -105,6 +105,8 @@ def snapshot(folder):
         (["train", "--stop-at-return", "9"], "stop_at_return needs eval_every=1 or more; with eval_every=0 it has no"),
         (["train", "--keep-every", "-1"], "keep_every must be a whole number from 0 to 10,000,000, got -1."),
         (["benchmark", "--eval-every", "2"], "benchmark measures training without evaluation; leave out eval_every."),
+        (["benchmark", "--output", "."], "--output must name a file, but . is a folder; add a name to it."),
+        (["evaluate", "missing", "--agent", "1000000"], "missing is not the folder of a run"),
         (["benchmark", "--target-kl", "0.3"], "target_kl needs radius_rule=divergence or update=kl-penalty;"),
         (["train", "--state-dependent-std"], "CartPole-v1 has discrete actions; leave it out."),
         (["train", "--output", "a" * 300, *TINY], "File name too long"),

@@ -1,19 +1,21 @@
 """Evaluation during a run: eval.csv, the best policies, stopped agents, kept checkpoints; none leaves a mark."""
 
 import shutil
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from trpo_jax import Config, UsageError, load, train
 from trpo_jax.cli import main
 from trpo_jax.runs.continuing import continue_run
-from trpo_jax.runs.evaluations import best_states, judge_best, read_evaluations
+from trpo_jax.runs.evaluations import Judge, best_states, judge_best, read_evaluations
 from trpo_jax.runs.folders import chosen_state, create_run, newest_state, open_run
 from trpo_jax.runs.learning_curve import plot_learning_curve
 from trpo_jax.runs.metrics import read_metrics
-from trpo_jax.training.evaluation import judge
+from trpo_jax.training.evaluation import Evaluation, judge
 
 pytestmark = pytest.mark.long
 
@@ -181,6 +183,19 @@ def test_an_agent_that_has_reached_its_goal_stays_and_all_of_them_end_the_run(ru
     reports = []
     assert continue_run(done, reports.append) and reports[-1].iteration == 3
     assert continue_run(open_run(done.path), lambda _: pytest.fail("it goes on"))
+
+
+def test_a_policy_without_a_score_gives_way_to_the_first_with_one(run):
+    judge_of = Judge(run, "")
+    kept = []
+    judge_of.file = SimpleNamespace(append=lambda *_: None)
+    judge_of._keep = lambda states, improved: kept.append(improved.tolist())
+    for done, means in enumerate(([np.nan, 1], [np.nan, 0], [-5, 2], [np.nan, np.nan], [-6, 3]), 1):
+        returns = jnp.repeat(jnp.float32(means)[:, None], 6, axis=1)
+        judge_of._program = lambda *_, r=returns: Evaluation(r, jnp.ones((2, 6), jnp.int32), jnp.ones((2, 6), bool))
+        judge_of(SimpleNamespace(done=3 * done, states=None))
+    assert kept == [[True, True], [True, False], [True, True], [False, True]]
+    np.testing.assert_array_equal(judge_of._best, [-5, 3])
 
 
 def test_one_agent_alone_stops(tmp_path):

@@ -7,6 +7,8 @@ import pytest
 
 from trpo_jax import Config, UsageError, load_preset, validate
 from trpo_jax.cli import main
+from trpo_jax.cli.arguments import make_parser
+from trpo_jax.cli.train_commands import _settings_from
 from trpo_jax.presets import available_presets, preset_of
 from trpo_jax.settings import with_length
 from trpo_jax.sweeps.grids import make_spec
@@ -55,6 +57,16 @@ def test_the_length_is_that_of_the_table_unless_it_is_set_elsewhere():
     for elsewhere in ({"num_iterations": [2]}, {"total_steps": [5000]}, {"env": ["Acrobot-v1"]}):
         assert "total_steps" not in make_spec({"base": {"preset": "classic"}, "grid": elsewhere}).base
     assert make_spec({"base": {"preset": "classic", "reuse": 3}}).base["reuse"] == 3
+
+
+def test_the_length_of_a_preset_in_a_file_is_that_of_the_environment_of_the_command_line(tmp_path):
+    file = tmp_path / "mine.toml"
+    for text in ('preset = "classic"', 'preset = "classic"\nenv = "CartPole-v1"'):
+        file.write_text(text)
+        namespace = make_parser().parse_args(["train", "MountainCarContinuous-v0", "--config", str(file)])
+        settings = _settings_from(namespace)
+        assert settings["total_steps"] == load_preset("classic").tasks["MountainCarContinuous-v0"]
+        assert settings["total_steps"] != load_preset("classic").tasks["CartPole-v1"]
 
 
 def test_the_first_table_that_names_an_environment_is_its_preset():

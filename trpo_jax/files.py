@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import itertools
 import json
 import math
 import os
@@ -85,6 +86,16 @@ def say(sentence: str) -> None:
     """Print one line on standard error; do nothing if that cannot be written to."""
     with contextlib.suppress(OSError):  # a name in it may have line breaks
         print(f"trpo-jax: {' '.join(sentence.splitlines())}", file=sys.stderr, flush=True)
+
+
+def name_of(folder: Path) -> str:
+    """The name of a folder as text for pages and tables; bytes that are not UTF-8 are replaced."""
+    return readable(folder.resolve().name)
+
+
+def readable(path: str | os.PathLike[str]) -> str:
+    """A path as text that can be written; bytes that are not UTF-8 are replaced."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def drop_output() -> None:
@@ -233,6 +244,16 @@ def locked(
                 (folder / name).unlink()
                 if made:
                     folder.rmdir()
+
+
+def move_aside(folder: Path) -> Path:
+    """Rename a folder that no process uses to the first free of NAME-1, NAME-2, …; return its new path."""
+    numbered = (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(1))
+    aside = next(path for path in numbered if not os.path.lexists(path))
+    with locked(folder), _writing(folder, WRITABLE):
+        folder.rename(aside)
+        (aside / ".lock").unlink()  # it moved, too
+    return aside
 
 
 def _open_locked(file: Path) -> IO[bytes]:

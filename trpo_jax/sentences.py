@@ -11,7 +11,7 @@ from typing import Any
 
 SEEDS = 2**31  # seeds are below it: larger ones would train the same agents as smaller ones
 LIMITS: dict[str, tuple[bool, str]] = {
-    "agent": (True, "[0, 999999]"),
+    "agent": (True, "[0, 2147483646]"),  # that of a sweep is a seed
     "agents_per_device": (True, "[1, 1000000]"),
     "batch": (True, "[1, 10000]"),
     "checkpoint_seconds": (False, "[0, 1e9]"),

@@ -1,11 +1,12 @@
 """Comparisons: the statistics are those of the reference implementation, and what is compared is said."""
 
 import json
+import os
 import re
 
 import numpy as np
 import pytest
-from test_reports import SEEDS, sweep_folder
+from test_reports import ITERATIONS, SEEDS, sweep_folder
 
 from trpo_jax import UsageError, compare, probability_of_improvement, stratified_bootstrap
 from trpo_jax.cli import main
@@ -16,7 +17,7 @@ from trpo_jax.runs.metrics import METRICS, TableFile
 from trpo_jax.settings import settings_of
 from trpo_jax.sweeps.comparisons import _profile
 from trpo_jax.sweeps.iqm import _times_drawn, bootstrap_band, interquartile_mean
-from trpo_jax.sweeps.outcomes import Curves
+from trpo_jax.sweeps.outcomes import Curves, read_outcomes
 
 # Scores of two methods on two tasks, and what rliable 1.2 says of them: metrics.aggregate_iqm and
 # metrics.probability_of_improvement, library.get_interval_estimates and library.create_performance_profile (20,000
@@ -151,6 +152,34 @@ def test_what_must_be_known_is_said(tmp_path):
     write_table(a / "config.json", {**table, "num_iterations": 40, "checksum": None})
     assert "Not finished: 1 of 4" in " ".join(compare([a, b, pooled]).notes)
     assert set(compare([pooled], by=["gamma"]).methods) == {"gamma=0.9", "gamma=0.99"}
+
+
+def test_what_has_stopped_early_or_was_extended_is_finished(tmp_path):
+    """A run whose agents have reached their return, and points that were not asked for more seeds."""
+    a = run_folder(tmp_path / "a", [50.0, 60.0], judged=True, eval_every=1, stop_at_return=100.0)
+    table = json.loads((a / "config.json").read_text())
+    for goal, finished in ((100.0, True), (101.0, False)):
+        asked = {"num_iterations": 40, "stop_at_return": goal, "checksum": None}
+        write_table(a / "config.json", {**table, **asked})
+        (outcome,) = read_outcomes(a)
+        assert outcome.complete == finished
+    size = {"num_iterations": ITERATIONS}
+    form = {"base": size, "grid": {"gamma": [0.9, 0.99]}, "num_seeds": SEEDS, "seed": 0, "num_episodes": 4}
+    more = {**form, "grid": {"gamma": [0.99]}, "num_seeds": SEEDS + 1}
+    points = [({"gamma": gamma}, np.ones(SEEDS)) for gamma in (0.9, 0.99)]
+    b = sweep_folder(tmp_path / "b", points, **more, before=[form], begun_as="b")
+    assert [outcome.complete for outcome in read_outcomes(b)] == [True, False]
+
+
+def test_folders_whose_names_are_no_text_have_a_page(tmp_path, capsys):
+    names = [os.fsdecode(b"a\xff"), os.fsdecode(b"a\xfe")]
+    folders = [sweep_folder(tmp_path / name, [({}, np.ones(SEEDS) * i)]) for i, name in enumerate(names)]
+    assert len(compare(folders).methods) == 2
+    page = folders[0] / "page.html"
+    assert main(["compare", *map(str, folders), "--output", str(page), "--json", str(page.with_suffix(".json"))]) == 0
+    assert "a\ufffd" in page.read_text()
+    assert main(["report", str(folders[0])]) == 0 and "a\ufffd" in (folders[0] / "report.html").read_text()
+    capsys.readouterr()
 
 
 def test_scores_of_the_mode_and_of_sampled_actions_are_not_compared(tmp_path):

@@ -45,6 +45,13 @@ def test_sweep_hands_out_what_it_was_asked_for():
     assert np.isnan(result.final_return).all() and (result.failed_at == 0).all()
 
 
+def test_a_grid_may_vary_the_length_in_steps():
+    config = small_config(num_iterations=2)
+    per_iteration = config.steps_per_iteration
+    result = sweep(config, {"total_steps": [per_iteration, 3 * per_iteration]}, jax.random.key(5), num_episodes=0)
+    assert np.isfinite(result.metrics.mean_kl).sum(-1).tolist() == [[1], [3]]
+
+
 def test_the_final_score_is_of_the_mode_or_of_sampled_actions_as_the_setting_says():
     """One step, whose two actions earn −1 and 1: the mode earns one of them in every episode, a new policy both."""
     config = small_config(RewardedAction(), num_iterations=1)
@@ -162,6 +169,13 @@ def test_hosts_meet_only_where_there_are_several(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "2")
     placement.connect_hosts()
     assert met == [(None, None, None)]
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:", "localhost:abc", ":1", "a:0", "a:65536", "a:-1", "a:²"])
+def test_an_address_that_jax_cannot_use_is_one_sentence(address, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **_: pytest.fail("it is used"))
+    with pytest.raises(UsageError, match=r"coordinator must be HOST:PORT with a port from 1 to 65535, got '"):
+        placement.connect_hosts(address, 2, 0)
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from test_damage import DAMAGES
 
 from trpo_jax import UsageError, load_run
 from trpo_jax.cli import main
+from trpo_jax.files import locked
+from trpo_jax.runs.folders import extend_run, open_run
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.settings import checked_settings, read_toml, settings_of
 from trpo_jax.sweeps import search, studies
@@ -108,6 +110,30 @@ def test_best_settings_train(searched, tmp_path, capsys):
 
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["max_kl"] == best["max_kl"] and config["num_iterations"] == 2
+
+
+def test_the_run_of_the_best_settings_is_never_removed(tmp_path, monkeypatch):
+    """One that a user has made longer stays, and one of other settings moves aside, unless a process is using it."""
+    trained = []
+    monkeypatch.setattr(search, "continue_run", lambda run: trained.append(run.config.num_iterations) or True)
+    monkeypatch.setattr(search, "plot_learning_curve", lambda run: None)
+    file, spec, mark = tmp_path / "best.toml", make(), tmp_path / "best" / "metrics.csv"
+    settings = "".join(f"{name} = {value}\n" for name, value in BASE.items())
+    file.write_text(settings)
+    assert train_best(file, spec) == tmp_path / "best"
+    mark.write_text("rows")
+    longer = extend_run(open_run(tmp_path / "best"), 2 * 8 * 128)
+    assert train_best(file, spec) == tmp_path / "best" and trained == [8, 16] and mark.read_text() == "rows"
+    assert open_run(tmp_path / "best").config == longer.config
+    for i in (1, 2):
+        file.write_text(settings + f"max_kl = 0.0{i}1\n")
+        with locked(tmp_path / "best", "checkpoints"), pytest.raises(UsageError, match="another process is using"):
+            train_best(file, spec)
+        assert train_best(file, spec) == tmp_path / "best"
+        assert open_run(tmp_path / "best").config.max_kl == float(f"0.0{i}1") and trained[-1] == 8
+    assert (tmp_path / "best-1" / "metrics.csv").read_text() == "rows" and not mark.exists()
+    assert sorted(os.listdir(tmp_path)) == ["best", "best-1", "best-2", "best.toml"]
+    assert os.listdir(tmp_path / "best-2") == ["config.json"]
 
 
 def test_importance_is_the_share_that_groups_explain():

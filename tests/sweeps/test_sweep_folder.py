@@ -20,8 +20,9 @@ from trpo_jax import UsageError
 from trpo_jax.cli import main
 from trpo_jax.runs.descriptions import made_by
 from trpo_jax.sweeps import grids, in_folder
-from trpo_jax.sweeps.grids import Spec, read_spec
-from trpo_jax.sweeps.storage import Folder
+from trpo_jax.sweeps.grids import Spec, make_spec, read_spec
+from trpo_jax.sweeps.plans import num_seeds_by_point
+from trpo_jax.sweeps.storage import Block, Folder
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CHECKPOINTS = f"checkpoints/*-{'[0-9]' * 8}.npz"
@@ -319,3 +320,30 @@ def test_dry_run_shows_programs_and_writes_nothing(tmp_path, python):
     assert re.search(r"training \d+:\d\d \(iterations times .* and evaluation \d+:\d\d", result.stdout)
     assert re.search(r"CartPole-v1 +4 +12 +1 x 4 +3 +23,040", result.stdout)
     assert [entry.name for entry in tmp_path.iterdir()] == ["sweep.toml"]
+
+
+@pytest.mark.parametrize("section", ["base", "grid"])
+def test_a_sweep_of_widths_grows_again_and_again(section, tmp_path):
+    """A description in a file has lists where a sweep has tuples."""
+    for num_seeds in (1, 2, 3):
+        widths = {"base": {"hidden": [4]}} if section == "base" else {"grid": {"hidden": [[4], [4, 4]]}}
+        spec = make_spec({**widths, "num_seeds": num_seeds})
+        folder = Folder(tmp_path)
+        for extend in (True, True, False):
+            before = folder.describe(spec, {}, extend=extend)
+            assert [form.num_seeds for form in before] == list(range(1, num_seeds))
+    assert num_seeds_by_point(folder.description())(0) == 3
+
+
+@pytest.mark.parametrize(
+    "first, then, read", [(9, 9.5, [9, 9.5]), (9, "auto", ["9", "auto"]), (True, 2, ["true", "2"])]
+)
+def test_a_setting_of_an_environment_may_change_its_type_as_a_sweep_grows(first, then, read, tmp_path):
+    folder = Folder(tmp_path)
+    folder.describe(make_spec({}), {})
+    for number, value in enumerate((first, then)):
+        rows = {"point": np.int32([number]), "env.size": [value], "env.other": [1.5]}
+        folder.write_results(Block(0, number, 0, 1), rows)
+    folder.write_results(Block(0, 2, 0, 1), {"point": np.int32([2])})  # of an environment without such a setting
+    table = folder.read_results(["point", "env.size", "env.other"])
+    assert table["env.size"].to_pylist() == [*read, None] and table["env.other"].to_pylist() == [1.5, 1.5, None]

@@ -191,6 +191,8 @@ def benchmark(namespace: argparse.Namespace) -> int:
     output = Path(namespace.output) if namespace.output else None
     picture = file_of_kind(namespace.picture, "--picture", ".png") if namespace.picture else None
     for flag, file in (("--output", output), ("--picture", picture)):
+        if file and file.is_dir():
+            raise UsageError(f"{flag} must name a file, but {file} is a folder; add a name to it.")
         if file and not file.parent.is_dir():
             raise UsageError(f"there is no folder {file.parent} for {file}; make it, or choose another {flag}.")
     if picture and len(namespace.num_agents) < 2 and len(namespace.env_counts) < 2:

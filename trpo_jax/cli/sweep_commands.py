@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import shlex
 from pathlib import Path
 
 from trpo_jax.cli.choices import opener_of, tell_idle
@@ -149,5 +150,6 @@ def tune(namespace: argparse.Namespace) -> int:
     if best is None:
         console.print("Stopped; the same command continues.")
         return 130
-    console.print(f"Its agents: {best}. Next: `trpo-jax train --config {file} --num-seeds 8`", soft_wrap=True)
+    again = shlex.join(["trpo-jax", "train", "--config", str(file), "--num-seeds", "8"])
+    console.print(f"Its agents: {best}. Next: `{again}`", soft_wrap=True)
     return 0

@@ -67,7 +67,9 @@ def _start_from(namespace: argparse.Namespace, config: Config) -> TrainState:
 
 def _settings_from(namespace: argparse.Namespace) -> dict[str, Any]:
     """The settings in the TOML file of --config; empty without it."""
-    return with_preset(read_toml(namespace.config), namespace.config) if namespace.config else {}
+    if namespace.config is None:
+        return {}
+    return with_preset(read_toml(namespace.config), namespace.config, env=namespace.env)
 
 
 def _over_preset(namespace: argparse.Namespace, file: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -65,18 +65,21 @@ def preset_of(env: str) -> Preset:
     return found
 
 
-def with_preset(table: Mapping[str, Any], source: str, *, elsewhere: Container[str] = ()) -> dict[str, Any]:
+def with_preset(
+    table: Mapping[str, Any], source: str, *, env: str | None = None, elsewhere: Container[str] = ()
+) -> dict[str, Any]:
     """Check the settings in a file; if `preset` in it names a preset, they change that one's settings.
 
     Args:
       table: settings, in the form of the file.
       source: the file, for messages.
+      env: the environment, if it is named outside of the file.
       elsewhere: names of settings that are set in other places.
     """
     own = checked_settings({name: value for name, value in table.items() if name != "preset"}, source)
     if "preset" not in table:
         return own
-    env = None if "env" in elsewhere else own.get("env", Config.env)
+    env = None if "env" in elsewhere else env or own.get("env", Config.env)
     return changed(load_preset(table["preset"]), own, env, elsewhere=elsewhere)
 
 

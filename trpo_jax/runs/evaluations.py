@@ -85,7 +85,7 @@ class Judge:
             for i in agents
         ]
         self.file.append(rows, self.mend)
-        improved = running & (table["mean"] > self._best) | np.isneginf(self._best)
+        improved = running & (table["mean"] > self._best) | ~(self._best > -np.inf)  # NaN is better than nothing alone
         self.newest = np.where(running, table["mean"], self.newest)
         self._best = np.where(improved, self.newest, self._best)
         if improved.any():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trpo_jax.files import write_atomically
+from trpo_jax.files import name_of, write_atomically
 from trpo_jax.sentences import UsageError
 
 Sink = Callable[[int, int, Mapping[str, float]], None]
@@ -53,7 +53,7 @@ def open_sink(
     """
     if name == "tensorboard":
         return _tensorboard(folder / "tensorboard" / part, settings)
-    return _wandb(folder, settings, part, wandb_project, wandb_name or folder.resolve().name)
+    return _wandb(folder, settings, part, wandb_project, wandb_name or name_of(folder))
 
 
 def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> OpenSink:

@@ -13,6 +13,7 @@ import numpy as np
 from trpo_jax.config_pytree import Config
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.sentences import UsageError, shown
+from trpo_jax.settings import TOTAL_STEPS
 from trpo_jax.sweeps.cohorts import Cohort, failed_iteration, from_host, to_host, training_return
 from trpo_jax.sweeps.grids import Spec, check_keep, check_numbers, make_points
 from trpo_jax.sweeps.placement import agents_per_block, fit_programs
@@ -57,7 +58,8 @@ def sweep(
         if isinstance(values, str) or not hasattr(values, "__len__") or not len(values):
             raise UsageError(f"{name} in the grid must be a list of values, got {shown(values)}.")
     names = {field.name for field in dataclasses.fields(Config)}
-    base = {name: getattr(config, name) for name in names if name not in grid}
+    given = {*grid, "num_iterations"} if TOTAL_STEPS in grid and "num_iterations" not in grid else grid
+    base = {name: getattr(config, name) for name in names if name not in given}
     points = make_points(Spec(base=base, grid={name: list(values) for name, values in grid.items()}))
     groups = make_groups(points, jax.random.split(key, num_seeds))
     devices = jax.local_devices() if devices is None else devices

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trpo_jax.env_args import PREFIX
-from trpo_jax.fields import as_text
+from trpo_jax.fields import NEVER, as_text
+from trpo_jax.files import name_of, readable
 from trpo_jax.runs.descriptions import read_table, restore_or_anew
 from trpo_jax.runs.evaluations import read_evaluations
 from trpo_jax.runs.metrics import fill_forward, read_metrics
@@ -17,6 +18,7 @@ from trpo_jax.sentences import UsageError, first_line, nearest, shown
 from trpo_jax.settings import SETTINGS
 from trpo_jax.sweeps.cohorts import training_return
 from trpo_jax.sweeps.drawing import text_of
+from trpo_jax.sweeps.plans import num_seeds_by_point
 from trpo_jax.sweeps.storage import Folder
 
 _MOST = 10  # methods that colours can distinguish
@@ -85,7 +87,7 @@ def _of_run(path: Path) -> Outcome:
         if not done:
             raise FileNotFoundError
         returns = Curves(per_iteration * np.arange(1, done + 1), _finite(metrics["episode_return"]))
-        complete = done >= settings["num_iterations"]
+        complete = done >= settings["num_iterations"] or _have_stopped(settings, evaluations)
         return Outcome(settings, None, training_return(metrics), returns, evaluations, complete)
     except FileNotFoundError:
         raise UsageError(f"{path} has no results yet; train it, or leave it out.") from None
@@ -112,6 +114,12 @@ def _evaluations(path: Path, seed: int, num_seeds: int) -> Curves | None:
     for i, (_, _, agent, values) in zip(at, rows, strict=True):
         means[agent - seed, i] = values["mean"]
     return Curves(steps, fill_forward(_finite(means).T).T)
+
+
+def _have_stopped(settings: Mapping[str, Any], evaluations: Curves | None) -> bool:
+    """Whether all agents of a run have reached the return at which they stop."""
+    goal = settings.get("stop_at_return", NEVER)
+    return evaluations is not None and goal < NEVER and bool(np.all(evaluations.returns[:, -1] >= goal))
 
 
 def setting_columns(description: Mapping[str, Any]) -> tuple[str, ...]:
@@ -166,8 +174,10 @@ def _of_sweep(path: Path) -> list[Outcome]:
         raise UsageError(f"results in {path} lack columns; restore them, or leave the sweep out.")
     columns = columns_of(table, [*names, "point", "final_return", "training_return"])
     lists = {name: lists_of(table[name]) for name in ("episode_return", "eval_return")}
-    by_point = agents_by_point(columns["point"]).values()
-    return [_of_point(columns, lists, agents, names, description) for agents in by_point]
+    asked = num_seeds_by_point(description)
+    judged = description.get("num_episodes", 0) > 0
+    by_point = agents_by_point(columns["point"]).items()
+    return [_of_point(columns, lists, agents, names, asked(point), judged) for point, agents in by_point]
 
 
 def _of_point(
@@ -175,7 +185,8 @@ def _of_point(
     lists: Mapping[str, Callable[[np.ndarray], np.ndarray]],
     agents: np.ndarray,
     names: tuple[str, ...],
-    asked: Mapping[str, Any],
+    num_seeds: int,
+    judged_at_end: bool,
 ) -> Outcome:
     settings = {name: columns[name][agents[0]] for name in names}
 
@@ -190,8 +201,8 @@ def _of_point(
     if judged.shape[1]:
         every = per_iteration * (settings.get("eval_every") or 1)
         evaluations = Curves(every * np.arange(1, judged.shape[1] + 1), _finite(judged))
-    final = column("final_return") if asked.get("num_episodes", 0) > 0 else None
-    complete = len(agents) >= asked.get("num_seeds", 0)
+    final = column("final_return") if judged_at_end else None
+    complete = len(agents) >= num_seeds
     return Outcome(settings, final, column("training_return"), Curves(steps, _finite(returns)), evaluations, complete)
 
 
@@ -200,11 +211,13 @@ def _of_point(
 
 def read_folders(paths: Sequence[Path]) -> dict[str, list[Outcome]]:
     """Read the results in each folder, under its name, or its whole path if two have the same name."""
-    names = [path.resolve().name for path in paths]
+    names = [name_of(path) for path in paths]
     twice = [path for i, path in enumerate(paths) if path.resolve() in [other.resolve() for other in paths[:i]]]
     if twice:
         raise UsageError(f"{twice[0]} is given twice; leave one out.")
-    labels = [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
+    labels = [readable(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
+    if len(set(labels)) < len(labels):  # their paths differ only in bytes that are no text
+        labels = [f"{label} ({i})" for i, label in enumerate(labels, 1)]
     return {label: read_outcomes(path) for label, path in zip(labels, paths, strict=True)}
 
 

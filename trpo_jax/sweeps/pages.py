@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from trpo_jax.files import remove_temporaries, write_atomically
+from trpo_jax.files import name_of, remove_temporaries, write_atomically
 from trpo_jax.runs.learning_curve import label_steps
 from trpo_jax.sweeps.drawing import (
     SOFTWARE,
@@ -70,7 +70,7 @@ def write_report(path: str | os.PathLike[str], report: Report) -> Path:
             writer.writerow([env, *row.settings.values(), *numbers])
     write_atomically(folder / "table.csv", text.getvalue())
     file = folder / "report.html"
-    write_atomically(file, _page(folder.resolve().name, report, pictures))
+    write_atomically(file, _page(name_of(folder), report, pictures))
     _remove_stale(folder, files)
     remove_temporaries(folder)
     return file

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from trpo_jax import backend
 from trpo_jax.config_pytree import Config
 from trpo_jax.runs.runner import CAPACITY
-from trpo_jax.sentences import UsageError
+from trpo_jax.sentences import UsageError, shown
 from trpo_jax.training import evaluation
 from trpo_jax.training.loop import init, train_chunk
 from trpo_jax.training.memory import check_memory, free_memory, program_memory
@@ -207,6 +207,8 @@ def connect_hosts(
             return process_id, num_processes
     elif coordinator is None and not _on_a_cluster():
         return 0, 1
+    if coordinator is not None:
+        _check_address(coordinator)
     try:
         # A process that is done waits for the others at its exit, however long they take.
         jax.distributed.initialize(coordinator, num_processes, process_id, shutdown_timeout_seconds=30 * 24 * 3600)
@@ -214,6 +216,14 @@ def connect_hosts(
         reason = str(error).splitlines()[0].rstrip(".")
         raise UsageError(f"the processes did not meet at {coordinator or 'the cluster'}: {reason}.") from error
     return jax.process_index(), jax.process_count()
+
+
+def _check_address(coordinator: str) -> None:
+    """Raise `UsageError` unless an address is HOST:PORT: with another one, JAX fails without a message, or crashes."""
+    host, _, port = coordinator.rpartition(":")
+    is_port = port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 2**16
+    if not (host and is_port):
+        raise UsageError(f"coordinator must be HOST:PORT with a port from 1 to 65535, got {shown(coordinator)}.")
 
 
 def _on_a_cluster() -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,17 @@ def plan(spec: Spec, before: Sequence[Spec] = ()) -> tuple[list[Point], list[Gro
 def earlier_forms(description: Mapping[str, Any]) -> list[Spec]:
     """The forms of a sweep before it was extended, from sweep.json."""
     return [spec_of(table) for table in description.get("before", ())]
+
+
+def num_seeds_by_point(description: Mapping[str, Any]) -> Callable[[int], int]:
+    """The function from a point's number to the number of its agents that sweep.json asks for; 0 if it does not say."""
+    if not description.get("before"):
+        number = description.get("num_seeds", 0)
+        return lambda point: number
+    found: Counter[int] = Counter()
+    for group in plan(spec_of(description), earlier_forms(description))[1]:
+        found.update(dict.fromkeys(group.points, group.num_seeds))
+    return lambda point: found[point]
 
 
 def own_part(description: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import dataclasses
 import gc
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import numpy as np
 from trpo_jax.config_pytree import Config
 from trpo_jax.environments.make import settle
 from trpo_jax.fields import as_text
-from trpo_jax.files import write_atomically
+from trpo_jax.files import move_aside, write_atomically
 from trpo_jax.runs.continuing import continue_run
 from trpo_jax.runs.descriptions import made_by
 from trpo_jax.runs.folders import Run, create_run, open_run
@@ -141,7 +140,8 @@ def tune(
 def train_best(file: Path, spec: Spec) -> Path | None:
     """Train the agents of the best trial again, in a run of their own next to its settings, best.toml.
 
-    They learn the same as in the search, whose programs keep no states. A run of earlier best settings is removed.
+    They learn the same as in the search, whose programs keep no states. A run of these settings that `resume` has made
+    longer stays as it is; a run of earlier best settings moves to best-1, best-2, ….
 
     Returns:
       Its folder; None if it was interrupted: `resume`, or the continued search, finishes it.
@@ -149,14 +149,21 @@ def train_best(file: Path, spec: Spec) -> Path | None:
     config = settle(with_length(checked_settings(read_toml(file), str(file)), Config()))
     folder = file.with_suffix("")
     run = Run(folder, config, TUNING_SEEDS + spec.seed, spec.num_seeds)
-    if (folder / "config.json").exists():
-        found = open_run(folder)
-        if found.seed == run.seed and found.description != json.loads(json.dumps(run.description)):
-            shutil.rmtree(folder)
-    run = create_run(folder, config, run.seed, run.num_seeds)
+    found = open_run(folder) if (folder / "config.json").exists() else None
+    if found and found.seed == run.seed and not _is_same_or_longer(found, run):
+        move_aside(folder)
+        found = None
+    run = found if found and _is_same_or_longer(found, run) else create_run(folder, config, run.seed, run.num_seeds)
     complete = continue_run(run)
     plot_learning_curve(run)
     return folder if complete else None
+
+
+def _is_same_or_longer(found: Run, run: Run) -> bool:
+    """Whether a run that is there already has the settings of another one, and at least its length."""
+    same = dataclasses.replace(found, config=found.config.replace(num_iterations=run.config.num_iterations))
+    length = found.config.num_iterations >= run.config.num_iterations
+    return length and same.description == json.loads(json.dumps(run.description))
 
 
 def _write_best(file: Path, spec: Spec, best: Any, told: int) -> None:

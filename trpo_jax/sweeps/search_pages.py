@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from trpo_jax.files import write_atomically
+from trpo_jax.files import name_of, write_atomically
 from trpo_jax.sentences import counted
 from trpo_jax.sweeps.drawing import (
     heading,
@@ -57,7 +57,7 @@ def write_search_page(folder: Path, trials: Sequence[Any], count: int, space: Ma
         *_importance(ended, space),
         *_failures(ended),
     ]
-    write_atomically(file, page(folder.resolve().name, parts))
+    write_atomically(file, page(name_of(folder), parts))
     return file
 
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config_pytree import Config
+from trpo_jax.env_args import PREFIX
 from trpo_jax.files import BLANK_SEAL, is_intact, locked, say, sealed, write_atomically
 from trpo_jax.runs.descriptions import check_equal, is_begun, origin, read_table, restore_or_anew, write_table
 from trpo_jax.sentences import UsageError, counted, first_line
@@ -84,8 +85,8 @@ class Folder:
             write_table(file, {**spec.description, "made_by": made_by}, first=True)
         found = self.description()
         if extend and own_part(found) != json.loads(json.dumps(spec.description)):
-            found = extended(found, spec, self.path, begun_as=found.get("begun_as", origin(file)))
-            write_table(file, found)
+            write_table(file, extended(found, spec, self.path, begun_as=found.get("begun_as", origin(file))))
+            found = self.description()
         mend = "choose another --output, restore the file that it was started with, or add the new agents with --extend"
         check_equal(self.path, "sweep", spec.description, own_part(found), mend)
         return earlier_forms(found)
@@ -204,7 +205,7 @@ class Folder:
         if not tables:
             return None
         try:
-            table = pa.concat_tables(tables, promote_options="default")
+            table = pa.concat_tables(_with_common_types(tables), promote_options="permissive")
         except pa.ArrowException as error:
             raise UsageError(f"results in {self.path} are from different versions ({first_line(error)}).") from error
         for name in set(columns or ()) - set(table.column_names):
@@ -277,6 +278,25 @@ def _read_rows(file: Path, columns: list[str] | None = None) -> Any:
         return parquet.ParquetFile(io.BytesIO(data)).read(columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise UsageError(f"{file} is damaged ({first_line(error)}).") from error
+
+
+def _with_common_types(tables: list[Any]) -> list[Any]:
+    """Let the columns of an environment setting that has numbers in some tables and words in others be text in all."""
+    import pyarrow as pa
+
+    kinds: dict[str, set[Any]] = {}
+    for table in tables:
+        for field in table.schema:
+            if field.name.startswith(PREFIX) and not pa.types.is_null(field.type):
+                kinds.setdefault(field.name, set()).add(field.type)
+    is_number = lambda kind: pa.types.is_integer(kind) or pa.types.is_floating(kind)  # noqa: E731
+    mixed = {name for name, found in kinds.items() if len(found) > 1 and not all(map(is_number, found))}
+
+    def cast(table: Any) -> Any:
+        fields = [field.with_type(pa.string()) if field.name in mixed else field for field in table.schema]
+        return table.cast(pa.schema(fields)) if mixed & set(table.column_names) else table
+
+    return [cast(table) for table in tables]
 
 
 def _column(values: Any) -> Any:

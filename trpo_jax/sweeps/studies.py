@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from trpo_jax.files import is_fresh, locked, read_json, write_atomically
+from trpo_jax.files import is_fresh, locked, name_of, read_json, write_atomically
 from trpo_jax.runs.descriptions import check_equal, write_table
 from trpo_jax.sentences import UsageError, first_line, shown
 from trpo_jax.sweeps.grids import Spec
@@ -193,7 +193,7 @@ def _load(folder: Path, storage: str | None, description: Mapping[str, Any]) -> 
     import optuna
     from sqlalchemy.pool import NullPool
 
-    name = os.fsencode(folder.resolve().name).decode(errors="replace") or "search"
+    name = name_of(folder) or "search"
     if storage is not None:
         study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
         if _ASKED_FOR not in study.user_attrs:
