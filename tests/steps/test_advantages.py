@@ -181,3 +181,15 @@ def test_lists_are_arrays_and_no_time_axis_is_refused(method):
     np.testing.assert_array_equal(method([1, 2], [0, 0], [0, 0], no, no, gamma=0.5, gae_lambda=1.0), [2, 2])
     with pytest.raises(AssertionError, match="must have a time axis"):
         method(1.0, 0.0, 0.0, False, False, gamma=0.5, gae_lambda=1.0)
+
+
+@pytest.mark.parametrize("method", [gae, parallel_gae])
+@pytest.mark.parametrize("poison", [jnp.nan, jnp.inf])
+def test_nothing_after_an_end_reaches_the_steps_before_it(method, poison):
+    zero, ended, never = jnp.zeros(3), jnp.array([False, True, False]), jnp.zeros(3, bool)
+    for flags in ((ended, never), (never, ended)):
+        found = method(jnp.array([1, 1, poison]), zero, zero, *flags, gamma=0.9, gae_lambda=0.9)
+        np.testing.assert_allclose(found[:2], [1.81, 1])
+        ratios = jnp.array([1, 1, poison])
+        found = method(jnp.ones(3), zero, zero, *flags, gamma=0.9, gae_lambda=0.9, ratios=ratios)
+        np.testing.assert_allclose(found, [1.81, 1, 1])

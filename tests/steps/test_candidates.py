@@ -107,3 +107,14 @@ def test_candidates_are_ranked_as_by_the_exact_return():
     exact = jax.vmap(lambda c: expected_return(softmax_policy(c), MDP))(near)
     assert found.mean_kl.max() < 0.02
     assert stats.spearmanr(found.surrogate_gain, exact).statistic >= 0.95
+
+
+@pytest.mark.parametrize("wrong", [{"confidence": 95}, {"confidence": -1.0}, {"resamples": 0}, {"resamples": 1.5}])
+def test_shares_and_counts_of_the_bootstrap_are_checked(wrong):
+    (name,) = wrong
+    observation, action, advantage = jnp.ones((4, 2)), jnp.zeros(4, int), jnp.arange(4.0)
+    policy = lambda p, o: Categorical(o @ p)  # noqa: E731
+    with pytest.raises(ValueError, match=f"{name} must "):
+        estimate_candidate(
+            policy, jnp.zeros((2, 2)), jnp.eye(2), observation, action, advantage, jax.random.key(0), **wrong
+        )

@@ -1,5 +1,7 @@
 """The implicit Fisher product is the dense JᵀMJ, and the Hessian of the mean KL in both directions at θ_old."""
 
+import dataclasses
+
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from trpo_jax import (
     fisher_vector_product,
     make_policy,
     mean_kl,
+    trpo_update,
 )
 from trpo_jax.environments.base import Discrete, MultiDiscrete, make_box
 
@@ -177,3 +180,58 @@ def test_product_is_the_hessian_of_the_kl_of_every_default_policy(network, shape
         assert scale > 1e-4
         np.testing.assert_allclose(fisher, forward, atol=1e-10 * scale)
         np.testing.assert_allclose(fisher, backward, atol=1e-10 * scale)
+
+
+def test_a_large_batch_in_half_precision_has_a_curvature():
+    """65,520 is infinite in float16."""
+    size = 66_000
+    observation = jax.random.normal(jax.random.key(0), (size, 3))
+    product = {}
+    for dtype in (jnp.float16, jnp.float32):
+        inputs = observation.astype(dtype)
+        matvec = fisher_vector_product(lambda w, o=inputs: Categorical(o @ w), jnp.zeros((3, 4), dtype))
+        product[dtype] = np.asarray(matvec(jnp.eye(3, 4, dtype=dtype)), np.float32)
+    np.testing.assert_allclose(product[jnp.float16], product[jnp.float32], atol=0.02)
+    assert np.abs(product[jnp.float16]).max() > 0.1
+
+
+def test_weights_may_be_wider_than_the_parameters(x64):
+    observation = jax.random.normal(jax.random.key(0), (8, 3), jnp.float32)
+    policy = lambda w: Categorical(observation @ w)  # noqa: E731
+    vector = jnp.ones((3, 2), jnp.float32).at[0, 0].set(3)
+    products = [
+        fisher_vector_product(policy, 0 * vector, weight=w)(vector) for w in (np.ones(8), np.ones(8, int), None)
+    ]
+    assert all(product.dtype == jnp.float32 for product in products)
+    for product in products[:2]:
+        np.testing.assert_allclose(product, products[2], rtol=1e-6)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SharedStd:
+    """A Gaussian of a user whose log σ has no axis for the batch."""
+
+    mean: jax.Array
+    log_std: jax.Array
+
+    def entropy(self):
+        return DiagonalGaussian(self.mean, self.log_std).entropy()
+
+    def log_prob(self, action):
+        return DiagonalGaussian(self.mean, self.log_std).log_prob(action)
+
+
+@pytest.mark.parametrize("size", [4, 2**15])
+def test_a_parameter_that_samples_share_must_be_broadcast(size):
+    """Its share of the Fisher matrix would otherwise be that of one sample."""
+    observation, params = jnp.ones((size, 2)), {"w": jnp.ones((2, 2)), "log_std": jnp.zeros(2)}
+
+    def policy(params, observation):
+        return SharedStd(observation @ params["w"], params["log_std"])
+
+    message = r"begin with the shape of the batch, \(\d+,\), but \.log_std has the shape \(2,\); broadcast"
+    with pytest.raises(ValueError, match=message):
+        fisher_vector_product(lambda params: policy(params, observation), params)
+    with pytest.raises(ValueError, match=message):
+        trpo_update(policy, params, observation, observation, observation[:, 0])

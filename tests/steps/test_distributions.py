@@ -349,3 +349,12 @@ def test_truth_values_are_actions_0_and_1():
     distribution = Categorical(jnp.array([[0.0, 1.0], [2.0, -1.0], [0.5, 0.0]]))
     action = jnp.array([True, False, True])
     np.testing.assert_array_equal(distribution.log_prob(action), distribution.log_prob(action.astype(int)))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.int64])
+def test_an_action_that_does_not_exist_has_no_probability(dtype):
+    logits = jnp.zeros((4, 3))
+    found = jax.jit(Categorical(logits).log_prob)(np.array([0, 2, 3, -1], dtype))
+    np.testing.assert_allclose(found, [-np.log(3), -np.log(3), np.nan, np.nan], rtol=1e-6)
+    pair = MultiCategorical((logits, logits)).log_prob(np.array([[0, 1], [0, -1], [3, 1], [2, 2]], dtype))
+    assert np.isnan(pair).tolist() == [False, True, True, False]

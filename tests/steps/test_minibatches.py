@@ -175,3 +175,27 @@ def test_the_update_steps_by_the_clipped_gradient(x64):
     assert info.gradient_norm == pytest.approx(2 * np.sqrt(2), rel=1e-12)  # as it was before
     for loose in (0.0, 3.0):
         np.testing.assert_allclose(jax.jit(step)(loose)[0], [2, -2], rtol=1e-12)
+
+
+def test_numpy_batches_are_those_of_jax():
+    """As a loop of one's own around another simulator has them."""
+    rng, found = np.random.default_rng(0), []
+    observation, target = rng.normal(size=(16, 3)).astype(np.float32), rng.normal(size=16).astype(np.float32)
+    for convert in (np.asarray, jnp.asarray):
+        optimizer, params = optax.sgd(0.1), jnp.zeros(3)
+        found.append(
+            fit_value_function(
+                lambda p, o: o @ p, params, optimizer.init(params), convert(observation), convert(target),
+                optimizer=optimizer, epochs=2, minibatches=2, key=jax.random.key(0),
+            )[0]
+        )  # fmt: skip
+        params = jnp.zeros((3, 2))
+        found.append(
+            first_order_update(
+                lambda p, o: Categorical(o @ p), params, optimizer.init(params), convert(observation),
+                convert((target > 0).astype(np.int32)), convert(target), optimizer=optimizer, epochs=2, minibatches=4,
+            )[0]
+        )  # fmt: skip
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_array_equal(found[1], found[3])
+    assert all(np.abs(params).max() > 0 for params in found)

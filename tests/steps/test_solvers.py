@@ -179,3 +179,11 @@ def test_vmap_equals_a_loop():
     batched, _ = jax.vmap(lambda m, b: solve(m, b))(matrices, rhs)
     for i in range(5):
         np.testing.assert_allclose(batched[i], solve(matrices[i], rhs[i])[0], rtol=1e-3, atol=1e-5)
+
+
+def test_whole_numbers_are_solved_as_floats():
+    x, info = conjugate_gradient(lambda v: jnp.array([2.0, 3, 4]) * v, jnp.array([1, 2, 3]))
+    np.testing.assert_allclose(x, [1 / 2, 2 / 3, 3 / 4], rtol=1e-6)
+    assert info.converged and info.residual.dtype == x.dtype == jnp.float32
+    with pytest.raises(ValueError, match=r"num_iterations must be a whole number of at least 1, got 1\.5"):
+        conjugate_gradient(lambda v: v, jnp.ones(3), num_iterations=1.5)

@@ -54,8 +54,11 @@ def test_non_finite_target_changes_nothing(bad):
 
 
 def test_minibatches_must_divide_the_batch():
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match="minibatches must divide the 64 samples of the batch, got 5"):
         fit(lambda o: o[..., 0], minibatches=5)
+    for name, wrong in (("minibatches", 0), ("minibatches", 2.0), ("epochs", 0), ("epochs", 1.5)):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got {wrong}"):
+            fit(lambda o: o[..., 0], **{name: wrong})
 
 
 def test_explained_variance_known_answers():

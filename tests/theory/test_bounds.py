@@ -10,9 +10,12 @@ import pytest
 from exact_problems import random_logits, random_mdps, two_state
 
 from trpo_jax.theory import (
+    TabularMDP,
     certify,
     expected_return,
+    garnet,
     log_prob_objective,
+    mean_state_kl,
     minorizer,
     policy_gradient,
     softmax_policy,
@@ -148,3 +151,28 @@ def test_how_much_the_theory_asks_for(gamma, maximum_kl_penalty, mean_tv_penalty
     np.testing.assert_allclose(np.median(1 - certificate.maximum_kl_bound / gain), maximum_kl_penalty, rtol=0.25)
     np.testing.assert_allclose(np.median(1 - certificate.mean_tv_bound / gain), mean_tv_penalty, rtol=0.25)
     assert 0.97 < np.median(certificate.true_gain / gain) < 1.02
+
+
+def test_nothing_times_an_infinite_divergence_is_nothing():
+    """A state that is never visited, a discount of 0, and a probability of 0."""
+    mdp = unreachable(0.9)
+    old = jnp.full((4, 3), 1 / 3)
+    new = old.at[3].set(jnp.array([1.0, 0, 0])).at[0].set(jnp.array([0.4, 0.3, 0.3]))
+    found = certify(old, new, mdp)
+    assert np.isfinite(found.mean_kl) and found.mean_kl == mean_state_kl(old, new, mdp) > 0
+    assert found.mean_kl_bound <= found.true_gain + 1e-6 and found.maximum_kl_bound == -jnp.inf
+    short, deterministic = unreachable(0.0), jnp.eye(3)[jnp.array([0, 1, 2, 0])]
+    found = certify(old, deterministic, short)
+    for bound in (found.maximum_kl_bound, found.mean_kl_bound, found.mean_tv_bound):
+        np.testing.assert_allclose(bound, found.true_gain, rtol=1e-5)
+    np.testing.assert_allclose(minorizer(old, deterministic, short), expected_return(deterministic, short), rtol=1e-5)
+    assert log_prob_objective(deterministic, deterministic, mdp) == 0
+    assert np.isfinite(jax.grad(log_prob_objective, argnums=1)(deterministic, deterministic, mdp)).all()
+
+
+def unreachable(gamma):
+    """An MDP whose last state is never visited."""
+    mdp = garnet(jax.random.key(0), 4, 3, 2, gamma)
+    transition = mdp.transition.at[:, :, 3].set(0).at[:, :, :3].add(0.1)
+    transition /= transition.sum(axis=-1, keepdims=True)
+    return TabularMDP(transition, mdp.reward, jnp.array([1 / 3, 1 / 3, 1 / 3, 0]), mdp.gamma)

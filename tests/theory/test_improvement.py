@@ -12,6 +12,7 @@ from trpo_jax.theory import (
     best_policy_within,
     certify,
     expected_return,
+    garnet,
     mean_state_kl,
     minorizer,
     minorizer_step,
@@ -234,3 +235,17 @@ def test_nothing_to_gain_changes_nothing():
     new, info = trpo_step(logits, flat)
     np.testing.assert_array_equal(new, logits)
     assert not info.accepted
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_errors_are_no_advantages(seed):
+    """With a constant reward all policies are equally good: no step may follow the errors of the action values."""
+    mdp = garnet(jax.random.key(seed), 5, 3, 3, 0.9)
+    mdp = TabularMDP(mdp.transition, jnp.full_like(mdp.reward, 5.0), mdp.initial, mdp.gamma)
+    logits = jax.random.normal(jax.random.key(seed + 9), (5, 3))
+    new, info = tabular_trpo_step(logits, mdp)
+    assert not info.accepted
+    np.testing.assert_array_equal(new, logits)
+    np.testing.assert_array_equal(natural_gradient_step(logits, mdp, 1.0), logits)
+    policy = softmax_policy(logits)
+    np.testing.assert_array_equal(minorizer_step(policy, mdp, 1e-9), policy)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from trpo_jax.environments import base
 from trpo_jax.environments.base import Array, Box, Discrete, Environment, MultiDiscrete, PyTree, RawReset, Step
 from trpo_jax.environments.entries import check_entries, check_mask
-from trpo_jax.sentences import UsageError, first_line
+from trpo_jax.sentences import UsageError, check_number, first_line, shown
 
 
 def fixed_dtypes(
@@ -116,8 +117,11 @@ def outcome(reward: Any, terminated: Any, truncated: Any, name: str) -> tuple[Ar
 def check_space(space: Any, name: str) -> None:
     """Raise `UsageError` unless actions in `space` can be sampled: it is not empty, and its bounds are in order."""
     if isinstance(space, (Discrete, MultiDiscrete)):
-        sizes = np.atleast_1d(space.n)
-        good = sizes.size > 0 and bool((sizes >= 1).all())
+        sizes = space.n if isinstance(space, MultiDiscrete) and isinstance(space.n, tuple) else (space.n,)
+        if isinstance(space, MultiDiscrete) != isinstance(space.n, tuple) or not all(map(_is_whole, sizes)):
+            wanted = "a tuple of whole numbers" if isinstance(space, MultiDiscrete) else "a whole number"
+            raise UsageError(f"n of {type(space).__name__} of {name} must be {wanted}, got {shown(space.n)}.")
+        good = bool(sizes) and all(map(_is_count, sizes))
     elif isinstance(space, Box):
         good = space.low.size > 0 and bool((space.low <= space.high).all())  # false for NaN
     else:
@@ -134,9 +138,18 @@ def check_declaration(environment: Environment) -> None:
     """
     name = environment.name
     check_space(environment.action_space, name)
+    _check_shape(environment.observation_shape, f"observation_shape of {name}")
+    if environment.max_steps is not None:
+        check_number(f"max_steps of {name}", environment.max_steps, whole=True, interval="[1, 2147483647]")
     if environment.entries is not None:
+        if not isinstance(environment.entries, Mapping):
+            found = shown(environment.entries)
+            raise UsageError(f"entries of {name} must be names with shapes, as {{'position': (3,)}}, got {found}.")
+        for entry, shape in environment.entries.items():
+            _check_shape(shape, f"the shape of the entry {shown(entry)} of {name}")
         check_entries(environment.entries, environment.observation_shape, name)
         check_mask(environment.entries, base.sizes_of(environment.action_space), name)
+    _check_mask_function(environment)
     key = base.key_shape()
     observation = jax.ShapeDtypeStruct(tuple(environment.observation_shape), jnp.float32)
     with one_sentence(f"reset of {name}"):
@@ -160,6 +173,39 @@ def check_declaration(environment: Environment) -> None:
     for what, found, expected in checks:
         if differs := _difference(expected, found, with_dtypes=True):
             raise UsageError(f"{name}.{what} of {differs[0]}, got {differs[1]}.")
+
+
+def _check_shape(shape: Any, what: str) -> None:
+    """Raise `UsageError` unless a declared shape is a tuple of whole numbers, none of them 0."""
+    if not isinstance(shape, tuple) or not all(_is_count(size) for size in shape):
+        raise UsageError(f"{what} must be a tuple of whole numbers of at least 1, such as (4,), got {shown(shape)}.")
+
+
+def _is_whole(size: Any) -> bool:
+    return isinstance(size, numbers.Integral) and not isinstance(size, bool)
+
+
+def _is_count(size: Any) -> bool:
+    return _is_whole(size) and size >= 1
+
+
+def _check_mask_function(environment: Environment) -> None:
+    """Raise `UsageError` unless `action_mask` gives one truth value per action, of one observation and of several."""
+    if environment.action_mask is None:
+        return
+    name, sizes = environment.name, base.sizes_of(environment.action_space)
+    if not sizes:
+        raise UsageError(f"{name} has an action_mask, but its actions are not discrete; leave it out.")
+    for batch in ((), (3,)):
+        observation = jax.ShapeDtypeStruct((*batch, *environment.observation_shape), jnp.float32)
+        with one_sentence(f"action_mask of {name}"):
+            found = jax.eval_shape(environment.action_mask, observation)
+        expected = jax.ShapeDtypeStruct((*batch, sum(sizes)), jnp.bool_)
+        if differs := _difference(expected, found, with_dtypes=True):
+            raise UsageError(
+                f"{name}.action_mask must return {differs[0]} for observations of "
+                f"{list(observation.shape)}, got {differs[1]}."
+            )
 
 
 def _eval_step(environment: Environment, key: Any, state: PyTree) -> Step:

@@ -65,8 +65,9 @@ def repeat_actions(environment: Environment, times: int) -> Environment:
             after = after._replace(reward=before.reward + after.reward)
             return jax.tree.map(lambda old, new: jnp.where(before.done, old, new), before, after), None
 
-        none = jnp.zeros(environment.observation_shape), state, jnp.float32(0), jnp.bool_(False), jnp.bool_(False)
-        return jax.lax.scan(again, Step(*none), jax.random.split(key, times))[0]
+        nothing, never = jnp.zeros(environment.observation_shape, jnp.float32), jnp.bool_(False)
+        none = Step(nothing, state, jnp.float32(0), never, never)
+        return jax.lax.scan(again, none, jax.random.split(key, times))[0]
 
     limit, draw = environment.max_steps, environment.render
 

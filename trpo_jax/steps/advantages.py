@@ -53,7 +53,7 @@ def gae(
 
     def step(advantage: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         delta, factor = inputs
-        advantage = delta + factor * advantage
+        advantage = delta + factor * jnp.where(factor == 0, 0, advantage)  # what follows an end may be anything
         return advantage, advantage
 
     _, advantages = jax.lax.scan(step, jnp.zeros(deltas.shape[1:], deltas.dtype), (deltas, decay), reverse=True)
@@ -78,7 +78,8 @@ def parallel_gae(
     deltas, decay = _deltas(rewards, values, next_values, terminated, truncated, gamma, gae_lambda, ratios)
 
     def compose(later: tuple[Array, Array], earlier: tuple[Array, Array]) -> tuple[Array, Array]:
-        return later[0] * earlier[0], earlier[1] + earlier[0] * later[1]
+        factor, delta = (jnp.where(earlier[0] == 0, 0, part) for part in later)
+        return factor * earlier[0], earlier[1] + earlier[0] * delta
 
     return jax.lax.associative_scan(compose, (decay, deltas), reverse=True)[1]
 
@@ -103,9 +104,10 @@ def _deltas(
     bootstrap = jnp.where(terminated, 0, next_values)
     deltas = rewards + gamma * bootstrap - values
     # Cast to the dtype of the result before multiplying by a ratio: γ and λ may both be the integer 1.
-    decay = jnp.asarray(jnp.where(terminated | truncated, 0, gamma * gae_lambda), dtype)
+    ended = terminated | truncated
+    decay = jnp.asarray(jnp.where(ended, 0, gamma * gae_lambda), dtype)
     if ratios is not None:
         ratios = at_least_float32(ratios)
         chex.assert_equal_shape([rewards, ratios])
-        decay = decay.at[:-1].multiply(jnp.minimum(ratios[1:], 1))  # nothing follows the last step
+        decay = decay.at[:-1].multiply(jnp.where(ended[:-1], 0, jnp.minimum(ratios[1:], 1)))  # nothing follows the last
     return jnp.asarray(deltas, dtype), decay

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from trpo_jax import backend
+from trpo_jax.steps.trees import check_batched
 from trpo_jax.steps.types import Array, PyTree
 
 _BLOCK = 8192  # samples; two hidden layers of 64 then take 4 MB
@@ -41,6 +42,7 @@ def forward_and_gradient(
 
     def one(observation: PyTree, *others: Array) -> tuple[Any, PyTree]:
         outputs, pull_back = jax.vjp(lambda p: apply(p, observation), params)
+        check_batched(outputs, others[0].shape)
         (gradient,) = pull_back(cotangent(outputs, *others))
         return outputs, gradient
 

@@ -113,10 +113,18 @@ class Beta:
         return self._stretched(jax.nn.sigmoid(gammas[0] - gammas[1]))
 
     def log_prob(self, action: Array) -> Array:
-        """Log-density at `action` [..., D], summed over D; at a bound, the finite one of the next float inside."""
+        """Log-density at `action` [..., D], summed over D; at a bound, the finite one of the next float inside.
+
+        Floats are dense near a bound of 0. Near another one they are not: for α or β < 1, whose density has a pole
+        there, rounded samples pile up at the bound, and the mean of the score is not exactly 0.
+        """
         low, high = (jnp.asarray(bound, self.alpha.dtype) for bound in (self.low, self.high))
-        least = jnp.finfo(self.alpha.dtype).eps
-        above, below = (jnp.clip(part / (high - low), least, 1) for part in (action - low, high - action))
+        float_ = jnp.finfo(self.alpha.dtype)
+        parts = []
+        for bound, part in ((low, action - low), (high, high - action)):
+            spacing = jnp.maximum(float_.eps / 2 * jnp.abs(bound) / (high - low), float_.tiny)
+            parts.append(jnp.clip(part / (high - low), spacing, 1))
+        above, below = parts
         terms = (self.alpha - 1) * jnp.log(above) + (self.beta - 1) * jnp.log(below)
         return jnp.sum(terms - betaln(self.alpha, self.beta) - jnp.log(high - low), axis=-1)
 

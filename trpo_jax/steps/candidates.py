@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from trpo_jax.steps import trees
 from trpo_jax.steps.objectives import effective_sample_fraction
-from trpo_jax.steps.types import Array, PolicyApply, PyTree, at_least_float32
+from trpo_jax.steps.types import Array, PolicyApply, PyTree, at_least_float32, check_count
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +70,9 @@ def estimate_candidate(
 
     Source: Efron & Tibshirani 1993 (bootstrap); Schulman et al. 2015, equation 14.
     """
+    check_count("resamples", resamples)
+    if isinstance(confidence, (int, float)) and not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1), got {confidence!r}")
     advantage = at_least_float32(advantage)
     old = trees.widened(policy_apply(old_params, observation))
     # The KL is as small as the rounding of TF32 and bfloat16 products.

@@ -11,7 +11,8 @@ import math
 import jax
 import numpy as np
 
-from trpo_jax.steps.types import Array, DistributionFn, Matvec, PyTree, Scalar
+from trpo_jax.steps.trees import check_batched
+from trpo_jax.steps.types import Array, DistributionFn, Matvec, PyTree, Scalar, at_least_float32
 
 
 def fisher_vector_product(
@@ -35,6 +36,9 @@ def fisher_vector_product(
     Returns:
       A function from a pytree like `params` to a pytree like `params`.
 
+    Raises:
+      ValueError: if an array of the distribution does not begin with the batch shape.
+
     Source: Schulman et al. 2015, Appendix C; Martens 2020 on the Gauss–Newton form.
     """
     # TF32 and bfloat16 products lose three digits, an error as large as the KL itself.
@@ -42,12 +46,16 @@ def fisher_vector_product(
         distribution, push_forward = jax.linearize(distribution_fn, params)
     pull_back = jax.linear_transpose(push_forward, params)
     batch_shape = jax.eval_shape(lambda d: d.entropy(), distribution).shape
+    check_batched(distribution, batch_shape)
     batch_size = math.prod(batch_shape)
 
     def weighted(leaf: Array) -> Array:
+        # In float32 at least: in float16 a large batch size is infinite. Then back to the cotangent's own type.
+        wide = at_least_float32(leaf)
         if weight is None:
-            return leaf / batch_size
-        return leaf * (weight / batch_size).reshape(batch_shape + (1,) * (leaf.ndim - len(batch_shape)))
+            return (wide / batch_size).astype(leaf.dtype)
+        each = (weight / batch_size).reshape(batch_shape + (1,) * (leaf.ndim - len(batch_shape)))
+        return (wide * each).astype(leaf.dtype)
 
     def matvec(vector: PyTree) -> PyTree:
         cotangent = distribution.fisher_product(push_forward(vector))

@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from trpo_jax.steps import trees
-from trpo_jax.steps.types import Array, PyTree, Scalar
+from trpo_jax.steps.types import Array, PyTree, Scalar, check_count
 
 if TYPE_CHECKING:
     import optax
@@ -49,12 +48,19 @@ def minibatch_descent(
     Returns:
       New parameters, new optimizer state, and the mean loss over the last epoch. If any of the new numbers is not
       finite, parameters and state are returned unchanged.
+
+    Raises:
+      ValueError: if `epochs` or `minibatches` is not a whole number ≥ 1, or M does not divide the batch size.
     """
     import optax  # deferred: only this function pays for it
 
+    check_count("epochs", epochs)
+    check_count("minibatches", minibatches)
     batch_size = math.prod(batch_shape)
-    chex.assert_is_divisible(batch_size, minibatches)
-    samples = jax.tree.map(lambda leaf: leaf.reshape(batch_size, *leaf.shape[len(batch_shape) :]), batch)
+    if batch_size % minibatches:
+        raise ValueError(f"minibatches must divide the {batch_size} samples of the batch, got {minibatches}")
+    # A NumPy array would not take a traced index.
+    samples = jax.tree.map(lambda x: jnp.asarray(x).reshape(batch_size, *jnp.shape(x)[len(batch_shape) :]), batch)
 
     def step(carry: tuple[Any, ...], index: Array) -> tuple[tuple[Any, ...], Array]:
         params, state = carry

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from trpo_jax import backend
 from trpo_jax.steps import defaults, trees
-from trpo_jax.steps.types import Array, Matvec, PyTree, Scalar
+from trpo_jax.steps.types import Array, Matvec, PyTree, Scalar, as_float, check_count
 
 
 class Solver(NamedTuple):
@@ -61,7 +61,7 @@ def conjugate_gradient(
 
     Args:
       matvec: v ↦ A v over pytrees like b.
-      b: right-hand side. b = 0, or a b that is not finite, gives x = 0.
+      b: right-hand side. b = 0, or a b that is not finite, gives x = 0. Whole numbers become floats.
       num_iterations: k, the number of products.
       tolerance: relative residual that counts as solved, ≥ 0.
 
@@ -70,6 +70,8 @@ def conjugate_gradient(
 
     Source: Hestenes & Stiefel 1952; Nocedal & Wright 2006, algorithm 5.2; attainable accuracy after Greenbaum 1997.
     """
+    check_count("num_iterations", num_iterations)
+    b = jax.tree.map(as_float, b)
     largest_entry = trees.max_abs(b)
     solvable = (largest_entry > 0) & jnp.isfinite(largest_entry)
     # A power of two scales without rounding: x(2ⁿ b) = 2ⁿ x(b) to the bit.

@@ -31,6 +31,19 @@ def _is_running_average(leaf: Any) -> bool:
     return type(leaf).__name__ == "BatchStat"
 
 
+def check_batched(outputs: PyTree, batch_shape: tuple[int, ...]) -> None:
+    """Raise `ValueError`, with one sentence, unless every array of a network's outputs begins with the batch shape.
+
+    A parameter that all samples share would count as one sample in the mean over the batch.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(outputs):
+        if leaf.shape[: len(batch_shape)] != batch_shape:
+            raise ValueError(
+                f"outputs of a network must begin with the shape of the batch, {batch_shape}, but "
+                f"{jax.tree_util.keystr(path) or 'one'} has the shape {leaf.shape}; broadcast what all samples share."
+            )
+
+
 def widened(tree: PyTree) -> PyTree:
     """Convert the leaves of half precision in a pytree, such as a distribution, to float32."""
     return jax.tree.map(lambda leaf: at_least_float32(leaf) if _is_float(leaf) else leaf, tree)

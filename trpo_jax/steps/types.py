@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -36,3 +37,19 @@ def at_least_float32(x: Any) -> Array:
     """Convert to floating point of at least 32 bits: integers, booleans and half precision become float32."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else float)
+
+
+def as_float(x: Any) -> Array:
+    """Convert to floating point: integers and booleans become JAX's default float, floats stay as they are."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(float)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise `ValueError`, with one sentence, unless a static number is whole and at least 1."""
+    try:
+        good = not isinstance(value, bool) and operator.index(value) >= 1
+    except TypeError:  # no whole number, or traced
+        good = False
+    if not good:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from trpo_jax.sentences import check_number
+
 _RESAMPLES = 2000
 _MOST_DRAWS = 20_000_000  # of runs, for one interval
 _AT_ONCE = 2**22  # of them in memory
@@ -44,6 +46,8 @@ def stratified_bootstrap(
       Lower and upper bound; NaN if there is nothing to draw from, and where a bound lies among samples without an
       IQM, which count as lowest.
     """
+    check_number("confidence", confidence, whole=False, interval="(0, 1)")
+    check_number("resamples", resamples, whole=True, interval="[1, 1000000000]")
     if not len(scores) or any(len(task) == 0 for task in scores):
         return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
@@ -84,6 +88,9 @@ def probability_of_improvement(
     Returns:
       The Mann-Whitney statistic U / (seeds x other seeds), averaged, and its 95 % interval by the stratified bootstrap.
     """
+    check_number("resamples", resamples, whole=True, interval="[1, 1000000000]")
+    if not len(scores) or any(len(task) == 0 for task in (*scores, *others)):
+        return float("nan"), (float("nan"), float("nan"))
     rng = np.random.default_rng(seed)
     resamples = _fewer(resamples, sum(map(len, scores)) + sum(map(len, others)))
     drawn = np.zeros(resamples)

@@ -49,7 +49,7 @@ def state_kl(old: Array, new: Array) -> Array:
 
 def mean_state_kl(old: Array, new: Array, mdp: TabularMDP) -> Array:
     """Mean KL divergence over the states that the old policy visits, E_d[KL(old ‖ new)], nats; needs γ < 1."""
-    return (1 - mdp.gamma) * jnp.sum(visitation(old, mdp) * state_kl(old, new))
+    return (1 - mdp.gamma) * jnp.sum(_times(visitation(old, mdp), state_kl(old, new)))
 
 
 def surrogate_return(old: Array, new: Array, mdp: TabularMDP) -> Array:
@@ -76,7 +76,7 @@ def log_prob_objective(old: Array, new: Array, mdp: TabularMDP) -> Array:
     negative it grows without bound as the probability of that action goes to 0.
     """
     weight = visitation(old, mdp)[:, None] * old * advantages(old, mdp)
-    return jnp.sum(weight * jnp.log(new))
+    return jnp.sum(weight * jnp.log(jnp.where(weight == 0, 1, new)))
 
 
 def penalty_coefficient(policy: Array, mdp: TabularMDP) -> Array:
@@ -93,7 +93,7 @@ def minorizer(old: Array, new: Array, mdp: TabularMDP) -> Array:
     It equals η in value and gradient at the old policy.
     Source: Schulman et al. 2015, equation 9 and theorem 1.
     """
-    return surrogate_return(old, new, mdp) - penalty_coefficient(old, mdp) * jnp.max(state_kl(old, new))
+    return surrogate_return(old, new, mdp) - _times(penalty_coefficient(old, mdp), jnp.max(state_kl(old, new)))
 
 
 def certify(old: Array, new: Array, mdp: TabularMDP) -> Certificate:
@@ -119,16 +119,21 @@ def certify(old: Array, new: Array, mdp: TabularMDP) -> Certificate:
     tv = jnp.sum(jnp.abs(new - old), axis=-1) / 2
     expected = jnp.sum((new - old) * advantage, axis=-1)  # Σ_a new(a|s) A(s, a): A has mean 0 under `old`
     gain = jnp.sum(occupancy * expected)
-    mean_kl, mean_tv = ((1 - mdp.gamma) * jnp.sum(occupancy * distance) for distance in (kl, tv))
+    mean_kl, mean_tv = ((1 - mdp.gamma) * jnp.sum(_times(occupancy, distance)) for distance in (kl, tv))
     scale = mdp.gamma * jnp.max(jnp.abs(expected)) / (1 - mdp.gamma) ** 2
     return Certificate(
         surrogate_gain=gain,
-        maximum_kl_bound=gain - penalty_coefficient(old, mdp) * jnp.max(kl),
+        maximum_kl_bound=gain - _times(penalty_coefficient(old, mdp), jnp.max(kl)),
         mean_tv_bound=gain - 2 * scale * mean_tv,
         # The rounding of a KL near 0 may leave it below 0.
-        mean_kl_bound=gain - jnp.sqrt(2.0) * scale * jnp.sqrt(jnp.maximum(mean_kl, 0)),
+        mean_kl_bound=gain - _times(jnp.sqrt(2.0) * scale, jnp.sqrt(jnp.maximum(mean_kl, 0))),
         true_gain=performance_difference(old, new, mdp),
         maximum_kl=jnp.max(kl),
         mean_kl=mean_kl,
         mean_tv=mean_tv,
     )
+
+
+def _times(weight: Array, value: Array) -> Array:
+    """weight · value, where a weight of 0 leaves nothing even of an infinite KL."""
+    return weight * jnp.where(weight == 0, 0, value)

@@ -11,7 +11,7 @@ from trpo_jax.steps.line_searches import LineSearchInfo, backtracking_line_searc
 from trpo_jax.steps.types import Array, Scalar
 from trpo_jax.theory.bounds import penalty_coefficient, state_kl
 from trpo_jax.theory.linear_algebra import decreasing_root
-from trpo_jax.theory.mdps import TabularMDP, advantages, policy_gradient, softmax_policy, visitation
+from trpo_jax.theory.mdps import TabularMDP, action_values, advantages, policy_gradient, softmax_policy, visitation
 
 
 def best_policy_within(policy: Array, advantage: Array, max_kl: Scalar) -> Array:
@@ -49,7 +49,7 @@ def minorizer_step(policy: Array, mdp: TabularMDP, penalty: Scalar | None = None
 
     Source: Schulman et al. 2015, algorithm 1; the solution of the maximisation is our own derivation.
     """
-    advantage, occupancy = advantages(policy, mdp), visitation(policy, mdp)
+    advantage, occupancy = _beyond_rounding(policy, mdp), visitation(policy, mdp)
     if penalty is None:
         penalty = penalty_coefficient(policy, mdp)
 
@@ -70,7 +70,7 @@ def tabular_natural_gradient(logits: Array, mdp: TabularMDP) -> Array:
     Source: Kakade 2001, theorem 1.
     """
     policy = softmax_policy(logits)
-    advantage = advantages(policy, mdp)
+    advantage = _beyond_rounding(policy, mdp)
     centred = advantage - jnp.mean(advantage, axis=-1, keepdims=True)
     return jnp.where(visitation(policy, mdp)[:, None] > 0, centred / (1 - mdp.gamma), 0)
 
@@ -98,7 +98,7 @@ def tabular_trpo_step(
     direction = tabular_natural_gradient(logits, mdp)
     old = softmax_policy(logits)
     occupancy = visitation(old, mdp)
-    slope = occupancy[:, None] * advantages(old, mdp)  # ∂L/∂π̃(a|s)
+    slope = occupancy[:, None] * _beyond_rounding(old, mdp)  # ∂L/∂π̃(a|s)
     curvature = jnp.sum(old * slope * direction)  # ∇ηᵀF⁺∇η
     positive = curvature > 0
     beta = jnp.where(positive, jnp.sqrt(2 * max_kl / jnp.where(positive, curvature, 1)), 0)
@@ -119,6 +119,14 @@ def natural_gradient_step(logits: Array, mdp: TabularMDP, step_size: Scalar) -> 
 def plain_gradient_step(logits: Array, mdp: TabularMDP, step_size: Scalar) -> Array:
     """Take a plain gradient step, θ + step_size · ∇η, [S, A]."""
     return logits + step_size * policy_gradient(logits, mdp)
+
+
+def _beyond_rounding(policy: Array, mdp: TabularMDP) -> Array:
+    """Advantages [S, A], or exact zeros in a state where all of them are rounding errors of its action values."""
+    advantage = advantages(policy, mdp)
+    largest = jnp.max(jnp.abs(action_values(policy, mdp)))
+    errors = 16 * jnp.finfo(advantage.dtype).eps * largest  # three times the largest seen for a constant reward
+    return jnp.where(jnp.max(jnp.abs(advantage), axis=-1, keepdims=True) <= errors, 0, advantage)
 
 
 def _best_within(policy: Array, advantage: Array, max_kl: Scalar) -> tuple[Array, Array]:

@@ -36,8 +36,8 @@ def solve(matrix: Array, rhs: Array) -> Array:
       pass through the elimination.
     """
     chex.assert_rank([matrix, rhs], [2, {1, 2}])
-    dtype = jnp.result_type(matrix, rhs)
-    matrix, rhs = matrix.astype(dtype), rhs.astype(dtype)
+    dtype = jnp.result_type(matrix, rhs, float)
+    matrix, rhs = jnp.asarray(matrix, dtype), jnp.asarray(rhs, dtype)
     return jax.lax.custom_linear_solve(
         lambda x: contract("ij,j...->i...", matrix, x),
         rhs,
