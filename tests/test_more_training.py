@@ -139,3 +139,22 @@ def test_a_state_that_was_saved_alone_is_a_start_too(run, tmp_path):
     config = CONFIG.replace(hidden=(32,))
     with pytest.raises(UsageError, match="the policy to start from does not fit the settings"):
         warm_start(config, jax.random.key(0), one)
+
+
+def test_networks_that_would_compute_something_else_are_refused(run, tmp_path, capsys):
+    pendulum = ["train", "Pendulum-v1", *FLAGS, "--num-iterations", "1", "--state-dependent-std"]
+    assert main([*pendulum, "--output", str(tmp_path / "p")]) == 0
+    capsys.readouterr()
+    for flags in (["--initial-log-std", "-3"], ["--normalize-rewards"], ["--activation", "swish"]):
+        output = str(tmp_path / "x")
+        assert main([*pendulum, "--init-from", str(tmp_path / "p"), *flags, "--output", output]) == 2
+        name = flags[0].removeprefix("--").replace("-", "_")
+        assert f"was trained with {name}=" in capsys.readouterr().err
+    assert main([*pendulum, "--init-from", str(tmp_path / "p"), "--activation", "tanh", "--output", output]) == 0
+
+
+def test_a_longer_run_whose_agents_have_stopped_says_so(tmp_path, capsys):
+    flags = ["--num-iterations", "4", "--eval-every", "1", "--eval-episodes", "1", "--stop-at-return", "1"]
+    assert main(["train", *FLAGS, *flags, "--num-seeds", "2", "--output", str(tmp_path)]) == 0
+    assert main(["resume", str(tmp_path)]) == 0
+    assert "All agents have reached stop_at_return=1 after 1 iteration; nothing is left" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from test_reports import ITERATIONS, SEEDS, sweep_folder
 from trpo_jax import UsageError, compare, probability_of_improvement, stratified_bootstrap
 from trpo_jax.cli import main
 from trpo_jax.config_pytree import Config
+from trpo_jax.env_args import EnvArgs
 from trpo_jax.runs.descriptions import write_table
 from trpo_jax.runs.evaluations import COLUMNS
 from trpo_jax.runs.metrics import METRICS, TableFile
@@ -18,6 +19,7 @@ from trpo_jax.settings import settings_of
 from trpo_jax.sweeps.comparisons import _profile
 from trpo_jax.sweeps.iqm import _times_drawn, bootstrap_band, interquartile_mean
 from trpo_jax.sweeps.outcomes import Curves, read_outcomes
+from trpo_jax.sweeps.reports import make_report, table_of
 
 # Scores of two methods on two tasks, and what rliable 1.2 says of them: metrics.aggregate_iqm and
 # metrics.probability_of_improvement, library.get_interval_estimates and library.create_performance_profile (20,000
@@ -290,3 +292,36 @@ def test_methods_without_runs_have_no_probability_of_improvement():
     with np.errstate(invalid="ignore"):
         found, interval = probability_of_improvement([nothing], [nothing])
     assert np.isnan([found, *interval]).all()
+
+
+def test_values_that_are_close_are_methods_of_their_own(tmp_path):
+    values = [0.99, 0.99995, 0.99999, 1.0, 0.123456789, 0.123456788]
+    path = sweep_folder(tmp_path / "s", [({"gamma": value}, np.ones(SEEDS)) for value in values])
+    found = compare([path], by=["gamma"])
+    names = {"0.99", "0.99995", "0.99999", "1", "0.123456789", "0.123456788"}
+    assert set(found.methods) == {f"gamma={name}" for name in names}
+    assert {row[0] for row in table_of(make_report(path).rows["CartPole-v1"])[1]} == names
+
+
+def test_settings_of_an_environment_make_tasks_of_their_own_in_that_environment_alone(tmp_path):
+    for name, update in (("a", "trpo"), ("b", "ppo")):
+        points = [({"env": "CartPole-v1", "max_steps": limit, "update": update}, np.ones(SEEDS)) for limit in (50, 60)]
+        sweep_folder(tmp_path / name, [*points, ({"env": "Acrobot-v1", "update": update}, np.ones(SEEDS))])
+    tasks = set(compare([tmp_path / "a", tmp_path / "b"]).tasks)
+    assert tasks == {"CartPole-v1, max_steps=50", "CartPole-v1, max_steps=60", "Acrobot-v1"}
+    c = run_folder(tmp_path / "c", [1.0], max_steps=70)
+    d = run_folder(tmp_path / "d", [1.0], max_steps=80)
+    message = r"no task is common to all methods.*c has CartPole-v1, max_steps=70; d has .*=80; .* with --by\."
+    with pytest.raises(UsageError, match=message):
+        compare([c, d])
+    assert set(compare([c, d], by=["max_steps"]).methods) == {"max_steps=70", "max_steps=80"}
+
+
+def test_settings_of_earlier_forms_stay_in_the_tables(tmp_path):
+    points = [({"env_args": EnvArgs({"gravity": gravity})}, np.ones(SEEDS) * gravity) for gravity in (5.0, 10.0)]
+    form = {"grid": {"env.gravity": [5.0, 10.0]}, "num_seeds": SEEDS, "seed": 0, "num_episodes": 4}
+    now = {"random": {"count": 1, "gamma": {"log_uniform": [0.9, 0.99]}}}
+    path = sweep_folder(tmp_path / "s", points, before=[form], begun_as="s", **now)
+    report = make_report(path)
+    assert [row.settings["env.gravity"] for row in report.rows["CartPole-v1"]] == [10.0, 5.0]
+    assert {outcome.settings["env.gravity"] for outcome in read_outcomes(path)} == {5.0, 10.0}

@@ -13,7 +13,7 @@ from trpo_jax.sweeps.grids import (
     make_spec,
     read_spec,
 )
-from trpo_jax.sweeps.plans import group_by_program, stack_configs
+from trpo_jax.sweeps.plans import group_by_program, plan, stack_configs
 from trpo_jax.sweeps.search import _suggest
 
 
@@ -58,7 +58,7 @@ def test_a_search_names_widths_by_their_text():
     """A database of trials keeps words and numbers only."""
     optuna = pytest.importorskip("optuna")
     asked = optuna.trial.FixedTrial({"hidden": "8,8"})
-    found = _suggest(asked, "hidden", {"choice": [[16], [8, 8], []]})
+    found = _suggest(asked, "hidden", {"choice": [[16], [8, 8], []]}, None)
     assert asked.distributions["hidden"].choices == ("16", "8,8", "[]")
     assert make_point({}, {"hidden": found}).config.hidden == (8, 8)
 
@@ -244,3 +244,21 @@ def test_a_sweep_from_python_is_checked_before_it_compiles(grid, options, senten
     with pytest.raises(UsageError) as error:
         sweep(Config(), grid, jax.random.key(0), **options)
     assert sentence in str(error.value)
+
+
+def test_whole_settings_of_an_environment_are_drawn_whole():
+    drawn = {"count": 20, "env.max_steps_in_episode": {"uniform": [100, 200]}, "env.gravity": {"uniform": [5, 20]}}
+    points = make_points(make_spec({"random": drawn}))
+    limits = {point.varied["env.max_steps_in_episode"] for point in points}
+    assert all(type(limit) is int and 100 <= limit <= 200 for limit in limits) and len(limits) > 5
+    assert all(isinstance(point.varied["env.gravity"], float) for point in points)
+    assert len({point.varied["env.gravity"] for point in points}) == 20
+
+
+def test_equal_points_of_an_extension_are_one():
+    first = make_spec({"grid": {"gamma": [0.5, 0.5]}, "num_seeds": 2})
+    more = make_spec({"random": {"count": 8, "gamma": {"choice": [0.9, 0.95]}}, "num_seeds": 2})
+    points, groups = plan(more, [first])
+    assert [point.config.gamma for point in points[:2]] == [0.5, 0.5] and len(points) == 4
+    agents = [agent for one in groups for agent in zip(*map(list, one.agents(0, one.num_agents)), strict=True)]
+    assert len(agents) == len(set(agents)) == 8

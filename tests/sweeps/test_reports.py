@@ -16,7 +16,7 @@ from trpo_jax.cli import main
 from trpo_jax.config_pytree import Config
 from trpo_jax.runs.descriptions import write_table
 from trpo_jax.runs.metrics import METRICS
-from trpo_jax.settings import value_of
+from trpo_jax.settings import setting_names, value_of
 from trpo_jax.sweeps.cohorts import training_return
 from trpo_jax.sweeps.drawing import scale_axis
 from trpo_jax.sweeps.iqm import interquartile_mean, stratified_bootstrap
@@ -64,7 +64,7 @@ def sweep_folder(path, points, failed=(), num_episodes=4, **asked):
     write_table(folder.path / "sweep.json", table)
     for i, (settings, scores) in enumerate(points):
         config = Config(num_iterations=ITERATIONS).replace(**settings)
-        flags = {name: [value_of(config, name)] * SEEDS for name in ("env", *_flags())}
+        flags = {name: [value_of(config, name)] * SEEDS for name in setting_names([config])}
         rise = np.linspace(0.05, 1, ITERATIONS, dtype=np.float32)
         metrics = {name: np.ones((SEEDS, ITERATIONS), np.float32) for name in METRICS}
         metrics["episode_return"] = np.float32(scores)[:, None] * rise

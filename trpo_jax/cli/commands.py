@@ -26,11 +26,14 @@ def run_of(namespace: argparse.Namespace) -> Run:
     from trpo_jax.runs.folders import open_run
 
     run = open_run(namespace.path, namespace.env)
-    if namespace.env not in (None, run.config.env) and namespace.command != "play":
-        raise UsageError(
-            f"env={shown(namespace.env)} is not what {run.path} was trained on, {run.config.env}; leave out --env."
-        )
+    _check_env(namespace, str(run.config.env), run.path)
     return run
+
+
+def _check_env(namespace: argparse.Namespace, env: str, path: Path) -> None:
+    """Raise `UsageError` if --env names another environment than that of training; `play` has one to play in."""
+    if namespace.env not in (None, env) and namespace.command != "play":
+        raise UsageError(f"env={shown(namespace.env)} is not what {path} was trained on, {env}; leave out --env.")
 
 
 def evaluate(namespace: argparse.Namespace) -> int:
@@ -122,6 +125,7 @@ def _agents_of(namespace: argparse.Namespace, agent: int | None) -> tuple[Run, T
 
         point, seed = choose_agent(path, namespace.point, namespace.agent)
         config, state = load_agent(path, point, seed)
+        _check_env(namespace, str(config.env), path)
         print(f"Point {point}, seed {seed} of {path}.")
         return Run(path, config, seed, num_seeds=1), jax.tree.map(lambda leaf: leaf[None], state)
     if namespace.point is not None:

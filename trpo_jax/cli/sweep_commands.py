@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trpo_jax.cli.choices import opener_of, tell_idle
 from trpo_jax.cli.startup import start_quickly, use_every_core
-from trpo_jax.files import command, file_of_kind, write_atomically
+from trpo_jax.files import command, file_of_kind, say, write_atomically
 from trpo_jax.sentences import counted
 
 
@@ -122,12 +122,19 @@ def tune(namespace: argparse.Namespace) -> int:
     start_quickly()
     from trpo_jax.cli.displays import make_console
     from trpo_jax.sweeps import search
-    from trpo_jax.sweeps.grids import read_spec
+    from trpo_jax.sweeps.grids import make_point, read_spec
     from trpo_jax.sweeps.search_pages import write_search_page
 
     console = make_console(expendable=True)
     spec = read_spec(namespace.file)
+    if spec.keep != "none":
+        say(
+            f"note: keep in {namespace.file} has no effect: a search keeps no states, and trains its best agents again."
+        )
     space = {name: values for name, values in spec.random.items() if name not in ("count", "seed")}
+    if not any("choice" in distribution for distribution in space.values()):  # a choice may give it an effect
+        lowest = {name: values[0] for name, distribution in space.items() for values in distribution.values()}
+        tell_idle(spec.base, [make_point(spec.base, lowest).config], namespace.file)
     if namespace.num_trials is not None:
         spec = dataclasses.replace(spec, random={**spec.random, "count": namespace.num_trials})
 

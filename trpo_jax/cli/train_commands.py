@@ -11,6 +11,7 @@ from trpo_jax.cli.choices import config_of, opener_of, tell_idle
 from trpo_jax.cli.commands import run_of
 from trpo_jax.cli.startup import start_quickly, use_devices
 from trpo_jax.config import Config
+from trpo_jax.fields import AUTO
 from trpo_jax.files import command, say
 from trpo_jax.presets import changed, load_preset, preset_of, with_preset
 from trpo_jax.sentences import UsageError, counted
@@ -55,14 +56,35 @@ def _start_from(namespace: argparse.Namespace, config: Config) -> TrainState:
     from trpo_jax.runs.folders import load_run
 
     trained_with, state = load_run(namespace.init_from, env=namespace.env)
-    for name in ("normalize_observations", "activation", "action_distribution"):  # shapes do not reveal these
-        before, now = getattr(trained_with, name), getattr(config, name)
-        if before != now:
+    then, now = _what_shapes_hide(trained_with), _what_shapes_hide(config)
+    for name in {**then, **now}:
+        if then.get(name) != now.get(name):
             raise UsageError(
-                f"{namespace.init_from} was trained with {name}={before}; its networks need that, not {now}: "
-                "give the same."
+                f"{namespace.init_from} was trained with {name}={getattr(trained_with, name)}; its networks need that, "
+                f"not {getattr(config, name)}: give the same."
             )
     return state
+
+
+def _what_shapes_hide(config: Config) -> dict[str, Any]:
+    """The settings that decide what networks compute, or in what units, although their shapes do not show it."""
+    found = {name: getattr(config, name) for name in ("normalize_observations", "action_distribution")}
+    found["activation"] = config.activation
+    if config.activation == AUTO:
+        found["activation"] = "relu" if _sees_pictures(config) else "tanh"
+    if config.normalize_observations:
+        found["observation_clip"] = config.observation_clip
+    if config.state_dependent_std:
+        found["initial_log_std"] = config.initial_log_std
+    found["normalize_rewards"] = config.normalize_rewards  # the units of the value function
+    return found
+
+
+def _sees_pictures(config: Config) -> bool:
+    """Whether the default network is a CNN."""
+    from trpo_jax.environments.make import environment_of
+
+    return config.network == "cnn" or (config.network == AUTO and len(environment_of(config).observation_shape) == 3)
 
 
 def _settings_from(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -135,7 +157,7 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
         of = counted(config.num_iterations, "iteration")
         console.print(f"{last.iteration} of {of} done; trained for {last.clock.seconds:.1f} s.")
     elif complete:
-        console.print("All iterations are done already.")
+        console.print(_why_nothing_is_left(run))
     console.print(f"Learning curve: {plot}", soft_wrap=True)
     if config.eval_every and complete:
         print_best(console, judge_best(run), config.eval_episodes)
@@ -150,3 +172,18 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
         return 130
     console.print(f"Next: {command('evaluate', run.path, env=config.env)}", soft_wrap=True)
     return 1 if failed else 0
+
+
+def _why_nothing_is_left(run: Run) -> str:
+    """Why a run that is continued trains nothing: its iterations are done, or all agents have reached their return."""
+    import numpy as np
+
+    from trpo_jax.runs.folders import newest_state
+
+    state = newest_state(run)
+    done = 0 if state is None else int(np.max(state.iteration))
+    if done >= run.config.num_iterations:
+        return "All iterations are done already."
+    reached = "The agent has" if run.num_seeds == 1 else "All agents have"
+    goal = f"stop_at_return={run.config.stop_at_return:g}"
+    return f"{reached} reached {goal} after {counted(done, 'iteration')}; nothing is left to train."

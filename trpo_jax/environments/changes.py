@@ -37,7 +37,10 @@ def apply_wrappers(environment: Environment, text: str) -> Environment:
 
 
 def _value(name: str, text: str) -> Any:
-    values = [int(part) if part.lstrip("-").isdigit() else part for part in text.split(",")]
+    parts = text.split(",")
+    if len(parts) > 1 and name != "hide_entries":
+        raise UsageError(f"{name} takes one number, as {name}=4, got {shown(text)}.")
+    values = [int(part) if part.isascii() and part.removeprefix("-").isdigit() else part for part in parts]
     return values if name == "hide_entries" else values[0]
 
 

@@ -105,7 +105,7 @@ def compare(paths: Sequence[str | os.PathLike[str]], by: Sequence[str] = ()) -> 
     groups = group_outcomes(read_folders([Path(path) for path in paths]), by)
     tasks = [task for task in next(iter(groups.values())) if all(task in group for group in groups.values())]
     if not tasks:
-        raise UsageError(f"{', '.join(groups)} have no environment in common, so they cannot be compared; give others.")
+        raise UsageError(_nothing_in_common(groups))
     groups = {name: {task: group[task] for task in tasks} for name, group in groups.items()}
     every = [outcome for group in groups.values() for outcomes in group.values() for outcome in outcomes]
     score, returns = _measures(every)
@@ -168,6 +168,18 @@ class _Measure:
 
     words: str
     of: Callable[[Outcome], Any]
+
+
+def _nothing_in_common(groups: Mapping[str, Mapping[str, Sequence[Outcome]]]) -> str:
+    """The message about methods without a common task: no environment, or one with other settings in each."""
+    envs = [{outcome.env for outcomes in tasks.values() for outcome in outcomes} for tasks in groups.values()]
+    if not set.intersection(*envs):
+        return f"{', '.join(groups)} have no environment in common, so they cannot be compared; give others."
+    tasks = [f"{name} has {' and '.join(list(found)[:2])}" for name, found in groups.items()][:3]
+    return (
+        f"no task is common to all methods, since settings of the environment make tasks of their own: "
+        f"{'; '.join(tasks)}; give others, or name those settings with --by."
+    )
 
 
 def _measures(outcomes: Sequence[Outcome]) -> tuple[_Measure, _Measure]:

@@ -9,7 +9,7 @@ import base64
 import html
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,8 +91,19 @@ def number(value: float) -> str:
 
 
 def text_of(value: Any) -> str:
-    """The value of a setting in a table."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """The value of a setting in a table: as it was typed, and four significant digits of one that was drawn."""
+    if value is None:  # a setting of an environment that is not given
+        return "default"
+    if not isinstance(value, float):
+        return str(value)
+    return typed if float(typed := f"{value:.7g}") == value else f"{value:.4g}"
+
+
+def texts_of(values: Iterable[Any]) -> dict[Any, str]:
+    """The values of a setting with their texts; different values have different ones."""
+    texts = {value: text_of(value) for value in values}
+    known = list(texts.values())
+    return {value: text if known.count(text) == 1 else repr(value) for value, text in texts.items()}
 
 
 def interval_text(low: float, high: float) -> str:

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 
 from trpo_jax.config_pytree import Config
+from trpo_jax.env_args import PREFIX
+from trpo_jax.environments import gymnax
 from trpo_jax.environments.make import settle
 from trpo_jax.presets import with_preset
 from trpo_jax.sentences import UsageError, check_limits, check_number, counted, nearest, shown
@@ -202,7 +204,8 @@ def make_points(spec: Spec) -> list[Point]:
     grid = [dict(zip(spec.grid, values, strict=True)) for values in itertools.product(*spec.grid.values())]
     together = [dict(zip(spec.zip, values, strict=True)) for values in zip(*spec.zip.values(), strict=True)] or [{}]
     points = [
-        make_point(spec.base, {**a, **b, **c}) for a, b, c in itertools.product(grid, together, draw(spec.random))
+        make_point(spec.base, {**a, **b, **c})
+        for a, b, c in itertools.product(grid, together, draw(spec.random, _env_of(spec)))
     ]
     for config in {static_part(point.config): point.config for point in points}.values():
         make_agent(config)
@@ -216,16 +219,33 @@ def make_point(base: Mapping[str, Any], varied: Mapping[str, Any]) -> Point:
     return Point({name: cast(name, value) for name, value in varied.items()}, config)
 
 
-def draw(random: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Draw `count` times from the distributions of a [random] table; one empty draw if there is none."""
+def draw(random: Mapping[str, Any], env: str | None = None) -> list[dict[str, Any]]:
+    """Draw `count` times from the distributions of a [random] table; one empty draw if there is none.
+
+    `env` is the environment of all points, whose settings may be whole numbers.
+    """
     if not random:
         return [{}]
     rng = np.random.default_rng(random.get("seed", 0))
     names = [name for name in random if name not in _OF_RANDOM]
-    return [{name: _sample(rng, name, random[name]) for name in names} for _ in range(random["count"])]
+    whole = {name: draws_whole(name, env) for name in names}
+    return [{name: _sample(rng, random[name], whole[name]) for name in names} for _ in range(random["count"])]
 
 
-def _sample(rng: np.random.Generator, name: str, distribution: Mapping[str, Any]) -> Any:
+def _env_of(spec: Spec) -> str | None:
+    """The environment of all points of a sweep; None if they have several."""
+    several = any("env" in section for section in (spec.grid, spec.zip, spec.random))
+    return None if several else spec.base.get("env", _DEFAULTS.env)
+
+
+def draws_whole(name: str, env: str | None) -> bool:
+    """Whether a setting is drawn as a whole number: one of ours, or one of gymnax whose default is one."""
+    if not name.startswith(PREFIX) or env is None or "/" in env or ":" in env:
+        return is_whole(name)
+    return type(gymnax.parameters(env).get(name.removeprefix(PREFIX))) is int
+
+
+def _sample(rng: np.random.Generator, distribution: Mapping[str, Any], whole: bool) -> Any:
     ((kind, values),) = distribution.items()
     if kind == "choice":
         return values[int(rng.integers(len(values)))]
@@ -233,7 +253,7 @@ def _sample(rng: np.random.Generator, name: str, distribution: Mapping[str, Any]
         value = rng.uniform(*values)
     else:
         value = math.exp(rng.uniform(math.log(values[0]), math.log(values[1])))
-    return round(value) if is_whole(name) else float(value)
+    return round(value) if whole else float(value)
 
 
 def static_part(config: Config) -> Any:

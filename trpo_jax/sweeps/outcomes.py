@@ -17,8 +17,8 @@ from trpo_jax.runs.metrics import fill_forward, read_metrics
 from trpo_jax.sentences import UsageError, first_line, nearest, shown
 from trpo_jax.settings import SETTINGS
 from trpo_jax.sweeps.cohorts import training_return
-from trpo_jax.sweeps.drawing import text_of
-from trpo_jax.sweeps.plans import num_seeds_by_point
+from trpo_jax.sweeps.drawing import texts_of
+from trpo_jax.sweeps.plans import num_seeds_by_point, sections_of
 from trpo_jax.sweeps.storage import Folder
 
 _MOST = 10  # methods that colours can distinguish
@@ -124,8 +124,8 @@ def _have_stopped(settings: Mapping[str, Any], evaluations: Curves | None) -> bo
 
 def setting_columns(description: Mapping[str, Any]) -> tuple[str, ...]:
     """Every setting that the results of a sweep may have, with those of its environments: "env.gravity"."""
-    sections = [description.get(name) for name in ("base", "grid", "zip", "random")]
-    of_env = {n for section in sections if isinstance(section, Mapping) for n in section if n.startswith(PREFIX)}
+    sections = sections_of(description, "base", "grid", "zip", "random")
+    of_env = {name for section in sections for name in section if name.startswith(PREFIX)}
     return (*SETTINGS, *sorted(of_env))
 
 
@@ -230,13 +230,16 @@ def group_outcomes(folders: Mapping[str, list[Outcome]], by: Sequence[str]) -> d
     if "env" in by:
         raise UsageError("--by env would compare returns of different environments; leave it out: each is a task.")
     own = {n for o in every for n in o.settings if (n.startswith(PREFIX) or n == "max_steps") and n not in by}
-    of_task = ["env", *sorted(n for n in own if any(differ(n, group) for group in _by_env(every)))]
+    apart = {group[0].env: sorted(name for name in own if differ(name, group)) for group in _by_env(every)}
+    named = {*by, *(name for names in apart.values() for name in names)} - {"folder"}
+    texts = {name: texts_of(outcome.settings.get(name) for outcome in every) for name in named}
+    texts["folder"] = {folder: folder for folder in folders}
     groups: dict[str, dict[str, list[Outcome]]] = {}
     for folder, outcomes in folders.items():
         for outcome in outcomes:
             known = {**outcome.settings, "folder": folder}
-            name = ", ".join(f"{n}={text_of(known.get(n))}" for n in by) or folder
-            task = ", ".join([outcome.env, *(f"{n}={text_of(known.get(n))}" for n in of_task[1:])])
+            name = ", ".join(f"{n}={texts[n][known.get(n)]}" for n in by) or folder
+            task = ", ".join([outcome.env, *(f"{n}={texts[n][known.get(n)]}" for n in apart[outcome.env])])
             groups.setdefault(name, {}).setdefault(task, []).append(outcome)
     if len(groups) == 1:
         varied = [n for n in SETTINGS if n != "env" and differ(n, every)]

@@ -89,6 +89,7 @@ def plan(spec: Spec, before: Sequence[Spec] = ()) -> tuple[list[Point], list[Gro
     for stage in (*before, spec):
         keys = agent_keys(stage.seed, stage.num_seeds)
         wanted: dict[int, list[int]] = {}  # {first new seed: points}
+        listed: set[int] = set()  # equal points of an extension are one
         for point in make_points(stage):
             place = len(points)
             if before:  # a sweep that never grew does without
@@ -98,7 +99,8 @@ def plan(spec: Spec, before: Sequence[Spec] = ()) -> tuple[list[Point], list[Gro
             if place == len(points):
                 points.append(point)
                 num_seeds.append(0)
-            if num_seeds[place] < stage.num_seeds:
+            if num_seeds[place] < stage.num_seeds and place not in listed:
+                listed.add(place)
                 wanted.setdefault(num_seeds[place], []).append(place)
         for first, members in wanted.items():
             for group in make_groups([points[i] for i in members], keys[first:], first_seed=first):
@@ -122,6 +124,13 @@ def num_seeds_by_point(description: Mapping[str, Any]) -> Callable[[int], int]:
     for group in plan(spec_of(description), earlier_forms(description))[1]:
         found.update(dict.fromkeys(group.points, group.num_seeds))
     return lambda point: found[point]
+
+
+def sections_of(description: Mapping[str, Any], *names: str) -> list[Mapping[str, Any]]:
+    """The sections with these names in every form of a sweep, from sweep.json; damaged ones are left out."""
+    forms = [*description.get("before", ()), description]
+    found = [form.get(name) for form in forms for name in names]
+    return [section for section in found if isinstance(section, Mapping)]
 
 
 def own_part(description: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,10 @@ import numpy as np
 
 from trpo_jax.runs.metrics import fill_forward
 from trpo_jax.sentences import UsageError, counted
-from trpo_jax.sweeps.drawing import interval_text, number, text_of
+from trpo_jax.sweeps.drawing import interval_text, number, texts_of
 from trpo_jax.sweeps.iqm import first_returns, interquartile_mean, score_scale, stratified_bootstrap
 from trpo_jax.sweeps.outcomes import agents_by_point, columns_of, lists_of, policy_words, setting_columns
-from trpo_jax.sweeps.plans import earlier_forms, plan, spec_of
+from trpo_jax.sweeps.plans import earlier_forms, plan, sections_of, spec_of
 from trpo_jax.sweeps.storage import Folder
 
 
@@ -103,7 +103,7 @@ class Report:
     @property
     def logarithmic(self) -> set[str]:
         """The settings that the sweep draws from a log-uniform distribution."""
-        drawn = _section(self.description, "random").items()
+        drawn = [entry for section in sections_of(self.description, "random") for entry in section.items()]
         return {name for name, kind in drawn if isinstance(kind, Mapping) and "log_uniform" in kind}
 
 
@@ -128,7 +128,7 @@ def make_report(path: str | os.PathLike[str]) -> Report:
     curves = lists_of(table["episode_return"])
     columns = columns_of(table, {*needed, *outcomes, *settings_known} - {"episode_return"})
     score = columns["final_return" if episodes else "training_return"].astype(np.float64)
-    crossed = {name for section in ("grid", "random") for name in _section(description, section)}
+    crossed = {name for section in sections_of(description, "grid", "random") for name in section}
     rows: dict[str, list[Row]] = {}
     failures = []
     for env in dict.fromkeys(columns["env"]):
@@ -228,9 +228,10 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Column titles and cells of an environment's table, best first."""
     names = list(rows[0].settings)
     titles = [*names, "IQM", "95 % interval", "median", "mean", "worst seed", "seeds", "failed"]
+    texts = {name: texts_of(row.settings[name] for row in rows) for name in names}
     cells = []
     for row in rows:
-        values = [text_of(row.settings[name]) for name in names]
+        values = [texts[name][row.settings[name]] for name in names]
         numbers = [number(row.iqm), interval_text(*row.interval), *map(number, (row.median, row.mean, row.worst))]
         cells.append([*values, *numbers, str(row.num_seeds), str(row.num_failed)])
     return titles, cells

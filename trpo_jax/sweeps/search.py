@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -28,9 +29,9 @@ from trpo_jax.runs.folders import Run, create_run, open_run
 from trpo_jax.runs.learning_curve import plot_learning_curve
 from trpo_jax.runs.runner import agent_keys
 from trpo_jax.sentences import UsageError, counted
-from trpo_jax.settings import cast, checked_settings, is_whole, read_toml, settings_of, with_length
+from trpo_jax.settings import cast, checked_settings, read_toml, settings_of, with_length
 from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, training_return
-from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, make_point, static_part
+from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, draws_whole, make_point, static_part
 from trpo_jax.sweeps.iqm import interquartile_mean
 from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs
 from trpo_jax.sweeps.studies import Study, open_study
@@ -38,6 +39,7 @@ from trpo_jax.training.agents import make_agent
 
 _RUNGS = 0.25, 0.5, 1.0  # shares of the iterations after which the worse half stops
 _KEPT_PROGRAMS = 8  # compiled programs kept for their next use; each takes some 2,000 of a process's 65,530 maps
+_COMBINATIONS = 64  # of first and last values that are tried before a search is refused
 _CONTINUES = "what is told is safe, and the same command continues when the folder can be written to"
 _NO_EPISODE = "no episode ended"
 _NOT_FINITE = "a number was not finite"
@@ -109,8 +111,7 @@ def tune(
     space = {name: values for name, values in spec.random.items() if name not in ("count", "seed")}
     if not space or spec.grid or spec.zip:
         raise UsageError("tune searches the distributions in [random], and takes neither [grid] nor [zip].")
-    lower = {name: values[0] for name, distribution in space.items() for values in distribution.values()}
-    make_agent(make_point(spec.base, lower).config)  # bad input shows before anything is written
+    _check_space(spec.base, space)  # bad input shows before anything is written
     programs: dict[Any, Programs] = {}
     count = spec.random["count"]
     with open_study(path, spec, storage, made_by()) as study:
@@ -135,6 +136,23 @@ def tune(
         if not best:
             raise UsageError(_why_no_score(study, path, told))
     return file, best.value
+
+
+def _check_space(base: Mapping[str, Any], space: Mapping[str, Any]) -> None:
+    """Raise `UsageError` if settings do not go together, in the first of their values or in others that were tried.
+
+    Choices may exclude one another, as the update and a setting of another update: such trials have no score.
+    """
+    ends = [[values[0], *values[1:][-1:]] for distribution in space.values() for values in distribution.values()]
+    why: UsageError | None = None
+    for values in itertools.islice(itertools.product(*ends), _COMBINATIONS):
+        try:
+            make_agent(make_point(base, dict(zip(space, values, strict=True))).config)
+            return
+        except UsageError as error:
+            why = why or error
+    assert why is not None
+    raise why
 
 
 def train_best(file: Path, spec: Spec) -> Path | None:
@@ -187,7 +205,8 @@ def _why_no_score(study: Study, path: str | os.PathLike[str], told: int) -> str:
 
 
 def _make_trial(asked: Any, spec: Spec, space: Mapping[str, Any]) -> Trial:
-    varied = {name: _suggest(asked, name, distribution) for name, distribution in space.items()}
+    env = None if "env" in space else spec.base.get("env", Config.env)
+    varied = {name: _suggest(asked, name, distribution, env) for name, distribution in space.items()}
     try:
         config = make_point(spec.base, varied).config
         make_agent(config)
@@ -196,11 +215,11 @@ def _make_trial(asked: Any, spec: Spec, space: Mapping[str, Any]) -> Trial:
     return Trial(asked, config)
 
 
-def _suggest(trial: Any, name: str, distribution: Mapping[str, Any]) -> Any:
+def _suggest(trial: Any, name: str, distribution: Mapping[str, Any], env: str | None) -> Any:
     ((kind, values),) = distribution.items()
     if kind == "choice":
         return trial.suggest_categorical(name, [as_text(cast(name, value)) for value in values])
-    if is_whole(name):
+    if draws_whole(name, env):
         return trial.suggest_int(name, *(round(value) for value in values), log=kind == "log_uniform")
     return trial.suggest_float(name, *values, log=kind == "log_uniform")
 
