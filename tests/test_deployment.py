@@ -130,7 +130,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_sentence(trained, tmp_path, monk
         raise RuntimeError("no screen.\nA second line")
 
     monkeypatch.setattr(gymnasium.core.Wrapper, "render", fail)
-    with pytest.raises(UsageError, match=r"^CartPole-v1 cannot be drawn here \(no screen\); leave out --output"):
+    with pytest.raises(UsageError, match=r"^CartPole-v1 cannot be drawn here \(no screen\); play without pictures"):
         play(*trained, "CartPole-v1", num_episodes=1, video=tmp_path / "none.gif")
     assert not list(tmp_path.iterdir())
 

@@ -59,7 +59,7 @@ def play_here(
         draw_without_a_screen()
         if environment.render is None:
             raise UsageError(
-                f"{environment.name} cannot be drawn: its suite has no pictures here; leave out --output to play only."
+                f"{environment.name} cannot be drawn: its suite has no pictures here; play without --render and --output."
             )
     act, carry_at_start = acting_policy(config, state)
     reset = jax.jit(environment.reset)
@@ -199,6 +199,6 @@ def _drawn(draw: Callable[[], Any], env: str) -> Any:
         raise
     except Exception as error:  # each renderer fails in its own way
         raise UsageError(
-            f"{env} cannot be drawn here ({first_line(error)}); leave out --output, or install what it needs: pip "
+            f"{env} cannot be drawn here ({first_line(error)}); play without pictures, or install what they need: pip "
             "install '.[play]', and for MuJoCo without a screen EGL (the system's libegl1; MUJOCO_GL=egl selects it)."
         ) from error

@@ -185,7 +185,7 @@ def export(namespace: argparse.Namespace) -> int:
 
     file = export_policy(run.config, state, Path(namespace.output or run.path / "policy"))
     print(f"Policy: {file} ({file.stat().st_size:,} bytes)")
-    print(f"`python {file.parent / 'load_policy.py'}` loads it and acts; it needs jax only.")
+    print(f"`python {file.parent / 'load_policy.py'}` loads it and acts; it needs jax and numpy only.")
     return 0
 
 

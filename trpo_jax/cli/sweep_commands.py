@@ -157,6 +157,6 @@ def tune(namespace: argparse.Namespace) -> int:
     if best is None:
         console.print("Stopped; the same command continues.")
         return 130
-    again = shlex.join(["trpo-jax", "train", "--config", str(file), "--num-seeds", "8"])
+    again = shlex.join(["trpo-jax", "train", "--config", str(file), "--num-seeds", "8", "--output", "runs/tuned"])
     console.print(f"Its agents: {best}. Next: `{again}`", soft_wrap=True)
     return 0

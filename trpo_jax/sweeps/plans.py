@@ -16,6 +16,8 @@ from trpo_jax.runs.runner import agent_keys
 from trpo_jax.sentences import UsageError
 from trpo_jax.sweeps.grids import Point, Spec, make_points, static_part
 
+SHARED = ("seed", "num_episodes", "keep")  # all agents of a sweep share them: its seeds, and what each result means
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -144,7 +146,7 @@ def extended(found: Mapping[str, Any], spec: Spec, where: Path, begun_as: str) -
     Raises:
       UsageError: if the new form changes something that all agents share.
     """
-    for name in ("seed", "num_episodes", "keep"):  # they decide the seeds, and the meaning of each result
+    for name in SHARED:
         before = found.get(name, "none")
         if before != getattr(spec, name):
             raise UsageError(

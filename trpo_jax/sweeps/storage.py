@@ -30,7 +30,7 @@ from trpo_jax.runs.descriptions import check_equal, is_begun, origin, read_table
 from trpo_jax.sentences import UsageError, counted, first_line
 from trpo_jax.sweeps.cohorts import Snapshot, blank
 from trpo_jax.sweeps.grids import Spec
-from trpo_jax.sweeps.plans import earlier_forms, extended, own_part
+from trpo_jax.sweeps.plans import SHARED, earlier_forms, extended, own_part
 from trpo_jax.training.checkpoints import Checkpoints, is_sound, read, save, without_mend
 from trpo_jax.training.loop import init
 from trpo_jax.training.state import TrainState
@@ -87,7 +87,9 @@ class Folder:
         if extend and own_part(found) != json.loads(json.dumps(spec.description)):
             write_table(file, extended(found, spec, self.path, begun_as=found.get("begun_as", origin(file))))
             found = self.description()
-        mend = "choose another --output, restore the file that it was started with, or add the new agents with --extend"
+        mend = "choose another --output, or restore the file that it was started with"
+        if all(found.get(name, "none") == getattr(spec, name) for name in SHARED):
+            mend = f"{mend.replace(', or', ',')}, or add the new agents with --extend"
         check_equal(self.path, "sweep", spec.description, own_part(found), mend)
         return earlier_forms(found)
 
