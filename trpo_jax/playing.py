@@ -59,7 +59,7 @@ def play_here(
         draw_without_a_screen()
         if environment.render is None:
             raise UsageError(
-                f"{environment.name} cannot be drawn: its suite has no pictures here; play without --render and --output."
+                f"{environment.name} cannot be drawn: its suite has no pictures here; play without --render."
             )
     act, carry_at_start = acting_policy(config, state)
     reset = jax.jit(environment.reset)
