@@ -650,6 +650,6 @@ def test_a_study_whose_description_is_none_is_damaged(tmp_path):
 @pytest.mark.parametrize("updates", [["ppo", "trpo"], ["trpo", "ppo"]])
 def test_the_order_of_choices_does_not_decide_whether_a_search_begins(updates):
     space = {"update": {"choice": updates}, "constraint": {"choice": ["max-kl", "mean-kl"]}}
-    search._check_space({}, space)
+    search.check_space({}, space)
     with pytest.raises(UsageError, match="constraint=max-kl needs update=trpo"):
-        search._check_space({"update": "ppo"}, {"constraint": {"choice": ["max-kl", "reverse-kl"]}})
+        search.check_space({"update": "ppo"}, {"constraint": {"choice": ["max-kl", "reverse-kl"]}})

@@ -122,7 +122,7 @@ def tune(namespace: argparse.Namespace) -> int:
     start_quickly()
     from trpo_jax.cli.displays import make_console
     from trpo_jax.sweeps import search
-    from trpo_jax.sweeps.grids import make_point, read_spec
+    from trpo_jax.sweeps.grids import read_spec
     from trpo_jax.sweeps.search_pages import write_search_page
 
     console = make_console(expendable=True)
@@ -133,8 +133,7 @@ def tune(namespace: argparse.Namespace) -> int:
         )
     space = {name: values for name, values in spec.random.items() if name not in ("count", "seed")}
     if not any("choice" in distribution for distribution in space.values()):  # a choice may give it an effect
-        lowest = {name: values[0] for name, distribution in space.items() for values in distribution.values()}
-        tell_idle(spec.base, [make_point(spec.base, lowest).config], namespace.file)
+        tell_idle(spec.base, [search.check_space(spec.base, space)], namespace.file)
     if namespace.num_trials is not None:
         spec = dataclasses.replace(spec, random={**spec.random, "count": namespace.num_trials})
 

@@ -11,7 +11,6 @@ from trpo_jax.cli.choices import config_of, opener_of, tell_idle
 from trpo_jax.cli.commands import run_of
 from trpo_jax.cli.startup import start_quickly, use_devices
 from trpo_jax.config import Config
-from trpo_jax.fields import AUTO
 from trpo_jax.files import command, say
 from trpo_jax.presets import changed, load_preset, preset_of, with_preset
 from trpo_jax.sentences import UsageError, counted
@@ -54,9 +53,10 @@ def train(namespace: argparse.Namespace) -> int:
 def _start_from(namespace: argparse.Namespace, config: Config) -> TrainState:
     """The trained agents of --init-from."""
     from trpo_jax.runs.folders import load_run
+    from trpo_jax.training.warm_start import what_shapes_hide
 
     trained_with, state = load_run(namespace.init_from, env=namespace.env)
-    then, now = _what_shapes_hide(trained_with), _what_shapes_hide(config)
+    then, now = what_shapes_hide(trained_with), what_shapes_hide(config)
     for name in {**then, **now}:
         if then.get(name) != now.get(name):
             raise UsageError(
@@ -64,27 +64,6 @@ def _start_from(namespace: argparse.Namespace, config: Config) -> TrainState:
                 f"not {getattr(config, name)}: give the same."
             )
     return state
-
-
-def _what_shapes_hide(config: Config) -> dict[str, Any]:
-    """The settings that decide what networks compute, or in what units, although their shapes do not show it."""
-    found = {name: getattr(config, name) for name in ("normalize_observations", "action_distribution")}
-    found["activation"] = config.activation
-    if config.activation == AUTO:
-        found["activation"] = "relu" if _sees_pictures(config) else "tanh"
-    if config.normalize_observations:
-        found["observation_clip"] = config.observation_clip
-    if config.state_dependent_std:
-        found["initial_log_std"] = config.initial_log_std
-    found["normalize_rewards"] = config.normalize_rewards  # the units of the value function
-    return found
-
-
-def _sees_pictures(config: Config) -> bool:
-    """Whether the default network is a CNN."""
-    from trpo_jax.environments.make import environment_of
-
-    return config.network == "cnn" or (config.network == AUTO and len(environment_of(config).observation_shape) == 3)
 
 
 def _settings_from(namespace: argparse.Namespace) -> dict[str, Any]:

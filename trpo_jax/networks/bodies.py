@@ -39,14 +39,9 @@ def body(environment: Environment, layers: Layers, outputs: int, last_scale: flo
     for name, value in settings.items():
         check_setting(name, value)
     names = chosen(environment.entries, layers.observation, environment.name)
-    shapes = [environment.observation_shape if name is None else (environment.entries or {})[name] for name in names]
-    network = layers.network
-    if network == AUTO:
-        network = "cnn" if any(map(_is_picture, shapes)) else "mlp"
+    shapes = _shapes(environment, names)
+    network, activation = settled(environment, layers.observation, layers.network, layers.activation)
     hidden = _HIDDEN[network] if layers.hidden == AUTO else layers.hidden
-    activation = layers.activation
-    if activation == AUTO:
-        activation = "relu" if network == "cnn" else "tanh"
     style = Style(activation, layers.layer_norm, layers.initialisation, last_scale)
     if network == "cnn" and not any(map(_is_picture, shapes)):
         found = ", ".join(map(str, shapes))
@@ -68,6 +63,20 @@ def body(environment: Environment, layers: Layers, outputs: int, last_scale: flo
         return lift(_seeing(see, memory))
     mlp = MLP(hidden, outputs, style, ndim)
     return lift(_seeing(see, Network(mlp.init, mlp.apply, features=mlp.clone(outputs=None).apply)))
+
+
+def settled(environment: Environment, observation: str, network: str, activation: str) -> tuple[str, str]:
+    """The network and the activation that "auto" stands for, where the network sees the entries `observation`."""
+    if network == AUTO:
+        shapes = _shapes(environment, chosen(environment.entries, observation, environment.name))
+        network = "cnn" if any(map(_is_picture, shapes)) else "mlp"
+    if activation == AUTO:
+        activation = "relu" if network == "cnn" else "tanh"
+    return network, activation
+
+
+def _shapes(environment: Environment, names: Sequence[str | None]) -> list[tuple[int, ...]]:
+    return [environment.observation_shape if name is None else (environment.entries or {})[name] for name in names]
 
 
 def _is_picture(shape: tuple[int, ...]) -> bool:

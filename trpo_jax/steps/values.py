@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ from trpo_jax.steps.minibatches import minibatch_descent
 from trpo_jax.steps.solvers import Solver, conjugate_gradient
 from trpo_jax.steps.statistics import varies
 from trpo_jax.steps.trees import check_parameters, max_abs, maximum
-from trpo_jax.steps.types import Array, PyTree, Scalar, at_least_float32
+from trpo_jax.steps.types import Array, PyTree, Scalar, at_least_float32, check_count
 
 if TYPE_CHECKING:
     import optax
@@ -67,8 +66,7 @@ def gauss_newton_fit(
     """
 
     check_parameters(params)
-    if not isinstance(num_steps, numbers.Integral) or num_steps < 1:
-        raise ValueError(f"num_steps of a value fit must be a whole number of at least 1, got {num_steps!r}")
+    check_count("num_steps of a value fit", num_steps)
     target = at_least_float32(target)
 
     def cotangent(values: Array, target: Array) -> Array:

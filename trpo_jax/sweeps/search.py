@@ -111,7 +111,7 @@ def tune(
     space = {name: values for name, values in spec.random.items() if name not in ("count", "seed")}
     if not space or spec.grid or spec.zip:
         raise UsageError("tune searches the distributions in [random], and takes neither [grid] nor [zip].")
-    _check_space(spec.base, space)  # bad input shows before anything is written
+    check_space(spec.base, space)  # bad input shows before anything is written
     programs: dict[Any, Programs] = {}
     count = spec.random["count"]
     with open_study(path, spec, storage, made_by()) as study:
@@ -138,17 +138,21 @@ def tune(
     return file, best.value
 
 
-def _check_space(base: Mapping[str, Any], space: Mapping[str, Any]) -> None:
-    """Raise `UsageError` if settings do not go together, in the first of their values or in others that were tried.
+def check_space(base: Mapping[str, Any], space: Mapping[str, Any]) -> Config:
+    """The settings of a trial with first or last values that go together.
 
     Choices may exclude one another, as the update and a setting of another update: such trials have no score.
+
+    Raises:
+      UsageError: if there are none among those that were tried.
     """
     ends = [[values[0], *values[1:][-1:]] for distribution in space.values() for values in distribution.values()]
     why: UsageError | None = None
     for values in itertools.islice(itertools.product(*ends), _COMBINATIONS):
         try:
-            make_agent(make_point(base, dict(zip(space, values, strict=True))).config)
-            return
+            config = make_point(base, dict(zip(space, values, strict=True))).config
+            make_agent(config)
+            return config
         except UsageError as error:
             why = why or error
     assert why is not None
@@ -168,10 +172,10 @@ def train_best(file: Path, spec: Spec) -> Path | None:
     folder = file.with_suffix("")
     run = Run(folder, config, TUNING_SEEDS + spec.seed, spec.num_seeds)
     found = open_run(folder) if (folder / "config.json").exists() else None
-    if found and found.seed == run.seed and not _is_same_or_longer(found, run):
+    kept = found if found and _is_same_or_longer(found, run) else None
+    if found and not kept and found.seed == run.seed:
         move_aside(folder)
-        found = None
-    run = found if found and _is_same_or_longer(found, run) else create_run(folder, config, run.seed, run.num_seeds)
+    run = kept or create_run(folder, config, run.seed, run.num_seeds)
     complete = continue_run(run)
     plot_learning_curve(run)
     return folder if complete else None

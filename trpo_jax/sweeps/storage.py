@@ -87,9 +87,11 @@ class Folder:
         if extend and own_part(found) != json.loads(json.dumps(spec.description)):
             write_table(file, extended(found, spec, self.path, begun_as=found.get("begun_as", origin(file))))
             found = self.description()
-        mend = "choose another --output, or restore the file that it was started with"
-        if all(found.get(name, "none") == getattr(spec, name) for name in SHARED):
-            mend = f"{mend.replace(', or', ',')}, or add the new agents with --extend"
+        may_grow = all(found.get(name, "none") == getattr(spec, name) for name in SHARED)
+        *mends, last = ["choose another --output", "restore the file that it was started with"] + (
+            ["add the new agents with --extend"] if may_grow else []
+        )
+        mend = f"{', '.join(mends)}, or {last}"
         check_equal(self.path, "sweep", spec.description, own_part(found), mend)
         return earlier_forms(found)
 

@@ -76,7 +76,7 @@ def log_prob_objective(old: Array, new: Array, mdp: TabularMDP) -> Array:
     negative it grows without bound as the probability of that action goes to 0.
     """
     weight = visitation(old, mdp)[:, None] * old * advantages(old, mdp)
-    return jnp.sum(weight * jnp.log(jnp.where(weight == 0, 1, new)))
+    return jnp.sum(weight * jnp.log(jnp.where(weight == 0, 1, new)))  # not `_times`: 0 has no gradient through log
 
 
 def penalty_coefficient(policy: Array, mdp: TabularMDP) -> Array:

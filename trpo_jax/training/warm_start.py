@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from trpo_jax.config_pytree import Config
+from trpo_jax.fields import AUTO
+from trpo_jax.networks.bodies import settled
 from trpo_jax.sentences import UsageError
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.agents import make_agent
@@ -48,6 +51,18 @@ def warm_start(config: Config, key: Array, trained: TrainState) -> TrainState:
         return_statistics=old.return_statistics if both else fresh.return_statistics,
     )
     return dataclasses.replace(state, learner=learner)
+
+
+def what_shapes_hide(config: Config) -> dict[str, Any]:
+    """The settings that decide what networks compute, or in which units, although their shapes do not show it."""
+    found = {name: getattr(config, name) for name in ("normalize_observations", "action_distribution")}
+    _, found["activation"] = settled(make_agent(config).environment, AUTO, config.network, config.activation)
+    if config.normalize_observations:
+        found["observation_clip"] = config.observation_clip
+    if config.state_dependent_std:
+        found["initial_log_std"] = config.initial_log_std
+    found["normalize_rewards"] = config.normalize_rewards  # the units of the value function
+    return found
 
 
 def _check_like(wanted: PyTree, found: PyTree, what: str) -> None:
