@@ -299,7 +299,7 @@ def copy(run, folder, **changes):
         ({"fisher_fraction": [0.5]}, "config.json is damaged (fisher_fraction in it must be a number"),
         ({"env": 3}, "config.json is damaged (env in it must be the name of an environment"),
         ({"policy": "x"}, "config.json is damaged (it has no setting 'policy'"),
-        ({"env": "gymnasium/evil:Name"}, "if you trust it, name it again: --env 'gymnasium/evil:Name'."),
+        ({"env": "gymnasium/evil:Name"}, "if you trust it, name it again: --trust gymnasium/evil:Name, or"),
     ],
     ids=str,
 )
@@ -348,8 +348,8 @@ def test_a_module_is_imported_where_the_command_line_names_it(tmp_path, capsys, 
     monkeypatch.chdir(tmp_path)
     env, run = "gymnasium/own_module:Named-v0", ["--output", "run"]
     assert main(["train", env, *TINY, *run]) == 0
-    assert main(["evaluate", "run"]) == 2 and f"name it again: --env '{env}'" in capsys.readouterr().err
-    assert main(["evaluate", "run", "--num-episodes", "2", "--env", env]) == 0
+    assert main(["evaluate", "run"]) == 2 and f"name it again: --trust {env}" in capsys.readouterr().err
+    assert main(["evaluate", "run", "--num-episodes", "2", "--trust", env]) == 0
     assert main(["train", env, *TINY, *run]) == 0 and "done already" in capsys.readouterr().out
     (tmp_path / "file.toml").write_text(f"env = '{env}'")
     assert main(["train", "--config", "file.toml"]) == 2

@@ -186,7 +186,7 @@ def test_nothing_in_the_package_writes_past_it():
         ("runs/CartPole-v1", "CartPole-v1", "`trpo-jax resume runs/CartPole-v1`"),
         ("my runs/a", None, "`trpo-jax resume 'my runs/a'`"),
         ("-x", None, "`trpo-jax resume ./-x`"),
-        ("r", "gymnasium/module:Name-v0", "`trpo-jax resume r --env gymnasium/module:Name-v0`"),
+        ("r", "gymnasium/module:Name-v0", "`trpo-jax resume r --trust gymnasium/module:Name-v0`"),
     ],
 )
 def test_a_command_that_is_advised_can_be_run_as_it_stands(path, env, line):

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from trpo_jax.runs.folders import open_run as open_run
     from trpo_jax.runs.sinks import open_sink as open_sink
     from trpo_jax.sentences import UsageError as UsageError
+    from trpo_jax.settings import trust as trust
     from trpo_jax.steps.advantages import gae as gae
     from trpo_jax.steps.advantages import parallel_gae as parallel_gae
     from trpo_jax.steps.bounded import Beta as Beta
@@ -167,6 +168,7 @@ _HOME = {
     "train": "training.loop",
     "train_step": "training.loop",
     "trpo_update": "steps.trust_region",
+    "trust": "settings",
     "validate": "validation",
     "warm_start": "training.warm_start",
 }

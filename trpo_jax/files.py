@@ -79,7 +79,7 @@ def command(name: str, path: str | os.PathLike[str], *, env: Any = None) -> str:
     """A shell command on a folder, quoted for a message; it includes `env` if that names a module to import."""
     path = os.fspath(path)
     words = ["trpo-jax", name, f"./{path}" if path.startswith("-") else path]
-    return f"`{shlex.join([*words, '--env', env] if isinstance(env, str) and ':' in env else words)}`"
+    return f"`{shlex.join([*words, '--trust', env] if isinstance(env, str) and ':' in env else words)}`"
 
 
 def say(sentence: str) -> None:

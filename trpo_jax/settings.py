@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trpo_jax.config import Config, check_setting
@@ -18,6 +19,53 @@ _KINDS = {field.name: field.metadata["kind"] for field in dataclasses.fields(Con
 SETTINGS = ("env", *_KINDS)  # those that a file can name: networks and environments of the user's are not among them
 DISTRIBUTIONS = ("uniform", "log_uniform", "choice")  # from which a search or a sweep draws values
 TOTAL_STEPS = "total_steps"  # may replace num_iterations wherever a setting may stand
+
+_trusted: set[str] = set()  # environments that files may name although a module is imported for them
+
+
+def trust(env: str) -> None:
+    """Let files and folders name an environment that needs a module to be imported, until the program ends.
+
+    Without this, a file of settings, a run or a sweep from elsewhere could cause any module to be imported.
+
+    Args:
+      env: the environment as the file names it: `MODULE:FACTORY`, or `gymnasium/MODULE:ID`.
+
+    Raises:
+      UsageError: if no module would be imported for it.
+    """
+    check_names_module(env, "trust")
+    _trusted.add(env)
+
+
+@contextlib.contextmanager
+def trusting(*envs: str) -> Iterator[None]:
+    """Trust environments in a block; those that need no trust are left out."""
+    before = set(_trusted)
+    _trusted.update(filter(_names_module, envs))
+    try:
+        yield
+    finally:
+        _trusted.intersection_update(before)
+
+
+def check_trusted(env: Any, source: str) -> None:
+    """Raise `UsageError` if a file names an environment whose module would be imported, and nobody has trusted it."""
+    if _names_module(env) and env not in _trusted:
+        raise UsageError(
+            f"env in {source} names a module to import, {shown(env)}; if you trust it, name it again: "
+            f"--trust {shlex.quote(env)}, or `trpo_jax.trust` in Python."
+        )
+
+
+def check_names_module(env: Any, label: str) -> None:
+    """Raise `UsageError` unless a module would be imported for an environment."""
+    if not _names_module(env):
+        raise UsageError(f"{label} is for an environment that names a module, MODULE:FACTORY, got {shown(env)}.")
+
+
+def _names_module(env: Any) -> bool:
+    return isinstance(env, str) and ":" in env
 
 
 def settings_of(config: Config) -> dict[str, Any]:
@@ -97,11 +145,9 @@ def checked(name: str, value: Any, source: str) -> Any:
         check_env_arg(name.removeprefix(PREFIX), value, source)
     elif name == "env" and not isinstance(value, str):
         raise UsageError(f"env in {source} must be the name of an environment, got {shown(value)}.")
-    elif name == "env" and ":" in value:  # Gymnasium would import the module: a file must not run code
-        raise UsageError(
-            f"env in {source} names a module to import, {shown(value)}, which needs the command line; give it there."
-        )
-    elif name != "env":
+    elif name == "env":
+        check_trusted(value, source)
+    else:
         check_setting(name, value, source)
     return value
 

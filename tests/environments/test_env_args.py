@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,11 @@ import numpy as np
 import probes
 import pytest
 
-from trpo_jax import Config, UsageError, evaluate, init, make_environment, sweep, train
+from trpo_jax import Config, UsageError, evaluate, init, load_agent, make_environment, sweep, train, trust
 from trpo_jax.cli import main
 from trpo_jax.environments.make import settle
 from trpo_jax.runs.folders import open_run
-from trpo_jax.settings import settings_of
+from trpo_jax.settings import settings_of, trusting
 from trpo_jax.sweeps.grids import make_points, make_spec, static_part
 from trpo_jax.sweeps.plans import group_by_program
 from trpo_jax.sweeps.reports import make_report
@@ -221,6 +222,9 @@ from trpo_jax import make_environment
 def make_env(gravity=9.8):
     return make_environment("CartPole-v1", params={"gravity": gravity})
 
+def make_other():
+    return make_environment("CartPole-v1")
+
 def make_object():
     return probes.TwoSteps()
 
@@ -235,19 +239,62 @@ def own_module(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "own_environments.py").write_text(FACTORY)
+    with trusting():  # what a test trusts is forgotten
+        yield
 
 
-def test_a_factory_is_named_on_the_command_line_and_never_in_files(own_module, capsys):
+def test_a_file_causes_no_import_until_its_environment_is_trusted(own_module, capsys):
     name = "own_environments:make_env"
     tiny = [f"--{key.replace('_', '-')}={value}" for key, value in ({"num_envs": 2} | TINY).items()]
     assert main(["train", name, *tiny, "--env-arg", "gravity=20.0", "--max-steps", "5", "--output", "run"]) == 0
     assert main(["evaluate", "run"]) == 2
-    assert f"if you trust it, name it again: --env '{name}'" in capsys.readouterr().err
-    assert main(["evaluate", "run", "--env", name, "--num-episodes", "1"]) == main(["check", name]) == 0
+    assert f"if you trust it, name it again: --trust {name}" in capsys.readouterr().err
+    assert main(["evaluate", "run", "--trust", name, "--num-episodes", "1"]) == main(["check", name]) == 0
+    assert main(["evaluate", "run", "--env", name, "--num-episodes", "1"]) == 0  # as earlier versions named it
     assert open_run("run", name).config.env_args == {"gravity": 20.0}
-    with pytest.raises(UsageError, match="names a module to import"):
-        make_spec({"base": {"env": name}})
+    drawn = {"count": 1, "env": {"choice": [name]}}
+    for section in ({"base": {"env": name}}, {"grid": {"env": [name]}}, {"random": drawn}):
+        with pytest.raises(UsageError, match="names a module to import"):
+            make_spec(section)
+        with trusting(name):
+            assert make_spec(section)
+    assert main(["train", "CartPole-v1", "--init-from", "run", "--output", "other"]) == 2
+    assert main(["train", name, *tiny, "--init-from", "run", "--output", "other"]) == 0
+    other = "own_environments:make_other"
+    assert main(["train", other, *tiny, "--init-from", "run", "--output", "third"]) == 2
+    assert main(["train", other, *tiny, "--init-from", "run", "--output", "third", "--trust", name]) == 0
+    assert main(["play", "third", "--env", "CartPole-v1"]) == 2 and f"--trust {other}" in capsys.readouterr().err
+    played = ["play", "third", "--env", "CartPole-v1", "--num-episodes", "1", "--trust", other]
+    assert main(played) == 0 and "CartPole-v1 of Gymnasium, 1 episode" in capsys.readouterr().out
+    assert main(["evaluate", "run", "--trust", "CartPole-v1"]) == 2
+    assert "--trust is for an environment that names a module" in capsys.readouterr().err
     assert make_agent(Config(env="own_environments:make_object")).environment.name == "TwoSteps"
+
+
+def test_a_factory_is_swept_and_tuned_once_it_is_trusted(own_module, tmp_path, capsys):
+    name = "own_environments:make_env"
+    base = "".join(f"{setting} = {value}\n" for setting, value in ({"num_envs": 2, "max_steps": 2} | TINY).items())
+    base = f"[base]\nenv = '{name}'\n{base}"
+    grid = "[grid]\n'env.gravity' = [9.0, 12.0]\n"
+    (tmp_path / "s.toml").write_text(f"keep = 'all'\nnum_episodes = 1\n{base}{grid}")
+    assert main(["sweep", "s.toml"]) == 2 and f"--trust {name}" in capsys.readouterr().err
+    assert not (tmp_path / "sweeps").exists()
+    assert main(["sweep", "s.toml", "--trust", name]) == main(["report", "sweeps/s"]) == 0
+    compare = ["compare", "sweeps/s", "--by", "env.gravity"]
+    assert main(compare) == 0
+    (tmp_path / "s.toml").write_text(f"keep = 'all'\nnum_episodes = 1\nnum_seeds = 2\n{base}{grid}")
+    assert main(["sweep", "s.toml", "--trust", name, "--extend"]) == 0
+    commands = ["evaluate", "sweeps/s", "--num-episodes", "1"], ["report", "sweeps/s"], compare
+    for command in (*commands, ["sweep", "s.toml"]):  # they make the agents of the earlier forms
+        assert main(command) == 2 and f"--trust {name}" in capsys.readouterr().err
+        assert main([*command, "--trust", name]) == 0
+    trust(name)
+    with trusting():  # what a block trusts ends with it, and only that
+        assert load_agent("sweeps/s")[0].env == name
+    (tmp_path / "t.toml").write_text(f"{base}[random]\ncount = 2\nmax_kl = {{uniform = [0.01, 0.02]}}\n")
+    assert main(["tune", "t.toml", "--batch", "2", "--trust", name]) == 0
+    *_, again = [line for line in " ".join(capsys.readouterr().out.split()).split("`") if "--config" in line]
+    assert again.endswith(f"--trust {name}") and main(shlex.split(again)[1:]) == 0
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from trpo_jax.cli import commands, sweep_commands, train_commands
 from trpo_jax.cli.arguments import check_arguments, flags_of, make_parser
 from trpo_jax.files import drop_output, say
 from trpo_jax.sentences import UsageError, first_line, nearest, shown
+from trpo_jax.settings import trusting
 
 _COMMANDS = {
     "train": train_commands.train,
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flags = flags_of(parser, namespace.command)
             raise UsageError(f"unknown argument {unknown[0][:60]}{nearest(unknown[0], flags)}")
         check_arguments(namespace)
-        status = _COMMANDS[namespace.command](namespace)
+        with trusting(*getattr(namespace, "trust", ()), getattr(namespace, "env", None) or ""):
+            status = _COMMANDS[namespace.command](namespace)
         sys.stdout.flush()
         return status
     except UsageError as error:

@@ -13,7 +13,7 @@ from trpo_jax.cli.flag_types import env_arg, moved, whole, whole_numbers
 from trpo_jax.config import Config
 from trpo_jax.fields import as_text
 from trpo_jax.sentences import UsageError, check_limits
-from trpo_jax.settings import SETTINGS
+from trpo_jax.settings import SETTINGS, check_names_module
 
 BENCHMARK = {"num_envs": 64}  # defaults of `benchmark` that differ from those of `Config`
 
@@ -64,6 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--init-from", metavar="RUN", help="folder of a run with whose trained networks the agents start"
     )
+    _add_trust(train)
     _add_devices(train)
     _add_sinks(train)
     _add_settings(train)
@@ -113,6 +114,7 @@ def _add_run_commands(commands: Any) -> None:
     evaluate.number("--seed", 0, "seed of the episodes")
     evaluate.add_argument("--output", help="JSON file for all figures (default: none)")
     _add_checkpoint(evaluate)
+    _add_trust(evaluate)
     _add_env(evaluate)
 
     resume = commands.add_parser("resume", help="continue a run that was interrupted")
@@ -120,6 +122,7 @@ def _add_run_commands(commands: Any) -> None:
     resume.add_argument(
         "--total-steps", type=whole, help="extend the run to so many steps per agent, rounded down to whole iterations"
     )
+    _add_trust(resume)
     _add_env(resume)
     _add_devices(resume)
     _add_sinks(resume)
@@ -127,6 +130,7 @@ def _add_run_commands(commands: Any) -> None:
     play = commands.add_parser("play", help="play a trained policy in Gymnasium's environment, or in that of training")
     play.add_argument("path", help="folder of the run")
     play.add_argument("--env", help="Gymnasium's id of the environment (default: its name in training)")
+    _add_trust(play)
     play.number("--num-episodes", 10, "episodes")
     play.number("--seed", 0, "seed of the first episode")
     _add_agent(play)
@@ -140,6 +144,7 @@ def _add_run_commands(commands: Any) -> None:
     export.add_argument("--output", help="folder of the export (default: RUN/policy)")
     _add_agent(export)
     _add_checkpoint(export)
+    _add_trust(export)
     _add_env(export)
 
 
@@ -162,6 +167,7 @@ def _add_sweep_commands(commands: Any) -> None:
     sweep.add_argument(
         "--num-devices", type=whole, help="CPU only: number of devices to make of it (default: one per core)"
     )
+    _add_trust(sweep)
     _add_sinks(sweep)
     sweep.add_argument("--coordinator", help="host:port of process 0, which connects several hosts")
     sweep.add_argument("--num-processes", type=whole, help="processes that share the sweep and its folder")
@@ -169,6 +175,7 @@ def _add_sweep_commands(commands: Any) -> None:
 
     report = commands.add_parser("report", help="show a sweep, finished or not, as a table, pictures and a page")
     report.add_argument("path", help="folder of the sweep")
+    _add_trust(report)
 
     compare = commands.add_parser("compare", help="compare runs and sweeps: curves, intervals, probabilities, profiles")
     compare.add_argument("paths", nargs="+", metavar="path", help="folders of runs and sweeps")
@@ -180,6 +187,7 @@ def _add_sweep_commands(commands: Any) -> None:
     )
     compare.add_argument("--output", default="comparison.html", help="file of the page (default: comparison.html)")
     compare.add_argument("--json", help="JSON file for all figures (default: none)")
+    _add_trust(compare)
 
     tune = commands.add_parser("tune", help="search for settings with Optuna; each batch of trials is one program")
     tune.add_argument("file", help="TOML file with [base] settings and [random] distributions")
@@ -187,6 +195,7 @@ def _add_sweep_commands(commands: Any) -> None:
     tune.add_argument("--num-trials", type=whole, help="trials (default: count in [random])")
     tune.number("--batch", 16, "trials trained together")
     tune.add_argument("--storage", help="Optuna storage URL (default: an SQLite file in the folder)")
+    _add_trust(tune)
 
 
 def _add_devices(parser: _Parser) -> None:
@@ -226,10 +235,18 @@ def _add_agent(parser: argparse.ArgumentParser, default: str = "0 of a run") -> 
     )
 
 
-def _add_env(parser: argparse.ArgumentParser) -> None:
+def _add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--env", help="the environment of the run again, if it names a module to import (MODULE:FACTORY)"
+        "--trust",
+        action="append",
+        default=[],
+        metavar="MODULE:FACTORY",
+        help="environment that a file or folder may name although a module is imported for it; may be repeated",
     )
+
+
+def _add_env(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--env", help=argparse.SUPPRESS)  # --trust of earlier versions
 
 
 def _add_settings(
@@ -275,6 +292,8 @@ def check_arguments(namespace: argparse.Namespace) -> None:
     for number in numbers.pop("num_agents", ()):
         check_limits({"num_agents": number})
     check_limits(numbers)
+    for env in getattr(namespace, "trust", ()):
+        check_names_module(env, "--trust")
     for name, value in vars(namespace).items():
         if isinstance(value, str) and "\0" in value:
             raise UsageError(f"{name} must not contain the character NUL, got {value[:60]!r}.")

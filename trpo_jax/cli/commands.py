@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def run_of(namespace: argparse.Namespace) -> Run:
-    """The run in a command's folder; --env may name its environment again."""
+    """The run in a command's folder."""
     from trpo_jax.runs.folders import open_run
 
-    run = open_run(namespace.path, namespace.env)
+    run = open_run(namespace.path)
     _check_env(namespace, str(run.config.env), run.path)
     return run
 

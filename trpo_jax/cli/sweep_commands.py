@@ -156,6 +156,7 @@ def tune(namespace: argparse.Namespace) -> int:
     if best is None:
         console.print("Stopped; the same command continues.")
         return 130
-    again = shlex.join(["trpo-jax", "train", "--config", str(file), "--num-seeds", "8", "--output", "runs/tuned"])
+    words = ["trpo-jax", "train", "--config", str(file), "--num-seeds", "8", "--output", "runs/tuned"]
+    again = shlex.join(words + [word for env in namespace.trust for word in ("--trust", env)])
     console.print(f"Its agents: {best}. Next: `{again}`", soft_wrap=True)
     return 0

@@ -55,7 +55,7 @@ def _start_from(namespace: argparse.Namespace, config: Config) -> TrainState:
     from trpo_jax.runs.folders import load_run
     from trpo_jax.training.warm_start import what_shapes_hide
 
-    trained_with, state = load_run(namespace.init_from, env=namespace.env)
+    trained_with, state = load_run(namespace.init_from)
     then, now = what_shapes_hide(trained_with), what_shapes_hide(config)
     for name in {**then, **now}:
         if then.get(name) != now.get(name):

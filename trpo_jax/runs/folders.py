@@ -18,7 +18,7 @@ from trpo_jax.runs.descriptions import check_equal, is_begun, made_by, origin, r
 from trpo_jax.runs.evaluations import best_states
 from trpo_jax.runs.runner import agent_keys, for_each_agent
 from trpo_jax.sentences import UsageError, check_limits, shown
-from trpo_jax.settings import checked_settings, settings_of, with_length
+from trpo_jax.settings import check_trusted, checked_settings, settings_of, trusting, with_length
 from trpo_jax.training.checkpoints import Checkpoints, checksum, read, save
 from trpo_jax.training.memory import check_episodes, check_memory, free_memory
 from trpo_jax.training.state import TrainState
@@ -110,7 +110,7 @@ def open_run(path: str | os.PathLike[str], env: str | None = None) -> Run:
 
     Args:
       path: folder of the run.
-      env: its environment again, if that names a module to import: no file causes an import by itself.
+      env: its environment again, if that names a module to import; for this call as `trust(env)` before it.
 
     Raises:
       UsageError: if the file is missing or damaged, with one sentence.
@@ -119,22 +119,16 @@ def open_run(path: str | os.PathLike[str], env: str | None = None) -> Run:
     described = read_table(file, "run")
     described.pop("made_by", None)
     stamps = {stamp: str(described.pop(stamp, "")) for stamp in ("init_from", "begun_as")}
-    name, trusted = described.get("env"), {}
-    if env is not None and name == env:
-        trusted = {"env": described.pop("env")}
-    elif isinstance(name, str) and ":" in name:
-        raise UsageError(
-            f"{file} names an environment whose module would be imported; if you trust it, name it again: "
-            f"--env {shown(name)}."
-        )
-    try:
-        numbers = {number: described.pop(number, None) for number in ("seed", "num_seeds")}
-        numbers["keep_every"] = described.pop("keep_every", 0)
-        check_limits({number: "nothing" if value is None else value for number, value in numbers.items()})
-        config = settle(with_length({**checked_settings(described, "it"), **trusted}, Config()))
-        validate(config)
-    except UsageError as error:
-        raise UsageError(f"{file} is damaged ({str(error).rstrip('.?')}); {restore_or_anew('run')}.") from error
+    with trusting(env or ""):
+        check_trusted(described.get("env"), str(file))
+        try:
+            numbers = {number: described.pop(number, None) for number in ("seed", "num_seeds")}
+            numbers["keep_every"] = described.pop("keep_every", 0)
+            check_limits({number: "nothing" if value is None else value for number, value in numbers.items()})
+            config = settle(with_length(checked_settings(described, "it"), Config()))
+            validate(config)
+        except UsageError as error:
+            raise UsageError(f"{file} is damaged ({str(error).rstrip('.?')}); {restore_or_anew('run')}.") from error
     return Run(Path(path), config, **numbers, init_from=stamps["init_from"], begun_as=stamps["begun_as"])
 
 
@@ -147,7 +141,7 @@ def load_run(
       path: the folder.
       checkpoint: "last", "best" by evaluation during training, or a number of iterations as text.
       agent: the agent to load, from 0; None: all of them, along the first axis of every leaf.
-      env: the run's environment again, if that names a module to import.
+      env: the run's environment again, if that names a module to import; see `open_run`.
 
     Raises:
       UsageError: if there is no such run, checkpoint or agent, or the file cannot be used.
