@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def seen_environment(config: Config) -> Environment:
     return environment if config.policy is not None else with_what_is_seen(environment, AUTO)
 
 
-def export_policy(config: Config, state: TrainState, folder: Path) -> Path:
+def export_policy(config: Config, state: TrainState, folder: str | os.PathLike[str]) -> Path:
     """Write a policy as portable StableHLO for CPU, CUDA and TPU, with a script that loads it.
 
     The exported function is that of `acting_policy` for any batch size, with its parameters inside:
@@ -102,6 +103,7 @@ def export_policy(config: Config, state: TrainState, folder: Path) -> Path:
     Raises:
       UsageError: if a file cannot be written.
     """
+    folder = Path(folder)
     act, carry = acting_policy(config, state)
     environment = seen_environment(config)
     (batch,) = jax.export.symbolic_shape("batch")

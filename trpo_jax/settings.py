@@ -117,6 +117,11 @@ def is_whole(name: str) -> bool:
     return name == TOTAL_STEPS or _KINDS.get(name) == "int"
 
 
+def plain(value: Any) -> Any:
+    """Convert arrays and scalars of NumPy and JAX to numbers of Python and lists of them."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def cast(name: str, value: Any) -> Any:
     """Convert a value to its type in `Config`: TOML writes 1 for 1.0, 1e5 for a whole number, and lists of widths."""
     kind = _KINDS.get(name)
@@ -138,7 +143,7 @@ def checked(name: str, value: Any, source: str) -> Any:
     Raises:
       UsageError: with one sentence that names the setting and the file.
     """
-    value = cast(name, value)
+    value = cast(name, plain(value))
     if name == TOTAL_STEPS:
         check_limits({name: value}, source)
     elif name.startswith(PREFIX):

@@ -160,11 +160,11 @@ HALVES = ("gamma", "gae_lambda", "max_kl", "cg_damping")
         ("[base]\nenv = 3", "env in [base] of {file} must be the name of an environment, got 3."),
         (
             "[base]\nenv = 'gymnasium/m:N'",
-            "env in [base] of {file} names a module to import, 'gymnasium/m:N', which needs",
+            "env in [base] of {file} names a module to import, 'gymnasium/m:N'; if you trust it",
         ),
         (
             "[grid]\nenv = ['CartPole-v1', 'm:N']",
-            "env in [grid] of {file} names a module to import, 'm:N', which needs",
+            "env in [grid] of {file} names a module to import, 'm:N'; if you trust it",
         ),
         ("[random]\ncount = 1\nenv = { choice = ['m:N'] }", "env in [random] of {file} names a module to import"),
         (

@@ -48,7 +48,7 @@ WRONG = {
     "a log barrier for a box": (
         BOX,
         {"policy": linear_gaussian(), "regularization": "log-barrier"},
-        r"^regularization=log-barrier is for discrete actions, but those of ReachTarget have the distribution Diag",
+        r"^regularization=log-barrier is for discrete actions, but the policy of ReachTarget returns a DiagonalG",
     ),
     "a choice for a box": (
         BOX,

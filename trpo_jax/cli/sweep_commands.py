@@ -64,7 +64,8 @@ def sweep(namespace: argparse.Namespace) -> int:
     if ending == "interrupted":
         console.print("Stopped; the same command continues.")
         return 130
-    console.print(f"This process is done; {command('report', output)} shows the results of all.", soft_wrap=True)
+    again = command("report", output, env=next(iter(namespace.trust), None))
+    console.print(f"This process is done; {again} shows the results of all.", soft_wrap=True)
     return 0
 
 

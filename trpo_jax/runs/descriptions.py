@@ -15,15 +15,39 @@ import jax
 
 from trpo_jax import __version__
 from trpo_jax.files import BLANK_SEAL, is_fresh, is_intact, read_json, read_limited, sealed, write_atomically
-from trpo_jax.sentences import UsageError
+from trpo_jax.sentences import UsageError, shown
 
 _PACKAGES = "jax", "jaxlib", "gymnax", "flax", "optax"
 
 
 def write_table(file: Path, table: Mapping[str, Any], *, first: bool = False) -> None:
     """Write names and values as sealed JSON; `first` is as in `write_atomically`."""
-    text = json.dumps({**table, "checksum": BLANK_SEAL}, indent=1) + "\n"
+    text = json.dumps({**in_json(table), "checksum": BLANK_SEAL}, indent=1) + "\n"
     write_atomically(file, sealed(text.encode()), first=first)
+
+
+def in_json(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A description in JSON's types: a tuple and an array are lists there.
+
+    Raises:
+      UsageError: if a value is an object, such as an environment, that no file can hold.
+    """
+    found = {}
+    for name, value in table.items():
+        try:
+            found[name] = json.loads(json.dumps(value, default=_listed))
+        except TypeError:
+            raise UsageError(
+                f"{name} in a folder must be a name or numbers, got {shown(value)}; name it (your own environment as "
+                "MODULE:FACTORY), or use `train` or `sweep`, which need no folder."
+            ) from None
+    return found
+
+
+def _listed(value: Any) -> Any:
+    if not hasattr(value, "tolist"):
+        raise TypeError
+    return value.tolist()
 
 
 def read_table(file: Path, kind: str) -> dict[str, Any]:
@@ -61,7 +85,7 @@ def check_equal(
     folder: Path, kind: str, asked: Mapping[str, Any], found: Mapping[str, Any], mend: str = "choose another --output"
 ) -> None:
     """Raise `UsageError` if a folder was made with another description than the one requested."""
-    asked = json.loads(json.dumps(asked))  # in JSON's types: a tuple is a list there
+    asked = in_json(asked)
     changed = [name for name in {**asked, **found} if found.get(name) != asked.get(name)]
     if changed:
         raise UsageError(f"{folder} holds a {kind} with another {', '.join(changed)}; {mend}.")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from trpo_jax.settings import check_trusted, checked_settings, settings_of, trus
 from trpo_jax.training.checkpoints import Checkpoints, checksum, read, save
 from trpo_jax.training.memory import check_episodes, check_memory, free_memory
 from trpo_jax.training.state import TrainState
-from trpo_jax.training.warm_start import warm_start
+from trpo_jax.training.warm_start import check_is_state, warm_start
 from trpo_jax.validation import validate
 
 CONTINUES = "what is done is safe, and `trpo-jax resume` continues when the folder can be written to"
@@ -86,6 +88,7 @@ def create_run(
     Raises:
       UsageError: if the settings, the environment or the folder cannot be used; nothing is overwritten.
     """
+    _check_numbers({"seed": seed, "num_seeds": num_seeds, "keep_every": keep_every})
     free = free_memory(jax.local_devices()[:1])
     check_memory(config, num_seeds, free)
     if config.eval_every:
@@ -124,12 +127,17 @@ def open_run(path: str | os.PathLike[str], env: str | None = None) -> Run:
         try:
             numbers = {number: described.pop(number, None) for number in ("seed", "num_seeds")}
             numbers["keep_every"] = described.pop("keep_every", 0)
-            check_limits({number: "nothing" if value is None else value for number, value in numbers.items()})
+            _check_numbers(numbers)
             config = settle(with_length(checked_settings(described, "it"), Config()))
             validate(config)
         except UsageError as error:
             raise UsageError(f"{file} is damaged ({str(error).rstrip('.?')}); {restore_or_anew('run')}.") from error
     return Run(Path(path), config, **numbers, init_from=stamps["init_from"], begun_as=stamps["begun_as"])
+
+
+def _check_numbers(numbers: Mapping[str, Any]) -> None:
+    """Check the numbers of a run that are not settings; here None is none."""
+    check_limits({number: "nothing" if value is None else value for number, value in numbers.items()})
 
 
 def load_run(
@@ -158,8 +166,9 @@ def load_run(
 
 def check_agent(agent: int, number: int, kind: str) -> None:
     """Raise `UsageError` unless a run or a point has an agent with this number, from 0."""
-    if not 0 <= agent < number:
-        raise UsageError(f"agent must lie in 0 … {number - 1} for this {kind}, got {agent}.")
+    whole = isinstance(agent, numbers.Integral) and not isinstance(agent, bool)
+    if not whole or not 0 <= agent < number:
+        raise UsageError(f"agent must lie in 0 … {number - 1} for this {kind}, got {shown(agent)}.")
 
 
 def extend_run(run: Run, total_steps: int) -> Run:
@@ -191,6 +200,7 @@ def _start_file(run: Run) -> Path:
 
 def _warm_states(run: Run, trained: TrainState) -> TrainState:
     """The states before the first iteration, for agents that start from trained ones."""
+    check_is_state(trained, "init_from")
     number = np.shape(trained.iteration)
     if number == ():
         trained, number = jax.tree.map(lambda leaf: leaf[None], trained), (1,)
@@ -240,6 +250,7 @@ def chosen_state(run: Run, which: str) -> TrainState | None:
     Raises:
       UsageError: if there is no such checkpoint, or it cannot be used.
     """
+    which = str(which)
     if which == "last":
         return newest_state(run)
     if which == "best":

@@ -7,7 +7,7 @@ import os
 import numpy as np
 
 from trpo_jax.config_pytree import Config
-from trpo_jax.sentences import UsageError
+from trpo_jax.sentences import UsageError, check_number
 from trpo_jax.sweeps.plans import earlier_forms, plan, spec_of
 from trpo_jax.sweeps.storage import Folder, cut_into_blocks
 from trpo_jax.training.state import TrainState
@@ -35,7 +35,11 @@ def load_agent(
         members, seeds = group.agents(0, group.num_agents)
         (found,) = np.nonzero((members == point) & (spec.seed + seeds == seed))
         settled = folder.program(number)
-        if len(found) and settled:
+        if len(found) and not settled:
+            raise UsageError(
+                f"{folder.path} lacks programs/{number:02d}.json; the command of the sweep writes it again."
+            )
+        if settled and len(found):
             blocks = cut_into_blocks(group.num_agents, number, settled["agents_per_block"])
             block = next(block for block in blocks if block.first <= found[0] < block.last)
             kept = folder.kept(block, points[point].config)
@@ -54,6 +58,9 @@ def choose_agent(path: str | os.PathLike[str], point: int | None, seed: int | No
     Raises:
       UsageError: if there is none.
     """
+    for label, value in (("point", point), ("seed", seed)):
+        if value is not None:
+            check_number(label, value, whole=True, interval=f"[0, {2**31}]")
     folder = Folder(path)
     description = folder.description()
     name = "final_return" if description.get("num_episodes", 0) else "training_return"

@@ -86,7 +86,7 @@ class Comparison:
         return plain | {"improvement": [dict(zip(names, row, strict=True)) for row in plain["improvement"]]}
 
 
-def compare(paths: Sequence[str | os.PathLike[str]], by: Sequence[str] = ()) -> Comparison:
+def compare(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], by: Sequence[str] = ()) -> Comparison:
     """Compare methods over the agents in folders of runs and sweeps.
 
     The score is the best measure that all agents have: the evaluation at the end of a sweep, else the last evaluation
@@ -102,6 +102,10 @@ def compare(paths: Sequence[str | os.PathLike[str]], by: Sequence[str] = ()) -> 
     Raises:
       UsageError: if a folder or setting cannot be used, or there are not two methods with a task in common.
     """
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    by = by.split(",") if isinstance(by, str) else by
+    if not paths:
+        raise UsageError("compare needs the folder of a run or a sweep, got none.")
     groups = group_outcomes(read_folders([Path(path) for path in paths]), by)
     tasks = [task for task in next(iter(groups.values())) if all(task in group for group in groups.values())]
     if not tasks:

@@ -26,7 +26,9 @@ from trpo_jax.settings import (
     check_names,
     checked,
     is_whole,
+    plain,
     read_toml,
+    trusting,
     with_flat_names,
     with_length,
 )
@@ -87,6 +89,8 @@ def read_spec(path: str | os.PathLike[str]) -> Spec:
 
 def make_spec(table: Mapping[str, Any], source: str = "the sweep") -> Spec:
     """Build a `Spec` from a dictionary, and check its form and every value in it."""
+    if not isinstance(table, Mapping):
+        raise UsageError(f"{source} must be a table of sections, got {shown(table)}.")
     known = [field.name for field in dataclasses.fields(Spec)]
     for name in table:
         if name not in known:
@@ -114,6 +118,18 @@ def make_spec(table: Mapping[str, Any], source: str = "the sweep") -> Spec:
     return spec
 
 
+def checked_spec(spec: Spec) -> Spec:
+    """Check a `Spec` that a program made like one from a file; the environments that it names need no trust."""
+    if not isinstance(spec, Spec):
+        raise UsageError(f"spec must be a Spec, got {shown(spec)}; `make_spec` makes one of a table.")
+    sections = [spec.base, spec.grid, spec.zip, spec.random]
+    named = [section.get("env") for section in sections if isinstance(section, Mapping)]
+    values = [env.get("choice") if isinstance(env, Mapping) else env for env in named]
+    flat = [env for value in values for env in (value if isinstance(value, (list, tuple)) else [value])]
+    with trusting(*(env for env in flat if isinstance(env, str))):
+        return make_spec({field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)})
+
+
 def check_numbers(numbers: Mapping[str, Any], source: str = "") -> None:
     """Check the numbers of a sweep that are not settings; here `num_episodes` may be 0."""
     check_limits({name: value for name, value in numbers.items() if name != "num_episodes"}, source)
@@ -139,6 +155,7 @@ def _check_none_twice(sections: Mapping[str, Mapping[str, Any]], source: str) ->
 def _check_lists(lists: Mapping[str, Any], source: str) -> dict[str, list[Any]]:
     """Lists of values, as in [grid] and [zip]."""
     check_names(lists, source)
+    lists = {name: plain(values) for name, values in lists.items()}
     for name, values in lists.items():
         if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
             raise UsageError(f"{name} in {source} must be a list of values, got {shown(values)}.")

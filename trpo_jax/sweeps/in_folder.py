@@ -20,10 +20,10 @@ from trpo_jax.runs.descriptions import made_by
 from trpo_jax.runs.metrics import METRICS, rows_of
 from trpo_jax.runs.runner import Clock, interrupts
 from trpo_jax.runs.sinks import OpenSink, Sink
-from trpo_jax.sentences import UsageError, counted
+from trpo_jax.sentences import UsageError, check_limits, counted
 from trpo_jax.settings import setting_names, settings_of, value_of
 from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, stopped_iteration, training_return
-from trpo_jax.sweeps.grids import Point, Spec
+from trpo_jax.sweeps.grids import Point, Spec, checked_spec
 from trpo_jax.sweeps.placement import Ahead, Programs, agents_per_block, fit_programs
 from trpo_jax.sweeps.plans import Group, plan
 from trpo_jax.sweeps.storage import Block, Folder, cut_into_blocks
@@ -75,7 +75,13 @@ def run_sweep(
     Raises:
       UsageError: if the spec, the folder or a file in it cannot be used; finished results stay as they are.
     """
-    planned = planned or plan(spec)  # bad input shows before anything is written
+    spec = checked_spec(spec)  # bad input shows before anything is written
+    rank, number = process
+    check_limits({"process_id": rank, "num_processes": number, "agents_per_device": most_agents})
+    check_limits({"checkpoint_seconds": checkpoint_seconds})
+    if rank >= number:
+        raise UsageError(f"process {rank} of {number} does not exist; they are numbered from 0.")
+    planned = planned or plan(spec)
     folder = Folder(path)
     with folder.locked(process[0]), interrupts() as interrupted:
         before = folder.describe(spec, made_by(), extend=extend)

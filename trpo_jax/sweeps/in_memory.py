@@ -18,12 +18,13 @@ from trpo_jax.sweeps.cohorts import Cohort, failed_iteration, from_host, to_host
 from trpo_jax.sweeps.grids import Spec, check_keep, check_numbers, make_points
 from trpo_jax.sweeps.placement import agents_per_block, fit_programs
 from trpo_jax.sweeps.plans import make_groups
+from trpo_jax.training.devices import check_devices
 from trpo_jax.training.state import Metrics, TrainState, check_key
 
 
 def sweep(
     config: Config,
-    grid: Mapping[str, Sequence[Any]],
+    grid: Mapping[str, Sequence[Any] | np.ndarray | jax.Array],
     key: Any,
     *,
     num_seeds: int = 1,
@@ -51,18 +52,26 @@ def sweep(
     Raises:
       UsageError: if a setting or value cannot be used.
     """
+    if not isinstance(config, Config) or not isinstance(grid, Mapping):
+        raise UsageError(f"sweep takes a Config and a grid {{setting: values}}, got {shown(config)}, {shown(grid)}.")
     check_key(key)
+    if key.dtype != (usual := jax.random.key(0).dtype):
+        raise UsageError(
+            f"key is of type {key.dtype}, but sweeps need {usual}; set JAX's default_prng_impl to use another."
+        )
     check_keep(keep)
     check_numbers({"num_seeds": num_seeds, "num_episodes": num_episodes})
     for name, values in grid.items():
-        if isinstance(values, str) or not hasattr(values, "__len__") or not len(values):
+        if not isinstance(name, str):
+            raise UsageError(f"the grid must name settings, got {shown(name)}.")
+        if isinstance(values, str) or not hasattr(values, "__len__") or np.ndim(values) == 0 or not len(values):
             raise UsageError(f"{name} in the grid must be a list of values, got {shown(values)}.")
     names = {field.name for field in dataclasses.fields(Config)}
     given = {*grid, "num_iterations"} if TOTAL_STEPS in grid and "num_iterations" not in grid else grid
     base = {name: getattr(config, name) for name in names if name not in given}
     points = make_points(Spec(base=base, grid={name: list(values) for name, values in grid.items()}))
     groups = make_groups(points, jax.random.split(key, num_seeds))
-    devices = jax.local_devices() if devices is None else devices
+    devices = jax.local_devices() if devices is None else check_devices(devices)
     longest = max(group.num_iterations for group in groups)
     shape = len(points), num_seeds
     metrics: dict[str, Any] = {name: np.full((*shape, longest), np.nan, np.float32) for name in METRICS}

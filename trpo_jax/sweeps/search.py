@@ -24,7 +24,7 @@ from trpo_jax.environments.make import settle
 from trpo_jax.fields import as_text
 from trpo_jax.files import move_aside, write_atomically
 from trpo_jax.runs.continuing import continue_run
-from trpo_jax.runs.descriptions import made_by
+from trpo_jax.runs.descriptions import in_json, made_by
 from trpo_jax.runs.folders import Run, create_run, open_run
 from trpo_jax.runs.learning_curve import plot_learning_curve
 from trpo_jax.runs.runner import agent_keys
@@ -185,7 +185,7 @@ def _is_same_or_longer(found: Run, run: Run) -> bool:
     """Whether a run that is there already has the settings of another one, and at least its length."""
     same = dataclasses.replace(found, config=found.config.replace(num_iterations=run.config.num_iterations))
     length = found.config.num_iterations >= run.config.num_iterations
-    return length and same.description == json.loads(json.dumps(run.description))
+    return length and same.description == in_json(run.description)
 
 
 def _write_best(file: Path, spec: Spec, best: Any, told: int) -> None:

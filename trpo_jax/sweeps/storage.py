@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ import numpy as np
 from trpo_jax.config_pytree import Config
 from trpo_jax.env_args import PREFIX
 from trpo_jax.files import BLANK_SEAL, is_intact, locked, say, sealed, write_atomically
-from trpo_jax.runs.descriptions import check_equal, is_begun, origin, read_table, restore_or_anew, write_table
+from trpo_jax.runs.descriptions import check_equal, in_json, is_begun, origin, read_table, restore_or_anew, write_table
 from trpo_jax.sentences import UsageError, counted, first_line
 from trpo_jax.sweeps.cohorts import Snapshot, blank
 from trpo_jax.sweeps.grids import Spec
@@ -84,7 +83,7 @@ class Folder:
         if not is_begun(file, "sweep"):
             write_table(file, {**spec.description, "made_by": made_by}, first=True)
         found = self.description()
-        if extend and own_part(found) != json.loads(json.dumps(spec.description)):
+        if extend and own_part(found) != in_json(spec.description):
             write_table(file, extended(found, spec, self.path, begun_as=found.get("begun_as", origin(file))))
             found = self.description()
         may_grow = all(found.get(name, "none") == getattr(spec, name) for name in SHARED)
@@ -101,8 +100,10 @@ class Folder:
         found = read_table(file, "sweep")
         made_by = found.get("made_by", {})
         sound = isinstance(made_by, dict) and type(made_by.get("threads", 1)) is int
+        before = found.get("before", [])
+        sound &= isinstance(before, list) and all(isinstance(form, dict) for form in before)
         if not sound or type(found.get("num_episodes", 0)) is not int:
-            raise UsageError(f"{file} is damaged (made_by or num_episodes); {restore_or_anew('sweep')}.")
+            raise UsageError(f"{file} is damaged (made_by, before or num_episodes); {restore_or_anew('sweep')}.")
         return found
 
     def _mark(self, block: Block | str) -> str:

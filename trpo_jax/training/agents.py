@@ -163,7 +163,7 @@ def check_networks(agent: Agent, policy_params: PyTree, value: RecurrentNetwork,
                 )
         if agent.config.regularization == "log-barrier" and not hasattr(distribution, "log_barrier"):
             raise UsageError(
-                f"regularization=log-barrier is for discrete actions, but those of {name} have the distribution "
+                f"regularization=log-barrier is for discrete actions, but the policy of {name} returns "
                 f"{_kind(distribution)}, which has no log_barrier(); use regularization=entropy."
             )
         sizes.append(_sizes(distribution))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trpo_jax.sentences import UsageError, counted
+from trpo_jax.sentences import UsageError, check_limits, counted, shown
 from trpo_jax.steps.types import PyTree
 from trpo_jax.training.state import TrainState
 
@@ -28,7 +28,7 @@ def shard_environments(state: TrainState, devices: Sequence[Any] | None = None) 
     Raises:
       UsageError: if the number of devices does not divide N.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = jax.devices() if devices is None else check_devices(devices)
     check_environments(state.actor.observation.shape[0], len(devices))
     return jax.device_put(state, shardings_of(state, devices, axis=0))
 
@@ -42,6 +42,13 @@ def shardings_of(state: TrainState, devices: Sequence[Any], axis: int) -> PyTree
     return TrainState(places.iteration, places.key, places.learner, jax.tree.map(lambda _: split, state.actor))
 
 
+def check_devices(devices: Any) -> list[Any]:
+    """The given devices as a list; raise `UsageError` if there is none or they are not a sequence."""
+    if not isinstance(devices, (list, tuple, np.ndarray)) or not len(devices):
+        raise UsageError(f"devices must be a list of one or more, such as jax.devices()[:1], got {shown(devices)}.")
+    return list(devices)
+
+
 def check_environments(num_envs: int, num_devices: int) -> None:
     """Raise `UsageError` unless environments can be spread evenly over devices."""
     if num_envs % num_devices:
@@ -50,6 +57,7 @@ def check_environments(num_envs: int, num_devices: int) -> None:
 
 def devices_of(num_devices: int, num_envs: int, num_agents: int) -> list[Any]:
     """The devices that share the environments of an agent; raise `UsageError` if they cannot."""
+    check_limits({"num_devices": num_devices})
     found = jax.devices()
     if num_devices == 1:
         return found[:1]

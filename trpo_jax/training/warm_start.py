@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from trpo_jax.config_pytree import Config
 from trpo_jax.fields import AUTO
 from trpo_jax.networks.bodies import settled
-from trpo_jax.sentences import UsageError
+from trpo_jax.sentences import UsageError, shown
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.agents import make_agent
 from trpo_jax.training.loop import init
@@ -33,6 +33,7 @@ def warm_start(config: Config, key: Array, trained: TrainState) -> TrainState:
     Raises:
       UsageError: if its networks do not fit the settings.
     """
+    check_is_state(trained, "trained")
     agent, state = make_agent(config), init(config, key)
     fresh, old = state.learner, trained.learner
     _check_like(fresh.policy_params, old.policy_params, "policy")
@@ -51,6 +52,12 @@ def warm_start(config: Config, key: Array, trained: TrainState) -> TrainState:
         return_statistics=old.return_statistics if both else fresh.return_statistics,
     )
     return dataclasses.replace(state, learner=learner)
+
+
+def check_is_state(trained: Any, name: str) -> None:
+    """Raise `UsageError` unless trained agents are given as a `TrainState`."""
+    if not isinstance(trained, TrainState):
+        raise UsageError(f"{name} must be a TrainState, such as `load_run(folder)[1]`, got {shown(trained)}.")
 
 
 def what_shapes_hide(config: Config) -> dict[str, Any]:
