@@ -56,15 +56,18 @@ def sweep(
         raise UsageError(f"sweep takes a Config and a grid {{setting: values}}, got {shown(config)}, {shown(grid)}.")
     check_key(key)
     if key.dtype != (usual := jax.random.key(0).dtype):
-        raise UsageError(
-            f"key is of type {key.dtype}, but sweeps need {usual}; set JAX's default_prng_impl to use another."
-        )
+        raise UsageError(f"sweeps need a key of JAX's default type, {usual}, got {key.dtype}; make it without `impl`.")
     check_keep(keep)
     check_numbers({"num_seeds": num_seeds, "num_episodes": num_episodes})
     for name, values in grid.items():
         if not isinstance(name, str):
             raise UsageError(f"the grid must name settings, got {shown(name)}.")
-        if isinstance(values, str) or not hasattr(values, "__len__") or np.ndim(values) == 0 or not len(values):
+        if (
+            isinstance(values, str)
+            or not hasattr(values, "__len__")
+            or getattr(values, "ndim", 1) == 0
+            or not len(values)
+        ):
             raise UsageError(f"{name} in the grid must be a list of values, got {shown(values)}.")
     names = {field.name for field in dataclasses.fields(Config)}
     given = {*grid, "num_iterations"} if TOTAL_STEPS in grid and "num_iterations" not in grid else grid

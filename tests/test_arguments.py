@@ -1,0 +1,210 @@
+"""Arguments from Python: what a folder cannot hold or a program cannot use is one sentence, and leaves nothing."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from trpo_jax import (
+    Config,
+    UsageError,
+    compare,
+    create_run,
+    init,
+    load_agent,
+    load_run,
+    make_environment,
+    open_run,
+    run_sweep,
+    shard_environments,
+    sweep,
+    warm_start,
+)
+from trpo_jax.cli import main
+from trpo_jax.runs.descriptions import origin
+from trpo_jax.sweeps.grids import Spec, make_spec
+from trpo_jax.sweeps.storage import Folder
+from trpo_jax.training.devices import devices_of
+
+TINY = {"num_envs": 2, "num_steps": 4, "num_iterations": 1, "cg_iterations": 1, "value_cg_iterations": 1}
+CONFIG = Config(**TINY)
+SPEC = Spec(base=TINY, grid={"max_kl": [0.01, 0.02]}, num_episodes=0)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"seed": None}, "seed must be a whole number"),
+        ({"seed": True}, "seed must be a whole number"),
+        ({"num_seeds": 0}, "num_seeds must be a whole number"),
+        ({"num_seeds": 1.5}, "num_seeds must be a whole number"),
+        ({"keep_every": -1}, "keep_every must be a whole number"),
+        ({"seed": 2**31 - 1, "num_seeds": 2}, "the largest seed"),
+        ({"init_from": "runs/a"}, "init_from must be a TrainState"),
+    ],
+    ids=str,
+)
+def test_a_run_is_not_made_from_wrong_numbers(changes, sentence, tmp_path):
+    with pytest.raises(UsageError, match=f"^{sentence}|{sentence}"):
+        create_run(tmp_path / "run", CONFIG, **{"seed": 0, "num_seeds": 1} | changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_holds_numbers_of_numpy_and_no_objects(tmp_path):
+    config = dataclasses.replace(CONFIG, num_envs=np.int64(2), max_kl=jax.numpy.float32(0.25))
+    create_run(tmp_path / "run", config, np.int64(1), np.int64(2))
+    create_run(tmp_path / "run", CONFIG.replace(max_kl=0.25), 1, 2)  # the same one
+    found = open_run(tmp_path / "run")
+    assert (found.seed, found.num_seeds, found.config.max_kl, found.config.num_envs) == (1, 2, 0.25, 2)
+    with pytest.raises(UsageError, match=r"^env in a folder must be a name or numbers"):
+        create_run(tmp_path / "other", CONFIG.replace(env=make_environment("CartPole-v1")), 0, 1)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"num_seeds": 0}, "num_seeds in the sweep must be"),
+        ({"num_seeds": 1.5}, "num_seeds in the sweep must be"),
+        ({"seed": -1}, "seed in the sweep must be"),
+        ({"seed": 2**31 - 1, "num_seeds": 2}, "the largest seed"),
+        ({"keep": "x"}, "keep in the sweep must be"),
+        ({"num_episodes": -1}, "num_episodes in the sweep must be"),
+        ({"grid": {"max_kl": []}}, "max_kl in .grid. of the sweep must be a list"),
+        ({"grid": {"num_envs": [2]}}, "num_envs is set in more than one section"),
+        ({"zip": {"gamma": [0.9, 0.99], "gae_lambda": [0.9]}}, "of the sweep"),
+        ({"random": {"gamma": {"uniform": [0.9, 0.99]}}}, "needs count"),
+        ({"base": None}, "base in the sweep must be a table"),
+    ],
+    ids=str,
+)
+def test_a_sweep_from_python_is_checked_like_one_from_a_file(changes, sentence, tmp_path):
+    with pytest.raises(UsageError, match=sentence):
+        run_sweep(tmp_path / "sweep", dataclasses.replace(SPEC, **changes))
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"process": (0, 0)},
+        {"process": (2, 2)},
+        {"process": (-1, 2)},
+        {"most_agents": 0},
+        {"most_agents": -1},
+        {"checkpoint_seconds": -1},
+        {"checkpoint_seconds": float("nan")},
+    ],
+    ids=str,
+)
+def test_how_a_sweep_runs_is_checked_before_its_folder_is_made(arguments, tmp_path):
+    with pytest.raises(UsageError, match=r"must|exist"):
+        run_sweep(tmp_path / "sweep", SPEC, **arguments)
+    with pytest.raises(UsageError, match=r"^spec must be a Spec"):
+        run_sweep(tmp_path / "sweep", {"base": TINY})
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A sweep whose values and numbers are NumPy's."""
+    folder = tmp_path_factory.mktemp("swept") / "sweep"
+    grid = {"max_kl": np.array([0.25, 0.5], np.float32)}
+    assert run_sweep(folder, dataclasses.replace(SPEC, grid=grid, num_seeds=np.int64(1), keep="all")) == "complete"
+    return folder
+
+
+def test_agents_are_named_by_whole_numbers(swept):
+    assert load_agent(swept, np.int64(1), 0)[0].max_kl == 0.5
+    for wrong in ({"point": [0, 1]}, {"seed": True}, {"seed": np.array([0, 1])}):
+        with pytest.raises(UsageError, match="must be a whole number"):
+            load_agent(swept, **wrong)
+    assert len(compare(str(swept), by="max_kl").methods) == 2
+    with pytest.raises(UsageError, match="needs the folder of a run or a sweep"):
+        compare([])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"grid": {"env": {"evil:make_env": 1}}},
+        {"before": [{"base": TINY, "grid": {"env": ["evil:make_env"]}}]},
+        {"before": "x"},
+        {"before": [3]},
+        {"before": [{"base": 3}]},
+        {"base": None},
+        {"random": {"gamma": 1}},
+        {"seed": "x"},
+    ],
+    ids=str,
+)
+def test_a_changed_sweep_json_is_one_sentence_and_imports_nothing(changes, swept, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    file = swept / "sweep.json"
+    before = file.read_bytes()
+    table = {"begun_as": origin(file), **json.loads(before), **changes}
+    table.pop("checksum")
+    try:
+        file.write_text(json.dumps(table))
+        assert main(["evaluate", str(swept), "--num-episodes", "1"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    finally:
+        file.write_bytes(before)
+
+
+def test_what_a_sweep_lacks_is_named(swept, tmp_path):
+    program = Folder(swept).path / "programs" / "00.json"
+    program.rename(tmp_path / "00.json")
+    try:
+        with pytest.raises(UsageError, match=r"lacks programs/00\.json; the command of the sweep"):
+            load_agent(swept, 0, 0)
+    finally:
+        (tmp_path / "00.json").rename(program)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ((None, {}), "sweep takes a Config and a grid"),
+        ((CONFIG, None), "sweep takes a Config and a grid"),
+        ((CONFIG, [("max_kl", [0.1])]), "sweep takes a Config and a grid"),
+        ((CONFIG, {3: [1]}), "the grid must name settings"),
+        ((CONFIG, {"max_kl": np.float32(0.1)}), "must be a list of values"),
+    ],
+    ids=str,
+)
+def test_a_sweep_in_memory_checks_its_arguments(arguments, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        sweep(*arguments, jax.random.key(0))
+
+
+def test_keys_and_devices_of_a_sweep_are_checked():
+    with pytest.raises(UsageError, match="sweeps need a key of JAX's default type"):
+        sweep(CONFIG, {}, jax.random.key(0, impl="rbg"))
+    for wrong in ([], 1, jax.devices()[0]):
+        with pytest.raises(UsageError, match=r"^devices must be a list of one or more"):
+            sweep(CONFIG, {"max_kl": [0.01]}, jax.random.key(0), devices=wrong)
+        with pytest.raises(UsageError, match=r"^devices must be a list of one or more"):
+            shard_environments(init(CONFIG, jax.random.key(0)), wrong)
+    for number in (0, -1, 1.5):
+        with pytest.raises(UsageError, match=r"^num_devices must be a whole number"):
+            devices_of(number, 4, 1)
+
+
+def test_a_table_that_is_no_table_is_one_sentence():
+    for wrong in (None, []):
+        with pytest.raises(UsageError, match=r"^the sweep must be a table"):
+            make_spec(wrong)
+
+
+def test_a_checkpoint_may_be_named_by_a_number(tmp_path):
+    create_run(tmp_path / "run", CONFIG, 0, 1)
+    for wrong in (None, 1.5, True):
+        with pytest.raises(UsageError, match=r"^checkpoint must be best, last or a number"):
+            load_run(tmp_path / "run", checkpoint=wrong)
+    with pytest.raises(UsageError, match=r"^trained must be a TrainState"):
+        warm_start(CONFIG, jax.random.key(0), None)
