@@ -325,7 +325,7 @@ def test_commands_play_and_export(run, capsys, python, tmp_path):
     assert loaded.returncode == 0, loaded.stderr
     assert len(loaded.stdout.strip("[]\n").split()) == 3
     for wrong, message in (
-        (["play", str(run), "--agent", "2"], "agent must lie in 0 … 1 for this run, got 2."),
+        (["play", str(run), "--agent", "2"], "agent of this run must be a whole number from 0 to 1, got 2."),
         (["play", str(run), "--num-episodes", "0"], "num_episodes must be a whole number from 1 to 1,000,000, got 0."),
         (["export", str(tmp_path)], f"{tmp_path} is not the folder of a run"),
     ):

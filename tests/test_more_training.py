@@ -38,7 +38,7 @@ def test_a_run_is_read_from_its_folder(run, tmp_path):
     assert settings(config) == settings(CONFIG) and states.iteration.tolist() == [2, 2]
     _, one = load_run(run.path, agent=1)
     assert probes.same_bits(one, jax.tree.map(lambda leaf: leaf[1], states))
-    with pytest.raises(UsageError, match=r"agent must lie in 0 … 1 for this run, got 2\."):
+    with pytest.raises(UsageError, match=r"agent of this run must be a whole number from 0 to 1, got 2\."):
         load_run(run.path, agent=2)
     with pytest.raises(UsageError, match="has no checkpoint yet"):
         load_run(create_run(tmp_path / "new", CONFIG, seed=0, num_seeds=1).path)

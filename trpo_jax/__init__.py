@@ -57,8 +57,6 @@ if TYPE_CHECKING:
     from trpo_jax.steps.line_searches import backtracking_line_search as backtracking_line_search
     from trpo_jax.steps.line_searches import full_step as full_step
     from trpo_jax.steps.line_searches import parallel_line_search as parallel_line_search
-    from trpo_jax.steps.objectives import entropy_bonus as entropy_bonus
-    from trpo_jax.steps.objectives import log_barrier as log_barrier
     from trpo_jax.steps.objectives import maximum_kl as maximum_kl
     from trpo_jax.steps.objectives import mean_kl as mean_kl
     from trpo_jax.steps.objectives import reverse_kl as reverse_kl
@@ -128,7 +126,6 @@ _HOME = {
     "conjugate_gradient": "steps.solvers",
     "continue_run": "runs.continuing",
     "create_run": "runs.folders",
-    "entropy_bonus": "steps.objectives",
     "estimate_candidate": "steps.candidates",
     "evaluate": "training.evaluation",
     "first_order_update": "steps.first_order",
@@ -150,7 +147,6 @@ _HOME = {
     "make_environment": "environments.make",
     "make_policy": "networks.default",
     "make_value": "networks.default",
-    "log_barrier": "steps.objectives",
     "maximum_kl": "steps.objectives",
     "mean_kl": "steps.objectives",
     "natural_gradient": "steps.trust_region",

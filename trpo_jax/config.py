@@ -99,14 +99,9 @@ class Config:
     )
     entropy_coefficient: Scalar = traced(
         0.0,
-        "weight of the policy's mean entropy in the objective, or of what regularization names; a default Gaussian's "
-        "bonus grows up to log σ = 2, in units of half the action range",
+        "weight of the policy's mean entropy in the objective; a default Gaussian's bonus grows up to log σ = 2, in "
+        "units of half the action range",
         interval="[0, 1e6]",
-    )
-    regularization: fields.Regularization = one_of(
-        fields.Regularization,
-        "what entropy_coefficient weighs: the policy's entropy, or the log barrier −KL(uniform‖policy), which brings "
-        "back rare actions, for discrete actions",
     )
     cg_damping: Scalar = traced(
         defaults.CG_DAMPING, "damping λ_d of the Fisher matrix in the solver", interval="[0, 1e6]", used=fields.TRPO

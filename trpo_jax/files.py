@@ -47,12 +47,17 @@ def read_json(path: str | os.PathLike[str], mend: str) -> dict[str, Any]:
         raise UsageError(f"{path} is damaged ({first_line(error)}); {mend}.") from error
 
 
+def as_plain(value: Any) -> Any:
+    """Convert arrays and scalars of NumPy and JAX to numbers of Python and lists of them."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def plain_json(value: Any) -> Any:
     """Convert a value to JSON's types: lists for tuples and arrays, null for numbers that are not finite."""
     value = value._asdict() if hasattr(value, "_asdict") else value
     if isinstance(value, dict):
         return {str(name): plain_json(entry) for name, entry in value.items()}
-    value = value.tolist() if hasattr(value, "tolist") else value
+    value = as_plain(value)
     if isinstance(value, (list, tuple)):
         return [plain_json(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

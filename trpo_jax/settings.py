@@ -12,7 +12,7 @@ from typing import Any
 from trpo_jax.config import Config, check_setting
 from trpo_jax.env_args import PREFIX, check_env_arg
 from trpo_jax.fields import NONE, as_ranges, as_text, as_widths
-from trpo_jax.files import read_limited
+from trpo_jax.files import as_plain, read_limited
 from trpo_jax.sentences import UsageError, check_known, check_limits, first_line, shown
 
 _KINDS = {field.name: field.metadata["kind"] for field in dataclasses.fields(Config) if field.metadata["flag"]}
@@ -117,11 +117,6 @@ def is_whole(name: str) -> bool:
     return name == TOTAL_STEPS or _KINDS.get(name) == "int"
 
 
-def plain(value: Any) -> Any:
-    """Convert arrays and scalars of NumPy and JAX to numbers of Python and lists of them."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
 def cast(name: str, value: Any) -> Any:
     """Convert a value to its type in `Config`: TOML writes 1 for 1.0, 1e5 for a whole number, and lists of widths."""
     kind = _KINDS.get(name)
@@ -143,7 +138,7 @@ def checked(name: str, value: Any, source: str) -> Any:
     Raises:
       UsageError: with one sentence that names the setting and the file.
     """
-    value = cast(name, plain(value))
+    value = cast(name, as_plain(value))
     if name == TOTAL_STEPS:
         check_limits({name: value}, source)
     elif name.startswith(PREFIX):

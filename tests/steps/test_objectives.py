@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trpo_jax import Categorical, DiagonalGaussian, MultiCategorical, entropy_bonus, log_barrier, mean_kl, surrogate
+from trpo_jax import Categorical, DiagonalGaussian, mean_kl, surrogate
 from trpo_jax.steps.objectives import effective_sample_fraction, surrogate_gain
 
 
@@ -74,30 +74,3 @@ def test_shapes_must_agree():
     distribution = Categorical(jnp.zeros((4, 2)))
     with pytest.raises(AssertionError):
         surrogate(distribution, jnp.zeros(4), jnp.zeros(4, int), jnp.zeros(3))
-
-
-def test_log_barrier_is_the_divergence_from_the_uniform_policy(x64):
-    logits = jax.random.normal(jax.random.key(0), (5, 3)).at[0].set(0)
-    policy, uniform = Categorical(logits), Categorical(jnp.zeros((5, 3)))
-    np.testing.assert_allclose(log_barrier(policy), -uniform.kl(policy), atol=1e-12)
-    assert float(log_barrier(policy)[0]) == pytest.approx(0)
-    several = MultiCategorical((logits, logits[:, :2]))
-    np.testing.assert_allclose(log_barrier(several), log_barrier(policy) + log_barrier(Categorical(logits[:, :2])))
-    with pytest.raises(ValueError, match=r"^DiagonalGaussian has no log_barrier"):
-        log_barrier(DiagonalGaussian(jnp.zeros((5, 2)), jnp.zeros(2)))
-
-
-def test_log_barrier_pulls_back_rare_actions_where_the_entropy_does_not(x64):
-    logits = jnp.array([0.0, -1.0, -40.0])
-    slope = jax.grad(lambda logits: log_barrier(Categorical(logits)))(logits)
-    np.testing.assert_allclose(slope, 1 / 3 - jax.nn.softmax(logits), rtol=1e-12)
-    assert abs(jax.grad(lambda logits: entropy_bonus(Categorical(logits)))(logits)[2]) < 1e-15
-
-
-def test_log_barrier_leaves_out_forbidden_actions(x64):
-    logits = jnp.array([0.3, -jnp.inf, -1.0])
-    allowed = Categorical(logits[jnp.array([0, 2])])
-    assert float(log_barrier(Categorical(logits))) == pytest.approx(float(log_barrier(allowed)))
-    slope = jax.grad(lambda logits: log_barrier(Categorical(logits)))(logits)
-    first, second = 0.5 - jax.nn.softmax(allowed.logits)
-    np.testing.assert_allclose(slope, [first, 0, second], rtol=1e-12)

@@ -45,11 +45,6 @@ WRONG = {
         {"policy": linear_policy(1, 1)},
         r"^policy chooses among 1 actions, but \w+ has 2: Discrete",
     ),
-    "a log barrier for a box": (
-        BOX,
-        {"policy": linear_gaussian(), "regularization": "log-barrier"},
-        r"^regularization=log-barrier is for discrete actions, but the policy of ReachTarget returns a DiagonalG",
-    ),
     "a choice for a box": (
         BOX,
         {"policy": linear_policy()},

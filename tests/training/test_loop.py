@@ -212,7 +212,6 @@ CHOICES = {
     "update": ("policy-gradient", {}),
     "constraint": ("max-kl", {}),
     "radius_rule": ("ratio", {}),
-    "regularization": ("log-barrier", {"env": None, "policy": probes.linear_policy()}),
     "reuse": (2, {}),
     "cg_iterations": (4, {}),
     "fisher_fraction": (0.5, {"update": "policy-gradient"}),  # that of the value fit

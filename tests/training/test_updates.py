@@ -32,8 +32,6 @@ OPTIONS = {
     "explained variance": {"smallest_explained_variance": 1.0},
     "max-kl": {"constraint": "max-kl"},
     "reverse-kl": {"constraint": "reverse-kl", "entropy_coefficient": 0.01},
-    "log barrier": {"regularization": "log-barrier", "entropy_coefficient": 0.01, "reuse": 2},
-    "PPO with a log barrier": {"update": "ppo", "regularization": "log-barrier", "entropy_coefficient": 0.01},
     "natural gradient": {"line_search": "none"},
     "policy gradient": {"update": "policy-gradient", "policy_optimizer": "sgd"},
     "REINFORCE": {"update": "policy-gradient", "baseline": False, "gae_lambda": 1.0},
@@ -82,7 +80,6 @@ def test_a_saved_run_of_every_option_continues_to_the_same_bits(name, tmp_path):
         ({"update": "kl-penalty", "constraint": "max-kl"}, "constraint=max-kl needs update=trpo"),
         ({"update": "ppo", "policy_minibatches": 7}, "policy_minibatches=7 does not divide the batch"),
         ({"update": "a2c"}, "update must be one of trpo, policy-gradient, ppo, kl-penalty, got 'a2c'"),
-        ({"regularization": "none"}, "regularization must be one of entropy, log-barrier, got 'none'"),
         ({"smallest_max_kl": 0.1, "largest_max_kl": 0.01}, "smallest_max_kl must not be above largest_max_kl"),
     ],
 )
@@ -147,8 +144,7 @@ class Indifferent(probes.MatchObservation):
         return state, 1.0, True, False
 
 
-@pytest.mark.parametrize("regularization", ["entropy", "log-barrier"])
-def test_the_realised_gain_of_a_bonus_is_the_predicted_one(regularization):
+def test_the_realised_gain_of_an_entropy_bonus_is_the_predicted_one():
     """Nothing but the bonus is to be gained, and all of it is."""
 
     def init(key, observation):
@@ -163,7 +159,6 @@ def test_the_realised_gain_of_a_bonus_is_the_predicted_one(regularization):
         radius_rule="ratio",
         max_kl=1e-4,
         entropy_coefficient=0.5,
-        regularization=regularization,
     )
     _, metrics = trainer()(config, jax.random.key(0))
     assert metrics.accepted.all() and (metrics.surrogate_gain > 0).all()

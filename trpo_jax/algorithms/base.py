@@ -24,12 +24,10 @@ import jax.numpy as jnp
 from trpo_jax.config import Config
 from trpo_jax.fields import ALGORITHMS, VALUE_FITS
 from trpo_jax.steps.curvature import curvature_sample
-from trpo_jax.steps.objectives import entropy_bonus, log_barrier
-from trpo_jax.steps.policy_updates import Batch, Bonus, UpdateInfo
+from trpo_jax.steps.policy_updates import Batch, UpdateInfo
 from trpo_jax.steps.statistics import RunningStatistics
 from trpo_jax.steps.types import Array, PolicyApply, PyTree
 
-_BONUSES = {"entropy": entropy_bonus, "log-barrier": log_barrier}
 _HELD_OUT = 1024  # samples: enough for a mean over iterations, and a small part of a large batch
 
 
@@ -130,11 +128,6 @@ def make_value_fit(config: Config) -> ValueFit:
 
 def _maker(choice: Any, modules: dict[str, str]) -> Callable[[Config], Any]:
     return choice if callable(choice) else importlib.import_module(modules[choice]).make
-
-
-def bonus_of(config: Config) -> Bonus:
-    """The bonus of each sample that `entropy_coefficient` weighs."""
-    return _BONUSES[config.regularization]
 
 
 def annealed(value: Any, share: Any, config: Config, iteration: Array) -> Array:

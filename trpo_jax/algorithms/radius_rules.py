@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.algorithms.base import Experience, bonus_of
+from trpo_jax.algorithms.base import Experience
 from trpo_jax.config import Config
+from trpo_jax.steps.objectives import entropy_bonus
 from trpo_jax.steps.policy_updates import UpdateInfo
 from trpo_jax.steps.radii import adapt_radius_by_divergence, adapt_radius_by_ratio
 from trpo_jax.steps.statistics import RunningStatistics
@@ -38,8 +39,8 @@ class PreviousUpdate(NamedTuple):
     Attributes:
       policy_params: θ before it, [P].
       statistics: the observation statistics of that policy.
-      gain: its surrogate gain, including the bonus, in units of the raw advantage; 0 if it was rejected.
-      entropy_weight: the value of one nat of the bonus in that gain, in the same units.
+      gain: its surrogate gain, including the entropy bonus, in units of the raw advantage; 0 if it was rejected.
+      entropy_weight: the value of one nat of entropy in that gain, in the same units.
       at_boundary: whether the radius, rather than the gain, limited the step, bool.
     """
 
@@ -100,16 +101,15 @@ def _measure(
     Hence r = ½ (p + b)/p, with the surrogate gain p on the previous batch. The noise of r does not grow as the step
     shrinks, unlike that of a difference of returns. The samples behind b did not choose the step. Pure noise gives
     r = ½, at which the radius stays. Before the rule uses r, it is moved one standard error towards ½.
-    A bonus H, such as the entropy, counts in p and in b with the weight w that it had then: in b as
-    w (H(π) − H(π_last)) on the states of this batch.
+    An entropy bonus counts in p and in b with the weight w that it had then: in b as w (H(π) − H(π_last)) on the states
+    of this batch.
     """
     last = state.previous
     observation, action, advantage = experience.newest(experience.advantage)
     policy = policy_apply(params, observation)
     last_policy = experience.apply_under(last.statistics)(last.policy_params, observation)
     backward = -jnp.expm1(last_policy.log_prob(action) - policy.log_prob(action)) * advantage
-    bonus = bonus_of(config)
-    backward += last.entropy_weight * (bonus(policy) - bonus(last_policy))
+    backward += last.entropy_weight * (entropy_bonus(policy) - entropy_bonus(last_policy))
     measured = last.gain > 0
     gain = jnp.where(measured, last.gain, 1)
     ratio = 0.5 * (1 + jnp.mean(backward) / gain)

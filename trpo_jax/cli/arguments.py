@@ -72,6 +72,18 @@ def make_parser() -> argparse.ArgumentParser:
     _add_run_commands(commands)
     _add_sweep_commands(commands)
 
+    _add_benchmark(commands)
+    check = commands.add_parser("check", help="check an environment against the contract, and list every problem")
+    check.add_argument("env", help="environment, or MODULE:FACTORY, your own function that makes it")
+    _add_settings(check, only=("max_steps", "randomize", "wrappers"))
+
+    commands.add_parser("envs", help="list the environments, with their spaces and time limits")
+    commands.add_parser("presets", help="list the presets, with their settings and tasks")
+    return parser
+
+
+def _add_benchmark(commands: Any) -> None:
+    """Add the command that measures speed."""
     benchmark = commands.add_parser("benchmark", help="measure throughput, memory and where the time goes")
     benchmark.add_argument("env", nargs="?", default="CartPole-v1", help="environment, or MODULE:FACTORY")
     benchmark.add_argument("--output", help="JSON file for all figures (default: none)")
@@ -89,14 +101,6 @@ def make_parser() -> argparse.ArgumentParser:
     benchmark.number("--threshold-steps", 500_000, "env steps after which a seed counts as not reaching it")
     benchmark.add_argument("--compare", "--peer-environments", type=moved, help=argparse.SUPPRESS)
     _add_settings(benchmark, BENCHMARK)
-
-    check = commands.add_parser("check", help="check an environment against the contract, and list every problem")
-    check.add_argument("env", help="environment, or MODULE:FACTORY, your own function that makes it")
-    _add_settings(check, only=("max_steps", "randomize", "wrappers"))
-
-    commands.add_parser("envs", help="list the environments, with their spaces and time limits")
-    commands.add_parser("presets", help="list the presets, with their settings and tasks")
-    return parser
 
 
 def _add_run_commands(commands: Any) -> None:

@@ -134,7 +134,7 @@ def _agents_of(namespace: argparse.Namespace, agent: int | None) -> tuple[Run, T
     state = _state_of(run, namespace.checkpoint)
     if agent is None:
         return run, state
-    check_agent(agent, run.num_seeds, "run")
+    check_agent(agent, run.num_seeds)
     one = dataclasses.replace(run, seed=run.seed + agent, num_seeds=1)
     return one, jax.tree.map(lambda leaf: leaf[agent][None], state)
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from trpo_jax import __version__
-from trpo_jax.files import BLANK_SEAL, is_fresh, is_intact, read_json, read_limited, sealed, write_atomically
+from trpo_jax.files import BLANK_SEAL, as_plain, is_fresh, is_intact, read_json, read_limited, sealed, write_atomically
 from trpo_jax.sentences import UsageError, shown
 
 _PACKAGES = "jax", "jaxlib", "gymnax", "flax", "optax"
@@ -45,9 +45,11 @@ def in_json(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> Any:
-    if not hasattr(value, "tolist"):
+    """What JSON writes for a value that it does not know; raise `TypeError` for what is not an array."""
+    found = as_plain(value)
+    if found is value:
         raise TypeError
-    return value.tolist()
+    return found
 
 
 def read_table(file: Path, kind: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from trpo_jax.files import command, locked
 from trpo_jax.runs.descriptions import check_equal, is_begun, made_by, origin, read_table, restore_or_anew, write_table
 from trpo_jax.runs.evaluations import best_states
 from trpo_jax.runs.runner import agent_keys, for_each_agent
-from trpo_jax.sentences import UsageError, check_limits, shown
+from trpo_jax.sentences import UsageError, check_limits, check_number, shown
 from trpo_jax.settings import check_trusted, checked_settings, settings_of, trusting, with_length
 from trpo_jax.training.checkpoints import Checkpoints, checksum, read, save
 from trpo_jax.training.memory import check_episodes, check_memory, free_memory
@@ -157,18 +156,18 @@ def load_run(
     run = open_run(path, env)
     state = chosen_state(run, checkpoint)
     if state is None:
-        raise UsageError(f"{run.path} has no checkpoint yet; {command('resume', run.path, env=env)} trains it first.")
+        raise UsageError(
+            f"{run.path} has no checkpoint yet; {command('resume', run.path, env=run.config.env)} trains it first."
+        )
     if agent is None:
         return run.config, state
-    check_agent(agent, run.num_seeds, "run")
+    check_agent(agent, run.num_seeds)
     return run.config, jax.tree.map(lambda leaf: leaf[agent], state)
 
 
-def check_agent(agent: int, number: int, kind: str) -> None:
-    """Raise `UsageError` unless a run or a point has an agent with this number, from 0."""
-    whole = isinstance(agent, numbers.Integral) and not isinstance(agent, bool)
-    if not whole or not 0 <= agent < number:
-        raise UsageError(f"agent must lie in 0 … {number - 1} for this {kind}, got {shown(agent)}.")
+def check_agent(agent: int, number: int) -> None:
+    """Raise `UsageError` unless a run of so many agents has one with this number, from 0."""
+    check_number("agent of this run", agent, whole=True, interval=f"[0, {number - 1}]")
 
 
 def extend_run(run: Run, total_steps: int) -> Run:

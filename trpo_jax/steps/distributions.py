@@ -75,13 +75,6 @@ class Categorical:
         log_probs = jax.nn.log_softmax(self.logits)
         return -_expectation(log_probs, log_probs)
 
-    def log_barrier(self) -> Array:
-        """−KL(uniform ‖ π) = log n + 1/n Σ_a log π(a) ≤ 0 over the n actions that are not forbidden, [...]."""
-        allowed = self.logits > -jnp.inf
-        number = jnp.sum(allowed, axis=-1)
-        total = jnp.sum(jnp.where(allowed, jax.nn.log_softmax(self.logits), 0), axis=-1)
-        return total / number + jnp.log(number)
-
     def kl(self, other: Categorical) -> Array:
         """KL divergence, Σ_a π(a) [log π(a) − log π_other(a)], [...]; exactly 0 against itself."""
         log_probs = jax.nn.log_softmax(self.logits)
@@ -211,10 +204,6 @@ class MultiCategorical:
     def entropy(self) -> Array:
         """Sum of the components' entropies, [...]."""
         return sum_of(c.entropy() for c in self.components)
-
-    def log_barrier(self) -> Array:
-        """Sum of the components' log barriers, [...]."""
-        return sum_of(c.log_barrier() for c in self.components)
 
     def kl(self, other: MultiCategorical) -> Array:
         """KL divergence, Σ_k KL(π_k ‖ π_other,k), [...]."""

@@ -1,6 +1,6 @@
 """First-order policy updates, TRPO's baselines: the plain policy gradient, PPO, and the KL-penalised objective.
 
-    maximise  mean_n[objective(π_θ, π_old, A_n)] + c · mean bonus
+    maximise  mean_n[objective(π_θ, π_old, A_n)] + c · mean entropy
 
 by gradient steps. One step on the surrogate from θ_old is the policy gradient. With several steps per batch the
 objective has to limit the change: PPO clips the ratio, the penalty subtracts the KL from the gain.
@@ -21,7 +21,6 @@ from trpo_jax.steps.minibatches import minibatch_descent
 from trpo_jax.steps.objectives import entropy_bonus
 from trpo_jax.steps.policy_updates import (
     Batch,
-    Bonus,
     UpdateInfo,
     finite_info,
     held_out_gain,
@@ -75,7 +74,6 @@ def first_order_update(
     epochs: int = 1,
     minibatches: int = 1,
     entropy_coefficient: Scalar = 0.0,
-    bonus: Bonus = entropy_bonus,
     key: Array | None = None,
     max_grad_norm: Scalar = 0.0,
     last_step: PyTree | None = None,
@@ -94,8 +92,7 @@ def first_order_update(
       objective: `surrogate_objective`, `clipped_objective(ε)` or `penalized_objective(β)`.
       epochs: passes over the batch (static).
       minibatches: minibatches per pass, which must divide the number of samples (static).
-      entropy_coefficient: c ≥ 0, weight of the mean bonus.
-      bonus: `entropy_bonus` or `log_barrier`, see `trpo_update`.
+      entropy_coefficient: c, weight of the mean entropy.
       key: PRNG key that reshuffles the samples in every epoch, as is usual in PPO. None: minibatch m of every epoch
         holds the samples m, m + M, m + 2M, … of the flattened batch, with M minibatches.
       max_grad_norm: largest norm of a minibatch's gradient, to which a longer one is scaled; 0: no limit.
@@ -111,8 +108,9 @@ def first_order_update(
     """
     trees.check_parameters(params)
     batch = Batch.of(*parts)
-    regularized: dict[str, Any] = {"entropy_coefficient": entropy_coefficient, "bonus": bonus}
-    gradient, old_distribution = surrogate_gradient(policy_apply, params, batch, **regularized)
+    gradient, old_distribution = surrogate_gradient(
+        policy_apply, params, batch, entropy_coefficient=entropy_coefficient
+    )
     batch, untouched = of_old_policy(batch, old_distribution)
     old_log_prob = old_distribution.log_prob(batch.action)
 
@@ -120,7 +118,7 @@ def first_order_update(
         distribution = policy_apply(new, observation)
         ratio = jnp.exp(distribution.log_prob(action) - old_log_prob)
         value = objective(distribution, policy_apply(params, observation), ratio, advantage)
-        return -jnp.mean(value + entropy_coefficient * bonus(distribution))
+        return -jnp.mean(value + entropy_coefficient * entropy_bonus(distribution))
 
     new_params, new_state, _ = minibatch_descent(
         loss_fn,
@@ -134,7 +132,7 @@ def first_order_update(
         key=key,
         max_grad_norm=max_grad_norm,
     )
-    evaluate = make_evaluate(policy_apply, old_distribution, batch, **regularized)
+    evaluate = make_evaluate(policy_apply, old_distribution, batch, entropy_coefficient=entropy_coefficient)
     evaluation, step = evaluate(new_params), jax.tree.map(jnp.subtract, new_params, params)
     info = _info(gradient, step, evaluation, jnp.mean(old_distribution.entropy()), untouched)
     info = dataclasses.replace(info, extra=held_out_gain(gradient, last_step))

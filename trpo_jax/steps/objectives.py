@@ -36,23 +36,6 @@ def entropy_bonus(distribution: Distribution) -> Array:
     return bonus()
 
 
-def log_barrier(distribution: Distribution) -> Array:
-    """The log barrier of each sample, −KL(uniform ‖ π) ≤ 0, [B], for distributions with a `log_barrier()`.
-
-    Its slope in the logit of action a is 1/n − π(a) with n actions, while that of the entropy vanishes with π(a). So it
-    brings back actions that have become rare, and the entropy does not.
-
-    Raises:
-      ValueError: if the distribution has none, as over continuous actions.
-
-    Source: Agarwal, Kakade, Lee and Mahajan 2021, section 5.
-    """
-    barrier = getattr(distribution, "log_barrier", None)
-    if barrier is None:
-        raise ValueError(f"{type(distribution).__name__} has no log_barrier(); use entropy_bonus")
-    return jnp.asarray(barrier())
-
-
 def surrogate_gain(distribution: Distribution, old_log_prob: Array, action: Array, advantage: Array) -> Array:
     """L(θ) − L(θ_old) = mean_n[(ratio_n − 1) · A_n], without the cancellation of subtracting two surrogates.
 

@@ -29,9 +29,6 @@ from trpo_jax.steps.types import Array, PolicyApply, PyTree, Scalar, at_least_fl
 Divergence = Callable[[Distribution, Distribution], Array]
 """`divergence(old_distribution, distribution)` -> a scalar in nats, such as `mean_kl`."""
 
-Bonus = Callable[[Distribution], Array]
-"""`bonus(distribution)` -> a number for each sample, such as `entropy_bonus`."""
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +80,7 @@ class UpdateInfo:
 
     Attributes:
       accepted: whether a candidate passed the line search, bool.
-      surrogate_gain: L(θ_new) − L(θ_old), including the bonus if there is one.
+      surrogate_gain: L(θ_new) − L(θ_old), including the entropy bonus if there is one.
       predicted_gain: gain of the linear model at the full step, gᵀs.
       divergence: the divergence that the constraint bounds, nats: the mean KL, unless another one was chosen.
       mean_kl: mean over the batch of KL(old ‖ new), nats.
@@ -128,12 +125,7 @@ def finite_info(info: UpdateInfo) -> UpdateInfo:
 
 
 def surrogate_gradient(
-    policy_apply: PolicyApply,
-    params: PyTree,
-    batch: Batch,
-    *,
-    entropy_coefficient: Scalar = 0.0,
-    bonus: Bonus = entropy_bonus,
+    policy_apply: PolicyApply, params: PyTree, batch: Batch, *, entropy_coefficient: Scalar = 0.0
 ) -> tuple[PyTree, Distribution]:
     """Compute the gradient of the surrogate at θ_old and the distributions there, from one forward pass for both.
 
@@ -148,8 +140,8 @@ def surrogate_gradient(
 
         def objective(distribution: Any) -> Array:
             distribution = trees.widened(distribution)
-            weighted_bonus = entropy_coefficient * jnp.mean(bonus(distribution))
-            return surrogate(distribution, log_prob, action, advantage) + weighted_bonus
+            bonus = entropy_coefficient * jnp.mean(entropy_bonus(distribution))
+            return surrogate(distribution, log_prob, action, advantage) + bonus
 
         return jax.grad(objective)(old_distribution)
 
@@ -185,7 +177,6 @@ def make_evaluate(
     batch: Batch,
     *,
     entropy_coefficient: Scalar = 0.0,
-    bonus: Bonus = entropy_bonus,
     constraint: Divergence = mean_kl,
 ) -> Callable[[PyTree], tuple[Array, ...]]:
     """Make the function that evaluates candidate parameters in the line search.
@@ -195,7 +186,7 @@ def make_evaluate(
     """
     old_distribution = trees.widened(old_distribution)
     old_log_prob = old_distribution.log_prob(batch.action)
-    old_bonus = bonus(old_distribution)
+    old_bonus = entropy_bonus(old_distribution)
     behaviour = old_log_prob if batch.behaviour_log_prob is None else batch.behaviour_log_prob
 
     def evaluate(candidate: PyTree) -> tuple[Array, ...]:
@@ -204,7 +195,7 @@ def make_evaluate(
             distribution = trees.widened(policy_apply(candidate, batch.observation))
         kl = old_distribution.kl(distribution)
         gain = surrogate_gain(distribution, old_log_prob, batch.action, batch.advantage)
-        gain += entropy_coefficient * jnp.mean(bonus(distribution) - old_bonus)
+        gain += entropy_coefficient * jnp.mean(entropy_bonus(distribution) - old_bonus)
         mean, largest = jnp.mean(kl), trees.maximum(kl)
         # XLA does not see that a usual constraint reduces this same KL, and would compute it twice.
         if constraint is mean_kl:

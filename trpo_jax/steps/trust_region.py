@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from trpo_jax.steps import defaults, trees
 from trpo_jax.steps.curvature import curvature_sample, fisher_vector_product
 from trpo_jax.steps.line_searches import Evaluate, backtracking_line_search
-from trpo_jax.steps.objectives import entropy_bonus, mean_kl
+from trpo_jax.steps.objectives import mean_kl
 from trpo_jax.steps.policy_updates import (
     Batch,
-    Bonus,
     Divergence,
     UpdateInfo,
     finite_info,
@@ -129,7 +128,6 @@ def trpo_update(
     solver: Solver = _SOLVER,
     line_search: Callable[..., Any] = backtracking_line_search,
     entropy_coefficient: Scalar = 0.0,
-    bonus: Bonus = entropy_bonus,
     last_step: PyTree | None = None,
     **moved: Any,
 ) -> tuple[PyTree, UpdateInfo]:
@@ -153,9 +151,7 @@ def trpo_update(
       solver: settings for solving (F + λ_d I) x = g. λ_d damps the direction, not the length of the step.
       line_search: `backtracking_line_search`, `parallel_line_search`, or `full_step` (the natural gradient method). For
         other candidates give `functools.partial(backtracking_line_search, shrink=α, max_steps=n)`.
-      entropy_coefficient: c ≥ 0, weight of the mean bonus in the objective.
-      bonus: `entropy_bonus`; `log_barrier`, which keeps every one of finitely many actions possible; or another
-        function `bonus(distribution)` -> [B].
+      entropy_coefficient: c of a bonus c · mean entropy in the objective.
       last_step: the step that led to `params` from those of another batch, a pytree like params. The report then has
         its gain on this batch, to first order, as `extra["held_out_gain"]`: gᵀ last_step.
       moved: nothing; an option of an earlier version raises an error that names its replacement.
@@ -164,8 +160,8 @@ def trpo_update(
       The new parameters and an `UpdateInfo` of scalars.
 
     Raises:
-      ValueError: if `fisher_fraction` is a number outside (0, 1], `constraint`, `bonus` or `line_search` is no
-        function, `solver` is no `Solver`, or a leaf of `params` is not an array of floats.
+      ValueError: if `fisher_fraction` is a number outside (0, 1], `constraint` or `line_search` is no function,
+        `solver` is no `Solver`, or a leaf of `params` is not an array of floats.
       TypeError: if an option is unknown, or the batch is missing.
       AssertionError: if the log-probabilities of the actions do not have the shape of the advantages.
 
@@ -173,16 +169,18 @@ def trpo_update(
     """
     _refuse_moved("trpo_update", moved)
     _check_function("constraint", constraint, "mean_kl, maximum_kl or reverse_kl")
-    _check_function("bonus", bonus, "entropy_bonus or log_barrier")
     _check_function("line_search", line_search, "backtracking_line_search, parallel_line_search or full_step")
     if not isinstance(solver, Solver):
         raise ValueError(f"solver must be a Solver(damping, iterations, tolerance), got {solver!r}")
     trees.check_parameters(params)
     batch = Batch.of(*parts)
-    regularized: dict[str, Any] = {"entropy_coefficient": entropy_coefficient, "bonus": bonus}
-    gradient, old_distribution = surrogate_gradient(policy_apply, params, batch, **regularized)
+    gradient, old_distribution = surrogate_gradient(
+        policy_apply, params, batch, entropy_coefficient=entropy_coefficient
+    )
     batch, untouched = of_old_policy(batch, old_distribution)
-    evaluate = make_evaluate(policy_apply, old_distribution, batch, constraint=constraint, **regularized)
+    evaluate = make_evaluate(
+        policy_apply, old_distribution, batch, entropy_coefficient=entropy_coefficient, constraint=constraint
+    )
     sample = curvature_sample(batch.observation, batch.sample_shape, fisher_fraction)
     step, solve = natural_gradient(lambda p: policy_apply(p, sample), params, gradient, max_kl=max_kl, solver=solver)
     if constraint is not mean_kl:  # otherwise the step has its length already

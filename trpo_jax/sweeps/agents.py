@@ -34,21 +34,22 @@ def load_agent(
     for number, group in enumerate(groups):
         members, seeds = group.agents(0, group.num_agents)
         (found,) = np.nonzero((members == point) & (spec.seed + seeds == seed))
+        if not len(found):
+            continue
         settled = folder.program(number)
-        if len(found) and not settled:
+        if not settled:
             raise UsageError(
                 f"{folder.path} lacks programs/{number:02d}.json; the command of the sweep writes it again."
             )
-        if settled and len(found):
-            blocks = cut_into_blocks(group.num_agents, number, settled["agents_per_block"])
-            block = next(block for block in blocks if block.first <= found[0] < block.last)
-            kept = folder.kept(block, points[point].config)
-            if int(found[0]) not in kept:
-                raise UsageError(
-                    f"{folder.path} keeps only the best agent of each point, not seed {seed} of point {point}; "
-                    "leave out the seed, or sweep with --keep all."
-                )
-            return points[point].config, kept[int(found[0])]
+        blocks = cut_into_blocks(group.num_agents, number, settled["agents_per_block"])
+        block = next(block for block in blocks if block.first <= found[0] < block.last)
+        kept = folder.kept(block, points[point].config)
+        if int(found[0]) not in kept:
+            raise UsageError(
+                f"{folder.path} keeps only the best agent of each point, not seed {seed} of point {point}; "
+                "leave out the seed, or sweep with --keep all."
+            )
+        return points[point].config, kept[int(found[0])]
     raise UsageError(f"{folder.path} has no finished agent of point {point} and seed {seed}.")
 
 

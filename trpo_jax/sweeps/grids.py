@@ -16,6 +16,7 @@ from trpo_jax.config_pytree import Config
 from trpo_jax.env_args import PREFIX
 from trpo_jax.environments import gymnax
 from trpo_jax.environments.make import settle
+from trpo_jax.files import as_plain
 from trpo_jax.presets import with_preset
 from trpo_jax.sentences import UsageError, check_limits, check_number, counted, nearest, shown
 from trpo_jax.settings import (
@@ -26,7 +27,6 @@ from trpo_jax.settings import (
     check_names,
     checked,
     is_whole,
-    plain,
     read_toml,
     trusting,
     with_flat_names,
@@ -123,10 +123,8 @@ def checked_spec(spec: Spec) -> Spec:
     if not isinstance(spec, Spec):
         raise UsageError(f"spec must be a Spec, got {shown(spec)}; `make_spec` makes one of a table.")
     sections = [spec.base, spec.grid, spec.zip, spec.random]
-    named = [section.get("env") for section in sections if isinstance(section, Mapping)]
-    values = [env.get("choice") if isinstance(env, Mapping) else env for env in named]
-    flat = [env for value in values for env in (value if isinstance(value, (list, tuple)) else [value])]
-    with trusting(*(env for env in flat if isinstance(env, str))):
+    named = jax.tree.leaves([section.get("env") for section in sections if isinstance(section, Mapping)])
+    with trusting(*map(str, named)):
         return make_spec({field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)})
 
 
@@ -155,7 +153,7 @@ def _check_none_twice(sections: Mapping[str, Mapping[str, Any]], source: str) ->
 def _check_lists(lists: Mapping[str, Any], source: str) -> dict[str, list[Any]]:
     """Lists of values, as in [grid] and [zip]."""
     check_names(lists, source)
-    lists = {name: plain(values) for name, values in lists.items()}
+    lists = {name: as_plain(values) for name, values in lists.items()}
     for name, values in lists.items():
         if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
             raise UsageError(f"{name} in {source} must be a list of values, got {shown(values)}.")

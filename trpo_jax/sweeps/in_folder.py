@@ -77,8 +77,8 @@ def run_sweep(
     """
     spec = checked_spec(spec)  # bad input shows before anything is written
     rank, number = process
-    check_limits({"process_id": rank, "num_processes": number, "agents_per_device": most_agents})
-    check_limits({"checkpoint_seconds": checkpoint_seconds})
+    check_limits({"process_id": rank, "num_processes": number})
+    check_limits({"agents_per_device": most_agents, "checkpoint_seconds": checkpoint_seconds})
     if rank >= number:
         raise UsageError(f"process {rank} of {number} does not exist; they are numbered from 0.")
     planned = planned or plan(spec)

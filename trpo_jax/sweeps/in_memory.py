@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config_pytree import Config
+from trpo_jax.files import as_plain
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.sentences import UsageError, shown
 from trpo_jax.settings import TOTAL_STEPS
@@ -62,12 +63,8 @@ def sweep(
     for name, values in grid.items():
         if not isinstance(name, str):
             raise UsageError(f"the grid must name settings, got {shown(name)}.")
-        if (
-            isinstance(values, str)
-            or not hasattr(values, "__len__")
-            or getattr(values, "ndim", 1) == 0
-            or not len(values)
-        ):
+        listed = as_plain(values)  # a number, for an array without axes
+        if isinstance(listed, str) or not hasattr(listed, "__len__") or not len(listed):
             raise UsageError(f"{name} in the grid must be a list of values, got {shown(values)}.")
     names = {field.name for field in dataclasses.fields(Config)}
     given = {*grid, "num_iterations"} if TOTAL_STEPS in grid and "num_iterations" not in grid else grid

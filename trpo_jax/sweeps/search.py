@@ -31,7 +31,7 @@ from trpo_jax.runs.runner import agent_keys
 from trpo_jax.sentences import UsageError, counted
 from trpo_jax.settings import cast, checked_settings, read_toml, settings_of, with_length
 from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, training_return
-from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, draws_whole, make_point, static_part
+from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, checked_spec, draws_whole, make_point, static_part
 from trpo_jax.sweeps.iqm import interquartile_mean
 from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs
 from trpo_jax.sweeps.studies import Study, open_study
@@ -108,6 +108,7 @@ def tune(
     Raises:
       UsageError: if Optuna is missing, the spec, the folder or the study cannot be used, or no trial has a score.
     """
+    spec = checked_spec(spec)
     space = {name: values for name, values in spec.random.items() if name not in ("count", "seed")}
     if not space or spec.grid or spec.zip:
         raise UsageError("tune searches the distributions in [random], and takes neither [grid] nor [zip].")

@@ -161,11 +161,6 @@ def check_networks(agent: Agent, policy_params: PyTree, value: RecurrentNetwork,
                     "policy must return a distribution such as Categorical(logits), but returns "
                     f"{_kind(distribution)}, which has no {method}()."
                 )
-        if agent.config.regularization == "log-barrier" and not hasattr(distribution, "log_barrier"):
-            raise UsageError(
-                f"regularization=log-barrier is for discrete actions, but the policy of {name} returns "
-                f"{_kind(distribution)}, which has no log_barrier(); use regularization=entropy."
-            )
         sizes.append(_sizes(distribution))
         action = distribution.sample(key)
         return action, distribution.log_prob(action), distribution.entropy()
