@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from trpo_jax import (
     UsageError,
     compare,
     create_run,
+    evaluate,
     init,
     load_agent,
     load_run,
@@ -20,9 +22,11 @@ from trpo_jax import (
     run_sweep,
     shard_environments,
     sweep,
+    train_step,
     warm_start,
 )
 from trpo_jax.cli import main
+from trpo_jax.deployment import export_policy
 from trpo_jax.runs.descriptions import origin
 from trpo_jax.sweeps.grids import Spec, make_spec
 from trpo_jax.sweeps.search import tune
@@ -216,3 +220,47 @@ def test_a_checkpoint_may_be_named_by_a_number(tmp_path):
             load_run(tmp_path / "run", checkpoint=wrong)
     with pytest.raises(UsageError, match=r"^trained must be a TrainState"):
         warm_start(CONFIG, jax.random.key(0), None)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    config = Config(env="CartPole-v1", num_envs=4, num_steps=16, num_iterations=1, hidden=(8,))
+    return config, jax.jit(init)(config, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden": (4,)}, r"policy_params\['params'\]\['Dense_0'\]\['bias'\] is \[8\], but they need \[4\]"),
+        ({"env": "Acrobot-v1"}, r"policy_params.* is \[4, 8\], but they need \[6, 8\]"),
+        ({"value_hidden": (4,)}, r"value_params.* is \[8\], but they need \[4\]"),
+        ({"num_envs": 8}, r"\['observation'\] is \[4, 4\], but they need \[8, 4\]"),
+        ({"update": "ppo"}, "update.* is missing"),
+        ({"value_fit": "adam"}, "value_fit.* is missing"),
+        ({"normalize_rewards": True}, "return_statistics.count is missing"),
+        ({"reuse": 2}, "not trained with reuse=2"),
+        ({"network": "gru", "hidden": (8,)}, "GRUCell.* is missing"),
+    ],
+)
+def test_training_goes_on_only_from_a_state_that_fits(trained, changes, named):
+    config, state = trained
+    with pytest.raises(UsageError, match=named):
+        jax.eval_shape(train_step, config.replace(**changes), state)
+
+
+def test_only_a_state_that_fits_can_act(trained, tmp_path):
+    config, state = trained
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
+    wider = config.replace(hidden=(4,))
+    for act in (
+        lambda config, state: jax.eval_shape(evaluate, config, state, jax.random.key(0)),
+        lambda config, state: export_policy(config, state, tmp_path),
+    ):
+        with pytest.raises(UsageError, match=r"is \[8\], but they need \[4\]; use the settings"):
+            act(wider, state)
+        with pytest.raises(UsageError, match=r"is \[2, 8\], but they need \[8\]; .* jax.vmap for several agents"):
+            act(config, many)
+        with pytest.raises(UsageError, match="state must be a TrainState"):
+            act(config, state.learner)
+    jax.eval_shape(jax.vmap(lambda state: evaluate(config, state, jax.random.key(0))), many)
+    jax.eval_shape(evaluate, config.replace(num_envs=8, value_hidden=(4,)), state, jax.random.key(0))

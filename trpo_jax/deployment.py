@@ -18,6 +18,7 @@ from trpo_jax.fields import AUTO
 from trpo_jax.files import write_atomically
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.agents import make_agent, with_normalization, with_what_is_seen
+from trpo_jax.training.fit_checks import check_acts
 from trpo_jax.training.recurrence import initial_carries
 from trpo_jax.training.state import TrainState
 
@@ -60,8 +61,12 @@ def acting_policy(config: Config, state: TrainState) -> tuple[Callable[[PyTree, 
     Returns:
       `act(carry, observation)` -> (carry, action), the mode of the distribution with Box actions clipped to their
       bounds; and the carry at the start of one episode, [1, ...], () for a policy that is not recurrent.
+
+    Raises:
+      UsageError: if the state does not fit the settings.
     """
     agent = make_agent(config)
+    check_acts(agent, state)
     policy = with_normalization(config, state.learner.statistics, agent.policy)
     space, everything = agent.environment.action_space, agent.environment.entries
     seen = seen_environment(config).entries
@@ -101,7 +106,7 @@ def export_policy(config: Config, state: TrainState, folder: str | os.PathLike[s
       The file.
 
     Raises:
-      UsageError: if a file cannot be written.
+      UsageError: if the state does not fit the settings, or a file cannot be written.
     """
     folder = Path(folder)
     act, carry = acting_policy(config, state)

@@ -21,9 +21,10 @@ from trpo_jax.runs.runner import agent_keys, for_each_agent
 from trpo_jax.sentences import UsageError, check_limits, check_number, shown
 from trpo_jax.settings import check_trusted, checked_settings, settings_of, trusting, with_length
 from trpo_jax.training.checkpoints import Checkpoints, checksum, read, save
+from trpo_jax.training.fit_checks import check_is_state
 from trpo_jax.training.memory import check_episodes, check_memory, free_memory
 from trpo_jax.training.state import TrainState
-from trpo_jax.training.warm_start import check_is_state, warm_start
+from trpo_jax.training.warm_start import warm_start
 from trpo_jax.validation import validate
 
 CONTINUES = "what is done is safe, and `trpo-jax resume` continues when the folder can be written to"

@@ -14,6 +14,7 @@ from trpo_jax.fields import NEVER, NONE
 from trpo_jax.sentences import check_limits
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.agents import make_agent, with_normalization
+from trpo_jax.training.fit_checks import check_acts
 from trpo_jax.training.recurrence import initial_carries
 from trpo_jax.training.resets import reset_environments
 from trpo_jax.training.state import TrainState, check_key
@@ -63,11 +64,15 @@ def evaluate(
 
     Returns:
       An `Evaluation`.
+
+    Raises:
+      UsageError: if a number or the key cannot be used, or the state does not fit the settings.
     """
     deterministic = not config.eval_stochastic if deterministic is None else deterministic
     agent = make_agent(config if randomize else config.replace(randomize=NONE))
     check_key(key)
     check_limits({"num_episodes": num_episodes, "max_steps": max_steps})
+    check_acts(agent, state)
     key_reset, key_run = jax.random.split(key)
     observation, env_state = reset_environments(agent.environment, key_reset, num_episodes)
     policy = with_normalization(config, state.learner.statistics, agent.policy)

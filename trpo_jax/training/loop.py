@@ -19,6 +19,7 @@ from trpo_jax.steps.statistics import init_statistics, update_statistics
 from trpo_jax.steps.types import Array, PyTree, typed_jit
 from trpo_jax.training.agents import Agent, make_agent
 from trpo_jax.training.evaluation import has_reached, judge, stops
+from trpo_jax.training.fit_checks import check_learns
 from trpo_jax.training.learner import TrainInfo, blank_buffer, init_learner, update_learner
 from trpo_jax.training.rollouts import init_actor, rollout
 from trpo_jax.training.state import ActorState, EpisodeTotals, LearnerState, Metrics, TrainState, check_key
@@ -161,7 +162,6 @@ def train_chunk(config: Config, state: TrainState, num_iterations: Array, capaci
 
     One program serves every length, so the places where a run is cut do not affect its bits.
 
-
     Returns:
       The state, and `Metrics` of [capacity] of which the first `num_iterations` are filled.
     """
@@ -183,7 +183,11 @@ def train_step(config: Config, state: TrainState) -> tuple[TrainState, Metrics]:
     Observation statistics are frozen from the rollout to the end of the update and merged after it, so that the policy
     that acts next differs by one merge from the one whose divergence was bounded. The value
     function is fitted after the advantages were computed with the old one.
+
+    Raises:
+      UsageError: if the state does not fit the settings.
     """
+    check_learns(make_agent(config), state)
     # On CPU, many agents under `vmap` are faster one after the other, each within the cache and with its own branches
     # and early exits: the update nearly twice as fast, the rollout if its environments fill the vector units by
     # themselves.

@@ -12,9 +12,9 @@ from jax.flatten_util import ravel_pytree
 from trpo_jax.config_pytree import Config
 from trpo_jax.fields import AUTO
 from trpo_jax.networks.bodies import settled
-from trpo_jax.sentences import UsageError, shown
-from trpo_jax.steps.types import Array, PyTree
+from trpo_jax.steps.types import Array
 from trpo_jax.training.agents import make_agent
+from trpo_jax.training.fit_checks import check_is_state, check_like
 from trpo_jax.training.loop import init
 from trpo_jax.training.state import TrainState
 
@@ -36,9 +36,10 @@ def warm_start(config: Config, key: Array, trained: TrainState) -> TrainState:
     check_is_state(trained, "trained")
     agent, state = make_agent(config), init(config, key)
     fresh, old = state.learner, trained.learner
-    _check_like(fresh.policy_params, old.policy_params, "policy")
-    _check_like(fresh.value_params, old.value_params, "value function")
-    _check_like(fresh.statistics, old.statistics, "normalisation of observations")
+    mend = "use the network settings that it was trained with"
+    check_like(fresh.policy_params, old.policy_params, "policy to start from", mend)
+    check_like(fresh.value_params, old.value_params, "value function to start from", mend)
+    check_like(fresh.statistics, old.statistics, "normalisation of observations to start from", mend)
     known = old.statistics.count > 0  # an agent that normalises nothing has counted nothing
     statistics = jax.tree.map(lambda new, old: jnp.where(known, old, new), fresh.statistics, old.statistics)
     both = fresh.return_statistics is not None and old.return_statistics is not None
@@ -54,12 +55,6 @@ def warm_start(config: Config, key: Array, trained: TrainState) -> TrainState:
     return dataclasses.replace(state, learner=learner)
 
 
-def check_is_state(trained: Any, name: str) -> None:
-    """Raise `UsageError` unless trained agents are given as a `TrainState`."""
-    if not isinstance(trained, TrainState):
-        raise UsageError(f"{name} must be a TrainState, such as `load_run(folder)[1]`, got {shown(trained)}.")
-
-
 def what_shapes_hide(config: Config) -> dict[str, Any]:
     """The settings that decide what networks compute, or in which units, although their shapes do not show it."""
     found = {name: getattr(config, name) for name in ("normalize_observations", "action_distribution")}
@@ -70,17 +65,3 @@ def what_shapes_hide(config: Config) -> dict[str, Any]:
         found["initial_log_std"] = config.initial_log_std
     found["normalize_rewards"] = config.normalize_rewards  # the units of the value function
     return found
-
-
-def _check_like(wanted: PyTree, found: PyTree, what: str) -> None:
-    def shapes(tree: PyTree) -> dict[str, str]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
-
-    wanted, found = shapes(wanted), shapes(found)
-    for name in {**wanted, **found}:
-        if wanted.get(name) != found.get(name):
-            raise UsageError(
-                f"the {what} to start from does not fit the settings: its {name} is {found.get(name, 'missing')}, but "
-                f"they need {wanted.get(name, 'none')}; use the network settings that it was trained with."
-            )
