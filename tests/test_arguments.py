@@ -28,9 +28,11 @@ from trpo_jax import (
 from trpo_jax.cli import main
 from trpo_jax.deployment import export_policy
 from trpo_jax.runs.descriptions import origin
-from trpo_jax.sweeps.grids import Spec, make_spec
+from trpo_jax.sweeps.grids import Spec, make_spec, read_spec
+from trpo_jax.sweeps.reports import make_report
 from trpo_jax.sweeps.search import tune
 from trpo_jax.sweeps.storage import Folder
+from trpo_jax.training.checkpoints import load, save
 from trpo_jax.training.devices import devices_of
 
 TINY = {"num_envs": 2, "num_steps": 4, "num_iterations": 1, "cg_iterations": 1, "value_cg_iterations": 1}
@@ -264,3 +266,32 @@ def test_only_a_state_that_fits_can_act(trained, tmp_path):
             act(config, state.learner)
     jax.eval_shape(jax.vmap(lambda state: evaluate(config, state, jax.random.key(0))), many)
     jax.eval_shape(evaluate, config.replace(num_envs=8, value_hidden=(4,)), state, jax.random.key(0))
+
+
+@pytest.mark.parametrize("path", ["a\0b", b"a", 3, None], ids=repr)
+def test_what_is_no_path_is_one_sentence(path):
+    state = {"a": jnp.zeros(2)}
+    for use in (
+        lambda: create_run(path, CONFIG, seed=0, num_seeds=1),
+        lambda: open_run(path),
+        lambda: load_run(path),
+        lambda: load_agent(path),
+        lambda: run_sweep(path, SPEC),
+        lambda: make_report(path),
+        lambda: read_spec(path),
+        lambda: compare([path]),
+        lambda: compare(path),
+        lambda: save(path, state),
+        lambda: load(path, state),
+    ):
+        with pytest.raises(UsageError, match="is not the path of a file or folder"):
+            use()
+
+
+@pytest.mark.parametrize("leaf", [3, 2.5, "text", None.__class__, np.array(["a"]), np.array([None])], ids=repr)
+def test_a_checkpoint_holds_arrays_alone(leaf, tmp_path):
+    with pytest.raises(UsageError, match=r"holds arrays of numbers, but \['a'\] is"):
+        save(tmp_path / "x.npz", {"a": leaf})
+    save(tmp_path / "x.npz", {"a": np.zeros(2)})
+    with pytest.raises(UsageError, match=r"holds arrays of numbers, but \['a'\] is"):
+        load(tmp_path / "x.npz", {"a": leaf})

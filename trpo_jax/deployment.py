@@ -15,7 +15,7 @@ from trpo_jax.config_pytree import Config
 from trpo_jax.environments.base import Box, Environment
 from trpo_jax.environments.entries import join, split
 from trpo_jax.fields import AUTO
-from trpo_jax.files import write_atomically
+from trpo_jax.files import as_path, write_atomically
 from trpo_jax.steps.types import Array, PyTree
 from trpo_jax.training.agents import make_agent, with_normalization, with_what_is_seen
 from trpo_jax.training.fit_checks import check_acts
@@ -108,7 +108,7 @@ def export_policy(config: Config, state: TrainState, folder: str | os.PathLike[s
     Raises:
       UsageError: if the state does not fit the settings, or a file cannot be written.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     act, carry = acting_policy(config, state)
     environment = seen_environment(config)
     (batch,) = jax.export.symbolic_shape("batch")

@@ -47,6 +47,13 @@ def read_json(path: str | os.PathLike[str], mend: str) -> dict[str, Any]:
         raise UsageError(f"{path} is damaged ({first_line(error)}); {mend}.") from error
 
 
+def as_path(path: Any) -> Path:
+    """The path of a file or folder; raise `UsageError` if this is none."""
+    if not isinstance(path, (str, os.PathLike)) or "\0" in str(path):
+        raise UsageError(f"{shown(path)} is not the path of a file or folder; give a str or a pathlib.Path.")
+    return Path(path)
+
+
 def as_plain(value: Any) -> Any:
     """Convert arrays and scalars of NumPy and JAX to numbers of Python and lists of them."""
     return value.tolist() if hasattr(value, "tolist") else value

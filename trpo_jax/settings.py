@@ -12,7 +12,7 @@ from typing import Any
 from trpo_jax.config import Config, check_setting
 from trpo_jax.env_args import PREFIX, check_env_arg
 from trpo_jax.fields import NONE, as_ranges, as_text, as_widths
-from trpo_jax.files import as_plain, read_limited
+from trpo_jax.files import as_path, as_plain, read_limited
 from trpo_jax.sentences import UsageError, check_known, check_limits, first_line, shown
 
 _KINDS = {field.name: field.metadata["kind"] for field in dataclasses.fields(Config) if field.metadata["flag"]}
@@ -102,6 +102,7 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the table in a TOML file; raise `UsageError` with one sentence if there is none."""
     import tomllib  # deferred: `trpo-jax --help` can do without
 
+    path = as_path(path)
     try:
         return tomllib.loads(read_limited(path).decode("utf-8-sig"))  # some editors begin a file with a mark
     except OSError as error:

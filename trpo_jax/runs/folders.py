@@ -14,7 +14,7 @@ import numpy as np
 
 from trpo_jax.config_pytree import Config
 from trpo_jax.environments.make import settle
-from trpo_jax.files import command, locked
+from trpo_jax.files import as_path, command, locked
 from trpo_jax.runs.descriptions import check_equal, is_begun, made_by, origin, read_table, restore_or_anew, write_table
 from trpo_jax.runs.evaluations import best_states
 from trpo_jax.runs.runner import agent_keys, for_each_agent
@@ -93,7 +93,7 @@ def create_run(
     check_memory(config, num_seeds, free)
     if config.eval_every:
         check_episodes(config, num_seeds, config.eval_episodes, free, "eval_episodes")
-    run = Run(Path(path), config, seed, num_seeds, keep_every)
+    run = Run(as_path(path), config, seed, num_seeds, keep_every)
     start = None if init_from is None else _warm_states(run, init_from)
     if start is not None:
         run = dataclasses.replace(run, init_from=checksum(start.learner))
@@ -118,7 +118,7 @@ def open_run(path: str | os.PathLike[str], env: str | None = None) -> Run:
     Raises:
       UsageError: if the file is missing or damaged, with one sentence.
     """
-    file = Path(path) / "config.json"
+    file = as_path(path) / "config.json"
     described = read_table(file, "run")
     described.pop("made_by", None)
     stamps = {stamp: str(described.pop(stamp, "")) for stamp in ("init_from", "begun_as")}
@@ -132,7 +132,7 @@ def open_run(path: str | os.PathLike[str], env: str | None = None) -> Run:
             validate(config)
         except UsageError as error:
             raise UsageError(f"{file} is damaged ({str(error).rstrip('.?')}); {restore_or_anew('run')}.") from error
-    return Run(Path(path), config, **numbers, init_from=stamps["init_from"], begun_as=stamps["begun_as"])
+    return Run(as_path(path), config, **numbers, init_from=stamps["init_from"], begun_as=stamps["begun_as"])
 
 
 def _check_numbers(numbers: Mapping[str, Any]) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from trpo_jax.files import plain_json
+from trpo_jax.files import as_path, plain_json
 from trpo_jax.sentences import UsageError
 from trpo_jax.settings import SETTINGS
 from trpo_jax.sweeps.iqm import (
@@ -102,11 +101,11 @@ def compare(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], by
     Raises:
       UsageError: if a folder or setting cannot be used, or there are not two methods with a task in common.
     """
-    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    paths = list(paths) if isinstance(paths, Iterable) and not isinstance(paths, (str, bytes)) else [paths]
     by = by.split(",") if isinstance(by, str) else by
     if not paths:
         raise UsageError("compare needs the folder of a run or a sweep, got none.")
-    groups = group_outcomes(read_folders([Path(path) for path in paths]), by)
+    groups = group_outcomes(read_folders([as_path(path) for path in paths]), by)
     tasks = [task for task in next(iter(groups.values())) if all(task in group for group in groups.values())]
     if not tasks:
         raise UsageError(_nothing_in_common(groups))

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from trpo_jax.files import name_of, remove_temporaries, write_atomically
+from trpo_jax.files import as_path, name_of, remove_temporaries, write_atomically
 from trpo_jax.runs.learning_curve import label_steps
 from trpo_jax.sweeps.drawing import (
     SOFTWARE,
@@ -51,7 +51,7 @@ def write_report(path: str | os.PathLike[str], report: Report) -> Path:
 
     Pictures of earlier reports that this one does not have are removed.
     """
-    folder = Path(path)
+    folder = as_path(path)
     pictures: dict[str, list[tuple[str, bytes]]] = {}
     for env, rows in report.rows.items():
         suffix = f"_{_file_name(env)}" if len(report.rows) > 1 else ""

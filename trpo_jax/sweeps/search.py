@@ -22,7 +22,7 @@ import numpy as np
 from trpo_jax.config_pytree import Config
 from trpo_jax.environments.make import settle
 from trpo_jax.fields import as_text
-from trpo_jax.files import move_aside, write_atomically
+from trpo_jax.files import as_path, move_aside, write_atomically
 from trpo_jax.runs.continuing import continue_run
 from trpo_jax.runs.descriptions import in_json, made_by
 from trpo_jax.runs.folders import Run, create_run, open_run
@@ -116,7 +116,7 @@ def tune(
     programs: dict[Any, Programs] = {}
     count = spec.random["count"]
     with open_study(path, spec, storage, made_by()) as study:
-        file = Path(path) / "best.toml"
+        file = as_path(path) / "best.toml"
         trials: list[Trial] = []
         pruned, nothing = 0, float("nan")
         while True:

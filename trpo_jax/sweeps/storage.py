@@ -24,7 +24,7 @@ import numpy as np
 
 from trpo_jax.config_pytree import Config
 from trpo_jax.env_args import PREFIX
-from trpo_jax.files import BLANK_SEAL, is_intact, locked, say, sealed, write_atomically
+from trpo_jax.files import BLANK_SEAL, as_path, is_intact, locked, say, sealed, write_atomically
 from trpo_jax.runs.descriptions import check_equal, in_json, is_begun, origin, read_table, restore_or_anew, write_table
 from trpo_jax.sentences import UsageError, counted, first_line
 from trpo_jax.sweeps.cohorts import Snapshot, blank
@@ -64,7 +64,7 @@ class Folder:
     """The files of a sweep."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path).absolute()
+        self.path = as_path(path).absolute()
         self._finished: set[Block] = set()  # those whose files were found intact
         self._origin = ""
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from trpo_jax.files import is_fresh, locked, name_of, read_json, write_atomically
+from trpo_jax.files import as_path, is_fresh, locked, name_of, read_json, write_atomically
 from trpo_jax.runs.descriptions import check_equal, in_json, write_table
 from trpo_jax.sentences import UsageError, first_line, shown
 from trpo_jax.sweeps.grids import Spec
@@ -134,7 +134,7 @@ def open_study(path: str | os.PathLike[str], spec: Spec, storage: str | None, ma
     except ImportError:
         raise UsageError("tune needs Optuna; install it with `pip install '.[tune]'`.") from None
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    folder = Path(path).absolute()
+    folder = as_path(path).absolute()
     description = in_json(spec.description)
     description["random"].pop("count", None)  # the number of trials may grow
     _check(folder, storage)

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config_pytree import Config
-from trpo_jax.files import WRITABLE, say, write_atomically
-from trpo_jax.sentences import UsageError
+from trpo_jax.files import WRITABLE, as_path, say, write_atomically
+from trpo_jax.sentences import UsageError, shown
 from trpo_jax.steps.types import PyTree
 from trpo_jax.training.loop import init
 
@@ -49,7 +49,7 @@ def save(path: str | os.PathLike[str], state: PyTree, *, note: Any = None, mend:
         arrays[name] = np.asarray(leaf)
     header = json.dumps({"format": f"trpo_jax state {_FORMAT}", "keys": keys, "note": note})
     arrays["__header__"] = np.frombuffer(header.encode(), np.uint8)
-    write_atomically(Path(path), lambda sink: _write(sink, arrays), mend)
+    write_atomically(as_path(path), lambda sink: _write(sink, arrays), mend)
 
 
 def _write(sink: IO[bytes], arrays: dict[str, np.ndarray]) -> None:
@@ -79,7 +79,7 @@ def load(path: str | os.PathLike[str], like: PyTree) -> Any:
 
 def read(path: str | os.PathLike[str], like: PyTree) -> tuple[Any, Any]:
     """Like `load`, but return NumPy arrays and typed PRNG keys, and the note that was saved with them."""
-    path = Path(path)
+    path = as_path(path)
     if isinstance(like, Config):
         like = jax.eval_shape(init, like, jax.random.key(0))
     arrays, note = _read(path)
@@ -157,8 +157,15 @@ def _example(folder: Path) -> str:
 
 
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    """The leaves of a pytree, each with its path as a name."""
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    """The leaves of a pytree, each with its path as a name; raise `UsageError` unless all are arrays of numbers."""
+    leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    for name, leaf in leaves:
+        if getattr(getattr(leaf, "dtype", None), "kind", "O") in "OSUMm" and not is_key(leaf):
+            raise UsageError(
+                f"a checkpoint holds arrays of numbers, but {name or 'the state'} is {shown(leaf)}; make it one with "
+                "jnp.asarray, or leave it out."
+            )
+    return leaves
 
 
 def checksum(tree: PyTree) -> str:
@@ -172,7 +179,7 @@ def checksum(tree: PyTree) -> str:
 
 def is_key(leaf: Any) -> bool:
     """Whether a leaf is an array of typed PRNG keys."""
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 class Saved(NamedTuple):
