@@ -13,6 +13,7 @@ from trpo_jax.sweeps.grids import Spec, make_spec
 from trpo_jax.sweeps.plans import plan
 from trpo_jax.sweeps.reports import make_report
 from trpo_jax.sweeps.storage import Folder
+from trpo_jax.training.checkpoints import save
 
 pytestmark = pytest.mark.long
 
@@ -142,6 +143,17 @@ def test_states_that_are_damaged_or_missing_are_trained_anew(folder, tmp_path, c
         assert run_sweep(tmp_path, SPEC) == "complete"
         assert f"{states[0]} is missing or damaged. Its agents are trained again." in capsys.readouterr().err
         assert files(tmp_path) == whole
+
+
+def test_states_under_the_name_of_others_are_one_sentence_and_stay(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (file,) = (tmp_path / "states").glob("*.npz")
+    save(file, {"a": np.zeros(2)}, note={"of": "another sweep or block"})
+    swapped = files(tmp_path)
+    for use in (lambda: run_sweep(tmp_path, SPEC), lambda: load_agent(tmp_path, point=0, seed=0)):
+        with pytest.raises(UsageError, match=r"npz holds other agents than it should; restore it"):
+            use()
+    assert files(tmp_path) == swapped
 
 
 def test_in_memory_states_are_those_in_the_folder(folder):

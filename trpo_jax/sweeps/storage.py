@@ -30,7 +30,7 @@ from trpo_jax.sentences import UsageError, counted, first_line
 from trpo_jax.sweeps.cohorts import Snapshot, blank
 from trpo_jax.sweeps.grids import Spec
 from trpo_jax.sweeps.plans import SHARED, earlier_forms, extended, own_part
-from trpo_jax.training.checkpoints import Checkpoints, is_sound, read, save, without_mend
+from trpo_jax.training.checkpoints import Checkpoints, read, save, sound_note, without_mend
 from trpo_jax.training.loop import init
 from trpo_jax.training.state import TrainState
 
@@ -163,9 +163,12 @@ class Folder:
             return False
         if rows.num_rows != block.size or not self._is_ours(rows, block):
             raise UsageError(f"{file} holds other agents than it should; restore it, or choose another --output.")
-        if self._keeps() and not is_sound(self._states_file(block)):
-            say(f"{self._states_file(block)} is missing or damaged. Its agents are trained again.")
-            return False
+        if self._keeps():
+            try:
+                self._check_states(block)
+            except FileNotFoundError as error:
+                say(f"{error}. Its agents are trained again.")
+                return False
         self._finished.add(block)
         return True
 
@@ -233,17 +236,26 @@ class Folder:
         file = self._states_file(block)
         if not self._keeps():
             raise UsageError(f"{self.path} keeps no trained states; sweep with --keep best or all into another folder.")
-        if not is_sound(file):
-            raise UsageError(f"{file} is missing or damaged; run the command of the sweep again to restore it.")
+        try:
+            self._check_states(block)
+        except FileNotFoundError as error:
+            raise UsageError(f"{error}; run the command of the sweep again to restore it.") from None
         like = {"agent": jax.ShapeDtypeStruct((), np.int32), "state": jax.eval_shape(init, config, jax.random.key(0))}
-        found, note = read(file, like)
-        if not isinstance(note, dict) or note.get("of") != self._mark(block):
-            raise UsageError(f"{file} belongs to another sweep or block; restore the right one.")
+        found, _ = read(file, like)
         one = lambda i: jax.tree.map(lambda leaf: jnp.asarray(leaf[i]), found["state"])  # noqa: E731
         return {int(agent): one(i) for i, agent in enumerate(found["agent"])}
 
     def _keeps(self) -> bool:
         return bool(self.description().get("keep", "none") != "none")
+
+    def _check_states(self, block: Block) -> None:
+        """Raise `FileNotFoundError` unless a block's states are there and sound, `UsageError` if they are another's."""
+        file = self._states_file(block)
+        note = sound_note(file)
+        if note is None:
+            raise FileNotFoundError(f"{file} is missing or damaged")
+        if not isinstance(note, dict) or note.get("of") != self._mark(block):
+            raise UsageError(f"{file} holds other agents than it should; restore it, or choose another --output.")
 
     def _states_file(self, block: Block) -> Path:
         return self.path / "states" / f"{block}.npz"
