@@ -268,6 +268,14 @@ def test_only_a_state_that_fits_can_act(trained, tmp_path):
     jax.eval_shape(evaluate, config.replace(num_envs=8, value_hidden=(4,)), state, jax.random.key(0))
 
 
+def test_a_run_of_another_environment_is_not_loaded_as_this_one(tmp_path):
+    create_run(tmp_path, CONFIG, seed=0, num_seeds=1)
+    with pytest.raises(UsageError, match="was trained on 'CartPole-v1', but env is 'Acrobot-v1'; leave env out"):
+        load_run(tmp_path, env="Acrobot-v1")
+    with pytest.raises(UsageError, match="has no checkpoint yet"):
+        load_run(tmp_path, env="CartPole-v1")
+
+
 @pytest.mark.parametrize("path", ["a\0b", b"a", 3, None], ids=repr)
 def test_what_is_no_path_is_one_sentence(path):
     state = {"a": jnp.zeros(2)}

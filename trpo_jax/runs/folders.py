@@ -152,9 +152,11 @@ def load_run(
       env: the run's environment again, if that names a module to import; see `open_run`.
 
     Raises:
-      UsageError: if there is no such run, checkpoint or agent, or the file cannot be used.
+      UsageError: if there is no such run, checkpoint or agent, it has another environment, or the file cannot be used.
     """
     run = open_run(path, env)
+    if env not in (None, run.config.env):
+        raise UsageError(f"{run.path} was trained on {shown(run.config.env)}, but env is {shown(env)}; leave env out.")
     state = chosen_state(run, checkpoint)
     if state is None:
         raise UsageError(
