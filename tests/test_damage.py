@@ -18,7 +18,8 @@ from trpo_jax.runs.metrics import METRICS
 from trpo_jax.sweeps.cohorts import Snapshot
 from trpo_jax.sweeps.grids import read_spec
 from trpo_jax.sweeps.in_folder import run_sweep
-from trpo_jax.sweeps.storage import Block, Folder
+from trpo_jax.sweeps.plans import Block
+from trpo_jax.sweeps.storage import Folder
 
 SIZE = {"num_envs": 2, "num_steps": 8, "cg_iterations": 2}
 FLAGS = [text for name, value in SIZE.items() for text in (f"--{name.replace('_', '-')}", str(value))]

@@ -11,18 +11,9 @@ import pytest
 
 import trpo_jax
 from trpo_jax import UsageError
-from trpo_jax.files import (
-    BLANK_SEAL,
-    append,
-    command,
-    is_fresh,
-    is_intact,
-    locked,
-    remove_temporaries,
-    sealed,
-    write_atomically,
-)
+from trpo_jax.files import BLANK_SEAL, append, is_fresh, is_intact, locked, remove_temporaries, sealed, write_atomically
 from trpo_jax.runs.descriptions import write_table
+from trpo_jax.sentences import command
 
 HOLD = """
 import sys, time

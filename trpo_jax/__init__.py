@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from trpo_jax.environments.base import MultiDiscrete as MultiDiscrete
     from trpo_jax.environments.base import Step as Step
     from trpo_jax.environments.contract import check_environment as check_environment
+    from trpo_jax.environments.hidden_entries import hide_entries as hide_entries
     from trpo_jax.environments.make import available_environments as available_environments
     from trpo_jax.environments.make import make_environment as make_environment
     from trpo_jax.environments.wrappers import append_time as append_time
     from trpo_jax.environments.wrappers import cache_resets as cache_resets
     from trpo_jax.environments.wrappers import flatten_observations as flatten_observations
-    from trpo_jax.environments.wrappers import hide_entries as hide_entries
     from trpo_jax.environments.wrappers import limit_steps as limit_steps
     from trpo_jax.environments.wrappers import repeat_actions as repeat_actions
     from trpo_jax.environments.wrappers import stack_frames as stack_frames
@@ -136,7 +136,7 @@ _HOME = {
     "full_step": "steps.line_searches",
     "gae": "steps.advantages",
     "gauss_newton_fit": "steps.values",
-    "hide_entries": "environments.wrappers",
+    "hide_entries": "environments.hidden_entries",
     "init": "training.loop",
     "interquartile_mean": "sweeps.iqm",
     "limit_steps": "environments.wrappers",

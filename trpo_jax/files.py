@@ -9,8 +9,6 @@ import json
 import math
 import os
 import re
-import shlex
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,37 +83,6 @@ def read_limited(path: str | os.PathLike[str]) -> bytes:
     if len(content) > _MOST_BYTES:
         raise ValueError(f"it is larger than {_MOST_BYTES // 2**20} MiB")
     return content
-
-
-def command(name: str, path: str | os.PathLike[str], *, env: Any = None) -> str:
-    """A shell command on a folder, quoted for a message; it includes `env` if that names a module to import."""
-    path = os.fspath(path)
-    words = ["trpo-jax", name, f"./{path}" if path.startswith("-") else path]
-    return f"`{shlex.join([*words, '--trust', env] if isinstance(env, str) and ':' in env else words)}`"
-
-
-def say(sentence: str) -> None:
-    """Print one line on standard error; do nothing if that cannot be written to."""
-    with contextlib.suppress(OSError):  # a name in it may have line breaks
-        print(f"trpo-jax: {' '.join(sentence.splitlines())}", file=sys.stderr, flush=True)
-
-
-def name_of(folder: Path) -> str:
-    """The name of a folder as text for pages and tables; bytes that are not UTF-8 are replaced."""
-    return readable(folder.resolve().name)
-
-
-def readable(path: str | os.PathLike[str]) -> str:
-    """A path as text that can be written; bytes that are not UTF-8 are replaced."""
-    return os.fsencode(path).decode(errors="replace")
-
-
-def drop_output() -> None:
-    """Discard all further output, so that Python's exit does not fail on it again."""
-    with contextlib.suppress(OSError, ValueError):  # it is not a real file, as when a program calls `main`
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
 
 
 # Writing

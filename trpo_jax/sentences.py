@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import numbers
+import os
+import shlex
 import struct
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 SEEDS = 2**31  # seeds are below it: larger ones would train the same agents as smaller ones
@@ -147,3 +151,34 @@ def _extremes(name: str, value: Any, interval: str) -> tuple[float, ...]:
         return tuple(_as_float32(float(number)) for number in (array.min(), array.max())) if array.size else ()
     except (TypeError, ValueError):
         raise UsageError(f"{name} must be a number in {interval}, got {shown(value)}.") from None
+
+
+def command(name: str, path: str | os.PathLike[str], *, env: Any = None) -> str:
+    """A shell command on a folder, quoted for a message; it includes `env` if that names a module to import."""
+    path = os.fspath(path)
+    words = ["trpo-jax", name, f"./{path}" if path.startswith("-") else path]
+    return f"`{shlex.join([*words, '--trust', env] if isinstance(env, str) and ':' in env else words)}`"
+
+
+def say(sentence: str) -> None:
+    """Print one line on standard error; do nothing if that cannot be written to."""
+    with contextlib.suppress(OSError):  # a name in it may have line breaks
+        print(f"trpo-jax: {' '.join(sentence.splitlines())}", file=sys.stderr, flush=True)
+
+
+def name_of(folder: Path) -> str:
+    """The name of a folder as text for pages and tables; bytes that are not UTF-8 are replaced."""
+    return readable(folder.resolve().name)
+
+
+def readable(path: str | os.PathLike[str]) -> str:
+    """A path as text that can be written; bytes that are not UTF-8 are replaced."""
+    return os.fsencode(path).decode(errors="replace")
+
+
+def drop_output() -> None:
+    """Discard all further output, so that Python's exit does not fail on it again."""
+    with contextlib.suppress(OSError, ValueError):  # it is not a real file, as when a program calls `main`
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

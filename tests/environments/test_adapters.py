@@ -16,7 +16,7 @@ from flax import struct
 from trpo_jax import Config, UsageError, init, make_environment, make_policy, train_step
 from trpo_jax.environments import brax, craftax, jumanji, suites
 from trpo_jax.environments.base import Discrete, MultiDiscrete
-from trpo_jax.environments.wrappers import keep_entries
+from trpo_jax.environments.hidden_entries import keep_entries
 
 
 def walk(environment, actions):

@@ -33,7 +33,7 @@ from trpo_jax import (
     validate,
 )
 from trpo_jax.deployment import acting_policy, export_policy
-from trpo_jax.environments.wrappers import keep_entries
+from trpo_jax.environments.hidden_entries import keep_entries
 from trpo_jax.playing import play
 from trpo_jax.training.agents import make_agent
 from trpo_jax.training.rollouts import rollout

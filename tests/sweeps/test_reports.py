@@ -22,8 +22,9 @@ from trpo_jax.sweeps.drawing import scale_axis
 from trpo_jax.sweeps.iqm import interquartile_mean, stratified_bootstrap
 from trpo_jax.sweeps.outcomes import agents_by_point
 from trpo_jax.sweeps.pages import _color_range, _draw_heat_map, _draw_summary, _file_name, write_report
+from trpo_jax.sweeps.plans import Block
 from trpo_jax.sweeps.reports import Row, make_report, narrow_table_of, table_of
-from trpo_jax.sweeps.storage import Block, Folder
+from trpo_jax.sweeps.storage import Folder
 
 SEEDS, ITERATIONS = 8, 20
 

@@ -27,7 +27,7 @@ from trpo_jax.files import locked
 from trpo_jax.runs.folders import extend_run, open_run
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.settings import checked_settings, read_toml, settings_of
-from trpo_jax.sweeps import search, studies
+from trpo_jax.sweeps import halving, search, studies
 from trpo_jax.sweeps.cohorts import Snapshot
 from trpo_jax.sweeps.grids import TUNING_SEEDS, make_spec
 from trpo_jax.sweeps.search import train_best, tune
@@ -45,7 +45,7 @@ def make(count=8, **changes):
 def searched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("search")
     reports, seeds = [], []
-    compiled = search.fit_programs
+    compiled = halving.fit_programs
 
     def compile_and_watch(*arguments):
         programs = compiled(*arguments)
@@ -57,7 +57,7 @@ def searched(tmp_path_factory):
         return programs._replace(start=start)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "fit_programs", compile_and_watch)
+        patch.setattr(halving, "fit_programs", compile_and_watch)
         file, best = tune(folder, make(), batch=8, report=reports.append)
     return folder, file, best, reports, seeds
 
@@ -78,8 +78,8 @@ def test_worse_half_stops_at_each_stage(searched):
 
 @pytest.mark.parametrize("num_iterations, expected", [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4])])
 def test_no_iteration_ranks_the_trials_twice(num_iterations, expected):
-    shares = search._distinct_rungs(num_iterations)
-    assert [search._end(share, num_iterations) for share in shares] == expected and shares[-1] == 1
+    shares = halving._distinct_rungs(num_iterations)
+    assert [halving._end(share, num_iterations) for share in shares] == expected and shares[-1] == 1
 
 
 def test_seeds_of_tuning_are_nobody_elses(searched):
@@ -224,16 +224,16 @@ def scores_of(config):
 
 def train_nothing(spec, alive, rung, num_rungs, programs):
     for trial in alive:
-        end = search._end(rung, trial.config.num_iterations)
+        end = halving._end(rung, trial.config.num_iterations)
         trial.snapshot = Snapshot((), {name: np.ones((2, end), np.float32) for name in METRICS})
         trial.snapshot.metrics["episode_return"] *= scores_of(trial.config)[:, None]
-        trial.score = float(search.interquartile_mean(scores_of(trial.config)))
+        trial.score = float(halving.interquartile_mean(scores_of(trial.config)))
 
 
 @pytest.fixture
 def untrained(monkeypatch):
     """Trials come to what their settings say, at once."""
-    monkeypatch.setattr(search, "_train_groups", train_nothing)
+    monkeypatch.setattr(halving, "_train_groups", train_nothing)
 
 
 def outcome(folder):
@@ -262,7 +262,7 @@ def whole(tmp_path_factory):
     """The outcome of a search without a cut."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_train_groups", train_nothing)
+        patch.setattr(halving, "_train_groups", train_nothing)
         tune(folder, make(ALL), batch=4)
     return outcome(folder)
 
@@ -457,7 +457,7 @@ def half(tmp_path_factory):
     """A search that was ended after eight of its trials."""
     folder = tmp_path_factory.mktemp("half") / "half"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_train_groups", train_nothing)
+        patch.setattr(halving, "_train_groups", train_nothing)
         tune(folder, make(8), batch=4)
     return folder
 
@@ -532,12 +532,12 @@ def test_folder_of_any_name_holds_its_study(name, tmp_path, untrained, monkeypat
 def test_search_without_a_score_says_what_happened(rows, says, tmp_path, monkeypatch):
     def train_groups(spec, alive, rung, num_rungs, programs):
         for trial in alive:
-            end = search._end(rung, trial.config.num_iterations)
+            end = halving._end(rung, trial.config.num_iterations)
             trial.snapshot = Snapshot((), {name: np.full((2, end), rows.get(name, 1), np.float32) for name in METRICS})
             trial.snapshot.metrics["episode_return"][:] = np.nan
             trial.score = float("nan")
 
-    monkeypatch.setattr(search, "_train_groups", train_groups)
+    monkeypatch.setattr(halving, "_train_groups", train_groups)
     reports = []
     for _ in range(2):  # and again from the study
         with pytest.raises(UsageError, match=f"no trial in .* has a score: {says}"):
@@ -566,19 +566,19 @@ def test_programs_are_compiled_once_and_only_a_few_are_kept(monkeypatch, tmp_pat
         program = Program()
         compiled.append(group[0].config.num_steps)
         alive.append(weakref.ref(program))
-        assert sum(reference() is not None for reference in alive) <= search._KEPT_PROGRAMS
+        assert sum(reference() is not None for reference in alive) <= halving._KEPT_PROGRAMS
         return program
 
     def train_until(program, spec, group, rung):
-        end = search._end(rung, group[0].config.num_iterations)
+        end = halving._end(rung, group[0].config.num_iterations)
         for trial in group:
             metrics = {name: np.full((2, end), trial.config.num_steps, np.float32) for name in METRICS}
             trial.snapshot = Snapshot((), metrics)
             trial.score = float(trial.config.num_steps)
 
-    monkeypatch.setattr(search, "_compile", compile_programs)
-    monkeypatch.setattr(search, "_train_until", train_until)
-    monkeypatch.setattr(search, "_KEPT_PROGRAMS", 4)
+    monkeypatch.setattr(halving, "_compile", compile_programs)
+    monkeypatch.setattr(halving, "_train_until", train_until)
+    monkeypatch.setattr(halving, "_KEPT_PROGRAMS", 4)
     base = {name: value for name, value in BASE.items() if name != "num_steps"}
     few = {"num_steps": {"choice": [8, 9, 10, 11]}}
     tune(tmp_path / "few", make(base=base, random={"count": 16, **few}), batch=8)

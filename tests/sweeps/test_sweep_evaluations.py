@@ -81,9 +81,9 @@ def test_a_sweep_in_a_folder_goes_on_to_the_same_columns(tmp_path, monkeypatch):
 
 def test_a_search_ranks_by_the_last_evaluation(tmp_path, monkeypatch):
     scored = []
-    ranked = "trpo_jax.sweeps.search.interquartile_mean"
+    ranked = "trpo_jax.sweeps.halving.interquartile_mean"
     monkeypatch.setattr(ranked, lambda values: scored.append(np.array(values)) or np.mean(values))
-    monkeypatch.setattr("trpo_jax.sweeps.search.training_return", lambda metrics: pytest.fail("not by training"))
+    monkeypatch.setattr("trpo_jax.sweeps.halving.training_return", lambda metrics: pytest.fail("not by training"))
     space = {"count": 2, "gamma": {"uniform": [0.9, 0.99]}}
     spec = Spec(base={**JUDGED, "num_iterations": 8}, random=space, num_seeds=2, num_episodes=0)
     _, score = tune(tmp_path, spec, batch=2)

@@ -21,8 +21,8 @@ from trpo_jax.cli import main
 from trpo_jax.runs.descriptions import made_by
 from trpo_jax.sweeps import grids, in_folder
 from trpo_jax.sweeps.grids import Spec, make_spec, read_spec
-from trpo_jax.sweeps.plans import num_seeds_by_point
-from trpo_jax.sweeps.storage import Block, Folder
+from trpo_jax.sweeps.plans import Block, num_seeds_by_point
+from trpo_jax.sweeps.storage import Folder
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CHECKPOINTS = f"checkpoints/*-{'[0-9]' * 8}.npz"
@@ -240,7 +240,7 @@ def test_what_rounds_otherwise_is_not_mixed_in_one_folder(finished, tmp_path, mo
         with pytest.raises(UsageError, match=rf"with 77 {name}, but here there would be \d+, which .*; {mend}"):
             in_folder.run_sweep(tmp_path / name, spec)
     Folder(tmp_path / "other").describe(spec, begun)
-    in_folder._check_rounding(Folder(tmp_path / "other"))
+    Folder(tmp_path / "other").check_rounding(made_by())
     assert "was started with jaxlib 0.4.1; the remaining agents may be rounded" in capsys.readouterr().err
 
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trpo_jax.cli.arguments import BENCHMARK
 from trpo_jax.config import Config
-from trpo_jax.files import say
-from trpo_jax.sentences import UsageError
+from trpo_jax.sentences import UsageError, say
 from trpo_jax.settings import SETTINGS, TOTAL_STEPS, with_length
 from trpo_jax.validation import without_effect
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from trpo_jax.cli.choices import config_of
 from trpo_jax.cli.startup import start_quickly
 from trpo_jax.config import Config
-from trpo_jax.files import command, file_of_kind, plain_json, say, write_atomically
+from trpo_jax.files import file_of_kind, plain_json, write_atomically
 from trpo_jax.presets import available_presets, load_preset
-from trpo_jax.sentences import UsageError, counted, shown
+from trpo_jax.sentences import UsageError, command, counted, say, shown
 
 if TYPE_CHECKING:
     from trpo_jax.runs.folders import Run

@@ -14,8 +14,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column, Table
 
 from trpo_jax.config import Config
-from trpo_jax.files import drop_output, say
-from trpo_jax.sentences import counted
+from trpo_jax.sentences import counted, drop_output, say
 
 if TYPE_CHECKING:
     from trpo_jax.runs.continuing import Progress as RunProgress

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from trpo_jax.cli.choices import opener_of, tell_idle
 from trpo_jax.cli.startup import start_quickly, use_every_core
-from trpo_jax.files import command, file_of_kind, say, write_atomically
-from trpo_jax.sentences import counted
+from trpo_jax.files import file_of_kind, write_atomically
+from trpo_jax.sentences import command, counted, say
 
 
 def sweep(namespace: argparse.Namespace) -> int:

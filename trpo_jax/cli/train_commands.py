@@ -11,9 +11,8 @@ from trpo_jax.cli.choices import config_of, opener_of, tell_idle
 from trpo_jax.cli.commands import run_of
 from trpo_jax.cli.startup import start_quickly, use_devices
 from trpo_jax.config import Config
-from trpo_jax.files import command, say
 from trpo_jax.presets import changed, load_preset, preset_of, with_preset
-from trpo_jax.sentences import UsageError, counted
+from trpo_jax.sentences import UsageError, command, counted, say
 from trpo_jax.settings import read_toml
 from trpo_jax.validation import validate, without_effect
 

@@ -16,10 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from trpo_jax.environments.base import Array, Environment, Film, PyTree, Step, render_inner
-from trpo_jax.environments.entries import MASK, WHOLE, Entries, join, size_of, split
+from trpo_jax.environments.entries import MASK, WHOLE, join, size_of, split
 from trpo_jax.sentences import UsageError, check_number, shown
 
 
@@ -29,7 +28,7 @@ def limit_steps(environment: Environment, max_steps: int) -> Environment:
     Raises:
       UsageError: if `max_steps` is not a whole number, or the environment resets itself.
     """
-    _check(environment, "limit_steps")
+    check_environment(environment, "limit_steps")
     check_number("max_steps", max_steps, whole=True, interval="[1, 2147483647]")
     if environment.restart is not None:
         raise UsageError(
@@ -52,7 +51,7 @@ def repeat_actions(environment: Environment, times: int) -> Environment:
     Raises:
       UsageError: if `times` is not a whole number from 1 to 1000, or the environment has a mask of legal actions.
     """
-    _check(environment, "repeat_actions")
+    check_environment(environment, "repeat_actions")
     check_number("times", times, whole=True, interval="[1, 1000]")
     if environment.action_mask is not None and times > 1:
         raise UsageError(f"actions of {environment.name} cannot be repeated: a legal action may become illegal.")
@@ -89,7 +88,7 @@ def stack_frames(environment: Environment, num_frames: int) -> Environment:
     Raises:
       UsageError: if `num_frames` is not a whole number from 1 to 1000.
     """
-    _check(environment, "stack_frames")
+    check_environment(environment, "stack_frames")
     check_number("num_frames", num_frames, whole=True, interval="[1, 1000]")
     of_one = environment.observation_shape
     entries = {name: shape or (1,) for name, shape in (environment.entries or {WHOLE: of_one}).items()}  # [1] for []
@@ -124,7 +123,7 @@ def stack_frames(environment: Environment, num_frames: int) -> Environment:
 
 def flatten_observations(environment: Environment) -> Environment:
     """Flatten each observation of `environment` to one vector, row by row."""
-    _check(environment, "flatten_observations")
+    check_environment(environment, "flatten_observations")
     if environment.entries is not None:
         return dataclasses.replace(environment, entries={n: (math.prod(s),) for n, s in environment.entries.items()})
     shape, mask = environment.observation_shape, environment.action_mask
@@ -132,73 +131,12 @@ def flatten_observations(environment: Environment) -> Environment:
     def whole(observation: Array) -> Array:
         return observation.reshape((*observation.shape[:-1], *shape))
 
-    return _with_observations(
+    return with_observations(
         environment,
         jnp.ravel,
         observation_shape=(math.prod(shape),),
         action_mask=None if mask is None else lambda observation: mask(whole(observation)),
     )
-
-
-def keep_entries(environment: Environment, names: Sequence[str]) -> Environment:
-    """Keep only the named entries of observations; if a mask depends on the whole observation, keep all."""
-    assert environment.entries is not None
-    entries = {name: shape for name, shape in environment.entries.items() if name in names}
-    if len(entries) == len(environment.entries) or _mask_follows_from_all(environment):
-        return environment
-    return _with_observations(
-        environment,
-        lambda observation: join(environment.split(observation), entries),
-        observation_shape=(size_of(entries),),
-        entries=entries,
-        action_mask=None,  # made again from the entries
-    )
-
-
-def hide_entries(environment: Environment, hidden: Sequence[int] | Sequence[str]) -> Environment:
-    """Hide entries of the observations of `environment`: a partially observed task, for a recurrent policy.
-
-    Args:
-      environment: an environment whose observations are vectors.
-      hidden: indices of the entries to leave out; negative ones count from the end. For observations with named
-        entries, their names.
-
-    Raises:
-      UsageError: if observations are not vectors, an index is out of range, no entry is left, or a mask of legal
-        actions depends on the whole observation.
-    """
-    _check(environment, "hide_entries")
-    size = _vector_size(environment, "hide_entries")
-    if _mask_follows_from_all(environment):
-        raise UsageError(
-            f"the legal actions of {environment.name} depend on its whole observation, so no entry of it can be hidden."
-        )
-    if environment.entries is not None:
-        return _hide_by_name(environment, environment.entries, hidden)
-    entries = np.asarray(hidden)
-    are_indices = entries.dtype.kind in "iu" or entries.size == 0
-    if entries.ndim != 1 or not are_indices or not ((-size <= entries) & (entries < size)).all():
-        raise UsageError(f"hidden must be indices among the {size} entries of {environment.name}, got {shown(hidden)}.")
-    kept = np.delete(np.arange(size), entries.astype(int))
-    if not kept.size:
-        raise UsageError(f"hidden has all {size} entries of {environment.name}; keep at least one.")
-    return _with_observations(environment, lambda observation: observation[kept], observation_shape=kept.shape)
-
-
-def _mask_follows_from_all(environment: Environment) -> bool:
-    """Whether a mask of legal actions depends on whole observations, and is not an entry of them."""
-    return environment.action_mask is not None and MASK not in (environment.entries or {})
-
-
-def _hide_by_name(environment: Environment, entries: Entries, hidden: Sequence[Any]) -> Environment:
-    known = [name for name in entries if name != MASK]
-    kept = [name for name in known if name not in hidden]
-    if isinstance(hidden, str) or not set(hidden) <= set(known) or not kept:
-        raise UsageError(
-            f"hidden must be names among the entries of {environment.name}, {', '.join(known)}, and leave one, got "
-            f"{shown(hidden)}."
-        )
-    return keep_entries(environment, [*kept, MASK])
 
 
 def cache_resets(environment: Environment) -> Environment:
@@ -211,7 +149,7 @@ def cache_resets(environment: Environment) -> Environment:
     Raises:
       UsageError: if the environment resets itself.
     """
-    _check(environment, "cache_resets")
+    check_environment(environment, "cache_resets")
     if environment.restart is not None:
         raise UsageError(
             f"{environment.name} resets itself in its own step, so its resets cannot be cached; leave it out."
@@ -241,8 +179,8 @@ def append_time(environment: Environment) -> Environment:
     Raises:
       UsageError: if observations are not vectors, or the environment has no time limit.
     """
-    _check(environment, "append_time")
-    size, limit = _vector_size(environment, "append_time"), environment.max_steps
+    check_environment(environment, "append_time")
+    size, limit = vector_size(environment, "append_time"), environment.max_steps
     mask = environment.action_mask
     if limit is None:
         raise UsageError(f"{environment.name} has no time limit, which append_time needs; set one with limit_steps.")
@@ -302,7 +240,7 @@ def _wrap(
     return dataclasses.replace(environment, reset=reset, step=step, render=render_inner(environment.render), **changes)
 
 
-def _with_observations(environment: Environment, see: Callable[[Array], Array], **changes: Any) -> Environment:
+def with_observations(environment: Environment, see: Callable[[Array], Array], **changes: Any) -> Environment:
     """Replace each observation of `environment` by `see(observation)`."""
 
     def follow(step: Step, own: PyTree) -> tuple[Step, PyTree]:
@@ -311,12 +249,14 @@ def _with_observations(environment: Environment, see: Callable[[Array], Array], 
     return _wrap(environment, lambda first: (see(first), ()), follow, **changes)
 
 
-def _check(environment: Any, wrapper: str) -> None:
+def check_environment(environment: Any, wrapper: str) -> None:
+    """Raise `UsageError` unless a wrapper was given an `Environment`."""
     if not isinstance(environment, Environment):
         raise UsageError(f"{wrapper} takes an Environment, got {shown(environment)}; make_environment makes one.")
 
 
-def _vector_size(environment: Environment, wrapper: str) -> int:
+def vector_size(environment: Environment, wrapper: str) -> int:
+    """The size of an environment's observations; raise `UsageError` unless they are vectors."""
     if len(environment.observation_shape) != 1:
         raise UsageError(
             f"{wrapper} needs observations that are vectors, but those of {environment.name} have shape "

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config_pytree import Config
-from trpo_jax.files import say
 from trpo_jax.runs.metrics import Row, TableFile
 from trpo_jax.runs.runner import Chunk, for_each_agent
-from trpo_jax.sentences import UsageError
+from trpo_jax.sentences import UsageError, say
 from trpo_jax.training.checkpoints import read, save, without_mend
 from trpo_jax.training.evaluation import Evaluation, judge, stops
 from trpo_jax.training.state import TrainState

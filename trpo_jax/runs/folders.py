@@ -14,11 +14,11 @@ import numpy as np
 
 from trpo_jax.config_pytree import Config
 from trpo_jax.environments.make import settle
-from trpo_jax.files import as_path, command, locked
+from trpo_jax.files import as_path, locked
 from trpo_jax.runs.descriptions import check_equal, is_begun, made_by, origin, read_table, restore_or_anew, write_table
 from trpo_jax.runs.evaluations import best_states
 from trpo_jax.runs.runner import agent_keys, for_each_agent
-from trpo_jax.sentences import UsageError, check_limits, check_number, shown
+from trpo_jax.sentences import UsageError, check_limits, check_number, command, shown
 from trpo_jax.settings import check_trusted, checked_settings, settings_of, trusting, with_length
 from trpo_jax.training.checkpoints import Checkpoints, checksum, read, save
 from trpo_jax.training.fit_checks import check_is_state

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trpo_jax.files import name_of, write_atomically
-from trpo_jax.sentences import UsageError
+from trpo_jax.files import write_atomically
+from trpo_jax.sentences import UsageError, name_of
 
 Sink = Callable[[int, int, Mapping[str, float]], None]
 """`sink(seed, env_steps, metrics)`, called once per iteration and agent, and once per evaluation of an agent.

@@ -8,8 +8,8 @@ import numpy as np
 
 from trpo_jax.config_pytree import Config
 from trpo_jax.sentences import UsageError, check_number
-from trpo_jax.sweeps.plans import earlier_forms, plan, spec_of
-from trpo_jax.sweeps.storage import Folder, cut_into_blocks
+from trpo_jax.sweeps.plans import cut_into_blocks, earlier_forms, plan, spec_of
+from trpo_jax.sweeps.storage import Folder
 from trpo_jax.training.state import TrainState
 
 

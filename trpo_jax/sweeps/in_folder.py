@@ -15,18 +15,18 @@ import jax
 import numpy as np
 
 from trpo_jax.config import Config
-from trpo_jax.files import say
 from trpo_jax.runs.descriptions import made_by
 from trpo_jax.runs.metrics import METRICS, rows_of
 from trpo_jax.runs.runner import Clock, interrupts
 from trpo_jax.runs.sinks import OpenSink, Sink
-from trpo_jax.sentences import UsageError, check_limits, counted
-from trpo_jax.settings import setting_names, settings_of, value_of
+from trpo_jax.sentences import UsageError, check_limits
+from trpo_jax.settings import settings_of
 from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, stopped_iteration, training_return
 from trpo_jax.sweeps.grids import Point, Spec, checked_spec
 from trpo_jax.sweeps.placement import Ahead, Programs, agents_per_block, fit_programs
-from trpo_jax.sweeps.plans import Group, plan
-from trpo_jax.sweeps.storage import Block, Folder, cut_into_blocks
+from trpo_jax.sweeps.plans import Block, Group, cut_into_blocks, plan
+from trpo_jax.sweeps.rows import settings_as_columns
+from trpo_jax.sweeps.storage import Folder
 from trpo_jax.training.state import TrainState
 
 
@@ -172,7 +172,7 @@ class _Work:
     def _settle(self, number: int) -> Programs:
         """Compile a group's programs, and settle how many agents they hold."""
         if not self.rounding_checked:
-            _check_rounding(self.folder)
+            self.folder.check_rounding(made_by())
             self.rounding_checked = True
         group = self.groups[number]
         programs = fit_programs(*self._request(number), ahead=self.ahead)
@@ -291,17 +291,7 @@ class _Work:
 
     @functools.cached_property
     def _settings(self) -> Any:
-        """Every setting of every point, as an Arrow record batch; text where a setting has several kinds of values."""
-        import pyarrow as pa
-
-        columns = {}
-        for name in setting_names(point.config for point in self.points):
-            values = [value_of(point.config, name) for point in self.points]
-            kinds = {type(value) for value in values} - {type(None)}
-            if len(kinds) > 1 and kinds != {int, float}:
-                values = [None if value is None else str(value) for value in values]
-            columns[name] = pa.array(values)
-        return pa.record_batch(columns)
+        return settings_as_columns([point.config for point in self.points])
 
 
 def _feed(sink: Sink, outcome: Mapping[str, np.ndarray], config: Config, seed: int) -> None:
@@ -312,17 +302,3 @@ def _feed(sink: Sink, outcome: Mapping[str, np.ndarray], config: Config, seed: i
     for i, means in enumerate(outcome.get("eval_return", ())):
         for k, mean in enumerate(means, 1):
             sink(seed + i, k * config.eval_every * steps, {"evaluation/mean": float(mean)})
-
-
-def _check_rounding(folder: Folder) -> None:
-    """Raise `UsageError` if last bits would differ from those of the sweep so far; report what else may change them."""
-    begun, here = folder.description().get("made_by", {}), made_by()
-    for name, mend in (("threads", "set NPROC={}, and --num-devices to no more"), ("devices", "give --num-devices {}")):
-        if name in begun and name in here and begun[name] != here[name]:
-            raise UsageError(
-                f"{folder.path} was started with {counted(begun[name], name[:-1])}, but here there would be "
-                f"{here[name]}, which rounds differently; {mend.format(begun[name])}."
-            )
-    others = [f"{name} {begun[name]}" for name in here if name in begun and begun[name] != here[name]]
-    if others:
-        say(f"{folder.path} was started with {', '.join(others)}; the remaining agents may be rounded differently.")

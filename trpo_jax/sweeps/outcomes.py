@@ -10,11 +10,10 @@ import numpy as np
 
 from trpo_jax.env_args import PREFIX
 from trpo_jax.fields import NEVER, as_text
-from trpo_jax.files import name_of, readable
 from trpo_jax.runs.descriptions import read_table, restore_or_anew
 from trpo_jax.runs.evaluations import read_evaluations
 from trpo_jax.runs.metrics import fill_forward, read_metrics
-from trpo_jax.sentences import UsageError, first_line, nearest, shown
+from trpo_jax.sentences import UsageError, first_line, name_of, nearest, readable, shown
 from trpo_jax.settings import SETTINGS
 from trpo_jax.sweeps.cohorts import training_return
 from trpo_jax.sweeps.drawing import texts_of

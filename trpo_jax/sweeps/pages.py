@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from trpo_jax.files import as_path, name_of, remove_temporaries, write_atomically
+from trpo_jax.files import as_path, remove_temporaries, write_atomically
 from trpo_jax.runs.learning_curve import label_steps
+from trpo_jax.sentences import name_of
 from trpo_jax.sweeps.drawing import (
     SOFTWARE,
     heading,

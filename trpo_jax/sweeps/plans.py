@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -59,6 +59,29 @@ class Group:
         """Points, and seeds counted from the sweep's seed, of the agents from `first` up to `last`."""
         agents = np.arange(first, last)
         return np.array(self.points, np.int32)[agents // self.num_seeds], self.first_seed + agents % self.num_seeds
+
+
+class Block(NamedTuple):
+    """Agents that one device trains in one program: those from `first` up to `last` of a group."""
+
+    group: int
+    number: int
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.group:02d}-{self.number:04d}"
+
+    @property
+    def size(self) -> int:
+        """Number of agents."""
+        return self.last - self.first
+
+
+def cut_into_blocks(num_agents: int, group: int, most: int) -> list[Block]:
+    """Cut a group into blocks of at most `most` agents."""
+    starts = range(0, num_agents, most)
+    return [Block(group, i, first, min(first + most, num_agents)) for i, first in enumerate(starts)]
 
 
 def group_by_program(points: Sequence[Point]) -> list[list[int]]:

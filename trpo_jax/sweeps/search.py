@@ -1,14 +1,8 @@
-"""Search for settings: Optuna proposes batches of trials, one compiled program trains them, the worse half stops.
-
-Every trial of a batch trains for a quarter of its iterations; the better half goes on to a half, and the better half
-of those to the end (successive halving, Jamieson & Talwalkar 2016). Programs are as wide as the last stage, so that
-stopping early really saves time.
-"""
+"""Search for settings: Optuna proposes batches of trials, which successive halving trains."""
 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import itertools
 import json
 import os
@@ -16,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from trpo_jax.config_pytree import Config
@@ -27,41 +20,16 @@ from trpo_jax.runs.continuing import continue_run
 from trpo_jax.runs.descriptions import in_json, made_by
 from trpo_jax.runs.folders import Run, create_run, open_run
 from trpo_jax.runs.learning_curve import plot_learning_curve
-from trpo_jax.runs.runner import agent_keys
 from trpo_jax.sentences import UsageError, counted
 from trpo_jax.settings import cast, checked_settings, read_toml, settings_of, with_length
-from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, training_return
-from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, checked_spec, draws_whole, make_point, static_part
-from trpo_jax.sweeps.iqm import interquartile_mean
-from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs
+from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, checked_spec, draws_whole, make_point
+from trpo_jax.sweeps.halving import NO_EPISODE, NOT_FINITE, Trial, run_batch
+from trpo_jax.sweeps.placement import Programs
 from trpo_jax.sweeps.studies import Study, open_study
 from trpo_jax.training.agents import make_agent
 
-_RUNGS = 0.25, 0.5, 1.0  # shares of the iterations after which the worse half stops
-_KEPT_PROGRAMS = 8  # compiled programs kept for their next use; each takes some 2,000 of a process's 65,530 maps
 _COMBINATIONS = 64  # of first and last values that are tried before a search is refused
 _CONTINUES = "what is told is safe, and the same command continues when the folder can be written to"
-_NO_EPISODE = "no episode ended"
-_NOT_FINITE = "a number was not finite"
-
-
-@dataclasses.dataclass
-class Trial:
-    """A trial in progress.
-
-    Attributes:
-      asked: Optuna's trial.
-      config: its `Config`; None if its settings do not go together.
-      snapshot: of its S agents; None before the first iteration, and after it has stopped.
-      score: IQM over its agents after the last stage that it reached.
-      why: the reason, if it has no score.
-    """
-
-    asked: Any
-    config: Any
-    snapshot: Any = None
-    score: float = float("nan")
-    why: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +101,7 @@ def tune(
                 break
             with study.at_work():
                 trials = [_make_trial(asked, spec, space) for asked in study.ask(min(batch, count - told))]
-            pruned = _run_batch(study, spec, trials, programs)
+            pruned = run_batch(study, spec, trials, programs)
         if not best:
             raise UsageError(_why_no_score(study, path, told))
     return file, best.value
@@ -203,8 +171,8 @@ def _why_no_score(study: Study, path: str | os.PathLike[str], told: int) -> str:
         reasons = study.reasons().most_common()
     happened = ", ".join(f"{why} ({number} of {told})" for why, number in reasons) or f"all {told} stopped early"
     mend = {
-        _NO_EPISODE: "raise total_steps, or evaluate with num_episodes",
-        _NOT_FINITE: "move the distributions in [random] to smaller steps, or check the environment",
+        NO_EPISODE: "raise total_steps, or evaluate with num_episodes",
+        NOT_FINITE: "move the distributions in [random] to smaller steps, or check the environment",
     }.get(reasons[0][0] if reasons else "", "move the distributions in [random]")
     return f"no trial in {path} has a score: {happened}; {mend}, and choose another --output."
 
@@ -227,104 +195,3 @@ def _suggest(trial: Any, name: str, distribution: Mapping[str, Any], env: str | 
     if draws_whole(name, env):
         return trial.suggest_int(name, *(round(value) for value in values), log=kind == "log_uniform")
     return trial.suggest_float(name, *values, log=kind == "log_uniform")
-
-
-def _run_batch(study: Study, spec: Spec, trials: list[Trial], programs: dict[Any, Programs]) -> int:
-    """Train a batch by successive halving and record the results; return how many trials stopped early."""
-    alive = [trial for trial in trials if trial.config]
-    rungs = _distinct_rungs(min((trial.config.num_iterations for trial in alive), default=1))
-    for rung in rungs:
-        _train_groups(spec, alive, rung, len(rungs), programs)
-        alive = [trial for trial in alive if trial.snapshot]
-        for trial in alive:
-            if rung < 1:
-                trial.score = float(interquartile_mean(_returns(trial.snapshot)))
-            why = _NOT_FINITE if failed_iteration(trial.snapshot.metrics).any() else _NO_EPISODE
-            trial.why = "" if np.isfinite(trial.score) else why
-        with study.at_work():
-            for trial in alive:
-                if np.isfinite(trial.score):
-                    trial.asked.report(trial.score, step=trial.snapshot.done)
-        if rung < 1 and any(np.isfinite(trial.score) for trial in alive):  # else nothing is known yet
-            alive.sort(key=lambda trial: -np.nan_to_num(trial.score, nan=-np.inf))
-            keep = -(-len(alive) // 2)
-            for trial in alive[keep:]:
-                trial.snapshot = None
-            alive = alive[:keep]
-    done = {trial.asked.number for trial in alive if np.isfinite(trial.score)}
-    with study.at_work():
-        for trial in trials:
-            if trial.why:
-                trial.asked.set_user_attr("why", trial.why)
-        study.tell([(t.asked, t.score if t.asked.number in done else None) for t in trials])
-    return len(trials) - len(alive)
-
-
-def _train_groups(spec: Spec, alive: list[Trial], rung: float, num_rungs: int, programs: dict[Any, Programs]) -> None:
-    """Train all trials to a share of their iterations, in groups that share a program.
-
-    Groups whose programs are compiled come first. Then a new program replaces the least recently used one: a process
-    can hold only so many.
-    """
-    groups: dict[Any, list[Trial]] = {}
-    for trial in alive:
-        groups.setdefault(static_part(trial.config), []).append(trial)
-    for shape in sorted(groups, key=lambda shape: shape not in programs):
-        if shape not in programs:
-            while len(programs) >= _KEPT_PROGRAMS:
-                del programs[next(iter(programs))]
-                jax.clear_caches()  # its traces, some 4 MB each
-                gc.collect()  # the program and its traces refer to each other
-            try:
-                programs[shape] = _compile(spec, groups[shape], num_rungs)
-            except UsageError as error:  # it does not fit into memory
-                for trial in groups[shape]:
-                    trial.why, trial.snapshot = str(error).rstrip("."), None
-                continue
-        programs[shape] = programs.pop(shape)  # the last was used last
-        _train_until(programs[shape], spec, groups[shape], rung)
-
-
-def _returns(snapshot: Snapshot) -> np.ndarray:
-    """The scores that rank agents before the end: the last evaluation, or else the training return. [A]."""
-    judged = snapshot.eval_return
-    return judged[:, -1] if judged is not None and judged.shape[1] else training_return(snapshot.metrics)
-
-
-def _distinct_rungs(num_iterations: int) -> list[float]:
-    """The shares that end after different iterations: one iteration must not rank the trials twice."""
-    return list({_end(rung, num_iterations): rung for rung in _RUNGS}.values())
-
-
-def _end(rung: float, num_iterations: int) -> int:
-    return max(1, round(rung * num_iterations))
-
-
-def _compile(spec: Spec, group: list[Trial], num_rungs: int) -> Programs:
-    """Compile programs as wide as the trials that reach the last stage."""
-    devices = jax.local_devices()
-    last = -(-len(group) // 2 ** (num_rungs - 1))
-    most = agents_per_block(last * spec.num_seeds, len(devices))
-    return fit_programs(group[0].config, most, spec.num_episodes, devices)
-
-
-def _train_until(programs: Programs, spec: Spec, group: list[Trial], rung: float) -> None:
-    """Train every trial of a group to a share of its iterations; at the end, score it."""
-    seeds = spec.num_seeds
-    keys = agent_keys(TUNING_SEEDS + spec.seed, seeds)[np.tile(np.arange(seeds), len(group))]
-    configs = [trial.config for trial in group for _ in range(seeds)]
-    before = join([trial.snapshot for trial in group]) if group[0].snapshot else None
-    snapshots, scores = [], []
-    for first in range(0, len(configs), programs.width):
-        part = slice(first, first + programs.width)
-        cohort = Cohort(programs, configs[part], keys[part], before.take(part) if before else None)
-        cohort.train(_end(rung, group[0].config.num_iterations))
-        snapshots.append(cohort.snapshot())
-        if rung == 1:
-            scores.append(cohort.evaluate() if spec.num_episodes else _returns(snapshots[-1]))
-    after = join(snapshots)
-    for i, trial in enumerate(group):
-        mine = slice(i * seeds, (i + 1) * seeds)
-        trial.snapshot = after.take(mine)
-        if rung == 1:
-            trial.score = float(interquartile_mean(np.concatenate(scores)[mine]))

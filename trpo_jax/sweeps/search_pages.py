@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from trpo_jax.files import name_of, write_atomically
-from trpo_jax.sentences import counted
+from trpo_jax.files import write_atomically
+from trpo_jax.sentences import counted, name_of
 from trpo_jax.sweeps.drawing import (
     heading,
     html_table,

@@ -12,52 +12,36 @@ Every file is written under another name and renamed, so that it is either compl
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config_pytree import Config
-from trpo_jax.env_args import PREFIX
-from trpo_jax.files import BLANK_SEAL, as_path, is_intact, locked, say, sealed, write_atomically
-from trpo_jax.runs.descriptions import check_equal, in_json, is_begun, origin, read_table, restore_or_anew, write_table
-from trpo_jax.sentences import UsageError, counted, first_line
+from trpo_jax.files import as_path, locked, write_atomically
+from trpo_jax.runs.descriptions import (
+    check_equal,
+    in_json,
+    is_begun,
+    origin,
+    read_table,
+    restore_or_anew,
+    write_table,
+)
+from trpo_jax.sentences import UsageError, counted, first_line, say
 from trpo_jax.sweeps.cohorts import Snapshot, blank
 from trpo_jax.sweeps.grids import Spec
-from trpo_jax.sweeps.plans import SHARED, earlier_forms, extended, own_part
+from trpo_jax.sweeps.plans import SHARED, Block, earlier_forms, extended, own_part
+from trpo_jax.sweeps.rows import encode_rows, read_rows, with_common_types
 from trpo_jax.training.checkpoints import Checkpoints, read, save, sound_note, without_mend
 from trpo_jax.training.loop import init
 from trpo_jax.training.state import TrainState
 
 _CONTINUES = "what is finished is safe, and the same command continues when the folder can be written to"
-
-
-class Block(NamedTuple):
-    """Agents that one device trains in one program: those from `first` up to `last` of a group."""
-
-    group: int
-    number: int
-    first: int
-    last: int
-
-    def __str__(self) -> str:
-        return f"{self.group:02d}-{self.number:04d}"
-
-    @property
-    def size(self) -> int:
-        """Number of agents."""
-        return self.last - self.first
-
-
-def cut_into_blocks(num_agents: int, group: int, most: int) -> list[Block]:
-    """Cut a group into blocks of at most `most` agents."""
-    starts = range(0, num_agents, most)
-    return [Block(group, i, first, min(first + most, num_agents)) for i, first in enumerate(starts)]
 
 
 class Folder:
@@ -105,6 +89,24 @@ class Folder:
         if not sound or type(found.get("num_episodes", 0)) is not int:
             raise UsageError(f"{file} is damaged (made_by, before or num_episodes); {restore_or_anew('sweep')}.")
         return found
+
+    def check_rounding(self, here: Mapping[str, Any]) -> None:
+        """Raise `UsageError` if last bits differ from those of the sweep so far; report what else may change them.
+
+        Args:
+          here: the versions that go on with it.
+        """
+        begun = self.description().get("made_by", {})
+        mends = {"threads": "set NPROC={}, and --num-devices to no more", "devices": "give --num-devices {}"}
+        for name, mend in mends.items():
+            if name in begun and name in here and begun[name] != here[name]:
+                raise UsageError(
+                    f"{self.path} was started with {counted(begun[name], name[:-1])}, but here there would be "
+                    f"{here[name]}, which rounds differently; {mend.format(begun[name])}."
+                )
+        others = [f"{name} {begun[name]}" for name in here if name in begun and begun[name] != here[name]]
+        if others:
+            say(f"{self.path} was started with {', '.join(others)}; the remaining agents may be rounded differently.")
 
     def _mark(self, block: Block | str) -> str:
         """The stamp in each file of a block: its sweep and the block."""
@@ -157,7 +159,7 @@ class Folder:
         if not file.exists():
             return False
         try:
-            rows = _read_rows(file, ["point"])
+            rows = read_rows(file, ["point"])
         except UsageError as error:
             say(f"{error} Its agents are trained again.")
             return False
@@ -177,14 +179,7 @@ class Folder:
 
     def write_results(self, block: Block, columns: dict[str, Any]) -> None:
         """Write a block's rows and remove its checkpoints."""
-        import pyarrow as pa
-        import pyarrow.parquet as parquet
-
-        table = pa.table({name: _column(values) for name, values in columns.items()})
-        about = {"of": self._mark(block), "checksum": BLANK_SEAL}
-        data = io.BytesIO()
-        parquet.write_table(table.replace_schema_metadata(about), data, compression="zstd")
-        write_atomically(self._result_file(block), sealed(data.getvalue()), _CONTINUES)
+        write_atomically(self._result_file(block), encode_rows(columns, self._mark(block)), _CONTINUES)
         self._finished.add(block)
         self._checkpoints(block).drop()
 
@@ -198,7 +193,7 @@ class Folder:
         tables, others = [], []
         for file in sorted((self.path / "results").glob("[0-9]*.parquet")):
             try:
-                rows = _read_rows(file, columns)
+                rows = read_rows(file, columns)
             except UsageError as error:
                 say(f"{error} It is skipped; `trpo-jax sweep` trains its agents again.")
                 continue
@@ -213,7 +208,7 @@ class Folder:
         if not tables:
             return None
         try:
-            table = pa.concat_tables(_with_common_types(tables), promote_options="permissive")
+            table = pa.concat_tables(with_common_types(tables), promote_options="permissive")
         except pa.ArrowException as error:
             raise UsageError(f"results in {self.path} are from different versions ({first_line(error)}).") from error
         for name in set(columns or ()) - set(table.column_names):
@@ -281,50 +276,3 @@ class Folder:
             say(f"{without_mend(error)}; its agents are trained again.")
             return None
         return Snapshot(*saved.state) if saved else None
-
-
-def _read_rows(file: Path, columns: list[str] | None = None) -> Any:
-    """Read a block's rows as a pyarrow table; raise `UsageError` if they were changed."""
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    try:
-        data = file.read_bytes()
-        if not is_intact(data):
-            raise OSError("it was changed since it was written")
-        return parquet.ParquetFile(io.BytesIO(data)).read(columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"{file} is damaged ({first_line(error)}).") from error
-
-
-def _with_common_types(tables: list[Any]) -> list[Any]:
-    """Let the columns of an environment setting that has numbers in some tables and words in others be text in all."""
-    import pyarrow as pa
-
-    kinds: dict[str, set[Any]] = {}
-    for table in tables:
-        for field in table.schema:
-            if field.name.startswith(PREFIX) and not pa.types.is_null(field.type):
-                kinds.setdefault(field.name, set()).add(field.type)
-    is_number = lambda kind: pa.types.is_integer(kind) or pa.types.is_floating(kind)  # noqa: E731
-    mixed = {name for name, found in kinds.items() if len(found) > 1 and not all(map(is_number, found))}
-
-    def cast(table: Any) -> Any:
-        fields = [field.with_type(pa.string()) if field.name in mixed else field for field in table.schema]
-        return table.cast(pa.schema(fields)) if mixed & set(table.column_names) else table
-
-    return [cast(table) for table in tables]
-
-
-def _column(values: Any) -> Any:
-    """Make a column from one value per agent (masked: none), or from one list per agent."""
-    import pyarrow as pa
-
-    if isinstance(values, pa.Array):
-        return values
-    if isinstance(values, np.ndarray) and values.ndim == 2:
-        offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
-        return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)))
-    if isinstance(values, np.ma.MaskedArray):
-        return pa.array(values.data, mask=np.ma.getmaskarray(values))
-    return pa.array(values)

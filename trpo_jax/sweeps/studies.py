@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from trpo_jax.files import as_path, is_fresh, locked, name_of, read_json, write_atomically
+from trpo_jax.files import as_path, is_fresh, locked, read_json, write_atomically
 from trpo_jax.runs.descriptions import check_equal, in_json, write_table
-from trpo_jax.sentences import UsageError, first_line, shown
+from trpo_jax.sentences import UsageError, first_line, name_of, shown
 from trpo_jax.sweeps.grids import Spec
 
 _ASKED_FOR = "sweep"  # attribute of a study: the settings of the search, without the number of trials

@@ -14,8 +14,8 @@ from trpo_jax.config import Config
 from trpo_jax.env_args import PREFIX
 from trpo_jax.environments.base import Box, Discrete, Environment, key_shape
 from trpo_jax.environments.entries import MASK, chosen
+from trpo_jax.environments.hidden_entries import keep_entries
 from trpo_jax.environments.make import environment_of
-from trpo_jax.environments.wrappers import keep_entries
 from trpo_jax.fields import AUTO
 from trpo_jax.networks.default import make_policy, make_value, make_value_head
 from trpo_jax.networks.recurrent import Network, RecurrentNetwork, lift

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config_pytree import Config
-from trpo_jax.files import WRITABLE, as_path, say, write_atomically
-from trpo_jax.sentences import UsageError, shown
+from trpo_jax.files import WRITABLE, as_path, write_atomically
+from trpo_jax.sentences import UsageError, say, shown
 from trpo_jax.steps.types import PyTree
 from trpo_jax.training.loop import init
 
