@@ -406,7 +406,8 @@ def plot(record: dict[str, Any], file: Path) -> None:
     methods = list(dict.fromkeys(task["method"] for task in record["tasks"]))
     columns = min(3 if len(names) <= 6 else 5, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(3.0 * columns, 2.5 * rows + 0.3), layout="constrained")
+    size = max(3.0 * columns, 5.0), 2.5 * rows + 0.3  # the legend needs this width
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for task in record["tasks"]:
         axes, colour = grid[names.index(task["name"])], f"C{methods.index(task['method'])}"
