@@ -296,7 +296,7 @@ def test_what_is_no_path_is_one_sentence(path):
             use()
 
 
-@pytest.mark.parametrize("leaf", [3, 2.5, "text", None.__class__, np.array(["a"]), np.array([None])], ids=repr)
+@pytest.mark.parametrize("leaf", [3, 2.5, "text", object, np.array(["a"]), np.array([None])], ids=repr)
 def test_a_checkpoint_holds_arrays_alone(leaf, tmp_path):
     with pytest.raises(UsageError, match=r"holds arrays of numbers, but \['a'\] is"):
         save(tmp_path / "x.npz", {"a": leaf})

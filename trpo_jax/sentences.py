@@ -1,4 +1,4 @@
-"""Messages about bad input: `UsageError`, the words of its sentence, and checks of numbers."""
+"""Messages: `UsageError`, the words of its sentence, checks of numbers, and what reaches the terminal."""
 
 from __future__ import annotations
 

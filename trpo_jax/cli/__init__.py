@@ -10,8 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from trpo_jax.cli import commands, sweep_commands, train_commands
-from trpo_jax.cli.arguments import flags_of, make_parser
-from trpo_jax.cli.flag_types import check_arguments
+from trpo_jax.cli.arguments import check_arguments, flags_of, make_parser
 from trpo_jax.sentences import UsageError, drop_output, first_line, nearest, say, shown
 from trpo_jax.settings import trusting
 

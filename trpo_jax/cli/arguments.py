@@ -12,7 +12,8 @@ from trpo_jax import __version__
 from trpo_jax.cli.flag_types import env_arg, moved, whole, whole_numbers
 from trpo_jax.config import Config
 from trpo_jax.fields import as_text
-from trpo_jax.sentences import UsageError
+from trpo_jax.sentences import UsageError, check_limits
+from trpo_jax.settings import SETTINGS, check_names_module
 
 BENCHMARK = {"num_envs": 64}  # defaults of `benchmark` that differ from those of `Config`
 
@@ -287,3 +288,16 @@ def flags_of(parser: argparse.ArgumentParser, command: str) -> list[str]:
     """The flags of a command."""
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     return [flag for action in commands.choices[command]._actions for flag in action.option_strings]
+
+
+def check_arguments(namespace: argparse.Namespace) -> None:
+    """Check the arguments that are not settings: the range of numbers, and that no text contains a NUL."""
+    numbers = {name: value for name, value in vars(namespace).items() if name not in SETTINGS}
+    for number in numbers.pop("num_agents", ()):
+        check_limits({"num_agents": number})
+    check_limits(numbers)
+    for env in getattr(namespace, "trust", ()):
+        check_names_module(env, "--trust")
+    for name, value in vars(namespace).items():
+        if isinstance(value, str) and "\0" in value:
+            raise UsageError(f"{name} must not contain the character NUL, got {value[:60]!r}.")

@@ -1,4 +1,4 @@
-"""What the text of a flag stands for, and whether it may: a value, or a sentence that says what is wrong with it."""
+"""What the text of a flag stands for: a value, or a sentence that says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import contextlib
 from typing import Any, NoReturn
 
 from trpo_jax.env_args import PREFIX
-from trpo_jax.sentences import UsageError, check_limits
-from trpo_jax.settings import SETTINGS, check_names_module
 
 
 def whole(text: str) -> int:
@@ -42,16 +40,3 @@ def env_arg(text: str) -> tuple[str, Any]:
 def moved(_: str) -> NoReturn:
     """Refuse a flag of an earlier version."""
     raise argparse.ArgumentTypeError("other libraries are compared by `python experiments/throughput/run.py` instead")
-
-
-def check_arguments(namespace: argparse.Namespace) -> None:
-    """Check the arguments that are not settings: the range of numbers, and that no text contains a NUL."""
-    numbers = {name: value for name, value in vars(namespace).items() if name not in SETTINGS}
-    for number in numbers.pop("num_agents", ()):
-        check_limits({"num_agents": number})
-    check_limits(numbers)
-    for env in getattr(namespace, "trust", ()):
-        check_names_module(env, "--trust")
-    for name, value in vars(namespace).items():
-        if isinstance(value, str) and "\0" in value:
-            raise UsageError(f"{name} must not contain the character NUL, got {value[:60]!r}.")

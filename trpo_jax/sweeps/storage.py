@@ -165,12 +165,9 @@ class Folder:
             return False
         if rows.num_rows != block.size or not self._is_ours(rows, block):
             raise UsageError(f"{file} holds other agents than it should; restore it, or choose another --output.")
-        if self._keeps():
-            try:
-                self._check_states(block)
-            except FileNotFoundError as error:
-                say(f"{error}. Its agents are trained again.")
-                return False
+        if self._keeps() and not self._has_states(block):
+            say(f"{self._states_file(block)} is missing or damaged. Its agents are trained again.")
+            return False
         self._finished.add(block)
         return True
 
@@ -231,10 +228,8 @@ class Folder:
         file = self._states_file(block)
         if not self._keeps():
             raise UsageError(f"{self.path} keeps no trained states; sweep with --keep best or all into another folder.")
-        try:
-            self._check_states(block)
-        except FileNotFoundError as error:
-            raise UsageError(f"{error}; run the command of the sweep again to restore it.") from None
+        if not self._has_states(block):
+            raise UsageError(f"{file} is missing or damaged; run the command of the sweep again to restore it.")
         like = {"agent": jax.ShapeDtypeStruct((), np.int32), "state": jax.eval_shape(init, config, jax.random.key(0))}
         found, _ = read(file, like)
         one = lambda i: jax.tree.map(lambda leaf: jnp.asarray(leaf[i]), found["state"])  # noqa: E731
@@ -243,14 +238,13 @@ class Folder:
     def _keeps(self) -> bool:
         return bool(self.description().get("keep", "none") != "none")
 
-    def _check_states(self, block: Block) -> None:
-        """Raise `FileNotFoundError` unless a block's states are there and sound, `UsageError` if they are another's."""
+    def _has_states(self, block: Block) -> bool:
+        """Whether a block's states are there and sound; raise `UsageError` if they are those of other agents."""
         file = self._states_file(block)
         note = sound_note(file)
-        if note is None:
-            raise FileNotFoundError(f"{file} is missing or damaged")
-        if not isinstance(note, dict) or note.get("of") != self._mark(block):
+        if note is not None and note.get("of") != self._mark(block):
             raise UsageError(f"{file} holds other agents than it should; restore it, or choose another --output.")
+        return note is not None
 
     def _states_file(self, block: Block) -> Path:
         return self.path / "states" / f"{block}.npz"
