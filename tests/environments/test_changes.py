@@ -1,23 +1,27 @@
 """Wrappers by name, and settings of an environment that are drawn for each episode."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
 
+import trpo_jax
 from trpo_jax import Config, UsageError, evaluate, hide_entries, init, make_environment, stack_frames, sweep, train
 from trpo_jax.cli import main
+from trpo_jax.environments.changes import apply_wrappers
 from trpo_jax.environments.make import environment_of
 from trpo_jax.fields import parse_ranges
 from trpo_jax.runs.folders import open_run
 
-pytestmark = pytest.mark.long
+long = pytest.mark.long
 
 SMALL = {"num_envs": 4, "num_steps": 16, "num_iterations": 2, "cg_iterations": 2}
 BOTH = "hide_entries=1,3 stack_frames=2"
 
 
+@long
 def test_wrappers_by_name_are_those_by_hand():
     by_hand = stack_frames(hide_entries(make_environment("CartPole-v1"), [1, 3]), 2)
     named = Config(**SMALL, wrappers=BOTH)
@@ -26,6 +30,28 @@ def test_wrappers_by_name_are_those_by_hand():
     key = jax.random.key(0)
     results = [jax.jit(train)(config, key) for config in (named, Config(**SMALL, env=by_hand))]
     assert probes.same_bits(*results)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("stack_frames", 2),
+        ("repeat_actions", 3),
+        ("limit_steps", 5),
+        ("flatten_observations", None),
+        ("append_time", None),
+        ("cache_resets", None),
+        ("hide_entries", [0, -1]),
+    ],
+)
+def test_each_wrapper_has_its_name(name, value):
+    base, wrap = make_environment("CartPole-v1"), getattr(trpo_jax, name)
+    by_hand = wrap(base) if value is None else wrap(base, value)
+    text = ",".join(str(one) for one in np.ravel(value)) if value is not None else ""
+    named = apply_wrappers(base, f"{name}={text}" if text else name)
+    assert (named.observation_shape, named.max_steps) == (by_hand.observation_shape, by_hand.max_steps)
+    one, other = (jax.eval_shape(environment.reset, jax.random.key(0)) for environment in (named, by_hand))
+    chex.assert_trees_all_equal_shapes_and_dtypes(one, other)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +99,7 @@ def test_ranges_are_drawn_for_each_episode_of_each_environment():
     assert after.state[1] == drawn
 
 
+@long
 def test_a_range_of_one_value_is_that_value_and_evaluation_is_without_unless_asked():
     key = jax.random.key(1)
     one = Config(**SMALL, env="Pendulum-v1", randomize={"g": [10.0, 10.0]})
@@ -89,6 +116,7 @@ def test_a_range_of_one_value_is_that_value_and_evaluation_is_without_unless_ask
     assert (returns["plain"] != returns["asked"]).any()
 
 
+@long
 def test_settings_that_are_traced_go_with_ranges_and_wrappers():
     config = Config(**SMALL, env_args={"gravity": 9.8}, randomize={"length": [0.4, 0.6]}, wrappers="stack_frames=2")
     result = sweep(config.replace(env_args={}), {"env.gravity": [5.0, 20.0]}, jax.random.key(0), num_episodes=2)
@@ -121,6 +149,7 @@ def test_what_cannot_be_drawn_is_one_sentence(changes, message):
     assert parse_ranges("a=1..2 b=-1e-3..0") == {"a": (1, 2), "b": (-1e-3, 0)}
 
 
+@long
 def test_a_run_keeps_them(tmp_path, capsys):
     file = tmp_path / "settings.toml"
     file.write_text(f'wrappers = "{BOTH}"\nnum_envs = 2\nnum_steps = 16\nrandomize = {{ gravity = [5, 20] }}\n')
@@ -143,6 +172,7 @@ def double_mass(model, keys):
     return model.tree_replace({"link.inertia.mass": jax.vmap(draw)(keys)}), axes
 
 
+@long
 @pytest.mark.filterwarnings("default")  # the suite's own
 def test_a_randomization_fn_of_brax_passes_through():
     pytest.importorskip("brax", reason="needs the extra brax")

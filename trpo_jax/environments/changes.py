@@ -8,14 +8,29 @@ from typing import Any
 
 import jax
 
-from trpo_jax.environments import wrappers
 from trpo_jax.environments.base import Array, Environment, PyTree, Step, render_inner
+from trpo_jax.environments.hidden_entries import hide_entries
+from trpo_jax.environments.wrappers import (
+    append_time,
+    cache_resets,
+    flatten_observations,
+    limit_steps,
+    repeat_actions,
+    stack_frames,
+)
 from trpo_jax.fields import NONE
 from trpo_jax.sentences import UsageError, shown
 
-_WITH_NUMBER = ("stack_frames", "repeat_actions", "limit_steps")
-_ALONE = ("flatten_observations", "append_time", "cache_resets")
-_NAMES = (*_WITH_NUMBER, *_ALONE, "hide_entries")
+# Each wrapper with an example of its value, as it is written; None where it takes none.
+_WRAPPERS: dict[str, tuple[Callable[..., Environment], str | None]] = {
+    "stack_frames": (stack_frames, "4"),
+    "repeat_actions": (repeat_actions, "4"),
+    "limit_steps": (limit_steps, "4"),
+    "flatten_observations": (flatten_observations, None),
+    "append_time": (append_time, None),
+    "cache_resets": (cache_resets, None),
+    "hide_entries": (hide_entries, "1,3"),
+}
 
 
 def apply_wrappers(environment: Environment, text: str) -> Environment:
@@ -26,13 +41,13 @@ def apply_wrappers(environment: Environment, text: str) -> Environment:
     """
     for part in [] if text == NONE else text.split():
         name, equals, value = part.partition("=")
-        if name not in _NAMES:
-            raise UsageError(f"wrappers cannot be {shown(name)}; choose among {', '.join(_NAMES)}.")
-        if bool(equals) != (name not in _ALONE):
-            form = name if name in _ALONE else f"{name}={'1,3' if name == 'hide_entries' else 4}"
+        if name not in _WRAPPERS:
+            raise UsageError(f"wrappers cannot be {shown(name)}; choose among {', '.join(_WRAPPERS)}.")
+        wrap, example = _WRAPPERS[name]
+        if bool(equals) != (example is not None):
+            form = f"{name}={example}" if example else name
             raise UsageError(f"wrappers must have the form {form}, got {shown(part)}.")
-        arguments = [] if name in _ALONE else [_value(name, value)]
-        environment = getattr(wrappers, name)(environment, *arguments)
+        environment = wrap(environment, _value(name, value)) if equals else wrap(environment)
     return environment
 
 
