@@ -169,7 +169,9 @@ def _add_sweep_commands(commands: Any) -> None:
         "--agents-per-device", type=whole, help="agents per device in one program (default: as memory allows)"
     )
     sweep.add_argument(
-        "--num-devices", type=whole, help="CPU only: number of devices to make of it (default: one per core)"
+        "--num-devices",
+        type=whole,
+        help="CPU only: devices, or processes for Python environments (default: one per core)",
     )
     _add_trust(sweep)
     _add_sinks(sweep)

@@ -197,7 +197,7 @@ def print_outline(console: Console, file: str, outline: Sequence[Outline], keep:
             str(entry.group.configs[0].env),
             str(len(entry.group.points)),
             f"{entry.group.num_agents:,}",
-            f"{entry.programs.num_devices} x {entry.programs.agents_per_block}",
+            f"{entry.num_devices} x {entry.programs.agents_per_block}",
             str(entry.num_runs),
             f"{entry.group.num_agents * entry.group.steps_per_agent:,}",
             f"{entry.programs.memory / 2**20:,.1f} MiB",

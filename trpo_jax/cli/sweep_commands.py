@@ -8,6 +8,7 @@ import json
 import math
 import shlex
 from pathlib import Path
+from typing import Any
 
 from trpo_jax.cli.choices import opener_of, tell_idle
 from trpo_jax.cli.startup import start_quickly, use_every_core
@@ -21,10 +22,11 @@ def sweep(namespace: argparse.Namespace) -> int:
     use_every_core(output / "sweep.json", namespace.num_devices)
     start_quickly()
     from trpo_jax.cli.displays import LiveLine, make_console, print_outline, sweep_status
+    from trpo_jax.cli.helpers import Helpers
     from trpo_jax.sweeps.dry_run import outline
     from trpo_jax.sweeps.grids import read_spec
     from trpo_jax.sweeps.in_folder import run_sweep
-    from trpo_jax.sweeps.placement import connect_hosts
+    from trpo_jax.sweeps.placement import connect_hosts, useful_processes
     from trpo_jax.sweeps.plans import plan
 
     console = make_console(expendable=not namespace.dry_run)
@@ -32,13 +34,21 @@ def sweep(namespace: argparse.Namespace) -> int:
     spec = dataclasses.replace(spec, keep=namespace.keep or spec.keep)
     if namespace.dry_run:
         with LiveLine(console, 1.0, seconds=0) as line:
-            programs = outline(spec, most_agents=namespace.agents_per_device, report=line.show)
+            programs = outline(
+                spec,
+                most_agents=namespace.agents_per_device,
+                num_processes=namespace.num_processes,
+                report=line.show,
+            )
         print_outline(console, namespace.file, programs, spec.keep)
         return 0
     process = connect_hosts(namespace.coordinator, namespace.num_processes, namespace.process_id)
     points, groups = planned = plan(spec)
+    own = useful_processes(groups) if namespace.num_processes is None and process[1] == 1 else 1
+    process = (0, own) if own > 1 else process
     tell_idle({**spec.base, **points[0].varied}, [point.config for point in points], namespace.file)
     where = f", process {process[0]} of {process[1]}" if process[1] > 1 else ""
+    where = f", {own} processes" if own > 1 else where
     console.print(
         f"{counted(len(points), 'point')} x {counted(spec.num_seeds, 'seed')} = "
         f"{counted(len(points) * spec.num_seeds, 'agent')}, {counted(len(groups), 'program')}{where}. Compiling …",
@@ -47,18 +57,21 @@ def sweep(namespace: argparse.Namespace) -> int:
     open_sinks = opener_of(namespace, output)
     for _, close in open_sinks("", {}):  # a missing package is reported before anything is trained
         close()
-    with LiveLine(console, 1.0, seconds=5) as line:
-        ending = run_sweep(
-            output,
-            spec,
-            process=process,
-            checkpoint_seconds=namespace.checkpoint_seconds,
-            most_agents=namespace.agents_per_device,
-            report=lambda progress: line.show(progress.clock.done / progress.clock.total, sweep_status(progress)),
-            open_sinks=open_sinks,
-            extend=namespace.extend,
-            planned=planned,
-        )
+    with Helpers(_words_of_helpers(namespace, output), own) as helpers:
+        with LiveLine(console, 1.0, seconds=5) as line:
+            ending = run_sweep(
+                output,
+                spec,
+                process=process,
+                checkpoint_seconds=namespace.checkpoint_seconds,
+                most_agents=namespace.agents_per_device,
+                report=lambda progress: line.show(progress.clock.done / progress.clock.total, sweep_status(progress)),
+                open_sinks=open_sinks,
+                extend=namespace.extend,
+                planned=planned,
+            )
+        if own > 1 and ending != "interrupted":
+            ending = helpers.finish()
     if ending == "complete":
         return _show_report(output, expendable=True)
     if ending == "interrupted":
@@ -67,6 +80,24 @@ def sweep(namespace: argparse.Namespace) -> int:
     again = command("report", output, env=next(iter(namespace.trust), None))
     console.print(f"This process is done; {again} shows the results of all.", soft_wrap=True)
     return 0
+
+
+def _words_of_helpers(namespace: argparse.Namespace, output: Path) -> list[str]:
+    """The command of this sweep for its helpers, which see as many devices, so that they round alike."""
+    import jax
+
+    given: dict[str, Any] = {
+        "--output": output,
+        "--keep": namespace.keep,
+        "--checkpoint-seconds": namespace.checkpoint_seconds,
+        "--agents-per-device": namespace.agents_per_device,
+        "--num-devices": jax.local_device_count(),
+        "--wandb-project": namespace.wandb_project,
+        "--wandb-name": namespace.wandb_name,
+    }
+    flags = [f"{name}={value}" for name, value in given.items() if value is not None]
+    flags += [f"--trust={env}" for env in namespace.trust] + [f"--log={kind}" for kind in namespace.log]
+    return [*flags, *(["--extend"] if namespace.extend else []), "--", namespace.file]
 
 
 def report(namespace: argparse.Namespace) -> int:

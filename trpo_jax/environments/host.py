@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.environments.base import Array, Box, Space, Step, zero_action
+from trpo_jax.environments.base import Array, Box, Environment, Space, Step, key_shape, zero_action
 from trpo_jax.environments.checks import describe_error
 from trpo_jax.sentences import UsageError
 
@@ -228,6 +228,13 @@ def _close_all(live: dict[bytes, list[Any]]) -> None:
     while live:
         for env in live.popitem()[1]:
             _close(env)
+
+
+def runs_on_host(environment: Environment) -> bool:
+    """Whether an environment, wrapped or not, runs in Python."""
+    _, state = jax.eval_shape(environment.reset, key_shape())
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, HostState))
+    return any(isinstance(node, HostState) for node in nodes)
 
 
 def pure_functions(host: Host, space: Space, limit: int) -> tuple[Any, Any, Any]:

@@ -11,7 +11,7 @@ import jax
 from trpo_jax.settings import setting_names, value_of
 from trpo_jax.sweeps.cohorts import Cohort
 from trpo_jax.sweeps.grids import Spec
-from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs
+from trpo_jax.sweeps.placement import Programs, agents_per_block, devices_for, fit_programs, useful_processes
 from trpo_jax.sweeps.plans import Group, plan
 
 
@@ -27,6 +27,7 @@ class Outline(NamedTuple):
       compiling: compilation time just now, in seconds.
       static: the settings in which it differs from other groups.
       state_bytes: the size of an agent's trained state.
+      num_processes: processes that share the agents.
     """
 
     group: Group
@@ -36,25 +37,35 @@ class Outline(NamedTuple):
     compiling: float
     static: dict[str, Any]
     state_bytes: int
+    num_processes: int
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of all processes together."""
+        return self.programs.num_devices * self.num_processes
 
     @property
     def num_runs(self) -> int:
         """How often the devices are filled."""
-        return -(-self.group.num_agents // self.programs.width)
+        return -(-self.group.num_agents // (self.num_devices * self.programs.agents_per_block))
 
 
 def outline(
-    spec: Spec, most_agents: int | None = None, report: Callable[[float, str], None] = lambda share, doing: None
+    spec: Spec,
+    most_agents: int | None = None,
+    num_processes: int | None = None,
+    report: Callable[[float, str], None] = lambda share, doing: None,
 ) -> list[Outline]:
     """Outline a sweep. This compiles the programs, which the sweep then finds in the compilation cache.
 
     Args:
       spec: the sweep.
       most_agents: most agents per device in one program; None: as many as are useful.
+      num_processes: processes that share the agents; None: as many as a sweep here starts.
       report: called with the share that is done, and with the next step in words.
     """
     points, groups = plan(spec)
-    devices = jax.local_devices()
+    processes = num_processes or useful_processes(groups)
     names = setting_names(point.config for point in points)
     varied = [name for name in names if name != "env" and len({str(value_of(p.config, name)) for p in points}) > 1]
     found = []
@@ -62,7 +73,9 @@ def outline(
         which = f"program {number + 1} of {len(groups)}"
         report(number / len(groups), f"Compiling {which} …")
         started = time.perf_counter()
-        most = min(agents_per_block(group.num_agents, len(devices)), most_agents or group.num_agents)
+        devices = devices_for(group.configs[0])
+        useful = agents_per_block(group.num_agents, len(devices) * processes)
+        most = min(useful, most_agents or group.num_agents)
         programs = fit_programs(group.configs[0], most, spec.num_episodes, devices)
         compiling = time.perf_counter() - started
         report((number + 0.5) / len(groups), f"Timing {which}: two iterations and their evaluation …")
@@ -72,7 +85,7 @@ def outline(
         static = {name: value_of(group.configs[0], name) for name in same}
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(programs.states)) // programs.width
         sizes = programs._replace(start=None, train=None, judge=None, evaluate=None)
-        entry = Outline(group, sizes, seconds, judging, compiling, static, size)
+        entry = Outline(group, sizes, seconds, judging, compiling, static, size, processes)
         found.append(entry._replace(seconds=seconds * entry.num_runs, judging=judging * entry.num_runs))
     return found
 

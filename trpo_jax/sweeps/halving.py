@@ -19,7 +19,7 @@ from trpo_jax.sentences import UsageError
 from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, training_return
 from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, static_part
 from trpo_jax.sweeps.iqm import interquartile_mean
-from trpo_jax.sweeps.placement import Programs, agents_per_block, fit_programs
+from trpo_jax.sweeps.placement import Programs, agents_per_block, devices_for, fit_programs
 from trpo_jax.sweeps.studies import Study
 
 _RUNGS = 0.25, 0.5, 1.0  # shares of the iterations after which the worse half stops
@@ -120,7 +120,7 @@ def _end(rung: float, num_iterations: int) -> int:
 
 def _compile(spec: Spec, group: list[Trial], num_rungs: int) -> Programs:
     """Compile programs as wide as the trials that reach the last stage."""
-    devices = jax.local_devices()
+    devices = devices_for(group[0].config)
     last = -(-len(group) // 2 ** (num_rungs - 1))
     most = agents_per_block(last * spec.num_seeds, len(devices))
     return fit_programs(group[0].config, most, spec.num_episodes, devices)

@@ -23,7 +23,7 @@ from trpo_jax.sentences import UsageError, check_limits
 from trpo_jax.settings import settings_of
 from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, stopped_iteration, training_return
 from trpo_jax.sweeps.grids import Point, Spec, checked_spec
-from trpo_jax.sweeps.placement import Ahead, Programs, agents_per_block, fit_programs
+from trpo_jax.sweeps.placement import Ahead, Programs, agents_per_block, devices_for, fit_programs
 from trpo_jax.sweeps.plans import Block, Group, cut_into_blocks, plan
 from trpo_jax.sweeps.rows import settings_as_columns
 from trpo_jax.sweeps.storage import Folder
@@ -159,8 +159,10 @@ class _Work:
 
     def _request(self, number: int) -> tuple[Config, int, int, list[Any]]:
         """The arguments of `fit_programs` for a group."""
-        group, devices, settled = self.groups[number], jax.local_devices(), self.folder.program(number)
-        agents = settled["agents_per_block"] if settled else agents_per_block(group.num_agents, len(devices))
+        group, settled = self.groups[number], self.folder.program(number)
+        devices = devices_for(group.configs[0])
+        of_all = len(devices) * self.process[1]
+        agents = settled["agents_per_block"] if settled else agents_per_block(group.num_agents, of_all)
         return group.configs[0], min(agents, self.most_agents or agents), self.spec.num_episodes, devices
 
     def _compile_ahead(self, number: int) -> None:

@@ -17,7 +17,7 @@ from trpo_jax.sentences import UsageError, shown
 from trpo_jax.settings import TOTAL_STEPS
 from trpo_jax.sweeps.cohorts import Cohort, failed_iteration, from_host, to_host, training_return
 from trpo_jax.sweeps.grids import Spec, check_keep, check_numbers, make_points
-from trpo_jax.sweeps.placement import agents_per_block, fit_programs
+from trpo_jax.sweeps.placement import agents_per_block, devices_for, fit_programs
 from trpo_jax.sweeps.plans import make_groups
 from trpo_jax.training.devices import check_devices
 from trpo_jax.training.state import Metrics, TrainState, check_key
@@ -45,7 +45,7 @@ def sweep(
       num_seeds: S, agents per point.
       num_episodes: episodes with which each agent is evaluated at the end; 0: none.
       keep: which trained states to return: "none", that of the "best" agent of each point, or "all".
-      devices: where to run; by default all devices of this process.
+      devices: where to run; by default all devices of this process (one, if the environment runs in Python on a CPU).
 
     Returns:
       A `SweepResult` of NumPy arrays.
@@ -71,7 +71,7 @@ def sweep(
     base = {name: getattr(config, name) for name in names if name not in given}
     points = make_points(Spec(base=base, grid={name: list(values) for name, values in grid.items()}))
     groups = make_groups(points, jax.random.split(key, num_seeds))
-    devices = jax.local_devices() if devices is None else check_devices(devices)
+    chosen = None if devices is None else check_devices(devices)
     longest = max(group.num_iterations for group in groups)
     shape = len(points), num_seeds
     metrics: dict[str, Any] = {name: np.full((*shape, longest), np.nan, np.float32) for name in METRICS}
@@ -80,8 +80,9 @@ def sweep(
     eval_return = np.full((*shape, evaluations), np.nan, np.float32)
     kept = Kept(keep, len(points))
     for group in groups:
-        most = agents_per_block(group.num_agents, len(devices))
-        programs = fit_programs(group.configs[0], most, num_episodes, devices)
+        here = chosen or devices_for(group.configs[0])
+        most = agents_per_block(group.num_agents, len(here))
+        programs = fit_programs(group.configs[0], most, num_episodes, here)
         for first in range(0, group.num_agents, programs.width):
             last = first + programs.width
             cohort = Cohort(programs, group.configs[first:last], group.keys[first:last])

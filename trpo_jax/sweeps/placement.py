@@ -20,8 +20,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trpo_jax import backend
 from trpo_jax.config_pytree import Config
+from trpo_jax.environments.host import runs_on_host
+from trpo_jax.environments.make import environment_of
 from trpo_jax.runs.runner import CAPACITY
 from trpo_jax.sentences import UsageError, shown
+from trpo_jax.sweeps.plans import Group
 from trpo_jax.training import evaluation
 from trpo_jax.training.loop import init, train_chunk
 from trpo_jax.training.memory import check_memory, free_memory, program_memory
@@ -62,8 +65,32 @@ class Programs(NamedTuple):
         return self.num_devices * self.agents_per_block
 
 
+def devices_for(config: Config) -> list[Any]:
+    """The devices of this process that train an agent's group: all, or one where two would be slower.
+
+    On a CPU an environment in Python leaves one device little to wait for but the interpreter, whose lock two devices
+    then wait for. HalfCheetah takes 850 µs per step of eight instances on one device and 2,030 µs on each of two. Only
+    further processes help.
+    """
+    devices = jax.local_devices()
+    return devices[:1] if devices[0].platform == "cpu" and runs_on_host(environment_of(config)) else devices
+
+
+def useful_processes(groups: Sequence[Group]) -> int:
+    """Number of processes that keep all cores busy: one for each device of a CPU if all environments run in Python."""
+    number, configs = jax.local_device_count(), [group.configs[0] for group in groups]
+    if number == 1 or any(len(devices_for(config)) > 1 for config in configs):
+        return 1
+    return min(number, max(group.num_agents for group in groups))
+
+
 def agents_per_block(num_agents: int, num_devices: int) -> int:
-    """The largest number of agents per device in one program with which all devices are busy to the end."""
+    """The largest number of agents per device in one program with which all devices are busy to the end.
+
+    Args:
+      num_agents: agents of the group.
+      num_devices: devices of all processes together.
+    """
     rounds = -(-num_agents // (num_devices * backend.most_agents()))
     return -(-num_agents // (num_devices * rounds))
 
