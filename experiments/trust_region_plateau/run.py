@@ -37,6 +37,8 @@ SWEEPS = {  # file: method
     "doorkey_ppo": "PPO",
     "breakout_trpo": "TRPO",
     "breakout_ppo": "PPO",
+    "halfcheetah_trpo": "TRPO",
+    "halfcheetah_ppo": "PPO",
 }
 
 

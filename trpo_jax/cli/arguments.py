@@ -171,7 +171,7 @@ def _add_sweep_commands(commands: Any) -> None:
     sweep.add_argument(
         "--num-devices",
         type=whole,
-        help="CPU only: devices, or processes for Python environments (default: one per core)",
+        help="CPU only: devices, or processes for Python environments (default: all cores)",
     )
     _add_trust(sweep)
     _add_sinks(sweep)
