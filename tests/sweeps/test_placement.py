@@ -128,7 +128,7 @@ def test_fewer_agents_a_program_where_memory_is_short(free, fits, monkeypatch):
 
 @pytest.mark.parametrize("agents, devices, size", [(1, 2, 1), (96, 2, 48), (544, 2, 136), (10_000, 2, 250), (7, 3, 3)])
 def test_blocks_share_the_agents_out_evenly(agents, devices, size):
-    assert placement.agents_per_block(agents, devices) == size
+    assert placement.agents_per_block(small_config(), agents, devices) == size
     rounds = -(-agents // (size * devices))
     assert size * devices * rounds - agents < devices * rounds  # at most one repeated agent a block
 

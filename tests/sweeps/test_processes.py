@@ -74,6 +74,13 @@ def test_python_has_a_process_per_core_and_one_device_each(two_devices):
     assert placement.useful_processes(plan(spec_of(ON_HOST, num_seeds=1))[1]) == 1, "one agent"
 
 
+@pytest.mark.parametrize("num_envs, size", [(2, 20), (8, 7), (16, 4), (128, 1)])
+def test_agents_in_python_share_few_instances(num_envs, size):
+    config = Config(env=ON_HOST, num_envs=num_envs)
+    assert placement.agents_per_block(config, 40, 2) == size
+    assert placement.agents_per_block(config.replace(env="CartPole-v1"), 40, 2) == 20
+
+
 def test_a_dry_run_counts_the_processes(monkeypatch):
     alone, shared = (outline(spec_of(ON_HOST), num_processes=number)[0] for number in (1, 3))
     assert (alone.num_devices, alone.num_runs, alone.programs.agents_per_block) == (1, 1, 3)

@@ -74,7 +74,7 @@ def outline(
         report(number / len(groups), f"Compiling {which} …")
         started = time.perf_counter()
         devices = devices_for(group.configs[0])
-        useful = agents_per_block(group.num_agents, len(devices) * processes)
+        useful = agents_per_block(group.configs[0], group.num_agents, len(devices) * processes)
         most = min(useful, most_agents or group.num_agents)
         programs = fit_programs(group.configs[0], most, spec.num_episodes, devices)
         compiling = time.perf_counter() - started

@@ -120,10 +120,10 @@ def _end(rung: float, num_iterations: int) -> int:
 
 def _compile(spec: Spec, group: list[Trial], num_rungs: int) -> Programs:
     """Compile programs as wide as the trials that reach the last stage."""
-    devices = devices_for(group[0].config)
-    last = -(-len(group) // 2 ** (num_rungs - 1))
-    most = agents_per_block(last * spec.num_seeds, len(devices))
-    return fit_programs(group[0].config, most, spec.num_episodes, devices)
+    config, last = group[0].config, -(-len(group) // 2 ** (num_rungs - 1))
+    devices = devices_for(config)
+    most = agents_per_block(config, last * spec.num_seeds, len(devices))
+    return fit_programs(config, most, spec.num_episodes, devices)
 
 
 def _train_until(programs: Programs, spec: Spec, group: list[Trial], rung: float) -> None:

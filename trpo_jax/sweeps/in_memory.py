@@ -81,7 +81,7 @@ def sweep(
     kept = Kept(keep, len(points))
     for group in groups:
         here = chosen or devices_for(group.configs[0])
-        most = agents_per_block(group.num_agents, len(here))
+        most = agents_per_block(group.configs[0], group.num_agents, len(here))
         programs = fit_programs(group.configs[0], most, num_episodes, here)
         for first in range(0, group.num_agents, programs.width):
             last = first + programs.width
