@@ -66,12 +66,14 @@ def test_environments_in_python_are_found_within_wrappers():
     assert not runs_on_host(make_environment("CartPole-v1"))
 
 
-def test_python_has_a_process_per_core_and_one_device_each(two_devices):
+def test_python_has_a_process_per_core_and_one_device_each(two_devices, monkeypatch):
     here, there = (plan(spec_of(env))[1] for env in (ON_HOST, "CartPole-v1"))
     assert len(placement.devices_for(here[0].configs[0])) == 1 and len(placement.devices_for(there[0].configs[0])) == 2
     assert placement.useful_processes(here) == 2
     assert placement.useful_processes(there) == placement.useful_processes([*here, *there]) == 1
     assert placement.useful_processes(plan(spec_of(ON_HOST, num_seeds=1))[1]) == 1, "one agent"
+    monkeypatch.setattr(placement, "free_memory", lambda devices: 2**30)
+    assert placement.useful_processes(here) == 1
 
 
 @pytest.mark.parametrize("num_envs, size", [(2, 20), (8, 7), (16, 4), (128, 1)])

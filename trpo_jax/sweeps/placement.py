@@ -36,6 +36,7 @@ _AGENTS = "agents"
 # Environments in Python that the agents of a block keep. On a CPU agents take turns, so more of them gain nothing; a
 # step of one of 288 bodies of MuJoCo takes 1.3 times as long as of one of 8, and too many would have to be rebuilt.
 _MOST_INSTANCES = 64
+_PROCESS_BYTES = 3 * 2**29  # room for one more process, most of it for its compiler: HalfCheetah took 1.1 GiB
 
 
 class Programs(NamedTuple):
@@ -84,11 +85,15 @@ def _waits_for_python(config: Config) -> bool:
 
 
 def useful_processes(groups: Sequence[Group]) -> int:
-    """Number of processes that keep all cores busy: one for each device of a CPU if all environments run in Python."""
+    """Number of processes that keep all cores busy: one for each device of a CPU if all environments run in Python.
+
+    It is smaller if there are fewer agents, or too little free memory.
+    """
     number, configs = jax.local_device_count(), [group.configs[0] for group in groups]
     if number == 1 or any(len(devices_for(config)) > 1 for config in configs):
         return 1
-    return min(number, max(group.num_agents for group in groups))
+    room = free_memory(jax.local_devices()[:1]) // _PROCESS_BYTES
+    return max(1, min(number, room, max(group.num_agents for group in groups)))
 
 
 def agents_per_block(config: Config, num_agents: int, num_devices: int) -> int:
