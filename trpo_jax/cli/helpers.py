@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ class Helpers:
     def __enter__(self) -> Helpers:
         for i in range(1, self.number):
             errors, nothing = tempfile.TemporaryFile(), subprocess.DEVNULL
-            which = ["--num-processes", str(self.number), "--process-id", str(i)]
+            which = [f"--num-processes={self.number}", f"--process-id={i}", f"--helper-of={os.getpid()}"]
             command = [sys.executable, "-m", "trpo_jax", "sweep", *which, *self.words]
             self.started.append((subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=errors), errors))
         return self

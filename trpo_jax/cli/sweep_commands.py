@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def sweep(namespace: argparse.Namespace) -> int:
     from trpo_jax.cli.helpers import Helpers
     from trpo_jax.sweeps.dry_run import outline
     from trpo_jax.sweeps.grids import read_spec
-    from trpo_jax.sweeps.in_folder import run_sweep
+    from trpo_jax.sweeps.in_folder import Progress, run_sweep
     from trpo_jax.sweeps.placement import connect_hosts, useful_processes
     from trpo_jax.sweeps.plans import plan
 
@@ -59,13 +60,18 @@ def sweep(namespace: argparse.Namespace) -> int:
         close()
     with Helpers(_words_of_helpers(namespace, output), own) as helpers:
         with LiveLine(console, 1.0, seconds=5) as line:
+
+            def show(progress: Progress) -> bool:
+                line.show(progress.clock.done / progress.clock.total, sweep_status(progress))
+                return namespace.helper_of in (None, os.getppid())
+
             ending = run_sweep(
                 output,
                 spec,
                 process=process,
                 checkpoint_seconds=namespace.checkpoint_seconds,
                 most_agents=namespace.agents_per_device,
-                report=lambda progress: line.show(progress.clock.done / progress.clock.total, sweep_status(progress)),
+                report=show,
                 open_sinks=open_sinks,
                 extend=namespace.extend,
                 planned=planned,
