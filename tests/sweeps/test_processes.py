@@ -90,9 +90,12 @@ def test_a_dry_run_counts_the_processes(monkeypatch):
 
 
 def test_every_process_has_a_share(tmp_path):
-    spec = spec_of("CartPole-v1", num_seeds=4)
-    for rank, ending in enumerate(("shared", "complete")):
-        assert run_sweep(tmp_path, spec, process=(rank, 2)) == ending
+    spec = spec_of("CartPole-v1", num_seeds=5)
+    for rank, (ending, share) in enumerate((("shared", 3), ("complete", 2))):
+        clocks = []
+        report = lambda progress: clocks.append((progress.clock.done, progress.clock.total))  # noqa: B023, E731
+        assert run_sweep(tmp_path, spec, process=(rank, 2), report=report) == ending
+        assert clocks[0][0] > 0 and clocks[-1] == (share * 48, share * 48), clocks
         assert list(results(tmp_path)) == ["00-0000.parquet", "00-0001.parquet"][: rank + 1]
     alone = tmp_path / "alone"
     assert run_sweep(alone, spec) == "complete"

@@ -130,22 +130,27 @@ class _Work:
         settled = self.folder.program(number) or {}
         return cut_into_blocks(self.groups[number].num_agents, number, settled["agents_per_block"])
 
+    def _own(self, number: int) -> list[Block]:
+        """The blocks of a group that belong to this process."""
+        return [block for block in self.blocks(number) if block.number % self.process[1] == self.process[0]]
+
     def _pending(self, number: int) -> list[Block]:
-        """The unfinished blocks of a group that belong to this process."""
-        mine = [block for block in self.blocks(number) if block.number % self.process[1] == self.process[0]]
-        return [block for block in mine if not self.folder.is_finished(block)]
+        """Those that are not finished."""
+        return [block for block in self._own(number) if not self.folder.is_finished(block)]
 
     def train_group(self, number: int) -> None:
         """Train the remaining blocks of a group."""
         group, settled = self.groups[number], self.folder.program(number)
-        mine = group.num_agents * group.steps_per_agent / self.process[1]
+        expected = group.num_agents * group.steps_per_agent / self.process[1]  # before blocks were cut
         if settled and not self._pending(number):
-            self.clock.done += mine
+            self.clock.done += expected
             return
         programs = self._settle(number)
         self._compile_ahead(number)
         pending = self._pending(number)
-        self.clock.done += mine - sum(block.size for block in pending) * group.steps_per_agent
+        own, left = (sum(block.size for block in some) * group.steps_per_agent for some in (self._own(number), pending))
+        self.clock.total += own - expected
+        self.clock.done += own - left
         self.clock.start()
         found = {block: self.folder.restore(block, programs.states, group.configs[0].eval_every) for block in pending}
         snapshots = {block: snapshot for block, snapshot in found.items() if snapshot}
