@@ -45,11 +45,10 @@ def sweep(namespace: argparse.Namespace) -> int:
         return 0
     process = connect_hosts(namespace.coordinator, namespace.num_processes, namespace.process_id)
     points, groups = planned = plan(spec)
-    own = useful_processes(groups) if namespace.num_processes is None and process[1] == 1 else 1
-    process = (0, own) if own > 1 else process
+    started = useful_processes(groups) if namespace.num_processes is None and process == (0, 1) else 1
     tell_idle({**spec.base, **points[0].varied}, [point.config for point in points], namespace.file)
     where = f", process {process[0]} of {process[1]}" if process[1] > 1 else ""
-    where = f", {own} processes" if own > 1 else where
+    where = f", {started} processes" if started > 1 else where
     console.print(
         f"{counted(len(points), 'point')} x {counted(spec.num_seeds, 'seed')} = "
         f"{counted(len(points) * spec.num_seeds, 'agent')}, {counted(len(groups), 'program')}{where}. Compiling …",
@@ -58,17 +57,18 @@ def sweep(namespace: argparse.Namespace) -> int:
     open_sinks = opener_of(namespace, output)
     for _, close in open_sinks("", {}):  # a missing package is reported before anything is trained
         close()
-    with Helpers(_words_of_helpers(namespace, output), own) as helpers:
-        with LiveLine(console, 1.0, seconds=5) as line:
+    line = LiveLine(console, 1.0, seconds=5)
 
-            def show(progress: Progress) -> bool:
-                line.show(progress.clock.done / progress.clock.total, sweep_status(progress))
-                return namespace.helper_of in (None, os.getppid())
+    def show(progress: Progress) -> bool:
+        line.show(progress.clock.done / progress.clock.total, sweep_status(progress))
+        return namespace.helper_of in (None, os.getppid())  # a helper stops with the process that started it
 
+    with Helpers(_words_of_helpers(namespace, output), started) as helpers:
+        with line:
             ending = run_sweep(
                 output,
                 spec,
-                process=process,
+                process=(0, started) if started > 1 else process,
                 checkpoint_seconds=namespace.checkpoint_seconds,
                 most_agents=namespace.agents_per_device,
                 report=show,
@@ -76,7 +76,7 @@ def sweep(namespace: argparse.Namespace) -> int:
                 extend=namespace.extend,
                 planned=planned,
             )
-        if own > 1 and ending != "interrupted":
+        if started > 1 and ending != "interrupted":
             ending = helpers.finish()
     if ending == "complete":
         return _show_report(output, expendable=True)
