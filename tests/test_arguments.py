@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.random import define_prng_impl
 
 from trpo_jax import (
     Config,
@@ -197,8 +198,11 @@ def test_a_sweep_in_memory_checks_its_arguments(arguments, sentence):
 
 
 def test_keys_and_devices_of_a_sweep_are_checked():
-    with pytest.raises(UsageError, match="sweeps need a key of JAX's default type"):
-        sweep(CONFIG, {}, jax.random.key(0, impl="rbg"))
+    own = define_prng_impl(
+        key_shape=(2,), seed=lambda seed: jnp.zeros(2, jnp.uint32), split=None, random_bits=None, fold_in=None
+    )
+    with pytest.raises(UsageError, match=r"^sweeps need a key of one of JAX's own types, got key<"):
+        sweep(CONFIG, {}, jax.random.key(0, impl=own))
     for wrong in ([], 1, jax.devices()[0]):
         with pytest.raises(UsageError, match=r"^devices must be a list of one or more"):
             sweep(CONFIG, {"max_kl": [0.01]}, jax.random.key(0), devices=wrong)

@@ -45,6 +45,14 @@ def test_sweep_hands_out_what_it_was_asked_for():
     assert np.isnan(result.final_return).all() and (result.failed_at == 0).all()
 
 
+def test_a_sweep_draws_from_the_generator_of_its_key():
+    config, key = small_config(num_iterations=2), jax.random.key(5, impl="rbg")
+    result = sweep(config, {"max_kl": [0.01, 0.03]}, key, num_seeds=2, num_episodes=1, keep="all")
+    state, metrics = jax.jit(train)(config.replace(max_kl=0.03), jax.random.split(key, 2)[1])
+    np.testing.assert_allclose(result.metrics.mean_kl[1, 1], metrics.mean_kl, rtol=1e-5)
+    assert same_bits(result.states[1].key[1], state.key) and state.key.dtype == key.dtype
+
+
 def test_a_grid_may_vary_the_length_in_steps():
     config = small_config(num_iterations=2)
     per_iteration = config.steps_per_iteration

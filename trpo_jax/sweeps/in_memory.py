@@ -41,7 +41,8 @@ def sweep(
     Args:
       config: the settings that all points share.
       grid: {setting: values}; every combination is a point, the last setting varying fastest.
-      key: a typed PRNG key; all points share the `num_seeds` keys split from it.
+      key: a typed PRNG key; all points share the `num_seeds` keys split from it. With one of type "rbg", agents side by
+        side on an accelerator draw other numbers than alone.
       num_seeds: S, agents per point.
       num_episodes: episodes with which each agent is evaluated at the end; 0: none.
       keep: which trained states to return: "none", that of the "best" agent of each point, or "all".
@@ -56,8 +57,9 @@ def sweep(
     if not isinstance(config, Config) or not isinstance(grid, Mapping):
         raise UsageError(f"sweep takes a Config and a grid {{setting: values}}, got {shown(config)}, {shown(grid)}.")
     check_key(key)
-    if key.dtype != (usual := jax.random.key(0).dtype):
-        raise UsageError(f"sweeps need a key of JAX's default type, {usual}, got {key.dtype}; make it without `impl`.")
+    generator = jax.random.key_impl(key)
+    if not isinstance(generator, str):
+        raise UsageError(f"sweeps need a key of one of JAX's own types, got {key.dtype}; make it without `impl`.")
     check_keep(keep)
     check_numbers({"num_seeds": num_seeds, "num_episodes": num_episodes})
     for name, values in grid.items():
@@ -82,7 +84,8 @@ def sweep(
     for group in groups:
         here = chosen or devices_for(group.configs[0])
         most = agents_per_block(group.configs[0], group.num_agents, len(here))
-        programs = fit_programs(group.configs[0], most, num_episodes, here)
+        with jax.default_prng_impl(generator):
+            programs = fit_programs(group.configs[0], most, num_episodes, here)
         for first in range(0, group.num_agents, programs.width):
             last = first + programs.width
             cohort = Cohort(programs, group.configs[first:last], group.keys[first:last])
