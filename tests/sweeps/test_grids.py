@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from trpo_jax import Config, UsageError, sweep
+from trpo_jax.presets import load_preset
+from trpo_jax.runs.descriptions import made_by, write_table
 from trpo_jax.settings import value_of
 from trpo_jax.sweeps.grids import (
     TUNING_SEEDS,
@@ -13,7 +15,9 @@ from trpo_jax.sweeps.grids import (
     make_spec,
     read_spec,
 )
+from trpo_jax.sweeps.in_folder import run_sweep
 from trpo_jax.sweeps.plans import group_by_program, plan, stack_configs
+from trpo_jax.sweeps.reports import make_report
 from trpo_jax.sweeps.search import _suggest
 
 
@@ -253,6 +257,21 @@ def test_whole_settings_of_an_environment_are_drawn_whole():
     assert all(type(limit) is int and 100 <= limit <= 200 for limit in limits) and len(limits) > 5
     assert all(isinstance(point.varied["env.gravity"], float) for point in points)
     assert len({point.varied["env.gravity"] for point in points}) == 20
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["today", "begun by an earlier version"])
+def test_a_sweep_varies_what_its_preset_sets(old, tmp_path):
+    small = {"num_envs": 2, "num_steps": 8, "num_iterations": 1, "hidden": [4], "gauss_newton_steps": 1}
+    table = {"base": {"preset": "classic", **small}, "grid": {"max_kl": [0.001, 0.5]}, "num_episodes": 0}
+    spec = make_spec(table)
+    preset = load_preset("classic").settings
+    assert "max_kl" not in spec.base and spec.base["cg_damping"] == preset["cg_damping"]
+    assert [point.config.max_kl for point in make_points(spec)] == [np.float32(0.001), 0.5]
+    if old:  # it kept the preset's value
+        before = {**spec.description, "base": {**spec.base, "max_kl": preset["max_kl"]}}
+        write_table(tmp_path / "sweep.json", {**before, "made_by": made_by()})
+    assert run_sweep(tmp_path, spec) == "complete"
+    assert make_report(tmp_path).num_agents == 2
 
 
 def test_equal_points_of_an_extension_are_one():

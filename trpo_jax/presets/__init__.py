@@ -86,8 +86,11 @@ def with_preset(
 def changed(
     preset: Preset, own: Mapping[str, Any], env: str | None, *, elsewhere: Container[str] = ()
 ) -> dict[str, Any]:
-    """The settings of a preset for an environment, with changes from `own`, which may also set another length."""
-    settings = preset.settings_for(env)
+    """The settings of a preset for an environment, changed by `own`, which may also set another length.
+
+    Those that are set `elsewhere` are left out.
+    """
+    settings = {name: value for name, value in preset.settings_for(env).items() if name not in elsewhere}
     if any(name in own or name in elsewhere for name in _LENGTH):
         settings.pop(TOTAL_STEPS, None)
     return {**settings, **own}

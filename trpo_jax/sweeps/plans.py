@@ -160,7 +160,11 @@ def sections_of(description: Mapping[str, Any], *names: str) -> list[Mapping[str
 
 def own_part(description: Mapping[str, Any]) -> dict[str, Any]:
     """The part of sweep.json that describes the present sweep, without versions and earlier forms."""
-    return {name: value for name, value in description.items() if name not in ("made_by", "before", "begun_as")}
+    own = {name: value for name, value in description.items() if name not in ("made_by", "before", "begun_as")}
+    varied = {name for section in sections_of(own, "grid", "zip", "random") for name in section}
+    if isinstance(base := own.get("base"), Mapping):  # earlier versions kept a preset's values of what is varied
+        own["base"] = {name: value for name, value in base.items() if name not in varied}
+    return own
 
 
 def extended(found: Mapping[str, Any], spec: Spec, where: Path, begun_as: str) -> dict[str, Any]:
@@ -182,8 +186,8 @@ def extended(found: Mapping[str, Any], spec: Spec, where: Path, begun_as: str) -
 
 def spec_of(description: Mapping[str, Any]) -> Spec:
     """The `Spec` in sweep.json, checked like any file."""
-    names = [field.name for field in dataclasses.fields(Spec)]
-    return make_spec({name: description[name] for name in names if name in description}, "sweep.json")
+    own, names = own_part(description), [field.name for field in dataclasses.fields(Spec)]
+    return make_spec({name: own[name] for name in names if name in own}, "sweep.json")
 
 
 def stack_configs(configs: Iterable[Config]) -> Config:

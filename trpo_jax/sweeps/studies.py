@@ -28,6 +28,7 @@ from trpo_jax.files import as_path, is_fresh, locked, read_json, write_atomicall
 from trpo_jax.runs.descriptions import check_equal, in_json, write_table
 from trpo_jax.sentences import UsageError, first_line, name_of, shown
 from trpo_jax.sweeps.grids import Spec
+from trpo_jax.sweeps.plans import own_part
 
 _ASKED_FOR = "sweep"  # attribute of a study: the settings of the search, without the number of trials
 _MEND = "restore it, or choose another --output"
@@ -145,7 +146,7 @@ def open_study(path: str | os.PathLike[str], spec: Spec, storage: str | None, ma
         found = study.user_attrs[_ASKED_FOR]
         if not isinstance(found, dict):
             raise UsageError(f"the study in {where} is damaged (its description is {shown(found)}); {_MEND}.")
-        check_equal(folder, "search", description, found)
+        check_equal(folder, "search", description, own_part(found))
         try:
             read_json(folder / "search.json", "")
         except (OSError, UsageError):  # it only repeats the study
