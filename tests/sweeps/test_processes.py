@@ -83,7 +83,7 @@ def test_agents_in_python_share_few_instances(num_envs, size):
     assert placement.agents_per_block(config.replace(env="CartPole-v1"), 40, 2) == 20
 
 
-def test_a_dry_run_counts_the_processes(monkeypatch):
+def test_a_dry_run_counts_the_processes():
     alone, shared = (outline(spec_of(ON_HOST), num_processes=number)[0] for number in (1, 3))
     assert (alone.num_devices, alone.num_runs, alone.programs.agents_per_block) == (1, 1, 3)
     assert (shared.num_devices, shared.num_runs, shared.programs.agents_per_block) == (3, 1, 1)

@@ -22,9 +22,8 @@ def sweep(namespace: argparse.Namespace) -> int:
     output = Path(namespace.output or f"sweeps/{Path(namespace.file).stem}")
     use_every_core(output / "sweep.json", namespace.num_devices)
     start_quickly()
-    from trpo_jax.cli.displays import LiveLine, make_console, print_outline, sweep_status
+    from trpo_jax.cli.displays import LiveLine, make_console, sweep_status
     from trpo_jax.cli.helpers import Helpers
-    from trpo_jax.sweeps.dry_run import outline
     from trpo_jax.sweeps.grids import read_spec
     from trpo_jax.sweeps.in_folder import Progress, run_sweep
     from trpo_jax.sweeps.placement import connect_hosts, useful_processes
@@ -34,15 +33,7 @@ def sweep(namespace: argparse.Namespace) -> int:
     spec = read_spec(namespace.file)
     spec = dataclasses.replace(spec, keep=namespace.keep or spec.keep)
     if namespace.dry_run:
-        with LiveLine(console, 1.0, seconds=0) as line:
-            programs = outline(
-                spec,
-                most_agents=namespace.agents_per_device,
-                num_processes=namespace.num_processes,
-                report=line.show,
-            )
-        print_outline(console, namespace.file, programs, spec.keep)
-        return 0
+        return _outline(namespace, console, spec)
     process = connect_hosts(namespace.coordinator, namespace.num_processes, namespace.process_id)
     points, groups = planned = plan(spec)
     started = useful_processes(groups) if namespace.num_processes is None and process == (0, 1) else 1
@@ -85,6 +76,18 @@ def sweep(namespace: argparse.Namespace) -> int:
         return 130
     again = command("report", output, env=next(iter(namespace.trust), None))
     console.print(f"This process is done; {again} shows the results of all.", soft_wrap=True)
+    return 0
+
+
+def _outline(namespace: argparse.Namespace, console: Any, spec: Any) -> int:
+    """Print the programs of a sweep and their times; train nothing."""
+    from trpo_jax.cli.displays import LiveLine, print_outline
+    from trpo_jax.sweeps.dry_run import outline
+
+    sizes = {"most_agents": namespace.agents_per_device, "num_processes": namespace.num_processes}
+    with LiveLine(console, 1.0, seconds=0) as line:
+        programs = outline(spec, **sizes, report=line.show)
+    print_outline(console, namespace.file, programs, spec.keep)
     return 0
 
 

@@ -165,9 +165,9 @@ class _Work:
     def _request(self, number: int) -> tuple[Config, int, int, list[Any]]:
         """The arguments of `fit_programs` for a group."""
         group, settled = self.groups[number], self.folder.program(number)
-        devices = devices_for(group.configs[0])
-        in_all, config = len(devices) * self.process[1], group.configs[0]
-        agents = settled["agents_per_block"] if settled else agents_per_block(config, group.num_agents, in_all)
+        config, devices = group.configs[0], devices_for(group.configs[0])
+        of_all = len(devices) * self.process[1]
+        agents = settled["agents_per_block"] if settled else agents_per_block(config, group.num_agents, of_all)
         return config, min(agents, self.most_agents or agents), self.spec.num_episodes, devices
 
     def _compile_ahead(self, number: int) -> None:

@@ -89,11 +89,10 @@ def useful_processes(groups: Sequence[Group]) -> int:
 
     It is smaller if there are fewer agents, or too little free memory.
     """
-    number, configs = jax.local_device_count(), [group.configs[0] for group in groups]
-    if number == 1 or any(len(devices_for(config)) > 1 for config in configs):
+    if not all(_waits_for_python(group.configs[0]) for group in groups):
         return 1
     room = free_memory(jax.local_devices()[:1]) // _PROCESS_BYTES
-    return max(1, min(number, room, max(group.num_agents for group in groups)))
+    return max(1, min(jax.local_device_count(), room, max(group.num_agents for group in groups)))
 
 
 def agents_per_block(config: Config, num_agents: int, num_devices: int) -> int:

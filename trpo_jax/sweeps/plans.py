@@ -159,7 +159,7 @@ def sections_of(description: Mapping[str, Any], *names: str) -> list[Mapping[str
 
 
 def own_part(description: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of sweep.json that describes the present sweep, without versions and earlier forms."""
+    """The part of a description that is the present sweep or search, without versions and earlier forms."""
     own = {name: value for name, value in description.items() if name not in ("made_by", "before", "begun_as")}
     varied = {name for section in sections_of(own, "grid", "zip", "random") for name in section}
     if isinstance(base := own.get("base"), Mapping):  # earlier versions kept a preset's values of what is varied
