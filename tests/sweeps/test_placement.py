@@ -13,11 +13,12 @@ from probes import Faulty, RewardedAction, raw, same_bits, small_config
 
 from trpo_jax import Config, UsageError, sweep, train
 from trpo_jax.runs.metrics import METRICS
-from trpo_jax.sweeps import cohorts, placement
+from trpo_jax.sweeps import placement
 from trpo_jax.sweeps.grids import Spec
 from trpo_jax.sweeps.in_folder import run_sweep
 from trpo_jax.sweeps.plans import stack_configs
 from trpo_jax.sweeps.storage import Folder
+from trpo_jax.training import checkpoints
 
 
 @pytest.mark.long
@@ -157,9 +158,9 @@ def test_a_host_keeps_states_bit_for_bit():
     config = small_config(num_envs=2)
     programs = placement.compile_programs(config, 2, 0, jax.local_devices()[:1])
     states = programs.start(stack_configs([config] * 2), jax.random.split(jax.random.key(3), 2))
-    host = cohorts.to_host(states)
+    host = checkpoints.to_host(states)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(host))
-    back = cohorts.from_host(host, programs.states)
+    back = checkpoints.from_host(host, programs.states)
     assert same_bits(states, jax.tree.map(jnp.asarray, back))
     assert raw(back.key).tobytes() == raw(states.key).tobytes()
 

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
-from trpo_jax import Config, UsageError, make_environment, stack_frames, sweep
-from trpo_jax.cli.helpers import Helpers
+from trpo_jax import Config, make_environment, stack_frames, sweep
 from trpo_jax.environments.host import runs_on_host
+from trpo_jax.runs import workers
 from trpo_jax.sweeps import in_memory, placement
 from trpo_jax.sweeps.dry_run import outline
 from trpo_jax.sweeps.grids import make_spec
@@ -69,11 +69,12 @@ def test_environments_in_python_are_found_within_wrappers():
 def test_python_has_a_process_per_core_and_one_device_each(two_devices, monkeypatch):
     here, there = (plan(spec_of(env))[1] for env in (ON_HOST, "CartPole-v1"))
     assert len(placement.devices_for(here[0].configs[0])) == 1 and len(placement.devices_for(there[0].configs[0])) == 2
-    assert placement.useful_processes(here) == 2
-    assert placement.useful_processes(there) == placement.useful_processes([*here, *there]) == 1
-    assert placement.useful_processes(plan(spec_of(ON_HOST, num_seeds=1))[1]) == 1, "one agent"
-    monkeypatch.setattr(placement, "free_memory", lambda devices: 2**30)
-    assert placement.useful_processes(here) == 1
+    (on_host, alone), (on_device, _) = ((group.configs[0], group.num_agents) for (group,) in (here, there))
+    assert workers.useful_workers(on_host, alone) == 2 and workers.useful_workers(on_device, 6) == 1
+    assert workers.useful_workers(on_host, 1) == 1, "one agent"
+    assert [workers.useful_workers(on_host, 6, cores) for cores in (1, 4, 8)] == [1, 4, 6]
+    monkeypatch.setattr(workers, "free_memory", lambda devices: 2**30)
+    assert workers.useful_workers(on_host, 6) == 1
 
 
 @pytest.mark.parametrize("num_envs, size", [(2, 20), (8, 7), (16, 4), (128, 1)])
@@ -114,24 +115,16 @@ def test_a_sweep_of_python_starts_its_own_processes(tmp_path):
         found = subprocess.run(command(tmp_path, *out), capture_output=True, text=True, timeout=200, env=environment)
         assert found.returncode == 0, found.stderr
         texts[number] = found.stdout
-    assert "6 agents, 1 program. Compiling" in texts["1"] and "6 agents, 1 program, 2 processes." in texts["2"]
+    assert "6 agents, 1 program. Compiling" in texts["1"] and "6 agents, 1 program, 2 worker processes." in texts["2"]
     assert len(results(tmp_path / "1")) == 1 and len(results(tmp_path / "2")) == 2
     assert scores(tmp_path / "1") == scores(tmp_path / "2")
     assert all("Page: " in text for text in texts.values())
     assert len(list((tmp_path / "2" / "states").glob("*.npz"))) == 2
 
 
-def test_a_helper_that_fails_says_why():
-    with Helpers(["missing.toml"], 3) as helpers, pytest.raises(UsageError) as found:
-        helpers.finish()
-    assert str(found.value).startswith("process 1 of 3 failed: ") and "missing.toml" in str(found.value)
-    with Helpers([], 1) as helpers:
-        assert helpers.finish() == "complete"
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("how, status", [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_sweep_that_is_stopped_stops_its_helpers_and_goes_on(how, status, tmp_path):
+def test_a_sweep_that_is_stopped_stops_its_workers_and_goes_on(how, status, tmp_path):
     (tmp_path / "sweep.toml").write_text(FILE.replace("ITERATIONS", "400"))
     words = command(tmp_path, "--output", tmp_path / "out", "--num-devices", "2")
     parent = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -141,10 +134,7 @@ def test_a_sweep_that_is_stopped_stops_its_helpers_and_goes_on(how, status, tmp_
     parent.send_signal(how)
     text, errors = parent.communicate(timeout=120)
     assert parent.returncode == status and ("Stopped; the same" in text) == (status == 130), (text, errors)
-    if how == signal.SIGKILL:  # the helper finds out after its chunk
-        time.sleep(5)
     assert len(results(tmp_path / "out")) < 2
-    # No helper is left: its lock is free, and the same command ends the sweep.
     again = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and len(results(tmp_path / "out")) == 2, again.stderr
     whole = [*command(tmp_path), "--output", str(tmp_path / "whole"), "--num-devices", "1"]

@@ -24,6 +24,7 @@ from test_damage import DAMAGES
 from trpo_jax import UsageError, load_run
 from trpo_jax.cli import main
 from trpo_jax.files import locked
+from trpo_jax.runs import workers
 from trpo_jax.runs.folders import extend_run, open_run
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.settings import checked_settings, read_toml, settings_of
@@ -48,13 +49,13 @@ def searched(tmp_path_factory):
     compiled = halving.fit_programs
 
     def compile_and_watch(*arguments):
-        programs = compiled(*arguments)
+        made = compiled(*arguments)
 
         def start(configs, keys):
             seeds.append(np.asarray(jax.random.key_data(keys)))
-            return programs.start(configs, keys)
+            return made.start(configs, keys)
 
-        return programs._replace(start=start)
+        return made._replace(start=start)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(halving, "fit_programs", compile_and_watch)
@@ -115,7 +116,8 @@ def test_best_settings_train(searched, tmp_path, capsys):
 def test_the_run_of_the_best_settings_is_never_removed(tmp_path, monkeypatch):
     """One that a user has made longer stays, and one of other settings moves aside, unless a process is using it."""
     trained = []
-    monkeypatch.setattr(search, "continue_run", lambda run: trained.append(run.config.num_iterations) or True)
+    finished = lambda run, **how: trained.append(run.config.num_iterations) or True  # noqa: E731
+    monkeypatch.setattr(search, "continue_run", finished)
     monkeypatch.setattr(search, "plot_learning_curve", lambda run: None)
     file, spec, mark = tmp_path / "best.toml", make(), tmp_path / "best" / "metrics.csv"
     settings = "".join(f"{name} = {value}\n" for name, value in BASE.items())
@@ -222,7 +224,7 @@ def scores_of(config):
     return np.array([0, 1]) - abs(np.log(config.max_kl / 0.03))
 
 
-def train_nothing(spec, alive, rung, num_rungs, programs):
+def train_nothing(spec, alive, rung, *others):
     for trial in alive:
         end = halving._end(rung, trial.config.num_iterations)
         trial.snapshot = Snapshot((), {name: np.ones((2, end), np.float32) for name in METRICS})
@@ -530,7 +532,7 @@ def test_folder_of_any_name_holds_its_study(name, tmp_path, untrained, monkeypat
     ],
 )
 def test_search_without_a_score_says_what_happened(rows, says, tmp_path, monkeypatch):
-    def train_groups(spec, alive, rung, num_rungs, programs):
+    def train_groups(spec, alive, rung, *others):
         for trial in alive:
             end = halving._end(rung, trial.config.num_iterations)
             trial.snapshot = Snapshot((), {name: np.full((2, end), rows.get(name, 1), np.float32) for name in METRICS})
@@ -562,11 +564,11 @@ def test_programs_are_compiled_once_and_only_a_few_are_kept(monkeypatch, tmp_pat
     class Program:
         pass
 
-    def compile_programs(spec, group, num_rungs):
+    def compile_programs(spec, group, num_rungs, _):
         program = Program()
         compiled.append(group[0].config.num_steps)
         alive.append(weakref.ref(program))
-        assert sum(reference() is not None for reference in alive) <= halving._KEPT_PROGRAMS
+        assert sum(reference() is not None for reference in alive) <= workers.KEPT_PROGRAMS
         return program
 
     def train_until(program, spec, group, rung):
@@ -578,7 +580,7 @@ def test_programs_are_compiled_once_and_only_a_few_are_kept(monkeypatch, tmp_pat
 
     monkeypatch.setattr(halving, "_compile", compile_programs)
     monkeypatch.setattr(halving, "_train_until", train_until)
-    monkeypatch.setattr(halving, "_KEPT_PROGRAMS", 4)
+    monkeypatch.setattr(workers, "KEPT_PROGRAMS", 4)
     base = {name: value for name, value in BASE.items() if name != "num_steps"}
     few = {"num_steps": {"choice": [8, 9, 10, 11]}}
     tune(tmp_path / "few", make(base=base, random={"count": 16, **few}), batch=8)

@@ -178,7 +178,6 @@ def _add_sweep_commands(commands: Any) -> None:
     sweep.add_argument("--coordinator", help="host:port of process 0, which connects several hosts")
     sweep.add_argument("--num-processes", type=whole, help="processes that share the sweep and its folder")
     sweep.add_argument("--process-id", type=whole, help="number of this process, from 0")
-    sweep.add_argument("--helper-of", type=whole, help=argparse.SUPPRESS)  # by sweeps themselves
 
     report = commands.add_parser("report", help="show a sweep, finished or not, as a table, pictures and a page")
     report.add_argument("path", help="folder of the sweep")

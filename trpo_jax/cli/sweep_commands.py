@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,10 @@ def sweep(namespace: argparse.Namespace) -> int:
     use_every_core(output / "sweep.json", namespace.num_devices)
     start_quickly()
     from trpo_jax.cli.displays import LiveLine, make_console, sweep_status
-    from trpo_jax.cli.helpers import Helpers
+    from trpo_jax.runs.workers import useful_workers
     from trpo_jax.sweeps.grids import read_spec
     from trpo_jax.sweeps.in_folder import Progress, run_sweep
-    from trpo_jax.sweeps.placement import connect_hosts, useful_processes
+    from trpo_jax.sweeps.placement import connect_hosts
     from trpo_jax.sweeps.plans import plan
 
     console = make_console(expendable=not namespace.dry_run)
@@ -36,10 +35,11 @@ def sweep(namespace: argparse.Namespace) -> int:
         return _outline(namespace, console, spec)
     process = connect_hosts(namespace.coordinator, namespace.num_processes, namespace.process_id)
     points, groups = planned = plan(spec)
-    started = useful_processes(groups) if namespace.num_processes is None and process == (0, 1) else 1
+    alone = namespace.num_processes is None and process == (0, 1)
+    started = max(useful_workers(group.configs[0], group.num_agents) for group in groups) if alone else 1
     tell_idle({**spec.base, **points[0].varied}, [point.config for point in points], namespace.file)
     where = f", process {process[0]} of {process[1]}" if process[1] > 1 else ""
-    where = f", {started} processes" if started > 1 else where
+    where = f", {started} worker processes" if started > 1 else where
     console.print(
         f"{counted(len(points), 'point')} x {counted(spec.num_seeds, 'seed')} = "
         f"{counted(len(points) * spec.num_seeds, 'agent')}, {counted(len(groups), 'program')}{where}. Compiling …",
@@ -50,25 +50,22 @@ def sweep(namespace: argparse.Namespace) -> int:
         close()
     line = LiveLine(console, 1.0, seconds=5)
 
-    def show(progress: Progress) -> bool:
+    def show(progress: Progress) -> None:
         line.show(progress.clock.done / progress.clock.total, sweep_status(progress))
-        return namespace.helper_of in (None, os.getppid())  # a helper stops with the process that started it
 
-    with Helpers(_words_of_helpers(namespace, output), started) as helpers:
-        with line:
-            ending = run_sweep(
-                output,
-                spec,
-                process=(0, started) if started > 1 else process,
-                checkpoint_seconds=namespace.checkpoint_seconds,
-                most_agents=namespace.agents_per_device,
-                report=show,
-                open_sinks=open_sinks,
-                extend=namespace.extend,
-                planned=planned,
-            )
-        if started > 1 and ending != "interrupted":
-            ending = helpers.finish()
+    with line:
+        ending = run_sweep(
+            output,
+            spec,
+            process=process,
+            checkpoint_seconds=namespace.checkpoint_seconds,
+            most_agents=namespace.agents_per_device,
+            report=show,
+            open_sinks=open_sinks,
+            extend=namespace.extend,
+            planned=planned,
+            num_workers=started,
+        )
     if ending == "complete":
         return _show_report(output, expendable=True)
     if ending == "interrupted":
@@ -89,24 +86,6 @@ def _outline(namespace: argparse.Namespace, console: Any, spec: Any) -> int:
         programs = outline(spec, **sizes, report=line.show)
     print_outline(console, namespace.file, programs, spec.keep)
     return 0
-
-
-def _words_of_helpers(namespace: argparse.Namespace, output: Path) -> list[str]:
-    """The command of this sweep for its helpers, which see as many devices, so that they round alike."""
-    import jax
-
-    given: dict[str, Any] = {
-        "--output": output,
-        "--keep": namespace.keep,
-        "--checkpoint-seconds": namespace.checkpoint_seconds,
-        "--agents-per-device": namespace.agents_per_device,
-        "--num-devices": jax.local_device_count(),
-        "--wandb-project": namespace.wandb_project,
-        "--wandb-name": namespace.wandb_name,
-    }
-    flags = [f"{name}={value}" for name, value in given.items() if value is not None]
-    flags += [f"--trust={env}" for env in namespace.trust] + [f"--log={kind}" for kind in namespace.log]
-    return [*flags, *(["--extend"] if namespace.extend else []), "--", namespace.file]
 
 
 def report(namespace: argparse.Namespace) -> int:
@@ -162,6 +141,7 @@ def tune(namespace: argparse.Namespace) -> int:
     use_every_core(output / "search.json", None)
     start_quickly()
     from trpo_jax.cli.displays import make_console
+    from trpo_jax.runs.workers import useful_workers
     from trpo_jax.sweeps import search
     from trpo_jax.sweeps.grids import read_spec
     from trpo_jax.sweeps.search_pages import write_search_page
@@ -173,8 +153,9 @@ def tune(namespace: argparse.Namespace) -> int:
             f"note: keep in {namespace.file} has no effect: a search keeps no states, and trains its best agents again."
         )
     space = {name: values for name, values in spec.random.items() if name not in ("count", "seed")}
+    config = search.check_space(spec.base, space)
     if not any("choice" in distribution for distribution in space.values()):  # a choice may give it an effect
-        tell_idle(spec.base, [search.check_space(spec.base, space)], namespace.file)
+        tell_idle(spec.base, [config], namespace.file)
     if namespace.num_trials is not None:
         spec = dataclasses.replace(spec, random={**spec.random, "count": namespace.num_trials})
 
@@ -190,10 +171,12 @@ def tune(namespace: argparse.Namespace) -> int:
         if batch.told >= batch.count:
             console.print(f"Page: {page}", soft_wrap=True)
 
-    file, score = search.tune(output, spec, batch=namespace.batch, storage=namespace.storage, report=show)
+    workers = useful_workers(config, namespace.batch * spec.num_seeds)
+    where = {"storage": namespace.storage, "num_workers": workers}
+    file, score = search.tune(output, spec, batch=namespace.batch, report=show, **where)
     console.print(file.read_text(), highlight=False)
     console.print(f"Score {score:.1f} on {counted(spec.num_seeds, 'seed')} that only tuning uses.", soft_wrap=True)
-    best = search.train_best(file, spec)
+    best = search.train_best(file, spec, workers)
     if best is None:
         console.print("Stopped; the same command continues.")
         return 130

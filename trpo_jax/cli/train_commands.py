@@ -98,20 +98,24 @@ def resume(namespace: argparse.Namespace) -> int:
 def _continue(run: Run, namespace: argparse.Namespace) -> int:
     from trpo_jax.cli.displays import LiveLine, make_console, print_best, run_status
     from trpo_jax.runs.continuing import continue_run
+    from trpo_jax.runs.descriptions import num_threads
     from trpo_jax.runs.evaluations import judge_best
     from trpo_jax.runs.learning_curve import plot_learning_curve
     from trpo_jax.runs.metrics import failures
     from trpo_jax.runs.sinks import is_fed
+    from trpo_jax.runs.workers import useful_workers
 
     late = [name for name in namespace.log if not is_fed(name, run.path)]  # these get the existing rows, too
     opened = opener_of(namespace, run.path)("", run.description)
     console, config = make_console(expendable=True), run.config
+    workers = useful_workers(config, run.num_seeds, num_threads())
+    where = f", {workers} worker processes" if workers > 1 else ""
     steps = counted(config.num_iterations * config.steps_per_iteration, "step")
     radius = "" if without_effect(config, "max_kl") else f", δ = {config.max_kl:g}"
     console.print(
         f"{config.env}: {counted(run.num_seeds, 'agent')}, {counted(config.num_iterations, 'iteration')} of "
         f"{config.num_envs} x {config.num_steps} steps ({steps} per agent), "
-        f"{config.update}{radius}. Compiling …",
+        f"{config.update}{radius}{where}. Compiling …",
         soft_wrap=True,
     )
     last: Progress | None = None
@@ -125,7 +129,8 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
         try:
             sinks = [sink for name, (sink, _) in zip(namespace.log, opened, strict=True) if name not in late]
             others = [sink for name, (sink, _) in zip(namespace.log, opened, strict=True) if name in late]
-            complete = continue_run(run, show, sinks, late_sinks=others, num_devices=namespace.num_devices)
+            sizes = {"num_devices": namespace.num_devices, "num_workers": workers}
+            complete = continue_run(run, show, sinks, late_sinks=others, **sizes)
         finally:
             for _, close in opened:
                 close()

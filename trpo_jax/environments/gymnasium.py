@@ -38,7 +38,7 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
     first = instance()
     limits = [limit for limit in (own_limit or first.spec.max_episode_steps, max_steps) if limit is not None]
     if not limits:
-        raise UsageError(f"{full_name} has no time limit; set one: make_environment({full_name!r}, max_steps=1000).")
+        raise UsageError(f"{full_name} has no time limit; set one, such as max_steps=1000 (--max-steps 1000).")
     limit = min(limits)
     space, act = host_action_space(first.action_space, full_name)
     with one_sentence(f"reset of {full_name}"):

@@ -6,6 +6,7 @@ run that is killed at any moment continues from its last chunk with the same bit
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -21,10 +22,11 @@ from trpo_jax.config_pytree import Config
 from trpo_jax.files import locked
 from trpo_jax.runs.evaluations import Judge, read_evaluations
 from trpo_jax.runs.folders import CONTINUES, Run, start_of
-from trpo_jax.runs.metrics import METRICS, Row, TableFile, last_mean, read_metrics, rows_of
+from trpo_jax.runs.metrics import METRICS, Row, TableFile, last_mean, metrics_tree, read_metrics, rows_of
 from trpo_jax.runs.runner import CAPACITY, Chunk, Clock, advance, for_each_agent, interrupts, without_stopped
 from trpo_jax.runs.sinks import Sink
-from trpo_jax.sentences import UsageError
+from trpo_jax.runs.workers import Worker, WorkersPrograms, start_workers
+from trpo_jax.sentences import UsageError, check_limits
 from trpo_jax.training.checkpoints import Checkpoints, Saved
 from trpo_jax.training.devices import devices_of, shardings_of
 from trpo_jax.training.evaluation import stops
@@ -50,6 +52,7 @@ def continue_run(
     *,
     late_sinks: Sequence[Sink] = (),
     num_devices: int = 1,
+    num_workers: int = 1,
 ) -> bool:
     """Train a run from its newest checkpoint to the end.
 
@@ -63,6 +66,8 @@ def continue_run(
       late_sinks: the same, for those that also get the rows that exist already.
       num_devices: devices that share the environments of a single agent. Sums over them differ in their last bits from
         those on one device, so that a run repeats itself, and resumes to the same bits, on as many devices.
+      num_workers: processes that share the agents of an environment that runs in Python; 1: this one trains them. The
+        same holds for them. A script that asks for more must keep its main part under `if __name__ == "__main__":`.
 
     Returns:
       Whether the run is complete.
@@ -72,7 +77,8 @@ def continue_run(
         be used.
     """
     devices = devices_of(num_devices, run.config.num_envs, run.num_seeds)
-    with locked(run.path, "checkpoints"):
+    check_limits({"num_workers": num_workers})
+    with locked(run.path, "checkpoints"), contextlib.ExitStack() as entered:
         file, judge, checkpoints = TableFile(run.path / "metrics.csv"), Judge(run, CONTINUES), run.checkpoints
         saved = _restore(run, file, judge, checkpoints)
         done, until = saved.done if saved else 0, run.config.num_iterations
@@ -82,27 +88,32 @@ def continue_run(
         if done >= until or judge.stopped.all():
             return True
         stored = jax.tree.map(jnp.asarray, saved.state) if saved else start_of(run)
-        program, states = _compile(run, judge, stored, devices)
-        with interrupts() as interrupted:
-            steps = run.num_seeds * run.config.steps_per_iteration  # of an iteration of all agents
-            clock = Clock(steps * until, steps * done)
+        workers = entered.enter_context(start_workers(min(num_workers, run.num_seeds)))
+        train, states = _compile(run, stored, devices, workers)
+        interrupted = entered.enter_context(interrupts())
+        steps = run.num_seeds * run.config.steps_per_iteration  # of an iteration of all agents
+        clock = Clock(steps * until, steps * done)
 
-            def on_chunk(chunk: Chunk) -> bool:
-                if len(devices) > 1:
-                    chunk = chunk._replace(states=jax.device_put(chunk.states, devices[0]))
-                metrics = without_stopped(chunk.metrics, judge.stopped)
-                rows = list(rows_of(metrics, chunk.done, run.config.steps_per_iteration, run.seed))
-                file.append(rows, CONTINUES)
-                judged = judge(chunk)
-                _give(sinks, rows, judged)
-                checkpoints.save(chunk.states, chunk.done, rows=file.note, **judge.note)
-                clock.count(steps * chunk.length)
-                means = {name: last_mean(values) for name, values in metrics.items()}
-                going = report(Progress(chunk.done, means, clock, float(judge.newest.mean()))) is not False
-                return going and not interrupted() and not judge.stopped.all()
+        def on_chunk(chunk: Chunk) -> bool:
+            if len(devices) > 1:
+                chunk = chunk._replace(states=jax.device_put(chunk.states, devices[0]))
+            metrics = without_stopped(chunk.metrics, judge.stopped)
+            rows = list(rows_of(metrics, chunk.done, run.config.steps_per_iteration, run.seed))
+            file.append(rows, CONTINUES)
+            judged = judge(chunk)
+            _give(sinks, rows, judged)
+            checkpoints.save(chunk.states, chunk.done, rows=file.note, **judge.note)
+            clock.count(steps * chunk.length)
+            means = {name: last_mean(values) for name, values in metrics.items()}
+            going = report(Progress(chunk.done, means, clock, float(judge.newest.mean()))) is not False
+            return going and not interrupted() and not judge.stopped.all()
 
-            ends = run.config.eval_every, run.keep_every
-            done = advance(program, run.config, states, done, until, on_chunk, ends=ends)
+        def program(config: Config, states: TrainState, length: Any) -> Any:
+            lengths = np.where(judge.stopped, np.int32(0), length) if stops(run.config) else length
+            return train(config, states, lengths)
+
+        ends = run.config.eval_every, run.keep_every
+        done = advance(program, run.config, states, done, until, on_chunk, ends=ends)
     return done >= until or bool(judge.stopped.all())
 
 
@@ -143,40 +154,54 @@ def _restore(run: Run, file: TableFile, judge: Judge, checkpoints: Checkpoints) 
     return saved
 
 
-def _compile(run: Run, judge: Judge, states: TrainState | None, devices: Sequence[Any]) -> tuple[Any, Any]:
+def _compile(
+    run: Run, states: TrainState | None, devices: Sequence[Any], workers: Sequence[Worker]
+) -> tuple[Callable[..., Any], Any]:
     """Compile the program of a run, see `advance`; return it with the given or the initial states."""
     start = jax.jit(for_each_agent(init, run.num_seeds))
     with ThreadPoolExecutor(max_workers=1) as compiler:  # one program compiles while the next is traced
         started = compiler.submit(start.lower(run.config, run.keys).compile) if states is None else None
         like = jax.eval_shape(start, run.config, run.keys) if states is None else states
         places = shardings_of(like, devices, axis=1) if len(devices) > 1 else None
-        program = _compile_training(run, judge, like, places)
+        train = _train_in_workers(run, like, workers) if workers else _compile_training(run.config, like, places)
         states = states if started is None else started.result()(run.config, run.keys)
-        return program, states if places is None else jax.device_put(states, places)
+        return train, states if places is None else jax.device_put(states, places)
 
 
-def _compile_training(run: Run, judge: Judge, like: TrainState, places: Any) -> Any:
-    """Compile the iterations of a run for states like these, which lie and stay at the given places, if any."""
+def _compile_training(config: Config, like: TrainState, places: Any = None) -> Callable[..., Any]:
+    """Compile (config, states, length) -> (states, metrics) for states like these, which lie and stay in their places.
+
+    If agents may stop before others, each has its own number of iterations, [A].
+    """
     options: dict[str, Any] = {"donate_argnums": 1}
     if places is not None:
         like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, places)
         options["out_shardings"] = (places, None)
-    if stops(run.config):
-        return _compile_stopping(run, judge, like, options)
-    chunk = functools.partial(train_chunk, capacity=CAPACITY)
-    train = jax.jit(for_each_agent(chunk, run.num_seeds), **options)
-    return train.lower(run.config, like, np.int32(1)).compile()
+    num_agents = like.iteration.shape[0]
+    if not stops(config):
+        chunk = functools.partial(train_chunk, capacity=CAPACITY)
+        return jax.jit(for_each_agent(chunk, num_agents), **options).lower(config, like, np.int32(1)).compile()
 
-
-def _compile_stopping(run: Run, judge: Judge, like: TrainState, options: dict[str, Any]) -> Callable[..., Any]:
-    """The same for agents that may stop before others: each has its own number of iterations, which is 0 then."""
-
-    def chunk(config: Config, x: tuple[TrainState, Any]) -> Any:
+    def one(config: Config, x: tuple[TrainState, Any]) -> Any:
         return train_chunk(config, *x, capacity=CAPACITY)
 
     def train(config: Config, states: TrainState, lengths: Any) -> Any:
-        return for_each_agent(chunk, run.num_seeds)(config, (states, lengths))
+        return for_each_agent(one, num_agents)(config, (states, lengths))
 
-    lengths = np.zeros(run.num_seeds, np.int32)
-    program = jax.jit(train, **options).lower(run.config, like, lengths).compile()
-    return lambda config, states, length: program(config, states, np.where(judge.stopped, np.int32(0), length))
+    return jax.jit(train, **options).lower(config, like, np.zeros(num_agents, np.int32)).compile()
+
+
+def _train_in_workers(run: Run, like: TrainState, workers: Sequence[Worker]) -> Callable[..., Any]:
+    """The same in workers, each of which has its share of the agents."""
+    shares = [len(share) for share in np.array_split(np.arange(run.num_seeds), len(workers))]
+    there = WorkersPrograms(workers, shares, _build, run.config)
+    result = like, metrics_tree()
+    return lambda config, states, length: there.call("train", result, states, length)
+
+
+def _build(num_agents: int, config: Config) -> tuple[dict[str, Any], None]:
+    """The program of a worker; see `WorkersPrograms`."""
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_agents))
+    like = jax.eval_shape(for_each_agent(init, num_agents), config, keys)
+    train = _compile_training(config, like)
+    return {"train": (lambda states, length: train(config, states, length), (like, 0))}, None

@@ -23,6 +23,12 @@ Row = tuple[int, int, int, dict[str, float]]
 """Iteration, environment steps of the agent, its seed, and its metrics (or the other columns of a table)."""
 
 
+def metrics_tree() -> Metrics:
+    """The tree of `Metrics`, without values."""
+    nothing: dict[str, Any] = dict.fromkeys(METRICS, 0)
+    return Metrics(**nothing)
+
+
 class TableFile:
     """A table of a run in progress, such as metrics.csv. Rows reach the disk before the state that follows them.
 

@@ -11,9 +11,9 @@ import numpy as np
 from trpo_jax.config_pytree import Config
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.runs.runner import Chunk, advance, without_stopped
-from trpo_jax.sweeps.placement import Programs
 from trpo_jax.sweeps.plans import stack_configs
-from trpo_jax.training.checkpoints import is_key
+from trpo_jax.sweeps.programs import Programs
+from trpo_jax.training.checkpoints import from_host, is_key, to_host
 from trpo_jax.training.evaluation import stops
 from trpo_jax.training.state import TrainState
 
@@ -129,21 +129,6 @@ class Cohort:
         return Snapshot(
             jax.tree.map(lambda leaf: leaf[: self.size], to_host(self.states)), self.metrics, self.eval_return
         )
-
-
-def to_host(states: TrainState) -> TrainState:
-    """NumPy copies of states; typed PRNG keys as their raw data."""
-    return jax.tree.map(lambda leaf: np.array(jax.random.key_data(leaf) if is_key(leaf) else leaf), states)
-
-
-def from_host(states: TrainState, like: TrainState) -> TrainState:
-    """Convert the copies of `to_host` to states for the programs; `like` tells which leaves are keys."""
-    impls = {jax.random.key(0, impl=name).dtype: name for name in ("threefry2x32", "rbg", "unsafe_rbg")}
-
-    def restore(array: Any, leaf: Any) -> Any:
-        return jax.random.wrap_key_data(array, impl=impls[leaf.dtype]) if is_key(leaf) else array
-
-    return jax.tree.map(restore, states, like)
 
 
 def blank(states: TrainState, num_agents: int, done: int, eval_every: int = 0) -> Snapshot:

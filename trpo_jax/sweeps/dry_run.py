@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from trpo_jax.runs.workers import useful_workers
 from trpo_jax.settings import setting_names, value_of
 from trpo_jax.sweeps.cohorts import Cohort
 from trpo_jax.sweeps.grids import Spec
-from trpo_jax.sweeps.placement import Programs, agents_per_block, devices_for, fit_programs, useful_processes
+from trpo_jax.sweeps.placement import agents_per_block, devices_for, fit_programs
 from trpo_jax.sweeps.plans import Group, plan
+from trpo_jax.sweeps.programs import Programs
 
 
 class Outline(NamedTuple):
@@ -61,11 +63,10 @@ def outline(
     Args:
       spec: the sweep.
       most_agents: most agents per device in one program; None: as many as are useful.
-      num_processes: processes that share the agents; None: as many as a sweep here starts.
+      num_processes: processes that share the agents; None: this one and its workers.
       report: called with the share that is done, and with the next step in words.
     """
     points, groups = plan(spec)
-    processes = num_processes or useful_processes(groups)
     names = setting_names(point.config for point in points)
     varied = [name for name in names if name != "env" and len({str(value_of(p.config, name)) for p in points}) > 1]
     found = []
@@ -74,6 +75,7 @@ def outline(
         report(number / len(groups), f"Compiling {which} …")
         started = time.perf_counter()
         devices = devices_for(group.configs[0])
+        processes = num_processes or useful_workers(group.configs[0], group.num_agents)
         useful = agents_per_block(group.configs[0], group.num_agents, len(devices) * processes)
         most = min(useful, most_agents or group.num_agents)
         programs = fit_programs(group.configs[0], most, spec.num_episodes, devices)

@@ -8,22 +8,23 @@ saves time.
 from __future__ import annotations
 
 import dataclasses
-import gc
+import functools
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from trpo_jax.runs.runner import agent_keys
+from trpo_jax.runs.workers import RecentPrograms, Worker
 from trpo_jax.sentences import UsageError
 from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, training_return
 from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, static_part
 from trpo_jax.sweeps.iqm import interquartile_mean
-from trpo_jax.sweeps.placement import Programs, agents_per_block, devices_for, fit_programs
+from trpo_jax.sweeps.placement import agents_per_block, devices_for, fit_programs
+from trpo_jax.sweeps.programs import Programs
 from trpo_jax.sweeps.studies import Study
 
 _RUNGS = 0.25, 0.5, 1.0  # shares of the iterations after which the worse half stops
-_KEPT_PROGRAMS = 8  # compiled programs kept for their next use; each takes some 2,000 of a process's 65,530 maps
 NO_EPISODE = "no episode ended"
 NOT_FINITE = "a number was not finite"
 
@@ -47,12 +48,14 @@ class Trial:
     why: str = ""
 
 
-def run_batch(study: Study, spec: Spec, trials: list[Trial], programs: dict[Any, Programs]) -> int:
+def run_batch(
+    study: Study, spec: Spec, trials: list[Trial], programs: RecentPrograms, workers: Sequence[Worker] = ()
+) -> int:
     """Train a batch by successive halving and record the results; return how many trials stopped early."""
     alive = [trial for trial in trials if trial.config]
     rungs = _distinct_rungs(min((trial.config.num_iterations for trial in alive), default=1))
     for rung in rungs:
-        _train_groups(spec, alive, rung, len(rungs), programs)
+        _train_groups(spec, alive, rung, len(rungs), programs, workers)
         alive = [trial for trial in alive if trial.snapshot]
         for trial in alive:
             if rung < 1:
@@ -78,29 +81,25 @@ def run_batch(study: Study, spec: Spec, trials: list[Trial], programs: dict[Any,
     return len(trials) - len(alive)
 
 
-def _train_groups(spec: Spec, alive: list[Trial], rung: float, num_rungs: int, programs: dict[Any, Programs]) -> None:
+def _train_groups(
+    spec: Spec, alive: list[Trial], rung: float, num_rungs: int, programs: RecentPrograms, workers: Sequence[Worker]
+) -> None:
     """Train all trials to a share of their iterations, in groups that share a program.
 
-    Groups whose programs are compiled come first. Then a new program replaces the least recently used one: a process
-    can hold only so many.
+    Groups whose programs are compiled come first, since a new program replaces an older one.
     """
     groups: dict[Any, list[Trial]] = {}
     for trial in alive:
         groups.setdefault(static_part(trial.config), []).append(trial)
     for shape in sorted(groups, key=lambda shape: shape not in programs):
-        if shape not in programs:
-            while len(programs) >= _KEPT_PROGRAMS:
-                del programs[next(iter(programs))]
-                jax.clear_caches()  # its traces, some 4 MB each
-                gc.collect()  # the program and its traces refer to each other
-            try:
-                programs[shape] = _compile(spec, groups[shape], num_rungs)
-            except UsageError as error:  # it does not fit into memory
-                for trial in groups[shape]:
-                    trial.why, trial.snapshot = str(error).rstrip("."), None
-                continue
-        programs[shape] = programs.pop(shape)  # the last was used last
-        _train_until(programs[shape], spec, groups[shape], rung)
+        group = groups[shape]
+        try:
+            found = programs.find(shape, functools.partial(_compile, spec, group, num_rungs, workers))
+        except UsageError as error:  # it does not fit into memory
+            for trial in group:
+                trial.why, trial.snapshot = str(error).rstrip("."), None
+            continue
+        _train_until(found, spec, group, rung)
 
 
 def _returns(snapshot: Snapshot) -> np.ndarray:
@@ -118,11 +117,12 @@ def _end(rung: float, num_iterations: int) -> int:
     return max(1, round(rung * num_iterations))
 
 
-def _compile(spec: Spec, group: list[Trial], num_rungs: int) -> Programs:
+def _compile(spec: Spec, group: list[Trial], num_rungs: int, workers: Sequence[Worker]) -> Programs:
     """Compile programs as wide as the trials that reach the last stage."""
     config, last = group[0].config, -(-len(group) // 2 ** (num_rungs - 1))
-    devices = devices_for(config)
-    most = agents_per_block(config, last * spec.num_seeds, len(devices))
+    agents = last * spec.num_seeds
+    devices = devices_for(config, workers[:agents])
+    most = agents_per_block(config, agents, len(devices))
     return fit_programs(config, most, spec.num_episodes, devices)
 
 

@@ -19,12 +19,14 @@ from trpo_jax.runs.descriptions import made_by
 from trpo_jax.runs.metrics import METRICS, rows_of
 from trpo_jax.runs.runner import Clock, interrupts
 from trpo_jax.runs.sinks import OpenSink, Sink
+from trpo_jax.runs.workers import Worker, start_workers
 from trpo_jax.sentences import UsageError, check_limits
 from trpo_jax.settings import settings_of
 from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, stopped_iteration, training_return
 from trpo_jax.sweeps.grids import Point, Spec, checked_spec
-from trpo_jax.sweeps.placement import Ahead, Programs, agents_per_block, devices_for, fit_programs
+from trpo_jax.sweeps.placement import Ahead, agents_per_block, devices_for, fit_programs
 from trpo_jax.sweeps.plans import Block, Group, cut_into_blocks, plan
+from trpo_jax.sweeps.programs import Programs
 from trpo_jax.sweeps.rows import settings_as_columns
 from trpo_jax.sweeps.storage import Folder
 from trpo_jax.training.state import TrainState
@@ -53,6 +55,7 @@ def run_sweep(
     open_sinks: Callable[[str, Mapping[str, Any]], Sequence[OpenSink]] = lambda part, settings: (),
     extend: bool = False,
     planned: tuple[list[Point], list[Group]] | None = None,
+    num_workers: int = 1,
 ) -> Literal["complete", "interrupted", "shared"]:
     """Run a sweep in a folder, or continue the one that is there, to its end.
 
@@ -67,6 +70,8 @@ def run_sweep(
         "point_3", and its settings. It returns further outputs for the metrics of its agents, and how to close them.
       extend: if the folder has another sweep, add the agents of this one that it lacks; existing ones stay.
       planned: the result of `plan(spec)`, if it is there already; for 100,000 points it takes 14 to 25 s.
+      num_workers: processes that train the agents of environments that run in Python; 1: this one does. A script that
+        asks for more must keep its main part under `if __name__ == "__main__":`.
 
     Returns:
       How it ended: "complete" if all blocks of all processes are finished, "interrupted" by Ctrl-C, SIGTERM or the
@@ -77,7 +82,7 @@ def run_sweep(
     """
     spec = checked_spec(spec)  # bad input shows before anything is written
     rank, number = process
-    check_limits({"process_id": rank, "num_processes": number})
+    check_limits({"process_id": rank, "num_processes": number, "num_workers": num_workers})
     check_limits({"agents_per_device": most_agents, "checkpoint_seconds": checkpoint_seconds})
     if rank >= number:
         raise UsageError(f"process {rank} of {number} does not exist; they are numbered from 0.")
@@ -87,13 +92,14 @@ def run_sweep(
         before = folder.describe(spec, made_by(), extend=extend)
         points, groups = plan(spec, before) if before else planned
         clock = Clock(sum(group.num_agents * group.steps_per_agent for group in groups) / process[1])
-        size = checkpoint_seconds, most_agents
-        work = _Work(folder, spec, points, groups, process, *size, clock, interrupted, report, open_sinks)
-        with contextlib.closing(work.ahead), work.writing():
-            for number in range(len(groups)):
-                work.train_group(number)
-                if work.stopped:
-                    return "interrupted"
+        with start_workers(num_workers) as workers:
+            who, size = (process, workers), (checkpoint_seconds, most_agents)
+            work = _Work(folder, spec, points, groups, *who, *size, clock, interrupted, report, open_sinks)
+            with contextlib.closing(work.ahead), work.writing():
+                for number in range(len(groups)):
+                    work.train_group(number)
+                    if work.stopped:
+                        return "interrupted"
     numbers = range(len(groups))
     complete = all(folder.is_finished(block) for number in numbers for block in work.blocks(number))
     return "complete" if complete else "shared"
@@ -108,6 +114,7 @@ class _Work:
     points: list[Point]
     groups: list[Group]
     process: tuple[int, int]
+    workers: Sequence[Worker]
     checkpoint_seconds: float
     most_agents: int | None
     clock: Clock
@@ -165,7 +172,7 @@ class _Work:
     def _request(self, number: int) -> tuple[Config, int, int, list[Any]]:
         """The arguments of `fit_programs` for a group."""
         group, settled = self.groups[number], self.folder.program(number)
-        config, devices = group.configs[0], devices_for(group.configs[0])
+        config, devices = group.configs[0], devices_for(group.configs[0], self.workers[: group.num_agents])
         of_all = len(devices) * self.process[1]
         agents = settled["agents_per_block"] if settled else agents_per_block(config, group.num_agents, of_all)
         return config, min(agents, self.most_agents or agents), self.spec.num_episodes, devices

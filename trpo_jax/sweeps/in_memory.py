@@ -13,12 +13,14 @@ import numpy as np
 from trpo_jax.config_pytree import Config
 from trpo_jax.files import as_plain
 from trpo_jax.runs.metrics import METRICS
+from trpo_jax.runs.workers import start_workers
 from trpo_jax.sentences import UsageError, shown
 from trpo_jax.settings import TOTAL_STEPS
-from trpo_jax.sweeps.cohorts import Cohort, failed_iteration, from_host, to_host, training_return
+from trpo_jax.sweeps.cohorts import Cohort, failed_iteration, training_return
 from trpo_jax.sweeps.grids import Spec, check_keep, check_numbers, make_points
 from trpo_jax.sweeps.placement import agents_per_block, devices_for, fit_programs
 from trpo_jax.sweeps.plans import make_groups
+from trpo_jax.training.checkpoints import from_host, to_host
 from trpo_jax.training.devices import check_devices
 from trpo_jax.training.state import Metrics, TrainState, check_key
 
@@ -32,6 +34,7 @@ def sweep(
     num_episodes: int = 16,
     keep: str = "none",
     devices: Sequence[Any] | None = None,
+    num_workers: int = 1,
 ) -> SweepResult:
     """Train every combination of settings over seeds, and evaluate each agent.
 
@@ -47,6 +50,7 @@ def sweep(
       num_episodes: episodes with which each agent is evaluated at the end; 0: none.
       keep: which trained states to return: "none", that of the "best" agent of each point, or "all".
       devices: where to run; by default all devices of this process (one, if the environment runs in Python on a CPU).
+      num_workers: processes that train the agents of environments that run in Python; see `run_sweep`.
 
     Returns:
       A `SweepResult` of NumPy arrays.
@@ -61,7 +65,7 @@ def sweep(
     if not isinstance(generator, str):
         raise UsageError(f"sweeps need a key of one of JAX's own types, got {key.dtype}; make it without `impl`.")
     check_keep(keep)
-    check_numbers({"num_seeds": num_seeds, "num_episodes": num_episodes})
+    check_numbers({"num_seeds": num_seeds, "num_episodes": num_episodes, "num_workers": num_workers})
     for name, values in grid.items():
         if not isinstance(name, str):
             raise UsageError(f"the grid must name settings, got {shown(name)}.")
@@ -81,23 +85,23 @@ def sweep(
     evaluations = max(group.configs[0].num_iterations // (group.configs[0].eval_every or 2**31) for group in groups)
     eval_return = np.full((*shape, evaluations), np.nan, np.float32)
     kept = Kept(keep, len(points))
-    for group in groups:
-        here = chosen or devices_for(group.configs[0])
-        most = agents_per_block(group.configs[0], group.num_agents, len(here))
-        with jax.default_prng_impl(generator):
+    with jax.default_prng_impl(generator), start_workers(num_workers) as workers:
+        for group in groups:
+            here = chosen or devices_for(group.configs[0], workers[: group.num_agents])
+            most = agents_per_block(group.configs[0], group.num_agents, len(here))
             programs = fit_programs(group.configs[0], most, num_episodes, here)
-        for first in range(0, group.num_agents, programs.width):
-            last = first + programs.width
-            cohort = Cohort(programs, group.configs[first:last], group.keys[first:last])
-            cohort.train(group.num_iterations)
-            at = group.agents(first, first + cohort.size)
-            found = cohort.metrics
-            for name in METRICS:
-                metrics[name][(*at, slice(group.num_iterations))] = found[name]
-            if cohort.eval_return is not None:
-                eval_return[(*at, slice(cohort.eval_return.shape[1]))] = cohort.eval_return
-            final_return[at], failed_at[at] = cohort.evaluate(), failed_iteration(found)
-            kept.add(cohort, at[0], final_return[at] if num_episodes else training_return(found))
+            for first in range(0, group.num_agents, programs.width):
+                last = first + programs.width
+                cohort = Cohort(programs, group.configs[first:last], group.keys[first:last])
+                cohort.train(group.num_iterations)
+                at = group.agents(first, first + cohort.size)
+                found = cohort.metrics
+                for name in METRICS:
+                    metrics[name][(*at, slice(group.num_iterations))] = found[name]
+                if cohort.eval_return is not None:
+                    eval_return[(*at, slice(cohort.eval_return.shape[1]))] = cohort.eval_return
+                final_return[at], failed_at[at] = cohort.evaluate(), failed_iteration(found)
+                kept.add(cohort, at[0], final_return[at] if num_episodes else training_return(found))
     varied = [point.varied for point in points]
     return SweepResult(varied, Metrics(**metrics), final_return, failed_at, eval_return, kept.states())
 

@@ -9,90 +9,34 @@ number of devices. On an accelerator they depend on U, which is fixed when a swe
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trpo_jax import backend
 from trpo_jax.config_pytree import Config
-from trpo_jax.environments.host import runs_on_host
-from trpo_jax.environments.make import environment_of
-from trpo_jax.runs.runner import CAPACITY
+from trpo_jax.runs.workers import Worker, jax_settings, waits_for_python
 from trpo_jax.sentences import UsageError, shown
-from trpo_jax.sweeps.plans import Group
-from trpo_jax.training import evaluation
-from trpo_jax.training.loop import init, train_chunk
-from trpo_jax.training.memory import check_memory, free_memory, program_memory
-from trpo_jax.training.state import TrainState
+from trpo_jax.sweeps.programs import Programs, compile_in_workers, compile_programs
+from trpo_jax.training.memory import check_memory, free_memory
 
 _SHARE_OF_FREE_MEMORY = 0.8
-_AFTER_LAST = 2**32 - 2  # folded into an agent's key for its evaluation; no iteration has this number
-_AGENTS = "agents"
 # Environments in Python that the agents of a block keep. On a CPU agents take turns, so more of them gain nothing; a
 # step of one of 288 bodies of MuJoCo takes 1.3 times as long as of one of 8, and too many would have to be rebuilt.
 _MOST_INSTANCES = 64
-_PROCESS_BYTES = 3 * 2**29  # room for one more process, most of it for its compiler: HalfCheetah took 1.1 GiB
 
 
-class Programs(NamedTuple):
-    """The compiled programs of a group of agents, each over D blocks of U agents, [D·U, ...].
-
-    Attributes:
-      start: (configs, keys) -> states.
-      train: (configs, states, number of iterations ≤ CAPACITY) -> (states, metrics [D·U, capacity]); reuses the memory
-        of the states. If agents may stop before others, each has its own number, [D·U].
-      judge: (configs, states) -> mean return of an evaluation during training; None if not requested.
-      evaluate: (configs, states) -> mean return of the policy over fresh episodes; None if not requested.
-      agents_per_block: U.
-      num_devices: D.
-      memory: bytes that the largest program needs on each device.
-      states: shapes of the states, [D·U, ...].
-    """
-
-    start: Any
-    train: Any
-    judge: Any
-    evaluate: Any
-    agents_per_block: int
-    num_devices: int
-    memory: int
-    states: TrainState
-
-    @property
-    def width(self) -> int:
-        """Agents side by side, D·U."""
-        return self.num_devices * self.agents_per_block
-
-
-def devices_for(config: Config) -> list[Any]:
+def devices_for(config: Config, workers: Sequence[Worker] = ()) -> list[Any]:
     """The devices of this process that train an agent's group: all, or one where two would be slower.
 
     On a CPU an environment in Python leaves one device little to wait for but the interpreter, whose lock two devices
     then wait for. HalfCheetah takes 850 µs per step of eight instances on one device and 2,030 µs on each of two. Only
-    further processes help.
+    further processes help: if there are workers, they are the devices.
     """
     devices = jax.local_devices()
-    return devices[:1] if _waits_for_python(config) else devices
-
-
-def _waits_for_python(config: Config) -> bool:
-    return jax.local_devices()[0].platform == "cpu" and runs_on_host(environment_of(config))
-
-
-def useful_processes(groups: Sequence[Group]) -> int:
-    """Number of processes that keep all cores busy: one for each device of a CPU if all environments run in Python.
-
-    It is smaller if there are fewer agents, or too little free memory.
-    """
-    if not all(_waits_for_python(group.configs[0]) for group in groups):
-        return 1
-    room = free_memory(jax.local_devices()[:1]) // _PROCESS_BYTES
-    return max(1, min(jax.local_device_count(), room, max(group.num_agents for group in groups)))
+    return (list(workers) or devices[:1]) if waits_for_python(config) else devices
 
 
 def agents_per_block(config: Config, num_agents: int, num_devices: int) -> int:
@@ -103,7 +47,7 @@ def agents_per_block(config: Config, num_agents: int, num_devices: int) -> int:
       num_agents: agents of the group.
       num_devices: devices of all processes together.
     """
-    most = max(1, _MOST_INSTANCES // config.num_envs) if _waits_for_python(config) else backend.most_agents()
+    most = max(1, _MOST_INSTANCES // config.num_envs) if waits_for_python(config) else backend.most_agents()
     rounds = -(-num_agents // (num_devices * most))
     return -(-num_agents // (num_devices * rounds))
 
@@ -128,7 +72,7 @@ def fit_programs(
     agents = most_agents
     while True:
         request = config, agents, num_episodes, devices
-        programs = (ahead and ahead.take(*request)) or compile_programs(*request)
+        programs = (ahead and ahead.take(*request)) or _compile(*request)
         if programs.memory <= _SHARE_OF_FREE_MEMORY * free:
             return programs
         if agents == 1:
@@ -152,7 +96,7 @@ class Ahead:
 
     def begin(self, *request: Any) -> None:
         """Begin to compile the programs for these arguments of `compile_programs`."""
-        self._waiting = request, self._pool.submit(_compile_under, _jax_settings(), request)
+        self._waiting = request, self._pool.submit(_compile_under, jax_settings(), request)
 
     def take(self, *request: Any) -> Programs | None:
         """Wait for the programs that were begun; None if they are for other arguments, or did not compile."""
@@ -167,63 +111,12 @@ class Ahead:
 
 
 def _compile_under(settings: dict[str, Any], request: tuple[Any, ...]) -> Programs | None:
-    return compile_programs(*request) if _jax_settings() == settings else None
+    return _compile(*request) if jax_settings() == settings else None
 
 
-def _jax_settings() -> dict[str, Any]:
-    """Settings of JAX in this thread: `with jax.default_matmul_precision(…)` and the like hold for one thread only."""
-    return {name: getattr(jax.config, name) for name in dir(jax.config) if name.startswith("jax_")}
-
-
-def compile_programs(config: Config, agents: int, num_episodes: int, devices: Sequence[Any]) -> Programs:
-    """Compile the programs for blocks of U = `agents` on each device; `config` is any one of the group."""
-    total = agents * len(devices)
-    mesh = Mesh(np.array(devices), (_AGENTS,))
-    capacity = min(config.num_iterations, CAPACITY)
-
-    def train(config: Config, state: TrainState, length: Any) -> Any:
-        return train_chunk(config, state, length, capacity=capacity)
-
-    def judge(config: Config, state: TrainState) -> Any:
-        return jnp.mean(evaluation.judge(config, state).episode_return)
-
-    def evaluate(config: Config, state: TrainState) -> Any:
-        key = jax.random.fold_in(state.key, _AFTER_LAST)
-        return jnp.mean(evaluation.evaluate(config, state, key, num_episodes=num_episodes).episode_return)
-
-    configs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((total,), np.float32), config)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), total))
-    start = _compile(init, mesh, configs, keys)
-    states = jax.eval_shape(jax.vmap(init), configs, keys)
-    lengths = jax.ShapeDtypeStruct((total,) if evaluation.stops(config) else (), np.int32)
-    chunk = _compile(train, mesh, configs, states, lengths, donate=1)
-    during = _compile(judge, mesh, configs, states) if config.eval_every else None
-    after = _compile(evaluate, mesh, configs, states) if num_episodes else None
-    memory = max(program_memory(program) for program in (start, chunk, during, after) if program)
-    return Programs(start, chunk, during, after, agents, len(devices), memory, states)
-
-
-def _compile(function: Callable[..., Any], mesh: Mesh, *arguments: Any, donate: int | None = None) -> Any:
-    """Compile `function` of one agent for all agents [D·U, ...] over the mesh; scalars go to every agent."""
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    each, whole = PartitionSpec(_AGENTS), PartitionSpec()
-    specs = tuple(whole if isinstance(a, jax.ShapeDtypeStruct) and a.shape == () else each for a in arguments)
-
-    def block(*arguments: Any) -> Any:
-        agents = tuple(a for a, spec in zip(arguments, specs, strict=True) if spec is each)
-        shared = arguments[len(agents) :]
-        one = lambda agent: function(*agent, *shared)  # noqa: E731
-        return jax.lax.map(one, agents) if on_cpu else jax.vmap(one)(agents)
-
-    block.__name__ = function.__name__
-    # `check_vma` does not support custom batching rules and scans that start from constants.
-    sharded = jax.shard_map(block, mesh=mesh, in_specs=specs, out_specs=each, check_vma=False)
-    jitted = jax.jit(
-        sharded,
-        in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
-        donate_argnums=() if donate is None else donate,
-    )
-    return jitted.lower(*arguments).compile()
+def _compile(config: Config, agents: int, num_episodes: int, devices: Sequence[Any]) -> Programs:
+    build = compile_in_workers if isinstance(devices[0], Worker) else compile_programs
+    return build(config, agents, num_episodes, devices)
 
 
 def connect_hosts(

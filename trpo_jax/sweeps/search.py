@@ -20,11 +20,11 @@ from trpo_jax.runs.continuing import continue_run
 from trpo_jax.runs.descriptions import in_json, made_by
 from trpo_jax.runs.folders import Run, create_run, open_run
 from trpo_jax.runs.learning_curve import plot_learning_curve
+from trpo_jax.runs.workers import RecentPrograms, start_workers
 from trpo_jax.sentences import UsageError, counted
 from trpo_jax.settings import cast, checked_settings, read_toml, settings_of, with_length
 from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, checked_spec, draws_whole, make_point
 from trpo_jax.sweeps.halving import NO_EPISODE, NOT_FINITE, Trial, run_batch
-from trpo_jax.sweeps.placement import Programs
 from trpo_jax.sweeps.studies import Study, open_study
 from trpo_jax.training.agents import make_agent
 
@@ -55,6 +55,7 @@ def tune(
     batch: int = 16,
     storage: str | None = None,
     report: Callable[[Batch], None] = lambda batch: None,
+    num_workers: int = 1,
 ) -> tuple[Path, float]:
     """Search the distributions of `spec.random` for the settings with the highest score, or continue such a search.
 
@@ -69,6 +70,7 @@ def tune(
       storage: Optuna's storage URL; by default an SQLite file in the folder. Machines that share one search together if
         their folders have the same name.
       report: called after each batch, or once if no trial is left to train.
+      num_workers: processes that train the agents of environments that run in Python; see `run_sweep`.
 
     Returns:
       The file with the best settings, for `trpo-jax train --config`, and their score on the tuning seeds.
@@ -81,9 +83,9 @@ def tune(
     if not space or spec.grid or spec.zip:
         raise UsageError("tune searches the distributions in [random], and takes neither [grid] nor [zip].")
     check_space(spec.base, space)  # bad input shows before anything is written
-    programs: dict[Any, Programs] = {}
+    programs = RecentPrograms()
     count = spec.random["count"]
-    with open_study(path, spec, storage, made_by()) as study:
+    with open_study(path, spec, storage, made_by()) as study, start_workers(num_workers) as workers:
         file = as_path(path) / "best.toml"
         trials: list[Trial] = []
         pruned, nothing = 0, float("nan")
@@ -101,7 +103,7 @@ def tune(
                 break
             with study.at_work():
                 trials = [_make_trial(asked, spec, space) for asked in study.ask(min(batch, count - told))]
-            pruned = run_batch(study, spec, trials, programs)
+            pruned = run_batch(study, spec, trials, programs, workers)
         if not best:
             raise UsageError(_why_no_score(study, path, told))
     return file, best.value
@@ -128,7 +130,7 @@ def check_space(base: Mapping[str, Any], space: Mapping[str, Any]) -> Config:
     raise why
 
 
-def train_best(file: Path, spec: Spec) -> Path | None:
+def train_best(file: Path, spec: Spec, num_workers: int = 1) -> Path | None:
     """Train the agents of the best trial again, in a run of their own next to its settings, best.toml.
 
     They learn the same as in the search, whose programs keep no states. A run of these settings that `resume` has made
@@ -145,7 +147,7 @@ def train_best(file: Path, spec: Spec) -> Path | None:
     if found and not kept and found.seed == run.seed:
         move_aside(folder)
     run = kept or create_run(folder, config, run.seed, run.num_seeds)
-    complete = continue_run(run)
+    complete = continue_run(run, num_workers=num_workers)
     plot_learning_curve(run)
     return folder if complete else None
 

@@ -185,6 +185,21 @@ def is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def to_host(states: PyTree) -> Any:
+    """NumPy copies of states; typed PRNG keys as their raw data."""
+    return jax.tree.map(lambda leaf: np.array(jax.random.key_data(leaf) if is_key(leaf) else leaf), states)
+
+
+def from_host(states: PyTree, like: PyTree) -> Any:
+    """Convert the copies of `to_host` to states for the programs; `like` tells which leaves are keys."""
+    impls = {jax.random.key(0, impl=name).dtype: name for name in ("threefry2x32", "rbg", "unsafe_rbg")}
+
+    def restore(array: Any, leaf: Any) -> Any:
+        return jax.random.wrap_key_data(array, impl=impls[leaf.dtype]) if is_key(leaf) else array
+
+    return jax.tree.map(restore, states, like)
+
+
 class Saved(NamedTuple):
     """A checkpoint: a state of NumPy arrays and typed keys, the iterations done, and the note saved with it."""
 
