@@ -192,7 +192,7 @@ def test_a_policy_without_a_score_gives_way_to_the_first_with_one(run):
     judge_of._keep = lambda states, improved: kept.append(improved.tolist())
     for done, means in enumerate(([np.nan, 1], [np.nan, 0], [-5, 2], [np.nan, np.nan], [-6, 3]), 1):
         returns = jnp.repeat(jnp.float32(means)[:, None], 6, axis=1)
-        judge_of._program = lambda *_, r=returns: Evaluation(r, jnp.ones((2, 6), jnp.int32), jnp.ones((2, 6), bool))
+        judge_of.program = lambda *_, r=returns: Evaluation(r, jnp.ones((2, 6), jnp.int32), jnp.ones((2, 6), bool))
         judge_of(SimpleNamespace(done=3 * done, states=None))
     assert kept == [[True, True], [True, False], [True, True], [False, True]]
     np.testing.assert_array_equal(judge_of._best, [-5, 3])

@@ -27,6 +27,7 @@ from trpo_jax.runs.runner import CAPACITY, Chunk, Clock, advance, for_each_agent
 from trpo_jax.runs.sinks import Sink
 from trpo_jax.runs.workers import Worker, WorkersPrograms, start_workers
 from trpo_jax.sentences import UsageError, check_limits
+from trpo_jax.training import evaluation
 from trpo_jax.training.checkpoints import Checkpoints, Saved
 from trpo_jax.training.devices import devices_of, shardings_of
 from trpo_jax.training.evaluation import stops
@@ -89,7 +90,7 @@ def continue_run(
             return True
         stored = jax.tree.map(jnp.asarray, saved.state) if saved else start_of(run)
         workers = entered.enter_context(start_workers(min(num_workers, run.num_seeds)))
-        train, states = _compile(run, stored, devices, workers)
+        train, states = _compile(run, judge, stored, devices, workers)
         interrupted = entered.enter_context(interrupts())
         steps = run.num_seeds * run.config.steps_per_iteration  # of an iteration of all agents
         clock = Clock(steps * until, steps * done)
@@ -155,15 +156,21 @@ def _restore(run: Run, file: TableFile, judge: Judge, checkpoints: Checkpoints) 
 
 
 def _compile(
-    run: Run, states: TrainState | None, devices: Sequence[Any], workers: Sequence[Worker]
+    run: Run, judge: Judge, states: TrainState | None, devices: Sequence[Any], workers: Sequence[Worker]
 ) -> tuple[Callable[..., Any], Any]:
-    """Compile the program of a run, see `advance`; return it with the given or the initial states."""
+    """Compile the program of a run, see `advance`; return it with the given or the initial states.
+
+    Workers, if there are any, evaluate their agents, too.
+    """
     start = jax.jit(for_each_agent(init, run.num_seeds))
     with ThreadPoolExecutor(max_workers=1) as compiler:  # one program compiles while the next is traced
         started = compiler.submit(start.lower(run.config, run.keys).compile) if states is None else None
         like = jax.eval_shape(start, run.config, run.keys) if states is None else states
         places = shardings_of(like, devices, axis=1) if len(devices) > 1 else None
-        train = _train_in_workers(run, like, workers) if workers else _compile_training(run.config, like, places)
+        if workers:
+            train, judge.program = _compile_in_workers(run, like, workers)
+        else:
+            train = _compile_training(run.config, like, places)
         states = states if started is None else started.result()(run.config, run.keys)
         return train, states if places is None else jax.device_put(states, places)
 
@@ -191,17 +198,21 @@ def _compile_training(config: Config, like: TrainState, places: Any = None) -> C
     return jax.jit(train, **options).lower(config, like, np.zeros(num_agents, np.int32)).compile()
 
 
-def _train_in_workers(run: Run, like: TrainState, workers: Sequence[Worker]) -> Callable[..., Any]:
-    """The same in workers, each of which has its share of the agents."""
+def _compile_in_workers(run: Run, like: TrainState, workers: Sequence[Worker]) -> list[Callable[..., Any]]:
+    """The program of training and that of evaluation in workers, each of which has its share of the agents."""
     shares = [len(share) for share in np.array_split(np.arange(run.num_seeds), len(workers))]
     there = WorkersPrograms(workers, shares, _build, run.config)
-    result = like, metrics_tree()
-    return lambda config, states, length: there.call("train", result, states, length)
+    results = {"train": (like, metrics_tree()), "judge": evaluation.Evaluation(*jnp.zeros(3))}
+    return [lambda config, *of, name=name: there.call(name, results[name], *of) for name in results]
 
 
 def _build(num_agents: int, config: Config) -> tuple[dict[str, Any], None]:
-    """The program of a worker; see `WorkersPrograms`."""
+    """The programs of a worker; see `WorkersPrograms`."""
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_agents))
     like = jax.eval_shape(for_each_agent(init, num_agents), config, keys)
-    train = _compile_training(config, like)
-    return {"train": (lambda states, length: train(config, states, length), (like, 0))}, None
+    train, judge = _compile_training(config, like), jax.jit(for_each_agent(evaluation.judge, num_agents))
+    programs = {
+        "train": (functools.partial(train, config), (like, 0)),
+        "judge": (functools.partial(judge, config), (like,)),
+    }
+    return programs, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +29,7 @@ and the share of episodes that ended."""
 
 
 class Judge:
-    """Evaluates the agents of a run when it is due, in a program of its own, and keeps the best ones.
+    """Evaluates the agents of a run when it is due, by its `program` (config, states) -> `Evaluation`; keeps the best.
 
     Rows of eval.csv reach the disk before the checkpoint that follows them, as in metrics.csv.
     """
@@ -37,7 +37,7 @@ class Judge:
     def __init__(self, run: Run, mend: str):
         self.run, self.every, self.mend = run, run.config.eval_every, mend
         self.file = TableFile(run.path / "eval.csv", COLUMNS, "evaluations") if self.every else None
-        self._program = jax.jit(for_each_agent(judge, run.num_seeds))
+        self.program: Callable[..., Evaluation] = jax.jit(for_each_agent(judge, run.num_seeds))
         self.newest = np.full(run.num_seeds, np.nan, np.float32)  # mean return of each agent's last evaluation
         self._best = np.full(run.num_seeds, -np.inf, np.float32)  # the same of the saved state; -inf: none
 
@@ -76,7 +76,7 @@ class Judge:
             return []
         running = ~self.stopped
         agents = np.flatnonzero(running).tolist()
-        result = self._program(self.run.config, chunk.states)
+        result = self.program(self.run.config, chunk.states)
         table = summary(result)
         env_steps = chunk.done * self.run.config.steps_per_iteration
         rows: list[Row] = [
