@@ -36,10 +36,10 @@ def sweep(namespace: argparse.Namespace) -> int:
     process = connect_hosts(namespace.coordinator, namespace.num_processes, namespace.process_id)
     points, groups = planned = plan(spec)
     alone = namespace.num_processes is None and process == (0, 1)
-    started = max(useful_workers(group.configs[0], group.num_agents) for group in groups) if alone else 1
+    num_workers = max(useful_workers(group.configs[0], group.num_agents) for group in groups) if alone else 1
     tell_idle({**spec.base, **points[0].varied}, [point.config for point in points], namespace.file)
     where = f", process {process[0]} of {process[1]}" if process[1] > 1 else ""
-    where = f", {started} worker processes" if started > 1 else where
+    where = f", {num_workers} worker processes" if num_workers > 1 else where
     console.print(
         f"{counted(len(points), 'point')} x {counted(spec.num_seeds, 'seed')} = "
         f"{counted(len(points) * spec.num_seeds, 'agent')}, {counted(len(groups), 'program')}{where}. Compiling …",
@@ -64,7 +64,7 @@ def sweep(namespace: argparse.Namespace) -> int:
             open_sinks=open_sinks,
             extend=namespace.extend,
             planned=planned,
-            num_workers=started,
+            num_workers=num_workers,
         )
     if ending == "complete":
         return _show_report(output, expendable=True)
@@ -171,12 +171,12 @@ def tune(namespace: argparse.Namespace) -> int:
         if batch.told >= batch.count:
             console.print(f"Page: {page}", soft_wrap=True)
 
-    workers = useful_workers(config, namespace.batch * spec.num_seeds)
-    where = {"storage": namespace.storage, "num_workers": workers}
+    num_workers = useful_workers(config, namespace.batch * spec.num_seeds)
+    where = {"storage": namespace.storage, "num_workers": num_workers}
     file, score = search.tune(output, spec, batch=namespace.batch, report=show, **where)
     console.print(file.read_text(), highlight=False)
     console.print(f"Score {score:.1f} on {counted(spec.num_seeds, 'seed')} that only tuning uses.", soft_wrap=True)
-    best = search.train_best(file, spec, workers)
+    best = search.train_best(file, spec, num_workers)
     if best is None:
         console.print("Stopped; the same command continues.")
         return 130

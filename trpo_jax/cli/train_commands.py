@@ -108,8 +108,8 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
     late = [name for name in namespace.log if not is_fed(name, run.path)]  # these get the existing rows, too
     opened = opener_of(namespace, run.path)("", run.description)
     console, config = make_console(expendable=True), run.config
-    workers = useful_workers(config, run.num_seeds, num_threads())
-    where = f", {workers} worker processes" if workers > 1 else ""
+    num_workers = useful_workers(config, run.num_seeds, num_threads())
+    where = f", {num_workers} worker processes" if num_workers > 1 else ""
     steps = counted(config.num_iterations * config.steps_per_iteration, "step")
     radius = "" if without_effect(config, "max_kl") else f", δ = {config.max_kl:g}"
     console.print(
@@ -129,7 +129,7 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
         try:
             sinks = [sink for name, (sink, _) in zip(namespace.log, opened, strict=True) if name not in late]
             others = [sink for name, (sink, _) in zip(namespace.log, opened, strict=True) if name in late]
-            sizes = {"num_devices": namespace.num_devices, "num_workers": workers}
+            sizes = {"num_devices": namespace.num_devices, "num_workers": num_workers}
             complete = continue_run(run, show, sinks, late_sinks=others, **sizes)
         finally:
             for _, close in opened:
