@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from trpo_jax import Config, UsageError, sweep
+from trpo_jax.runs import workers
 from trpo_jax.runs.continuing import continue_run
 from trpo_jax.runs.folders import create_run, load_run
 from trpo_jax.runs.metrics import METRICS, read_metrics
 from trpo_jax.runs.workers import WorkersPrograms, start_workers
 from trpo_jax.sweeps.grids import make_spec
+from trpo_jax.sweeps.in_folder import run_sweep
 from trpo_jax.sweeps.search import tune
 
 SMALL = {"env": "gymnasium/CartPole-v1", "num_envs": 2, "num_steps": 8, "cg_iterations": 2, "hidden": (4,)}
@@ -26,6 +28,8 @@ def build(share, scale):
     """Programs for the tests of this module: `draw` draws with each agent's key, `fail` fails."""
     if scale < 0:
         raise UsageError(f"scale must not be below 0, got {scale}.")
+    if scale == 0:
+        sys.exit("no scale")
 
     def draw(keys, shift):
         return scale * jax.vmap(jax.random.normal)(keys) + shift, keys
@@ -54,13 +58,49 @@ def test_agents_are_shared_and_joined(two):
 
 def test_errors_come_back_and_the_workers_go_on(two):
     there = WorkersPrograms(two, [1, 2], build, 1.0)
+    assert there.about
     with pytest.raises(RuntimeError, match="no number of 1") as found:
         there.call("fail", 0, np.zeros(3))
     assert "ValueError" in found.value.__notes__[0] and "test_workers" in found.value.__notes__[0]
-    with pytest.raises(UsageError, match="scale must not be below 0, got -1"):
+    with pytest.raises(UsageError, match="has failed: scale must not be below 0, got -1"):
         WorkersPrograms(two, [1, 1], build, -1)
+    with pytest.raises(RuntimeError, match="no scale"):
+        WorkersPrograms(two, [1, 1], build, 0)
+    with pytest.raises(RuntimeError, match="1234567"):  # a program that was never built
+        there._number, number = 1234567, there._number
+        there.call("fail", 0, np.zeros(3))
+    there._number = number
     keys = jax.random.split(jax.random.key(7), 3)
     assert jnp.isfinite(there.call("draw", (0, keys), keys, np.float32(0))[0]).all()
+
+
+def test_programs_that_nobody_needs_are_dropped(two, monkeypatch):
+    monkeypatch.setattr(workers, "_unused", [])
+    first, second = (WorkersPrograms(two, [1, 1], build, 1.0) for _ in range(2))
+    number = first._number
+    del first
+    assert workers._unused == [number]
+    third = WorkersPrograms(two, [1, 1], build, 1.0)
+    assert workers._unused == [] and third._number > second._number
+    third._number = number
+    with pytest.raises(RuntimeError, match=str(number)):
+        third.call("fail", 0, np.zeros(2))
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, True, "2", None, float("nan"), 10**9])
+def test_the_number_of_workers_is_checked(number, tmp_path):
+    spec = make_spec({"base": {**SMALL, "hidden": [4]}, "random": {"count": 1, "max_kl": {"uniform": [0.01, 0.1]}}})
+    run = create_run(tmp_path / "run", Config(**SMALL, num_iterations=1), 0, 2)
+    calls = [
+        lambda: continue_run(run, num_workers=number),
+        lambda: tune(tmp_path / "search", spec, num_workers=number),
+        lambda: run_sweep(tmp_path / "sweep", make_spec({"base": {}}), num_workers=number),
+        lambda: sweep(Config(**SMALL), {}, jax.random.key(0), num_workers=number),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match="num_workers must be a whole number from 1 to 1,024, got"):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_signals_are_for_the_process_that_started_them(two):
@@ -84,9 +124,9 @@ def test_a_worker_that_is_killed_is_an_error():
         workers[1]._process.kill()
         keys = jax.random.split(jax.random.key(7), 2)
         for _ in range(2):
-            with pytest.raises(UsageError, match=r"a process that trains agents ended \(exit code -9\)"):
+            with pytest.raises(UsageError, match=r"a worker process ended \(exit code -9\), perhaps for lack"):
                 there.call("draw", (0, keys), keys, np.float32(0))
-    assert not any(worker._process.is_alive() for worker in workers)
+    assert all(worker._process.returncode is not None for worker in workers)
 
 
 @pytest.mark.long
@@ -96,10 +136,9 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
 import time
 from trpo_jax.runs.workers import start_workers
 
-if __name__ == "__main__":
-    with start_workers(2) as workers:
-        print(*(worker._process.pid for worker in workers), flush=True)
-        time.sleep(60)
+with start_workers(2) as workers:
+    print(*(worker._process.pid for worker in workers), flush=True)
+    time.sleep(60)
 """)
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
         found = [int(pid) for pid in parent.stdout.readline().split()]

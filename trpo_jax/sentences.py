@@ -27,7 +27,6 @@ LIMITS: dict[str, tuple[bool, str]] = {
     "num_devices": (True, "[1, 256]"),
     "num_episodes": (True, "[1, 1000000]"),
     "num_processes": (True, "[1, 1000000]"),
-    "num_workers": (True, "[1, 10000]"),
     "num_seeds": (True, "[1, 1000000]"),
     "num_trials": (True, "[1, 1000000]"),
     "process_id": (True, "[0, 999999]"),

@@ -24,7 +24,6 @@ from test_damage import DAMAGES
 from trpo_jax import UsageError, load_run
 from trpo_jax.cli import main
 from trpo_jax.files import locked
-from trpo_jax.runs import workers
 from trpo_jax.runs.folders import extend_run, open_run
 from trpo_jax.runs.metrics import METRICS
 from trpo_jax.settings import checked_settings, read_toml, settings_of
@@ -568,7 +567,7 @@ def test_programs_are_compiled_once_and_only_a_few_are_kept(monkeypatch, tmp_pat
         program = Program()
         compiled.append(group[0].config.num_steps)
         alive.append(weakref.ref(program))
-        assert sum(reference() is not None for reference in alive) <= workers.KEPT_PROGRAMS
+        assert sum(reference() is not None for reference in alive) <= halving._KEPT_PROGRAMS
         return program
 
     def train_until(program, spec, group, rung):
@@ -580,7 +579,7 @@ def test_programs_are_compiled_once_and_only_a_few_are_kept(monkeypatch, tmp_pat
 
     monkeypatch.setattr(halving, "_compile", compile_programs)
     monkeypatch.setattr(halving, "_train_until", train_until)
-    monkeypatch.setattr(workers, "KEPT_PROGRAMS", 4)
+    monkeypatch.setattr(halving, "_KEPT_PROGRAMS", 4)
     base = {name: value for name, value in BASE.items() if name != "num_steps"}
     few = {"num_steps": {"choice": [8, 9, 10, 11]}}
     tune(tmp_path / "few", make(base=base, random={"count": 16, **few}), batch=8)

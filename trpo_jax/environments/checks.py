@@ -83,7 +83,7 @@ def one_sentence(what: str) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{what} fails ({describe_error(error)}).") from error
 
 

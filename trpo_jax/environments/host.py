@@ -162,7 +162,7 @@ class Host:
                 observation, reward, terminated, truncated, info = env.step(argument)
                 rest = np.asarray(reward, np.float32).item(), bool(terminated), bool(truncated)
             observation = self.observe(observation, info)
-        except Exception as error:  # the user's code
+        except (Exception, SystemExit) as error:  # the user's code
             self._close(env)
             self.warned = True  # the program may go on briefly, without this instance
             file = inspect.getsourcefile(type(getattr(env, "unwrapped", env)))

@@ -25,8 +25,8 @@ from trpo_jax.runs.folders import CONTINUES, Run, start_of
 from trpo_jax.runs.metrics import METRICS, Row, TableFile, last_mean, metrics_tree, read_metrics, rows_of
 from trpo_jax.runs.runner import CAPACITY, Chunk, Clock, advance, for_each_agent, interrupts, without_stopped
 from trpo_jax.runs.sinks import Sink
-from trpo_jax.runs.workers import Worker, WorkersPrograms, start_workers
-from trpo_jax.sentences import UsageError, check_limits
+from trpo_jax.runs.workers import Worker, WorkersPrograms, check_workers, start_workers
+from trpo_jax.sentences import UsageError
 from trpo_jax.training import evaluation
 from trpo_jax.training.checkpoints import Checkpoints, Saved
 from trpo_jax.training.devices import devices_of, shardings_of
@@ -68,7 +68,7 @@ def continue_run(
       num_devices: devices that share the environments of a single agent. Sums over them differ in their last bits from
         those on one device, so that a run repeats itself, and resumes to the same bits, on as many devices.
       num_workers: processes that share the agents of an environment that runs in Python; 1: this one trains them. The
-        same holds for them. A script that asks for more must keep its main part under `if __name__ == "__main__":`.
+        same holds for them. They see only environments that come from a module, such as gymnasium/MODULE:NAME.
 
     Returns:
       Whether the run is complete.
@@ -78,7 +78,7 @@ def continue_run(
         be used.
     """
     devices = devices_of(num_devices, run.config.num_envs, run.num_seeds)
-    check_limits({"num_workers": num_workers})
+    check_workers(num_workers)
     with locked(run.path, "checkpoints"), contextlib.ExitStack() as entered:
         file, judge, checkpoints = TableFile(run.path / "metrics.csv"), Judge(run, CONTINUES), run.checkpoints
         saved = _restore(run, file, judge, checkpoints)

@@ -9,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import multiprocessing
+import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
+import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import resource_tracker
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -26,15 +30,23 @@ import numpy as np
 from trpo_jax.config_pytree import Config
 from trpo_jax.environments.host import runs_on_host
 from trpo_jax.environments.make import environment_of
-from trpo_jax.sentences import UsageError
+from trpo_jax.sentences import UsageError, check_number
 from trpo_jax.training.checkpoints import from_host, to_host
 from trpo_jax.training.memory import free_memory
 
-KEPT_PROGRAMS = 8  # each takes some 2,000 of a process's 65,530 maps
 _BYTES = 3 * 2**29  # room for one more process, most of it for its compiler: HalfCheetah took 1.1 GiB
 _RUN, _BUILD = 0, 1  # the lines to a worker: it compiles the next program while it trains
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}  # a terminal, or a scheduler, sends them to all processes of a command
 _numbers = itertools.count()  # of the programs
+_unused: list[int] = []  # those that this process does not need any more
+_PATIENCE = 10.0  # seconds in which a worker may close its environments
+_PLAIN = bool, int, float, str, type(None)  # settings of JAX that another process can have
+_START = """
+import json, sys
+sys.path[:], settings, ends = json.loads(sys.argv[1])
+from trpo_jax.runs.workers import serve
+serve(settings, ends)
+"""
 
 
 def waits_for_python(config: Config) -> bool:
@@ -54,17 +66,27 @@ def useful_workers(config: Config, num_agents: int, num_cores: int | None = None
     return max(1, min(num_cores or jax.local_device_count(), room, num_agents))
 
 
+def check_workers(number: Any) -> None:
+    """Raise `UsageError` unless this can be a number of workers."""
+    check_number("num_workers", number, whole=True, interval="[1, 1024]")
+
+
 class Worker:
-    """A process that trains agents. It ends with the process that started it, however that ends."""
+    """A process that trains agents. It ends with the process that started it, however that ends.
+
+    It is no child of `multiprocessing`: it knows nothing of this process's main module, and its environments may start
+    processes of their own.
+    """
 
     platform = "cpu"  # for the programs of a sweep, each worker is a device
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would copy JAX's locks as they are
-        ours, theirs = zip(*(context.Pipe() for _ in (_RUN, _BUILD)), strict=True)
+        ours, theirs = zip(*(Pipe() for _ in (_RUN, _BUILD)), strict=True)
         self._lines: tuple[Connection, ...] = ours
-        self._process = context.Process(target=_serve, args=(theirs, jax_settings()), daemon=True)
-        self._process.start()
+        ends = [line.fileno() for line in theirs]
+        settings = {name: value for name, value in jax_settings().items() if isinstance(value, _PLAIN)}
+        what = json.dumps([[str(folder) for folder in sys.path], settings, ends])
+        self._process = subprocess.Popen([sys.executable, "-c", _START, what], stdin=subprocess.DEVNULL, pass_fds=ends)
         for line in theirs:
             line.close()
 
@@ -78,18 +100,25 @@ class Worker:
         try:
             return self._lines[line].recv()
         except (EOFError, OSError):
-            self._process.join(timeout=10)
+            self.end(_PATIENCE)
+            code = self._process.returncode
+            why = "for lack of memory" if code == -signal.SIGKILL else "by an environment's code"
             return None, UsageError(
-                f"a process that trains agents ended (exit code {self._process.exitcode}), perhaps for lack of memory; "
-                "what is saved is safe, and the same command continues."
+                f"a worker process ended (exit code {code}), perhaps {why}; what is saved in a folder is safe."
             )
 
-    def stop(self) -> None:
-        """End the process; it has nothing to lose."""
-        self._process.kill()
-        self._process.join()
+    def hang_up(self) -> None:
+        """Close the lines, so that the process closes its environments and ends."""
         for line in self._lines:
             line.close()
+
+    def end(self, seconds: float) -> None:
+        """Wait for the end of the process, but no longer than that."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 @contextlib.contextmanager
@@ -99,17 +128,24 @@ def start_workers(number: int) -> Iterator[list[Worker]]:
         yield []
         return
     workers: list[Worker] = []
+    patience = 0.0
     try:
-        resource_tracker.ensure_running()  # its start would unblock the signals
-        old = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # inherited by the workers: this process decides
-        try:
-            workers += [Worker() for _ in range(number)]
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        for _ in range(number):
+            old = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # inherited by the worker: this process decides
+            try:
+                workers.append(Worker())
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, old)
         yield workers
+        patience = _PATIENCE
+    except Exception:
+        patience = _PATIENCE
+        raise
     finally:
         for worker in workers:
-            worker.stop()
+            worker.hang_up()
+        for worker in workers:
+            worker.end(patience)
 
 
 class WorkersPrograms:
@@ -130,7 +166,14 @@ class WorkersPrograms:
         self._workers, self._number = workers, next(_numbers)
         ends = np.cumsum(shares)
         self._parts = [slice(end - share, end) for share, end in zip(shares, ends, strict=True)]
-        self.about = _ask(workers, _BUILD, [("build", self._number, build, share, *arguments) for share in shares])
+        unused = [_unused.pop() for _ in range(len(_unused))]
+        calls = [("build", self._number, unused, build, share, *arguments) for share in shares]
+        try:
+            self.about = _ask(workers, _BUILD, calls)
+        except UsageError as error:
+            what = "a worker process, which sees only environments that come from a module (gymnasium/MODULE:NAME)"
+            raise UsageError(f"{what}, has failed: {error}") from None
+        weakref.finalize(self, _unused.append, self._number)
 
     def call(self, name: str, like: Any, *arguments: Any) -> Any:
         """Call a program with arguments of all agents, [A, ...] or scalars; return its results, a tree like this."""
@@ -159,77 +202,67 @@ def _tree_of(leaves: Sequence[Any], like: Any) -> Any:
     return from_host(jax.tree.unflatten(jax.tree.structure(like), leaves), like)
 
 
+def forget_traces() -> None:
+    """Free what JAX keeps of programs that are not used any more."""
+    jax.clear_caches()  # some 4 MB each
+    gc.collect()  # a program and its traces refer to each other
+
+
 def jax_settings() -> dict[str, Any]:
     """Settings of JAX in this thread: `with jax.default_matmul_precision(…)` and the like hold for one thread only."""
     return {name: getattr(jax.config, name) for name in dir(jax.config) if name.startswith("jax_")}
-
-
-class RecentPrograms:
-    """Compiled programs that a process keeps for their next use, the last one used last. It can hold only so many."""
-
-    def __init__(self) -> None:
-        self._kept: dict[Any, Any] = {}
-
-    def __contains__(self, which: Any) -> bool:
-        return which in self._kept
-
-    def __getitem__(self, which: Any) -> Any:
-        self._kept[which] = self._kept.pop(which)
-        return self._kept[which]
-
-    def find(self, which: Any, compile: Callable[[], Any]) -> Any:
-        """Find programs, or compile them in the place of those that have not been used for the longest time."""
-        if which not in self:
-            while len(self._kept) >= KEPT_PROGRAMS:
-                del self._kept[next(iter(self._kept))]
-                jax.clear_caches()  # its traces, some 4 MB each
-                gc.collect()  # the program and its traces refer to each other
-            self._kept[which] = compile()
-        return self[which]
 
 
 class _Programs:
     """The programs in a worker."""
 
     def __init__(self) -> None:
-        self._recent = RecentPrograms()
+        self._kept: dict[int, tuple[dict[str, Any], Any]] = {}
 
-    def build(self, number: int, build: Callable[..., Any], *arguments: Any) -> Any:
-        """Build programs; return what is told about them."""
-        return self._recent.find(number, lambda: build(*arguments))[1]
+    def build(self, number: int, unused: Sequence[int], build: Callable[..., Any], *arguments: Any) -> Any:
+        """Build programs in place of those that are not used any more; return what is told about them."""
+        if any([self._kept.pop(old, None) for old in unused]):
+            forget_traces()
+        self._kept[number] = build(*arguments)
+        return self._kept[number][1]
 
     def run(self, number: int, name: str, *arguments: list[Any]) -> list[Any]:
         """Call a program with the leaves of its arguments; return those of its results."""
-        function, likes = self._recent[number][0][name]
+        function, likes = self._kept[number][0][name]
         trees = [_tree_of(leaves, like) for leaves, like in zip(arguments, likes, strict=True)]
         return jax.tree.leaves(to_host(function(*trees)))
 
 
-def _serve(lines: Sequence[Connection], settings: dict[str, Any]) -> None:
-    """Do what is asked on each line, until its other end is closed: then the process that started this one is gone."""
+def serve(settings: dict[str, Any], ends: Sequence[int]) -> None:
+    """Take over JAX's settings; do what is asked on each line, until the other ends are closed."""
     for name, value in settings.items():
         if getattr(jax.config, name) != value:
             jax.config.update(name, value)
-    programs = _Programs()
-    threading.Thread(target=_answer, args=(lines[_BUILD], programs), daemon=True).start()
+    lines, programs = [Connection(end) for end in ends], _Programs()
+    threading.Thread(target=_build, args=(lines[_BUILD], programs), daemon=True).start()
     _answer(lines[_RUN], programs)
+
+
+def _build(line: Connection, programs: _Programs) -> None:
+    _answer(line, programs)
+    time.sleep(_PATIENCE)
+    os._exit(1)  # whatever still runs
 
 
 def _answer(line: Connection, programs: _Programs) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
-            line.send(_result(programs, line.recv_bytes()))
-    os._exit(0)
+            line.send_bytes(_result(programs, line.recv_bytes()))
 
 
-def _result(programs: _Programs, call: bytes) -> tuple[Any, Exception | None]:
-    """Do a call; return its result, or the error."""
+def _result(programs: _Programs, call: bytes) -> bytes:
+    """Do a call; return its result and its error, one of them None."""
     try:
         name, *arguments = pickle.loads(call)
-        return getattr(programs, name)(*arguments), None
+        return pickle.dumps((getattr(programs, name)(*arguments), None))
     except (UsageError, MemoryError) as error:
-        return None, error
-    except Exception as error:  # JAX's; its text has the cause
-        told = RuntimeError(str(error))
+        return pickle.dumps((None, error))
+    except BaseException as error:  # JAX's, or that of an environment; its text has the cause
+        told = RuntimeError(str(error) or type(error).__name__)
         told.add_note(traceback.format_exc())
-        return None, told
+        return pickle.dumps((None, told))

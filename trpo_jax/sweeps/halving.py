@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from trpo_jax.runs.runner import agent_keys
-from trpo_jax.runs.workers import RecentPrograms, Worker
+from trpo_jax.runs.workers import Worker, forget_traces
 from trpo_jax.sentences import UsageError
 from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, training_return
 from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, static_part
@@ -25,6 +25,7 @@ from trpo_jax.sweeps.programs import Programs
 from trpo_jax.sweeps.studies import Study
 
 _RUNGS = 0.25, 0.5, 1.0  # shares of the iterations after which the worse half stops
+_KEPT_PROGRAMS = 8  # each takes some 2,000 of a process's 65,530 maps
 NO_EPISODE = "no episode ended"
 NOT_FINITE = "a number was not finite"
 
@@ -46,6 +47,26 @@ class Trial:
     snapshot: Any = None
     score: float = float("nan")
     why: str = ""
+
+
+class RecentPrograms:
+    """Compiled programs that are kept for their next use, the last one used last. A process can hold only so many."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, Programs] = {}
+
+    def __contains__(self, which: Any) -> bool:
+        return which in self._kept
+
+    def find(self, which: Any, compile: Callable[[], Programs]) -> Programs:
+        """Find programs, or compile them in the place of those that have not been used for the longest time."""
+        if which not in self:
+            while len(self._kept) >= _KEPT_PROGRAMS:
+                del self._kept[next(iter(self._kept))]
+                forget_traces()
+            self._kept[which] = compile()
+        self._kept[which] = self._kept.pop(which)
+        return self._kept[which]
 
 
 def run_batch(

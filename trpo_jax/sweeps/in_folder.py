@@ -19,7 +19,7 @@ from trpo_jax.runs.descriptions import made_by
 from trpo_jax.runs.metrics import METRICS, rows_of
 from trpo_jax.runs.runner import Clock, interrupts
 from trpo_jax.runs.sinks import OpenSink, Sink
-from trpo_jax.runs.workers import Worker, start_workers
+from trpo_jax.runs.workers import Worker, check_workers, start_workers
 from trpo_jax.sentences import UsageError, check_limits
 from trpo_jax.settings import settings_of
 from trpo_jax.sweeps.cohorts import Cohort, Snapshot, failed_iteration, join, stopped_iteration, training_return
@@ -70,8 +70,8 @@ def run_sweep(
         "point_3", and its settings. It returns further outputs for the metrics of its agents, and how to close them.
       extend: if the folder has another sweep, add the agents of this one that it lacks; existing ones stay.
       planned: the result of `plan(spec)`, if it is there already; for 100,000 points it takes 14 to 25 s.
-      num_workers: processes that train the agents of environments that run in Python; 1: this one does. A script that
-        asks for more must keep its main part under `if __name__ == "__main__":`.
+      num_workers: processes that train the agents of environments that run in Python; 1: this one does. Others see only
+        environments that come from a module, such as gymnasium/MODULE:NAME.
 
     Returns:
       How it ended: "complete" if all blocks of all processes are finished, "interrupted" by Ctrl-C, SIGTERM or the
@@ -82,7 +82,8 @@ def run_sweep(
     """
     spec = checked_spec(spec)  # bad input shows before anything is written
     rank, number = process
-    check_limits({"process_id": rank, "num_processes": number, "num_workers": num_workers})
+    check_limits({"process_id": rank, "num_processes": number})
+    check_workers(num_workers)
     check_limits({"agents_per_device": most_agents, "checkpoint_seconds": checkpoint_seconds})
     if rank >= number:
         raise UsageError(f"process {rank} of {number} does not exist; they are numbered from 0.")
@@ -92,7 +93,7 @@ def run_sweep(
         before = folder.describe(spec, made_by(), extend=extend)
         points, groups = plan(spec, before) if before else planned
         clock = Clock(sum(group.num_agents * group.steps_per_agent for group in groups) / process[1])
-        with start_workers(num_workers) as workers:
+        with start_workers(min(num_workers, max(group.num_agents for group in groups))) as workers:
             who, size = (process, workers), (checkpoint_seconds, most_agents)
             work = _Work(folder, spec, points, groups, *who, *size, clock, interrupted, report, open_sinks)
             with contextlib.closing(work.ahead), work.writing():

@@ -13,7 +13,7 @@ import numpy as np
 from trpo_jax.config_pytree import Config
 from trpo_jax.files import as_plain
 from trpo_jax.runs.metrics import METRICS
-from trpo_jax.runs.workers import start_workers
+from trpo_jax.runs.workers import check_workers, start_workers
 from trpo_jax.sentences import UsageError, shown
 from trpo_jax.settings import TOTAL_STEPS
 from trpo_jax.sweeps.cohorts import Cohort, failed_iteration, training_return
@@ -65,7 +65,8 @@ def sweep(
     if not isinstance(generator, str):
         raise UsageError(f"sweeps need a key of one of JAX's own types, got {key.dtype}; make it without `impl`.")
     check_keep(keep)
-    check_numbers({"num_seeds": num_seeds, "num_episodes": num_episodes, "num_workers": num_workers})
+    check_numbers({"num_seeds": num_seeds, "num_episodes": num_episodes})
+    check_workers(num_workers)
     for name, values in grid.items():
         if not isinstance(name, str):
             raise UsageError(f"the grid must name settings, got {shown(name)}.")
@@ -85,7 +86,8 @@ def sweep(
     evaluations = max(group.configs[0].num_iterations // (group.configs[0].eval_every or 2**31) for group in groups)
     eval_return = np.full((*shape, evaluations), np.nan, np.float32)
     kept = Kept(keep, len(points))
-    with jax.default_prng_impl(generator), start_workers(num_workers) as workers:
+    useful = min(num_workers, max(group.num_agents for group in groups))
+    with jax.default_prng_impl(generator), start_workers(useful) as workers:
         for group in groups:
             here = chosen or devices_for(group.configs[0], workers[: group.num_agents])
             most = agents_per_block(group.configs[0], group.num_agents, len(here))

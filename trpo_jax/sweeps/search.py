@@ -20,11 +20,11 @@ from trpo_jax.runs.continuing import continue_run
 from trpo_jax.runs.descriptions import in_json, made_by
 from trpo_jax.runs.folders import Run, create_run, open_run
 from trpo_jax.runs.learning_curve import plot_learning_curve
-from trpo_jax.runs.workers import RecentPrograms, start_workers
+from trpo_jax.runs.workers import check_workers, start_workers
 from trpo_jax.sentences import UsageError, counted
 from trpo_jax.settings import cast, checked_settings, read_toml, settings_of, with_length
 from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, checked_spec, draws_whole, make_point
-from trpo_jax.sweeps.halving import NO_EPISODE, NOT_FINITE, Trial, run_batch
+from trpo_jax.sweeps.halving import NO_EPISODE, NOT_FINITE, RecentPrograms, Trial, run_batch
 from trpo_jax.sweeps.studies import Study, open_study
 from trpo_jax.training.agents import make_agent
 
@@ -79,13 +79,17 @@ def tune(
       UsageError: if Optuna is missing, the spec, the folder or the study cannot be used, or no trial has a score.
     """
     spec = checked_spec(spec)
+    check_workers(num_workers)
     space = {name: values for name, values in spec.random.items() if name not in ("count", "seed")}
     if not space or spec.grid or spec.zip:
         raise UsageError("tune searches the distributions in [random], and takes neither [grid] nor [zip].")
     check_space(spec.base, space)  # bad input shows before anything is written
     programs = RecentPrograms()
     count = spec.random["count"]
-    with open_study(path, spec, storage, made_by()) as study, start_workers(num_workers) as workers:
+    with (
+        open_study(path, spec, storage, made_by()) as study,
+        start_workers(min(num_workers, batch * spec.num_seeds)) as workers,
+    ):
         file = as_path(path) / "best.toml"
         trials: list[Trial] = []
         pruned, nothing = 0, float("nan")
