@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,12 @@ def test_errors_come_back_and_the_workers_go_on(two):
     there._number = number
     keys = jax.random.split(jax.random.key(7), 3)
     assert jnp.isfinite(there.call("draw", (0, keys), keys, np.float32(0))[0]).all()
+
+
+def test_threads_take_turns(two):
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda share: WorkersPrograms(two, [share, 2 * share], build, 1.0).about, range(1, 20)))
+    assert [[about[2] for about in own] for own in found] == [[share, 2 * share] for share in range(1, 20)]
 
 
 def test_programs_that_nobody_needs_are_dropped(two, monkeypatch):

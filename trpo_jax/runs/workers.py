@@ -36,6 +36,7 @@ from trpo_jax.training.memory import free_memory
 
 _BYTES = 3 * 2**29  # room for one more process, most of it for its compiler: HalfCheetah took 1.1 GiB
 _RUN, _BUILD = 0, 1  # the lines to a worker: it compiles the next program while it trains
+_turns = threading.Lock(), threading.Lock()  # on each line an answer belongs to the call before it
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}  # a terminal, or a scheduler, sends them to all processes of a command
 _numbers = itertools.count()  # of the programs
 _unused: list[int] = []  # those that this process does not need any more
@@ -188,9 +189,10 @@ class WorkersPrograms:
 
 def _ask(workers: Sequence[Worker], line: int, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
     """Let each worker do its call, all at once; wait for the results."""
-    for worker, call in zip(workers, calls, strict=True):
-        worker.send(line, call)
-    answers = [worker.receive(line) for worker in workers]
+    with _turns[line]:
+        for worker, call in zip(workers, calls, strict=True):
+            worker.send(line, call)
+        answers = [worker.receive(line) for worker in workers]
     for _, error in answers:
         if error is not None:
             raise error
