@@ -59,7 +59,6 @@ def test_agents_are_shared_and_joined(two):
 
 def test_errors_come_back_and_the_workers_go_on(two):
     there = WorkersPrograms(two, [1, 2], build, 1.0)
-    assert there.about
     with pytest.raises(RuntimeError, match="no number of 1") as found:
         there.call("fail", 0, np.zeros(3))
     assert "ValueError" in found.value.__notes__[0] and "test_workers" in found.value.__notes__[0]

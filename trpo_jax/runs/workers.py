@@ -11,7 +11,6 @@ import gc
 import itertools
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -246,25 +245,27 @@ def serve(settings: dict[str, Any], ends: Sequence[int]) -> None:
 
 
 def _build(line: Connection, programs: _Programs) -> None:
-    _answer(line, programs)
-    time.sleep(_PATIENCE)
-    os._exit(1)  # whatever still runs
+    try:
+        _answer(line, programs)
+    finally:
+        time.sleep(_PATIENCE)
+        os._exit(1)  # whatever still runs
 
 
 def _answer(line: Connection, programs: _Programs) -> None:
+    """Do one call after the other. They come from the process that started this one: nobody else has the other end."""
     with contextlib.suppress(EOFError, OSError):
         while True:
-            line.send_bytes(_result(programs, line.recv_bytes()))
+            line.send(_result(programs, *line.recv()))
 
 
-def _result(programs: _Programs, call: bytes) -> bytes:
+def _result(programs: _Programs, name: str, *arguments: Any) -> tuple[Any, Exception | None]:
     """Do a call; return its result and its error, one of them None."""
     try:
-        name, *arguments = pickle.loads(call)
-        return pickle.dumps((getattr(programs, name)(*arguments), None))
+        return getattr(programs, name)(*arguments), None
     except (UsageError, MemoryError) as error:
-        return pickle.dumps((None, error))
+        return None, error
     except BaseException as error:  # JAX's, or that of an environment; its text has the cause
         told = RuntimeError(str(error) or type(error).__name__)
         told.add_note(traceback.format_exc())
-        return pickle.dumps((None, told))
+        return None, told
