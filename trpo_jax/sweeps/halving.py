@@ -8,8 +8,7 @@ saves time.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,28 +48,8 @@ class Trial:
     why: str = ""
 
 
-class RecentPrograms:
-    """Compiled programs that are kept for their next use, the last one used last. A process can hold only so many."""
-
-    def __init__(self) -> None:
-        self._kept: dict[Any, Programs] = {}
-
-    def __contains__(self, which: Any) -> bool:
-        return which in self._kept
-
-    def find(self, which: Any, compile: Callable[[], Programs]) -> Programs:
-        """Find programs, or compile them in the place of those that have not been used for the longest time."""
-        if which not in self:
-            while len(self._kept) >= _KEPT_PROGRAMS:
-                del self._kept[next(iter(self._kept))]
-                forget_traces()
-            self._kept[which] = compile()
-        self._kept[which] = self._kept.pop(which)
-        return self._kept[which]
-
-
 def run_batch(
-    study: Study, spec: Spec, trials: list[Trial], programs: RecentPrograms, workers: Sequence[Worker] = ()
+    study: Study, spec: Spec, trials: list[Trial], programs: dict[Any, Programs], workers: Sequence[Worker]
 ) -> int:
     """Train a batch by successive halving and record the results; return how many trials stopped early."""
     alive = [trial for trial in trials if trial.config]
@@ -103,24 +82,34 @@ def run_batch(
 
 
 def _train_groups(
-    spec: Spec, alive: list[Trial], rung: float, num_rungs: int, programs: RecentPrograms, workers: Sequence[Worker]
+    spec: Spec,
+    alive: list[Trial],
+    rung: float,
+    num_rungs: int,
+    programs: dict[Any, Programs],
+    workers: Sequence[Worker],
 ) -> None:
     """Train all trials to a share of their iterations, in groups that share a program.
 
-    Groups whose programs are compiled come first, since a new program replaces an older one.
+    Groups whose programs are compiled come first. Then a new program replaces the least recently used one: a process
+    can hold only so many.
     """
     groups: dict[Any, list[Trial]] = {}
     for trial in alive:
         groups.setdefault(static_part(trial.config), []).append(trial)
     for shape in sorted(groups, key=lambda shape: shape not in programs):
-        group = groups[shape]
-        try:
-            found = programs.find(shape, functools.partial(_compile, spec, group, num_rungs, workers))
-        except UsageError as error:  # it does not fit into memory
-            for trial in group:
-                trial.why, trial.snapshot = str(error).rstrip("."), None
-            continue
-        _train_until(found, spec, group, rung)
+        if shape not in programs:
+            while len(programs) >= _KEPT_PROGRAMS:
+                del programs[next(iter(programs))]
+                forget_traces()
+            try:
+                programs[shape] = _compile(spec, groups[shape], num_rungs, workers)
+            except UsageError as error:  # it does not fit into memory
+                for trial in groups[shape]:
+                    trial.why, trial.snapshot = str(error).rstrip("."), None
+                continue
+        programs[shape] = programs.pop(shape)  # the last was used last
+        _train_until(programs[shape], spec, groups[shape], rung)
 
 
 def _returns(snapshot: Snapshot) -> np.ndarray:

@@ -24,7 +24,8 @@ from trpo_jax.runs.workers import check_workers, start_workers
 from trpo_jax.sentences import UsageError, counted
 from trpo_jax.settings import cast, checked_settings, read_toml, settings_of, with_length
 from trpo_jax.sweeps.grids import TUNING_SEEDS, Spec, checked_spec, draws_whole, make_point
-from trpo_jax.sweeps.halving import NO_EPISODE, NOT_FINITE, RecentPrograms, Trial, run_batch
+from trpo_jax.sweeps.halving import NO_EPISODE, NOT_FINITE, Trial, run_batch
+from trpo_jax.sweeps.programs import Programs
 from trpo_jax.sweeps.studies import Study, open_study
 from trpo_jax.training.agents import make_agent
 
@@ -84,7 +85,7 @@ def tune(
     if not space or spec.grid or spec.zip:
         raise UsageError("tune searches the distributions in [random], and takes neither [grid] nor [zip].")
     check_space(spec.base, space)  # bad input shows before anything is written
-    programs = RecentPrograms()
+    programs: dict[Any, Programs] = {}
     count = spec.random["count"]
     with (
         open_study(path, spec, storage, made_by()) as study,
