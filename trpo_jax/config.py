@@ -103,6 +103,13 @@ class Config:
         "units of half the action range",
         interval="[0, 1e6]",
     )
+    natural_gradient_steps: int = static(
+        1,
+        "steps per update within δ, each linearised anew on the whole batch; those after the first are on the "
+        "clipped surrogate, so that few samples cannot use up δ",
+        used=fields.TRPO,
+        high=1_000,
+    )
     cg_damping: Scalar = traced(
         defaults.CG_DAMPING, "damping λ_d of the Fisher matrix in the solver", interval="[0, 1e6]", used=fields.TRPO
     )
@@ -144,7 +151,10 @@ class Config:
         high=10_000_000,
     )
     clip_ratio: Scalar = traced(
-        0.2, "ppo: ε; the ratio is clipped to [1 − ε, 1 + ε]", interval="(0, 1e6]", used=fields.PPO
+        defaults.CLIP_RATIO,
+        "ε; ppo, and trpo from the second of natural_gradient_steps on: the ratio is clipped to [1 − ε, 1 + ε]",
+        interval="(0, 1e6]",
+        used=fields.CLIPPED,
     )
     max_grad_norm: Scalar = traced(
         0.5,

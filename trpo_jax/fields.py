@@ -59,14 +59,22 @@ GAUSSIAN: Used = ({"action_distribution": ("gaussian", "tanh")},)
 CONVOLUTIONS: Used = tuple({"network": ("auto", "cnn"), **one} for one in OWN_NETWORK)
 
 
-class _AtLeastOne(tuple[str]):
-    """Every whole number from 1 on, for a condition; in a sentence, the text in the tuple."""
+class _AtLeast(tuple[str]):
+    """Every whole number from a smallest one on, for a condition; in a sentence, "n or more"."""
+
+    smallest: int
+
+    def __new__(cls, smallest: int) -> _AtLeast:
+        self = super().__new__(cls, (f"{smallest} or more",))
+        self.smallest = smallest
+        return self
 
     def __contains__(self, value: object) -> bool:
-        return isinstance(value, int) and value >= 1
+        return isinstance(value, int) and value >= self.smallest
 
 
-EVALUATED: Used = ({"eval_every": _AtLeastOne(("1 or more",))},)
+EVALUATED: Used = ({"eval_every": _AtLeast(1)},)
+CLIPPED: Used = (*PPO, {"update": ("trpo",), "natural_gradient_steps": _AtLeast(2)})
 
 
 def static(default: Any, help: str, *, high: int = 10_000, interval: str = "", used: Used = ()) -> Any:

@@ -9,10 +9,12 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from trpo_jax import (
+    Batch,
     Categorical,
     DiagonalGaussian,
     Solver,
     backtracking_line_search,
+    full_step,
     mean_kl,
     natural_gradient,
     trpo_update,
@@ -140,3 +142,112 @@ def test_an_infinite_observation_changes_nothing(bad, entry):
     new, info = compiled()(problem, {k: jnp.float32(v) for k, v in DEFAULTS.items()})
     assert not info.accepted
     jax.tree.map(np.testing.assert_array_equal, new, params)
+
+
+# --- several steps within one region
+
+EXACTLY = Solver(damping=0.05, iterations=40, tolerance=0.0)
+
+
+@functools.cache
+def several(policy, num_steps, **options):
+    """`trpo_update` with K natural-gradient steps, solved exactly."""
+    options = {"solver": EXACTLY, "fisher_fraction": 1.0, "num_steps": num_steps, **options}
+    return jax.jit(lambda params, *batch: trpo_update(policy, params, *batch, **options))
+
+
+@pytest.mark.parametrize("policy", [categorical, gaussian])
+def test_several_steps_are_those_of_dense_linear_algebra(policy, x64):
+    params, observation, action, advantage = make_problem(policy)
+    theta, unravel = ravel_pytree(params)
+    delta, epsilon, bonus, num_steps = 0.02, 0.1, 0.01, 3
+
+    def distribution_fn(theta):
+        return policy(unravel(theta), observation)
+
+    old = jax.lax.stop_gradient(distribution_fn(theta))
+
+    def clipped(theta):
+        new = distribution_fn(theta)
+        ratio = jnp.exp(new.log_prob(action) - old.log_prob(action))
+        gain = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - epsilon, 1 + epsilon) * advantage)
+        return jnp.mean(gain + bonus * new.entropy())
+
+    @jax.jit
+    def parts(theta):
+        here = jax.lax.stop_gradient(distribution_fn(theta))
+        return jax.grad(clipped)(theta), jax.hessian(lambda v: mean_kl(here, distribution_fn(v)))(theta)
+
+    place = theta
+    for _ in range(num_steps):
+        gradient, fisher = parts(place)
+        x = np.linalg.solve(fisher + EXACTLY.damping * np.eye(theta.size), gradient)
+        place = place + x * np.sqrt(2 * delta / num_steps**1.5 / (x @ fisher @ x))
+    walked = place - theta
+    divergence = float(mean_kl(old, distribution_fn(place)))
+    if divergence > delta:
+        walked = walked * np.sqrt(delta / divergence)
+
+    options = {"max_kl": delta, "clip_ratio": epsilon, "entropy_coefficient": bonus, "line_search": full_step}
+    new, info = several(policy, num_steps, **options)(params, observation, action, advantage)
+    assert info.accepted
+    np.testing.assert_allclose(ravel_pytree(new)[0] - theta, walked, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(info.predicted_gain, parts(theta)[0] @ walked, rtol=1e-6)
+    one, _ = several(policy, 1, **options)(params, observation, action, advantage)
+    assert np.abs(ravel_pytree(one)[0] - ravel_pytree(new)[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("num_steps", [2, 5, 20])
+@pytest.mark.parametrize("policy", [categorical, gaussian])
+def test_several_steps_stay_within_the_region(policy, num_steps):
+    for radius in (0.001, 0.1, 3.0):
+        params, *batch = make_problem(policy)
+        new, info = several(policy, num_steps, max_kl=radius)(params, *batch)
+        divergence = mean_kl(policy(params, batch[0]), policy(new, batch[0]))
+        assert info.accepted and info.surrogate_gain > 0
+        assert 0 < divergence <= radius * (1 + 1e-3)
+        np.testing.assert_allclose(info.divergence, divergence, rtol=1e-3)
+
+
+def test_a_sample_with_a_large_advantage_stops_at_the_clipped_ratio(x64):
+    # One state for each sample, so that the samples only share the region.
+    def apply(logits, observation):
+        return Categorical(logits[observation])
+
+    batch = 50
+    action = jnp.zeros(batch, int)
+    advantage = jnp.where(jnp.arange(batch) == 0, 50.0, 1.0)
+    ratios = {}
+    for num_steps in (1, 30):
+        update = several(apply, num_steps, max_kl=0.005, clip_ratio=0.2, solver=Solver(1e-9, 40, 0.0))
+        logits, info = update(jnp.zeros((batch, 2)), jnp.arange(batch), action, advantage)
+        assert info.accepted
+        ratios[num_steps] = 2 * jax.nn.softmax(logits)[:, 0]
+    # One step moves each state in proportion to its advantage; once the first is at 1 + ε, only the others move on.
+    assert ratios[1][0] > 1.5 and ratios[1][1] < 1.03
+    assert ratios[30][0] < 1.25 and ratios[30][1] > 1.06
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_several_steps_leave_the_parameters_where_a_number_is_not_finite(bad):
+    params, observation, action, advantage = make_problem()
+    new, info = several(categorical, 3)(params, observation, action, advantage.at[3].set(bad))
+    assert not info.accepted
+    jax.tree.map(np.testing.assert_array_equal, new, params)
+
+
+def test_several_steps_on_samples_of_another_policy(x64):
+    # Ratios to the behaviour policy and advantages reweighted to θ_old are one surrogate, of which the clip sees the
+    # ratios to θ_old.
+    params, observation, action, advantage = make_problem()
+    behaviour = categorical(params, observation).log_prob(action) + 0.1 * jnp.sin(jnp.arange(40.0))
+    weight = jnp.exp(categorical(params, observation).log_prob(action) - behaviour)
+    new, _ = several(categorical, 3)(params, Batch(observation, action, advantage, behaviour))
+    expected, _ = several(categorical, 3)(params, observation, action, weight * advantage)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-9), new, expected)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, True, "2", None])
+def test_a_number_of_steps_that_is_none(bad):
+    with pytest.raises(ValueError, match="num_steps of a policy update must be a whole number of at least 1"):
+        trpo_update(categorical, *make_problem(), num_steps=bad)

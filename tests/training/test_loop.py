@@ -213,6 +213,7 @@ CHOICES = {
     "constraint": ("max-kl", {}),
     "radius_rule": ("ratio", {}),
     "reuse": (2, {}),
+    "natural_gradient_steps": (2, {}),
     "cg_iterations": (4, {}),
     "fisher_fraction": (0.5, {"update": "policy-gradient"}),  # that of the value fit
     "line_search": ("parallel", {}),

@@ -42,6 +42,8 @@ def make(config: Config) -> Algorithm:
             solver=Solver(config.cg_damping, config.cg_iterations, config.cg_tolerance),
             line_search=line_search_of(config),
             entropy_coefficient=config.entropy_coefficient,
+            num_steps=config.natural_gradient_steps,
+            clip_ratio=config.clip_ratio,
             last_step=experience.last_step if config.reuse == 1 else None,
         )
         state = rule.after(config, params, state, experience, info, radius)

@@ -15,9 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from trpo_jax.steps import defaults, trees
+from trpo_jax.steps.blocks import forward_and_gradient
 from trpo_jax.steps.curvature import curvature_sample, fisher_vector_product
+from trpo_jax.steps.distributions import Distribution
+from trpo_jax.steps.first_order import clipped_objective
 from trpo_jax.steps.line_searches import Evaluate, backtracking_line_search
-from trpo_jax.steps.objectives import mean_kl
+from trpo_jax.steps.objectives import entropy_bonus, mean_kl
 from trpo_jax.steps.policy_updates import (
     Batch,
     Divergence,
@@ -29,7 +32,7 @@ from trpo_jax.steps.policy_updates import (
     surrogate_gradient,
 )
 from trpo_jax.steps.solvers import Solver, conjugate_gradient
-from trpo_jax.steps.types import Array, DistributionFn, PolicyApply, PyTree, Scalar
+from trpo_jax.steps.types import Array, DistributionFn, PolicyApply, PyTree, Scalar, check_count
 
 _SOLVER = Solver()
 
@@ -128,6 +131,8 @@ def trpo_update(
     solver: Solver = _SOLVER,
     line_search: Callable[..., Any] = backtracking_line_search,
     entropy_coefficient: Scalar = 0.0,
+    num_steps: int = 1,
+    clip_ratio: Scalar = defaults.CLIP_RATIO,
     last_step: PyTree | None = None,
     **moved: Any,
 ) -> tuple[PyTree, UpdateInfo]:
@@ -138,6 +143,12 @@ def trpo_update(
     The gradient, the line search's surrogate and its KL use every sample; the Fisher matrix uses an evenly spread
     fraction of them. The step is taken only if the surrogate improves and the divergence stays within max_kl.
     Otherwise, or if any number is not finite, the parameters are returned bit for bit.
+
+    One linear step spends much of its divergence on few samples with large advantages. With `num_steps` K > 1 the
+    step is the sum of K natural-gradient steps, each from where the one before led and each of δ/K^1.5, on the
+    surrogate with clipped ratios, mean_n[min(r_n A_n, clip(r_n, 1 − ε, 1 + ε) A_n)]: a sample whose ratio r_n has moved
+    by ε in the direction of its advantage has no further say. The sum is shortened to the trust region, and the line
+    search treats it as any other step, with the surrogate as it is.
 
     Args:
       policy_apply: `policy_apply(params, observation)` -> a `Distribution`: `Categorical`, `DiagonalGaussian`,
@@ -152,6 +163,8 @@ def trpo_update(
       line_search: `backtracking_line_search`, `parallel_line_search`, or `full_step` (the natural gradient method). For
         other candidates give `functools.partial(backtracking_line_search, shrink=α, max_steps=n)`.
       entropy_coefficient: c of a bonus c · mean entropy in the objective.
+      num_steps: K ≥ 1, natural-gradient steps within the trust region; K solves (static).
+      clip_ratio: ε > 0, which matters from the second step on.
       last_step: the step that led to `params` from those of another batch, a pytree like params. The report then has
         its gain on this batch, to first order, as `extra["held_out_gain"]`: gᵀ last_step.
       moved: nothing; an option of an earlier version raises an error that names its replacement.
@@ -161,13 +174,15 @@ def trpo_update(
 
     Raises:
       ValueError: if `fisher_fraction` is a number outside (0, 1], `constraint` or `line_search` is no function,
-        `solver` is no `Solver`, or a leaf of `params` is not an array of floats.
+        `solver` is no `Solver`, `num_steps` is no whole number ≥ 1, or a leaf of `params` is not an array of floats.
       TypeError: if an option is unknown, or the batch is missing.
       AssertionError: if the log-probabilities of the actions do not have the shape of the advantages.
 
-    Source: Schulman et al. 2015, section 6 and Appendix C.
+    Source: Schulman et al. 2015, section 6 and Appendix C; the clipped surrogate of further steps is that of Schulman
+    et al. 2017, equation 7.
     """
     _refuse_moved("trpo_update", moved)
+    check_count("num_steps of a policy update", num_steps)
     _check_function("constraint", constraint, "mean_kl, maximum_kl or reverse_kl")
     _check_function("line_search", line_search, "backtracking_line_search, parallel_line_search or full_step")
     if not isinstance(solver, Solver):
@@ -182,8 +197,23 @@ def trpo_update(
         policy_apply, old_distribution, batch, entropy_coefficient=entropy_coefficient, constraint=constraint
     )
     sample = curvature_sample(batch.observation, batch.sample_shape, fisher_fraction)
-    step, solve = natural_gradient(lambda p: policy_apply(p, sample), params, gradient, max_kl=max_kl, solver=solver)
-    if constraint is not mean_kl:  # otherwise the step has its length already
+
+    def solve_at(place: PyTree, gradient: PyTree) -> tuple[PyTree, NaturalGradientInfo]:
+        # Steps in one direction add up to K² times the divergence of one, steps at right angles to K times.
+        share = max_kl / num_steps**1.5
+        return natural_gradient(lambda p: policy_apply(p, sample), place, gradient, max_kl=share, solver=solver)
+
+    step, solve = solve_at(params, gradient)
+    if num_steps > 1:
+        objective_gradient = _clipped_gradient(policy_apply, old_distribution, batch, clip_ratio, entropy_coefficient)
+
+        def walk(_: Array, walked: PyTree) -> PyTree:
+            place = trees.add_scaled(params, jnp.ones(()), walked)
+            return trees.add_scaled(walked, jnp.ones(()), solve_at(place, objective_gradient(place))[0])
+
+        step = jax.lax.fori_loop(1, num_steps, walk, step)
+        solve = dataclasses.replace(solve, predicted_gain=trees.dot(gradient, step))
+    if constraint is not mean_kl or num_steps > 1:  # otherwise the step has its length already
         step, solve = _shortened(evaluate, params, step, solve, max_kl)
     new_params, search = line_search(evaluate, params, step, max_kl=max_kl)
     mean, maximum, sample_fraction = search.extra
@@ -202,6 +232,34 @@ def trpo_update(
         extra=held_out_gain(gradient, last_step),
     )
     return new_params, finite_info(info)
+
+
+def _clipped_gradient(
+    policy_apply: PolicyApply,
+    old_distribution: Distribution,
+    batch: Batch,
+    clip_ratio: Scalar,
+    entropy_coefficient: Scalar,
+) -> Callable[[PyTree], PyTree]:
+    """Make the function that computes the gradient of the clipped surrogate, with the bonus, at other parameters."""
+    old_log_prob = trees.widened(old_distribution).log_prob(batch.action)
+    clipped = clipped_objective(clip_ratio)
+
+    def cotangent(distribution: Any, advantage: Array, action: Array, old_log_prob: Array) -> Any:
+        def objective(distribution: Any) -> Array:
+            distribution = trees.widened(distribution)
+            ratio = jnp.exp(distribution.log_prob(action) - old_log_prob)
+            gain = clipped(distribution, old_distribution, ratio, advantage)
+            return jnp.mean(gain + entropy_coefficient * entropy_bonus(distribution))
+
+        return jax.grad(objective)(distribution)
+
+    def gradient(params: PyTree) -> PyTree:
+        others = batch.advantage, batch.action, old_log_prob
+        with jax.default_matmul_precision("highest"):
+            return forward_and_gradient(policy_apply, params, batch.observation, cotangent, *others)[1]
+
+    return gradient
 
 
 def _shortened(
