@@ -100,7 +100,7 @@ def snapshot(folder):
             "max_kl needs update=trpo; with update=ppo it has no effect",
         ),
         (["train", "--value-epochs", "3"], "value_epochs needs value_fit=adam;"),
-        (["train", "--clip-ratio", "0.3"], "clip_ratio needs update=ppo;"),
+        (["train", "--clip-ratio", "0.3"], "clip_ratio needs update=ppo or natural_gradient_steps=2 or more;"),
         (["train", "--eval-every", "200"], "eval_every=200 is more than num_iterations=150, so nothing would be"),
         (["train", "--stop-at-return", "9"], "stop_at_return needs eval_every=1 or more; with eval_every=0 it has no"),
         (["train", "--keep-every", "-1"], "keep_every must be a whole number from 0 to 10,000,000, got -1."),

@@ -343,7 +343,8 @@ def test_settings_of_networks_are_refused_beside_networks_of_ones_own():
     "settings, name, why",
     [
         ({"update": "ppo"}, "max_kl", "needs update=trpo; with update=ppo it has no effect"),
-        ({}, "clip_ratio", "needs update=ppo; with update=trpo it has no effect"),
+        ({}, "clip_ratio", "needs update=ppo or natural_gradient_steps=2 or more; with update=trpo and"),
+        ({"update": "ppo"}, "natural_gradient_steps", "needs update=trpo; with update=ppo it has no effect"),
         ({}, "value_epochs", "needs value_fit=adam; with value_fit=gauss-newton it has no effect"),
         ({"line_search": "none"}, "line_search_steps", "needs line_search=auto or backtracking or parallel"),
         ({}, "target_kl", "needs radius_rule=divergence or update=kl-penalty; with radius_rule=fixed and update=trpo"),

@@ -129,6 +129,7 @@ SWEPT = [
             "initial_log_std": -1.0,
         },
     ),
+    ({"natural_gradient_steps": 2}, {"clip_ratio": 0.01}),
     ({"normalize_observations": True}, {"observation_clip": 0.1}),
     ({"radius_rule": "divergence"}, {"target_kl": 1e-4, "smallest_max_kl": 0.02, "largest_max_kl": 0.005}),
     (

@@ -38,6 +38,8 @@ OPTIONS = {
     "PPO": {"update": "ppo", "policy_epochs": 2, "policy_minibatches": 2},
     "penalty": {"update": "kl-penalty", "policy_epochs": 2, "policy_minibatches": 2},
     "reuse": {"reuse": 3},
+    "several steps": {"natural_gradient_steps": 3, "clip_ratio": 0.1, "entropy_coefficient": 0.01},
+    "several steps on reused samples": {"natural_gradient_steps": 2, "reuse": 2},
 }
 
 
