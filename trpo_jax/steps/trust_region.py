@@ -208,8 +208,8 @@ def trpo_update(
         objective_gradient = _clipped_gradient(policy_apply, old_distribution, batch, clip_ratio, entropy_coefficient)
 
         def walk(_: Array, walked: PyTree) -> PyTree:
-            place = trees.add_scaled(params, jnp.ones(()), walked)
-            return trees.add_scaled(walked, jnp.ones(()), solve_at(place, objective_gradient(place))[0])
+            place = jax.tree.map(jnp.add, params, walked)
+            return jax.tree.map(jnp.add, walked, solve_at(place, objective_gradient(place))[0])
 
         step = jax.lax.fori_loop(1, num_steps, walk, step)
         solve = dataclasses.replace(solve, predicted_gain=trees.dot(gradient, step))
