@@ -51,14 +51,14 @@ if TYPE_CHECKING:
     from trpo_jax.steps.distributions import DiagonalGaussian as DiagonalGaussian
     from trpo_jax.steps.distributions import Distribution as Distribution
     from trpo_jax.steps.distributions import MultiCategorical as MultiCategorical
-    from trpo_jax.steps.first_order import clipped_objective as clipped_objective
     from trpo_jax.steps.first_order import first_order_update as first_order_update
-    from trpo_jax.steps.first_order import penalized_objective as penalized_objective
     from trpo_jax.steps.line_searches import backtracking_line_search as backtracking_line_search
     from trpo_jax.steps.line_searches import full_step as full_step
     from trpo_jax.steps.line_searches import parallel_line_search as parallel_line_search
+    from trpo_jax.steps.objectives import clipped_objective as clipped_objective
     from trpo_jax.steps.objectives import maximum_kl as maximum_kl
     from trpo_jax.steps.objectives import mean_kl as mean_kl
+    from trpo_jax.steps.objectives import penalized_objective as penalized_objective
     from trpo_jax.steps.objectives import reverse_kl as reverse_kl
     from trpo_jax.steps.objectives import surrogate as surrogate
     from trpo_jax.steps.policy_updates import Batch as Batch
@@ -121,7 +121,7 @@ _HOME = {
     "available_environments": "environments.make",
     "backtracking_line_search": "steps.line_searches",
     "check_environment": "environments.contract",
-    "clipped_objective": "steps.first_order",
+    "clipped_objective": "steps.objectives",
     "compare": "sweeps.comparisons",
     "conjugate_gradient": "steps.solvers",
     "continue_run": "runs.continuing",
@@ -154,7 +154,7 @@ _HOME = {
     "open_sink": "runs.sinks",
     "parallel_gae": "steps.advantages",
     "parallel_line_search": "steps.line_searches",
-    "penalized_objective": "steps.first_order",
+    "penalized_objective": "steps.objectives",
     "probability_of_improvement": "sweeps.iqm",
     "repeat_actions": "environments.wrappers",
     "reverse_kl": "steps.objectives",

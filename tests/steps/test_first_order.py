@@ -8,7 +8,8 @@ import pytest
 from scipy.optimize import brentq
 
 from trpo_jax import Batch, Categorical, DiagonalGaussian
-from trpo_jax.steps.first_order import clipped_objective, first_order_update, penalized_objective, surrogate_objective
+from trpo_jax.steps.first_order import first_order_update
+from trpo_jax.steps.objectives import clipped_objective, penalized_objective, surrogate_objective
 
 
 def categorical(params, observation):

@@ -11,7 +11,7 @@ from trpo_jax.algorithms.base import Algorithm, Experience, policy_optimizer
 from trpo_jax.algorithms.ppo import take_epochs
 from trpo_jax.algorithms.radius_rules import effective_divergence
 from trpo_jax.config import Config
-from trpo_jax.steps.first_order import penalized_objective
+from trpo_jax.steps.objectives import penalized_objective
 from trpo_jax.steps.policy_updates import UpdateInfo
 from trpo_jax.steps.radii import adapt_radius_by_divergence
 from trpo_jax.steps.statistics import RunningStatistics

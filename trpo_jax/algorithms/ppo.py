@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from trpo_jax.algorithms.base import Algorithm, Experience, policy_optimizer
 from trpo_jax.config import Config
-from trpo_jax.steps.first_order import Objective, clipped_objective, first_order_update
+from trpo_jax.steps.first_order import first_order_update
+from trpo_jax.steps.objectives import Objective, clipped_objective
 from trpo_jax.steps.policy_updates import UpdateInfo
 from trpo_jax.steps.types import Array, PolicyApply, PyTree
 

@@ -9,16 +9,14 @@ objective has to limit the change: PPO clips the ratio, the penalty subtracts th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from trpo_jax.steps import trees
-from trpo_jax.steps.distributions import Distribution
 from trpo_jax.steps.minibatches import minibatch_descent
-from trpo_jax.steps.objectives import entropy_bonus
+from trpo_jax.steps.objectives import Objective, entropy_bonus, surrogate_objective
 from trpo_jax.steps.policy_updates import (
     Batch,
     UpdateInfo,
@@ -32,36 +30,6 @@ from trpo_jax.steps.types import Array, PolicyApply, PyTree, Scalar
 
 if TYPE_CHECKING:
     import optax
-
-Objective = Callable[[Distribution, Distribution, Array, Array], Array]
-"""`objective(distribution, old_distribution, ratio [b], advantage [b])` -> the contribution of each sample, [b]."""
-
-
-def surrogate_objective(
-    distribution: Distribution, old_distribution: Distribution, ratio: Array, advantage: Array
-) -> Array:
-    """The surrogate ratio · A, whose gradient at θ_old is the policy gradient, mean_n[∇log π(a_n|s_n) · A_n]."""
-    del distribution, old_distribution
-    return ratio * advantage
-
-
-def clipped_objective(clip_ratio: Scalar) -> Objective:
-    """Make PPO's objective min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A) (Schulman et al. 2017, equation 7)."""
-
-    def objective(distribution: Distribution, old_distribution: Distribution, ratio: Array, advantage: Array) -> Array:
-        del distribution, old_distribution
-        return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip_ratio, 1 + clip_ratio) * advantage)
-
-    return objective
-
-
-def penalized_objective(penalty: Scalar) -> Objective:
-    """Make the penalised objective ratio · A − β KL(old ‖ new) (Schulman et al. 2017, equation 8)."""
-
-    def objective(distribution: Distribution, old_distribution: Distribution, ratio: Array, advantage: Array) -> Array:
-        return ratio * advantage - penalty * old_distribution.kl(distribution)
-
-    return objective
 
 
 def first_order_update(

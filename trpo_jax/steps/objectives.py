@@ -1,16 +1,21 @@
-"""The objective of the update and its constraints: the surrogate, and KL divergences.
+"""Objectives of policy updates and their constraints: the surrogate, clipped or penalised, and KL divergences.
 
 Shapes: B is the batch, of any rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import chex
 import jax.numpy as jnp
 
 from trpo_jax.steps.distributions import Distribution
 from trpo_jax.steps.trees import maximum
-from trpo_jax.steps.types import Array
+from trpo_jax.steps.types import Array, Scalar
+
+Objective = Callable[[Distribution, Distribution, Array, Array], Array]
+"""`objective(distribution, old_distribution, ratio [b], advantage [b])` -> the contribution of each sample, [b]."""
 
 
 def surrogate(distribution: Distribution, old_log_prob: Array, action: Array, advantage: Array) -> Array:
@@ -68,6 +73,33 @@ def maximum_kl(old_distribution: Distribution, distribution: Distribution) -> Ar
 def reverse_kl(old_distribution: Distribution, distribution: Distribution) -> Array:
     """Mean over the batch of KL(new ‖ old), nats."""
     return jnp.mean(distribution.kl(old_distribution))
+
+
+def surrogate_objective(
+    distribution: Distribution, old_distribution: Distribution, ratio: Array, advantage: Array
+) -> Array:
+    """The surrogate ratio · A, whose gradient at θ_old is the policy gradient, mean_n[∇log π(a_n|s_n) · A_n]."""
+    del distribution, old_distribution
+    return ratio * advantage
+
+
+def clipped_objective(clip_ratio: Scalar) -> Objective:
+    """Make PPO's objective min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A) (Schulman et al. 2017, equation 7)."""
+
+    def objective(distribution: Distribution, old_distribution: Distribution, ratio: Array, advantage: Array) -> Array:
+        del distribution, old_distribution
+        return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip_ratio, 1 + clip_ratio) * advantage)
+
+    return objective
+
+
+def penalized_objective(penalty: Scalar) -> Objective:
+    """Make the penalised objective ratio · A − β KL(old ‖ new) (Schulman et al. 2017, equation 8)."""
+
+    def objective(distribution: Distribution, old_distribution: Distribution, ratio: Array, advantage: Array) -> Array:
+        return ratio * advantage - penalty * old_distribution.kl(distribution)
+
+    return objective
 
 
 def _log_ratio(distribution: Distribution, old_log_prob: Array, action: Array, advantage: Array) -> Array:

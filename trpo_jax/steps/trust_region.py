@@ -18,9 +18,8 @@ from trpo_jax.steps import defaults, trees
 from trpo_jax.steps.blocks import forward_and_gradient
 from trpo_jax.steps.curvature import curvature_sample, fisher_vector_product
 from trpo_jax.steps.distributions import Distribution
-from trpo_jax.steps.first_order import clipped_objective
 from trpo_jax.steps.line_searches import Evaluate, backtracking_line_search
-from trpo_jax.steps.objectives import entropy_bonus, mean_kl
+from trpo_jax.steps.objectives import clipped_objective, entropy_bonus, mean_kl
 from trpo_jax.steps.policy_updates import (
     Batch,
     Divergence,
