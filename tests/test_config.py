@@ -358,6 +358,7 @@ def test_settings_of_networks_are_refused_beside_networks_of_ones_own():
         ({"policy": OWN, "value": OWN}, "hidden", "needs policy=None or value=None; with policy=a Network and value=a"),
         ({"policy": OWN, "value_hidden": (8,)}, "hidden", "needs policy=None or value_hidden=auto"),
         ({"policy": OWN}, "hidden", ""),
+        ({"natural_gradient_steps": np.int64(2)}, "clip_ratio", ""),
         ({"value": OWN}, "value_hidden", "needs value=None; with value=a Network it has no effect"),
     ],
 )

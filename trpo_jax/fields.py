@@ -70,7 +70,7 @@ class _AtLeast(tuple[str]):
         return self
 
     def __contains__(self, value: object) -> bool:
-        return isinstance(value, int) and value >= self.smallest
+        return isinstance(value, numbers.Integral) and int(value) >= self.smallest
 
 
 EVALUATED: Used = ({"eval_every": _AtLeast(1)},)

@@ -150,6 +150,15 @@ def test_clipping_takes_the_gain_of_leaving_and_not_the_harm(ratio, advantage, v
     assert surrogate_objective(None, None, ratio, advantage) == ratio * advantage
 
 
+@pytest.mark.parametrize("bad", [np.nan, 0.0, -1.0])
+def test_a_clip_ratio_that_is_none_changes_nothing(bad):
+    params, *batch = make_problem()
+    options = {"optimizer": optax.adam(0.05), "epochs": 2, "entropy_coefficient": 0.01}
+    new, _, info = update(categorical, params, *batch, objective=clipped_objective(bad), **options)
+    assert not info.accepted
+    jax.tree.map(np.testing.assert_array_equal, new, params)
+
+
 @pytest.mark.parametrize("penalty", [1.5, 4.0])
 def test_the_penalty_climbs_to_the_maximum_of_its_minorizer(penalty, x64):
     """max_π Σ π A − β KL(p ‖ π) has the solution π = β p/(ν − A) with Σ π = 1."""

@@ -247,6 +247,30 @@ def test_several_steps_on_samples_of_another_policy(x64):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-9), new, expected)
 
 
+@pytest.mark.parametrize("bad", [np.nan, 0.0, -1.0, -np.inf])
+def test_several_steps_with_a_ratio_that_is_none_change_nothing(bad):
+    problem = make_problem()
+    new, info = jax.jit(lambda ratio: trpo_update(categorical, *problem, num_steps=3, clip_ratio=ratio))(bad)
+    assert not info.accepted
+    jax.tree.map(np.testing.assert_array_equal, new, problem[0])
+
+
+def test_several_steps_begin_within_the_region(x64):
+    # A single sample gives the curvature and sees little of the step, which then leads far out: nothing is added to it.
+    params, *batch = make_problem(gaussian)
+    options = {"fisher_fraction": 0.01, "solver": Solver(1e-4, 40, 0.0), "line_search": full_step, "clip_ratio": 1e6}
+    radius = 1e-3
+
+    def step(num_steps, max_kl):
+        new, info = several(gaussian, num_steps, max_kl=max_kl, **options)(params, *batch)
+        return ravel_pytree(jax.tree.map(jnp.subtract, new, params))[0], info.divergence
+
+    first, divergence = step(1, radius / 4**1.5)
+    assert divergence > 2 * radius
+    both, _ = step(4, radius)
+    np.testing.assert_allclose(both / jnp.linalg.norm(both), first / jnp.linalg.norm(first), atol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True, "2", None])
 def test_a_number_of_steps_that_is_none(bad):
     with pytest.raises(ValueError, match="num_steps of a policy update must be a whole number of at least 1"):

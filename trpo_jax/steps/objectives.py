@@ -84,11 +84,16 @@ def surrogate_objective(
 
 
 def clipped_objective(clip_ratio: Scalar) -> Objective:
-    """Make PPO's objective min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A) (Schulman et al. 2017, equation 7)."""
+    """Make PPO's objective min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A) (Schulman et al. 2017, equation 7).
+
+    It is NaN unless ε > 0: `jnp.minimum` alone would hide an ε that is not a number from the gradient.
+    """
+    sound = jnp.where(jnp.asarray(clip_ratio) > 0, 1.0, jnp.nan)
 
     def objective(distribution: Distribution, old_distribution: Distribution, ratio: Array, advantage: Array) -> Array:
         del distribution, old_distribution
-        return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip_ratio, 1 + clip_ratio) * advantage)
+        clipped = jnp.clip(ratio, 1 - clip_ratio, 1 + clip_ratio)
+        return jnp.minimum(ratio * advantage, clipped * advantage) * sound
 
     return objective
 

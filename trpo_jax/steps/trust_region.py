@@ -146,8 +146,8 @@ def trpo_update(
     One linear step spends much of its divergence on few samples with large advantages. With `num_steps` K > 1 the
     step is the sum of K natural-gradient steps, each from where the one before led and each of δ/K^1.5, on the
     surrogate with clipped ratios, mean_n[min(r_n A_n, clip(r_n, 1 − ε, 1 + ε) A_n)]: a sample whose ratio r_n has moved
-    by ε in the direction of its advantage has no further say. The sum is shortened to the trust region, and the line
-    search treats it as any other step, with the surrogate as it is.
+    by ε in the direction of its advantage has no further say. No further step begins outside the trust region, a sum
+    that ends there is shortened, and the line search treats it as any other step, with the surrogate as it is.
 
     Args:
       policy_apply: `policy_apply(params, observation)` -> a `Distribution`: `Categorical`, `DiagonalGaussian`,
@@ -163,7 +163,7 @@ def trpo_update(
         other candidates give `functools.partial(backtracking_line_search, shrink=α, max_steps=n)`.
       entropy_coefficient: c of a bonus c · mean entropy in the objective.
       num_steps: K ≥ 1, natural-gradient steps within the trust region; K solves (static).
-      clip_ratio: ε > 0, which matters from the second step on.
+      clip_ratio: ε > 0, which matters from the second step on; with another, several steps are not accepted.
       last_step: the step that led to `params` from those of another batch, a pytree like params. The report then has
         its gain on this batch, to first order, as `extra["held_out_gain"]`: gᵀ last_step.
       moved: nothing; an option of an earlier version raises an error that names its replacement.
@@ -197,6 +197,9 @@ def trpo_update(
     )
     sample = curvature_sample(batch.observation, batch.sample_shape, fisher_fraction)
 
+    if num_steps > 1:
+        max_kl = jnp.where(jnp.asarray(clip_ratio) > 0, max_kl, jnp.nan)  # not accepted then
+
     def solve_at(place: PyTree, gradient: PyTree) -> tuple[PyTree, NaturalGradientInfo]:
         # Steps in one direction add up to K² times the divergence of one, steps at right angles to K times.
         share = max_kl / num_steps**1.5
@@ -208,7 +211,12 @@ def trpo_update(
 
         def walk(_: Array, walked: PyTree) -> PyTree:
             place = jax.tree.map(jnp.add, params, walked)
-            return jax.tree.map(jnp.add, walked, solve_at(place, objective_gradient(place))[0])
+            distribution, slope = objective_gradient(place)
+            # Where few samples give the curvature, a step may miss its length: none begins outside the region.
+            divergence = constraint(trees.widened(old_distribution), trees.widened(distribution))
+            inside = jnp.all(divergence <= max_kl)
+            further, _ = solve_at(place, slope)
+            return jax.tree.map(lambda w, s: jnp.where(inside, w + s, w), walked, further)
 
         step = jax.lax.fori_loop(1, num_steps, walk, step)
         solve = dataclasses.replace(solve, predicted_gain=trees.dot(gradient, step))
@@ -239,8 +247,8 @@ def _clipped_gradient(
     batch: Batch,
     clip_ratio: Scalar,
     entropy_coefficient: Scalar,
-) -> Callable[[PyTree], PyTree]:
-    """Make the function that computes the gradient of the clipped surrogate, with the bonus, at other parameters."""
+) -> Callable[[PyTree], tuple[Distribution, PyTree]]:
+    """Make the function that gives the policy at other parameters, and the gradient of its clipped surrogate."""
     old_log_prob = trees.widened(old_distribution).log_prob(batch.action)
     clipped = clipped_objective(clip_ratio)
 
@@ -253,10 +261,10 @@ def _clipped_gradient(
 
         return jax.grad(objective)(distribution)
 
-    def gradient(params: PyTree) -> PyTree:
+    def gradient(params: PyTree) -> tuple[Distribution, PyTree]:
         others = batch.advantage, batch.action, old_log_prob
         with jax.default_matmul_precision("highest"):
-            return forward_and_gradient(policy_apply, params, batch.observation, cotangent, *others)[1]
+            return forward_and_gradient(policy_apply, params, batch.observation, cotangent, *others)
 
     return gradient
 
