@@ -215,7 +215,7 @@ def trpo_update(
             # Where few samples give the curvature, a step may miss its length: none begins outside the region.
             divergence = constraint(trees.widened(old_distribution), trees.widened(distribution))
             inside = jnp.all(divergence <= max_kl)
-            further, _ = solve_at(place, slope)
+            further = solve_at(place, slope)[0]
             return jax.tree.map(lambda w, s: jnp.where(inside, w + s, w), walked, further)
 
         step = jax.lax.fori_loop(1, num_steps, walk, step)
