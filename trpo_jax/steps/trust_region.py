@@ -163,7 +163,7 @@ def trpo_update(
         other candidates give `functools.partial(backtracking_line_search, shrink=α, max_steps=n)`.
       entropy_coefficient: c of a bonus c · mean entropy in the objective.
       num_steps: K ≥ 1, natural-gradient steps within the trust region; K solves (static).
-      clip_ratio: ε > 0, which matters from the second step on; with another, several steps are not accepted.
+      clip_ratio: ε > 0, which matters from the second step on.
       last_step: the step that led to `params` from those of another batch, a pytree like params. The report then has
         its gain on this batch, to first order, as `extra["held_out_gain"]`: gᵀ last_step.
       moved: nothing; an option of an earlier version raises an error that names its replacement.
@@ -197,9 +197,6 @@ def trpo_update(
     )
     sample = curvature_sample(batch.observation, batch.sample_shape, fisher_fraction)
 
-    if num_steps > 1:
-        max_kl = jnp.where(jnp.asarray(clip_ratio) > 0, max_kl, jnp.nan)  # not accepted then
-
     def solve_at(place: PyTree, gradient: PyTree) -> tuple[PyTree, NaturalGradientInfo]:
         # Steps in one direction add up to K² times the divergence of one, steps at right angles to K times.
         share = max_kl / num_steps**1.5
@@ -207,18 +204,15 @@ def trpo_update(
 
     step, solve = solve_at(params, gradient)
     if num_steps > 1:
-        objective_gradient = _clipped_gradient(policy_apply, old_distribution, batch, clip_ratio, entropy_coefficient)
-
-        def walk(_: Array, walked: PyTree) -> PyTree:
-            place = jax.tree.map(jnp.add, params, walked)
-            distribution, slope = objective_gradient(place)
-            # Where few samples give the curvature, a step may miss its length: none begins outside the region.
-            divergence = constraint(trees.widened(old_distribution), trees.widened(distribution))
-            inside = jnp.all(divergence <= max_kl)
-            further = solve_at(place, slope)[0]
-            return jax.tree.map(lambda w, s: jnp.where(inside, w + s, w), walked, further)
-
-        step = jax.lax.fori_loop(1, num_steps, walk, step)
+        old = trees.widened(old_distribution)
+        step = _walk(
+            params,
+            step,
+            num_steps,
+            _clipped_gradient(policy_apply, old_distribution, batch, clip_ratio, entropy_coefficient),
+            solve_at,
+            lambda distribution: jnp.all(constraint(old, trees.widened(distribution)) <= max_kl),
+        )
         solve = dataclasses.replace(solve, predicted_gain=trees.dot(gradient, step))
     if constraint is not mean_kl or num_steps > 1:  # otherwise the step has its length already
         step, solve = _shortened(evaluate, params, step, solve, max_kl)
@@ -239,6 +233,27 @@ def trpo_update(
         extra=held_out_gain(gradient, last_step),
     )
     return new_params, finite_info(info)
+
+
+def _walk(
+    params: PyTree,
+    step: PyTree,
+    num_steps: int,
+    gradient_at: Callable[[PyTree], tuple[Distribution, PyTree]],
+    solve_at: Callable[[PyTree, PyTree], tuple[PyTree, NaturalGradientInfo]],
+    is_inside: Callable[[Distribution], Array],
+) -> PyTree:
+    """Add further steps to the first one; the sum is not finite if the gradient of one of them is not."""
+
+    def further(_: Array, walked: PyTree) -> PyTree:
+        place = jax.tree.map(jnp.add, params, walked)
+        distribution, gradient = gradient_at(place)
+        added, solve = solve_at(place, gradient)
+        added = trees.add_scaled(walked, jnp.where(jnp.isfinite(solve.predicted_gain), 1, jnp.nan), added)
+        # Where few samples give the curvature, a step may miss its length: none begins outside the region.
+        return trees.select(is_inside(distribution), added, walked)
+
+    return jax.lax.fori_loop(1, num_steps, further, step)
 
 
 def _clipped_gradient(
