@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.results.run import table
 from trpo_jax import Config, UsageError, load_preset, validate
 from trpo_jax.cli import main
 from trpo_jax.cli.arguments import make_parser
@@ -35,6 +36,12 @@ def test_a_published_row_was_run_with_the_preset_that_it_names(file):
         if row["name"] in preset.tasks:  # an environment of the experiment's own cannot be named
             config = with_length(preset.settings_for(row["name"]), Config(env=row["name"]))
             assert config.num_iterations * config.steps_per_iteration == row["env_steps"]
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_the_page_of_results_has_every_row_as_it_was_measured(file):
+    page = (file.parent / "README.md").read_text().splitlines()
+    assert [row for row in table(json.loads(file.read_text())).splitlines() if row not in page] == []
 
 
 def test_swimmer_differs_in_its_horizon_alone():

@@ -4,8 +4,9 @@
     python experiments/results/run.py classic CartPole-v1 --workers 2
     python experiments/results/run.py classic --plot-only --output experiments/results
 
-JSON, table and picture are written to the folder --output. Tasks that its JSON already has are not run again (`--fresh`
-runs them all); neither are seeds that ran before with the same settings, of a command that was interrupted.
+JSON and picture are written to the folder --output, and the table is printed. Tasks that its JSON already has are not
+run again (`--fresh` runs them all); neither are seeds that ran before with the same settings, of a command that was
+interrupted.
 """
 
 import argparse
@@ -248,7 +249,6 @@ def main() -> None:
         }
         file.write_text(json.dumps(record, indent=1) + "\n")
         print(table({"tasks": [rows[job.task, job.method]]}).splitlines()[-1], flush=True)
-    file.with_suffix(".md").write_text(table(record))
     plot(record, file.with_suffix(".png"))
     sys.stdout.write(table(record))
 
