@@ -20,6 +20,7 @@ from trpo_jax.benchmarks.measure import (
     measure_policy_update,
     measure_time_to,
     time_in_turn,
+    update_samples,
 )
 from trpo_jax.cli import main
 from trpo_jax.settings import settings_of
@@ -215,6 +216,62 @@ def test_bad_input_to_the_command_is_one_sentence(arguments, sentence, capsys):
     assert main(["benchmark", *arguments]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, settings",
+    [
+        ([], {"env": "CartPole-v1", "num_envs": 64, "max_kl": 0.01}),
+        (["--preset", "minatar"], {"env": "CartPole-v1", "num_steps": 32, "gae_lambda": 0.8}),
+        (["Breakout-MinAtar", "--preset"], {"env": "Breakout-MinAtar", "num_steps": 128, "max_kl": 0.03}),
+        (["--config", "mine.toml"], {"env": "Pendulum-v1", "num_envs": 8, "max_kl": 0.02}),
+        (
+            ["Acrobot-v1", "--config", "mine.toml", "--max-kl", "0.5"],
+            {"env": "Acrobot-v1", "num_envs": 8, "max_kl": 0.5},
+        ),
+    ],
+)
+def test_the_command_measures_the_settings_of_a_preset_a_file_and_flags(
+    arguments, settings, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "mine.toml").write_text('env = "Pendulum-v1"\nnum_envs = 8\nmax_kl = 0.02\nclip_ratio = 0.3\n')
+    monkeypatch.chdir(tmp_path)
+    measured = []
+
+    def stop(config, **options):
+        measured.append(settings_of(config))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "run_benchmark", stop)
+    assert main(["benchmark", *arguments]) == 130
+    assert settings.items() <= measured[0].items()
+    idle = "note: clip_ratio in mine.toml" in capsys.readouterr().err
+    assert idle == ("--config" in arguments)
+
+
+@pytest.mark.parametrize(
+    "settings, samples", [({}, 65_536), ({"hidden": (256, 256)}, 8192), ({"hidden": (8192, 8192)}, 256)]
+)
+def test_a_large_policy_is_measured_on_fewer_samples(settings, samples):
+    assert update_samples(Config(**settings)) == samples
+
+
+def test_a_long_measurement_says_how_long_it_takes(monkeypatch):
+    def result(config, *numbers):
+        return {"iteration_ms": {"median": 500.0}, "numbers": numbers}
+
+    for name in ("measure_one", "measure_policy_update", "measure_many", "measure_environments"):
+        monkeypatch.setattr(report, name, result)
+    said = []
+    options = {"num_agents": [1, 64], "env_counts": [64, 256], "threshold": None, "num_seeds": 1, "max_steps": 1}
+    report.run_benchmark(Config(num_envs=64), repetitions=7, report=said.append, **options)
+    assert said[1:] == [
+        "a policy update of 65,536 samples",
+        "1 agent",
+        "64 agents (up to 41 minutes; --num-agents takes fewer)",
+        "one agent with 64 environments (up to 1 minute; --env-counts takes fewer)",
+        "one agent with 256 environments (up to 5 minutes; --env-counts takes fewer)",
+    ]
 
 
 @pytest.mark.slow

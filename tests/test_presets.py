@@ -9,7 +9,7 @@ from experiments.results.run import table
 from trpo_jax import Config, UsageError, load_preset, validate
 from trpo_jax.cli import main
 from trpo_jax.cli.arguments import make_parser
-from trpo_jax.cli.train_commands import _settings_from
+from trpo_jax.cli.choices import settings_in_file
 from trpo_jax.presets import available_presets, preset_of
 from trpo_jax.settings import with_length
 from trpo_jax.sweeps.grids import make_spec
@@ -44,8 +44,10 @@ def test_the_page_of_results_has_every_row_as_it_was_measured(file):
     assert [row for row in table(json.loads(file.read_text())).splitlines() if row not in page] == []
 
 
-def test_swimmer_differs_in_its_horizon_alone():
-    assert load_preset("mujoco-swimmer").settings == {**load_preset("mujoco").settings, "gamma": 0.999}
+@pytest.mark.parametrize("method", ["", "-ppo"])
+def test_swimmer_differs_in_its_horizon_alone(method):
+    longer = {"gamma": 0.9999, "gae_lambda": 0.99, "num_envs": 2, "num_steps": 1024}
+    assert load_preset(f"mujoco-swimmer{method}").settings == {**load_preset(f"mujoco{method}").settings, **longer}
 
 
 def test_a_preset_comes_first_then_the_file_then_the_flags(tmp_path):
@@ -71,7 +73,7 @@ def test_the_length_of_a_preset_in_a_file_is_that_of_the_environment_of_the_comm
     for text in ('preset = "classic"', 'preset = "classic"\nenv = "CartPole-v1"'):
         file.write_text(text)
         namespace = make_parser().parse_args(["train", "MountainCarContinuous-v0", "--config", str(file)])
-        settings = _settings_from(namespace)
+        settings = settings_in_file(namespace)
         assert settings["total_steps"] == load_preset("classic").tasks["MountainCarContinuous-v0"]
         assert settings["total_steps"] != load_preset("classic").tasks["CartPole-v1"]
 

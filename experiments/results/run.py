@@ -182,7 +182,12 @@ def suites() -> dict[str, Suite]:
             packages=("gymnasium", "Box2D"),
         ),
         "mujoco": Suite(
-            {"TRPO": "mujoco", "TRPO, γ = 0.999": "mujoco-swimmer", "PPO": "mujoco-ppo"},
+            {
+                "TRPO": "mujoco",
+                "PPO": "mujoco-ppo",
+                "TRPO, γ = 0.9999": "mujoco-swimmer",
+                "PPO, γ = 0.9999": "mujoco-swimmer-ppo",
+            },
             5,
             [
                 Task("gymnasium/HalfCheetah-v5", 4471.2),

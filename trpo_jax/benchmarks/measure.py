@@ -37,7 +37,10 @@ from trpo_jax.training.rollouts import rollout
 from trpo_jax.training.state import LearnerState, Metrics, TrainState, Transition
 
 WARM_UP_ITERATIONS = 20  # trained before anything is timed: short first episodes reset more often than later ones
-_ITERATIONS_TOGETHER = 4
+_ITERATIONS = 20  # of one agent per run of its program
+_ITERATIONS_TOGETHER = 4  # the same of many agents
+_MOST_SAMPLES = 2**16
+_WORK = 2**30  # samples x parameters of a policy update: 65,536 samples of a network of 64 x 64
 _EVALUATION_EPISODES = 32
 
 
@@ -62,7 +65,7 @@ def summary(values: Any) -> dict[str, float]:
 class Trainer:
     """Compiled iterations of one agent, or of K in one program, warmed up; `run` trains on and returns the seconds."""
 
-    def __init__(self, config: Config, num_agents: int | None = None, iterations: int = 20):
+    def __init__(self, config: Config, num_agents: int | None = None, iterations: int = _ITERATIONS):
         self.config, self.per_run = config, iterations * (num_agents or 1)
         begin: Any = init
         step: Any = train_step
@@ -170,6 +173,25 @@ def measure_one(config: Config, repetitions: int) -> dict[str, Any]:
         "limit_ms": float(1e3 * limit),
         "iteration_over_limit": float(np.median(iteration) / limit),
     }
+
+
+def iterations_of_many(num_agents: int, repetitions: int) -> int:
+    """Iterations of a single agent that `measure_many` takes as long as."""
+    return _ITERATIONS_TOGETHER * num_agents * (2 * repetitions + -(-WARM_UP_ITERATIONS // _ITERATIONS_TOGETHER))
+
+
+def iterations_of_one(repetitions: int) -> int:
+    """Iterations that `measure_environments` takes."""
+    return WARM_UP_ITERATIONS + _ITERATIONS * repetitions
+
+
+def update_samples(config: Config) -> int:
+    """Samples of a policy update that is measured: 65,536, or as many fewer as a large policy makes it slower."""
+    agent = make_agent(config)
+    observation = jax.ShapeDtypeStruct(agent.environment.observation_shape, jnp.float32)
+    params = jax.eval_shape(agent.policy.init, jax.random.key(0), observation)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return min(_MOST_SAMPLES, max(256, 2 ** int(math.log2(_WORK / size))))
 
 
 def measure_policy_update(config: Config, samples: int, repetitions: int) -> dict[str, Any]:

@@ -8,11 +8,14 @@ from typing import Any
 from trpo_jax.benchmarks.machine import BUSY, busy_share, name_of, setting
 from trpo_jax.benchmarks.measure import (
     PARTS,
+    iterations_of_many,
+    iterations_of_one,
     measure_environments,
     measure_many,
     measure_one,
     measure_policy_update,
     measure_time_to,
+    update_samples,
 )
 from trpo_jax.config_pytree import Config
 from trpo_jax.sentences import counted
@@ -51,23 +54,31 @@ def run_benchmark(
     result: dict[str, Any] = {"setting": setting(), "settings": settings_of(config), "repetitions": repetitions}
     report("one agent")
     result["one_agent"] = measure_one(config, repetitions)
-    report("a policy update of 65,536 samples")
-    result["policy_update"] = measure_policy_update(config, 65_536, repetitions)
+    samples = update_samples(config)
+    report(f"a policy update of {samples:,} samples")
+    result["policy_update"] = measure_policy_update(config, samples, repetitions)
+    seconds = result["one_agent"]["iteration_ms"]["median"] / 1e3
     curve = []
     for number in num_agents:
-        report(counted(number, "agent"))
+        report(counted(number, "agent") + _at_most(seconds * iterations_of_many(number, repetitions), "--num-agents"))
         curve.append(measure_many(config, number, repetitions))
     result["many_agents"] = curve[-1]
     if len(curve) > 1:
         result["agents_curve"] = curve
     for number in env_counts:
-        report(f"one agent with {counted(number, 'environment')}")
+        duration = seconds * iterations_of_one(repetitions) * number / config.num_envs
+        report(f"one agent with {counted(number, 'environment')}{_at_most(duration, '--env-counts')}")
         result.setdefault("environments_curve", []).append(measure_environments(config, number, repetitions))
     if threshold is not None:
         report(f"time to a return of {threshold:g}")
         result["time_to_threshold"] = measure_time_to(threshold, config, num_seeds, max_steps)
     result["setting"]["busy_after"] = busy_share()
     return result
+
+
+def _at_most(seconds: float, flag: str) -> str:
+    """How long a measurement takes, if over a minute, and less where agents or environments advance side by side."""
+    return f" (up to {counted(round(seconds / 60), 'minute')}; {flag} takes fewer)" if seconds > 60 else ""
 
 
 def warning_of(busy: float | None) -> str | None:

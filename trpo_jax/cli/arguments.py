@@ -46,15 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
         "env", nargs="?", help="environment, or MODULE:FACTORY, your own function (default: CartPole-v1)"
     )
     train.add_argument("--output", help="folder of the run (default: runs/ENV)")
-    train.add_argument("--config", help="TOML file of settings, such as that of `trpo-jax tune`; flags override it")
-    train.add_argument(
-        "--preset",
-        nargs="?",
-        const="",
-        metavar="NAME",
-        help="settings of a table of results, by default of the first one with this environment; a file and flags "
-        "override them",
-    )
+    _add_base(train)
     train.number("--seed", 0, "seed of the first agent")
     train.number("--num-seeds", 1, "agents trained side by side")
     train.add_argument(
@@ -85,7 +77,8 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_benchmark(commands: Any) -> None:
     """Add the command that measures speed."""
     benchmark = commands.add_parser("benchmark", help="measure throughput, memory and where the time goes")
-    benchmark.add_argument("env", nargs="?", default="CartPole-v1", help="environment, or MODULE:FACTORY")
+    benchmark.add_argument("env", nargs="?", help="environment, or MODULE:FACTORY (default: CartPole-v1)")
+    _add_base(benchmark)
     benchmark.add_argument("--output", help="JSON file for all figures (default: none)")
     benchmark.add_argument("--json", action="store_true", help="print all figures as JSON, and nothing else")
     benchmark.add_argument("--picture", help="PNG file for the curves over agents and environments (default: none)")
@@ -238,6 +231,19 @@ def _add_agent(parser: argparse.ArgumentParser, default: str = "0 of a run") -> 
         "--agent",
         type=whole,
         help=f"agent: its number in a run, from 0, or its seed in a sweep (default: {default}, the best of a sweep)",
+    )
+
+
+def _add_base(parser: Any) -> None:
+    """Add the sources of settings below the flags."""
+    parser.add_argument("--config", help="TOML file of settings, such as that of `trpo-jax tune`; flags override it")
+    parser.add_argument(
+        "--preset",
+        nargs="?",
+        const="",
+        metavar="NAME",
+        help="settings of a table of results, by default of the first one with this environment; a file and flags "
+        "override them",
     )
 
 

@@ -10,16 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 from trpo_jax.cli.arguments import BENCHMARK
 from trpo_jax.config import Config
+from trpo_jax.presets import changed, load_preset, preset_of, with_preset
 from trpo_jax.sentences import UsageError, say
-from trpo_jax.settings import SETTINGS, TOTAL_STEPS, with_length
+from trpo_jax.settings import SETTINGS, TOTAL_STEPS, read_toml, with_length
 from trpo_jax.validation import without_effect
 
 if TYPE_CHECKING:
     from trpo_jax.runs.sinks import OpenSink
 
 
+def settings_in_file(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The settings in the TOML file of --config; empty without it."""
+    if namespace.config is None:
+        return {}
+    return with_preset(read_toml(namespace.config), namespace.config, env=namespace.env)
+
+
 def config_of(namespace: argparse.Namespace, file: Mapping[str, Any] | None = None) -> Config:
-    """Build the `Config`: the defaults, overridden by a file of settings, overridden by the flags.
+    """Build the `Config`: the defaults, overridden by --preset, by a file of settings, and by the flags, in this order.
 
     Raises:
       UsageError: if a setting is out of its range, or a flag has no effect with the others.
@@ -30,12 +38,22 @@ def config_of(namespace: argparse.Namespace, file: Mapping[str, Any] | None = No
     length = (TOTAL_STEPS, "num_iterations")
     over = length if any(name in given for name in length) else ()
     base = {**BENCHMARK} if namespace.command == "benchmark" else {}
-    base |= {name: value for name, value in (file or {}).items() if name not in over}
+    below = _over_preset(namespace, file or {})
+    base |= {name: value for name, value in below.items() if name not in over}
     config = with_length({**base, **given}, Config())
     for name in given:
         if name in SETTINGS and (why := without_effect(config, name)):
             raise UsageError(f"{name} {why}; leave it out.")
     return config
+
+
+def _over_preset(namespace: argparse.Namespace, file: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Combine the settings of a file with those of --preset, or of the preset with this environment; the file wins."""
+    preset = getattr(namespace, "preset", None)
+    if preset is None:
+        return file
+    env = namespace.env or file.get("env", Config.env)
+    return changed(load_preset(preset) if preset else preset_of(env), file, env)
 
 
 def tell_idle(names: Iterable[str], configs: Iterable[Config], source: str) -> None:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trpo_jax.cli.choices import config_of
+from trpo_jax.cli.choices import config_of, settings_in_file, tell_idle
 from trpo_jax.cli.startup import start_quickly
 from trpo_jax.config import Config
 from trpo_jax.files import file_of_kind, plain_json, write_atomically
@@ -191,7 +191,8 @@ def export(namespace: argparse.Namespace) -> int:
 
 def benchmark(namespace: argparse.Namespace) -> int:
     """Measure throughput, memory and where the time goes."""
-    config = config_of(namespace)
+    settings = settings_in_file(namespace)
+    config = config_of(namespace, settings)
     output = Path(namespace.output) if namespace.output else None
     picture = file_of_kind(namespace.picture, "--picture", ".png") if namespace.picture else None
     for flag, file in (("--output", output), ("--picture", picture)):
@@ -215,6 +216,7 @@ def benchmark(namespace: argparse.Namespace) -> int:
         raise UsageError("benchmark measures training without evaluation; leave out eval_every.")
     for number in namespace.env_counts:
         config.replace(num_envs=number)  # one out of range is refused before anything is measured
+    tell_idle(settings, [config], namespace.config)
     console = make_console()
     tell = say if namespace.json else lambda text: console.print(text, soft_wrap=True)
     result = run_benchmark(

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trpo_jax.cli.choices import config_of, opener_of, tell_idle
+from trpo_jax.cli.choices import config_of, opener_of, settings_in_file, tell_idle
 from trpo_jax.cli.commands import run_of
 from trpo_jax.cli.startup import start_quickly, use_devices
 from trpo_jax.config import Config
-from trpo_jax.presets import changed, load_preset, preset_of, with_preset
 from trpo_jax.sentences import UsageError, command, counted, say
-from trpo_jax.settings import read_toml
 from trpo_jax.validation import validate, without_effect
 
 if TYPE_CHECKING:
@@ -24,8 +21,8 @@ if TYPE_CHECKING:
 
 def train(namespace: argparse.Namespace) -> int:
     """Train agents in a new folder, or continue an equal run in its folder."""
-    file = _settings_from(namespace)
-    config = config_of(namespace, _over_preset(namespace, file))
+    file = settings_in_file(namespace)
+    config = config_of(namespace, file)
     validate(config)
     start_quickly()
     use_devices(namespace.num_devices)
@@ -63,21 +60,6 @@ def _start_from(namespace: argparse.Namespace, config: Config) -> TrainState:
                 f"not {getattr(config, name)}: give the same."
             )
     return state
-
-
-def _settings_from(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The settings in the TOML file of --config; empty without it."""
-    if namespace.config is None:
-        return {}
-    return with_preset(read_toml(namespace.config), namespace.config, env=namespace.env)
-
-
-def _over_preset(namespace: argparse.Namespace, file: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Combine the settings of a file with those of --preset, or of the preset with this environment; the file wins."""
-    if namespace.preset is None:
-        return file
-    env = namespace.env or file.get("env", Config.env)
-    return changed(load_preset(namespace.preset) if namespace.preset else preset_of(env), file, env)
 
 
 def resume(namespace: argparse.Namespace) -> int:
