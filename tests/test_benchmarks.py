@@ -267,10 +267,10 @@ def test_a_long_measurement_says_how_long_it_takes(monkeypatch):
     report.run_benchmark(Config(num_envs=64), repetitions=7, report=said.append, **options)
     assert said[1:] == [
         "a policy update of 65,536 samples",
-        "1 agent",
-        "64 agents (up to 41 minutes; --num-agents takes fewer)",
-        "one agent with 64 environments (up to 1 minute; --env-counts takes fewer)",
-        "one agent with 256 environments (up to 5 minutes; --env-counts takes fewer)",
+        "1 agent (up to 2 minutes)",
+        "64 agents (up to 40 minutes)",
+        "one agent with 64 environments (up to 1 minute)",
+        "one agent with 256 environments (up to 5 minutes)",
     ]
 
 

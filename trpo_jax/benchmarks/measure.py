@@ -176,8 +176,10 @@ def measure_one(config: Config, repetitions: int) -> dict[str, Any]:
 
 
 def iterations_of_many(num_agents: int, repetitions: int) -> int:
-    """Iterations of a single agent that `measure_many` takes as long as."""
-    return _ITERATIONS_TOGETHER * num_agents * (2 * repetitions + -(-WARM_UP_ITERATIONS // _ITERATIONS_TOGETHER))
+    """Iterations that `measure_many` takes: those of all agents, and those of the agent alone."""
+    warm_up = -(-WARM_UP_ITERATIONS // _ITERATIONS_TOGETHER)
+    alone = iterations_of_one(repetitions * max(1, _ITERATIONS_TOGETHER * num_agents // _ITERATIONS))
+    return _ITERATIONS_TOGETHER * num_agents * (warm_up + repetitions) + alone
 
 
 def iterations_of_one(repetitions: int) -> int:

@@ -60,14 +60,14 @@ def run_benchmark(
     seconds = result["one_agent"]["iteration_ms"]["median"] / 1e3
     curve = []
     for number in num_agents:
-        report(counted(number, "agent") + _at_most(seconds * iterations_of_many(number, repetitions), "--num-agents"))
+        report(counted(number, "agent") + _at_most(seconds * iterations_of_many(number, repetitions)))
         curve.append(measure_many(config, number, repetitions))
     result["many_agents"] = curve[-1]
     if len(curve) > 1:
         result["agents_curve"] = curve
     for number in env_counts:
         duration = seconds * iterations_of_one(repetitions) * number / config.num_envs
-        report(f"one agent with {counted(number, 'environment')}{_at_most(duration, '--env-counts')}")
+        report(f"one agent with {counted(number, 'environment')}{_at_most(duration)}")
         result.setdefault("environments_curve", []).append(measure_environments(config, number, repetitions))
     if threshold is not None:
         report(f"time to a return of {threshold:g}")
@@ -76,9 +76,9 @@ def run_benchmark(
     return result
 
 
-def _at_most(seconds: float, flag: str) -> str:
+def _at_most(seconds: float) -> str:
     """How long a measurement takes, if over a minute, and less where agents or environments advance side by side."""
-    return f" (up to {counted(round(seconds / 60), 'minute')}; {flag} takes fewer)" if seconds > 60 else ""
+    return f" (up to {counted(round(seconds / 60), 'minute')})" if seconds > 60 else ""
 
 
 def warning_of(busy: float | None) -> str | None:
@@ -155,7 +155,7 @@ def _ratios(result: dict[str, Any]) -> list[list[str]]:
         ["the same on all samples by double backward ÷ ours", f"{update['double_backward_over_all_samples']:.2f}"],
         ["compiling: one agent, many", f"{one['compile_seconds']:.1f} s, {many['compile_seconds']:.1f} s"],
         [
-            f"memory of {many['num_agents']} agents: measured, predicted",
+            f"memory of {counted(many['num_agents'], 'agent')}: measured, predicted",
             f"{many['memory_bytes'] / 1e6:.1f} MB, {many['predicted_memory_bytes'] / 1e6:.1f} MB",
         ],
     ]
