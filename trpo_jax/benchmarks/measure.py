@@ -40,7 +40,7 @@ WARM_UP_ITERATIONS = 20  # trained before anything is timed: short first episode
 _ITERATIONS = 20  # of one agent per run of its program
 _ITERATIONS_TOGETHER = 4  # the same of many agents
 _MOST_SAMPLES = 2**16
-_WORK = 2**30  # samples x parameters of a policy update: 65,536 samples of a network of 64 x 64
+_WORK = _MOST_SAMPLES * 2**14  # samples x parameters of a policy update
 _EVALUATION_EPISODES = 32
 
 
@@ -188,7 +188,7 @@ def iterations_of_one(repetitions: int) -> int:
 
 
 def update_samples(config: Config) -> int:
-    """Samples of a policy update that is measured: 65,536, or as many fewer as a large policy makes it slower."""
+    """Samples of the policy update that is measured, a power of two: 65,536, or fewer for more than 16,384 parameters."""
     agent = make_agent(config)
     observation = jax.ShapeDtypeStruct(agent.environment.observation_shape, jnp.float32)
     params = jax.eval_shape(agent.policy.init, jax.random.key(0), observation)
