@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A sweep on several nodes of a SLURM cluster: one process per node, which finds its devices itself.
 #
-#   sbatch scripts/sweep_slurm.sh experiments/trust_region_plateau/sweep.toml sweeps/plateau
+#   sbatch scripts/sweep_slurm.sh experiments/trust_region_plateau/trpo.toml sweeps/plateau
 #
 # All nodes must see the folder. Submit the job again after a time limit to continue.
 #SBATCH --job-name=trpo-jax-sweep

@@ -302,8 +302,8 @@ def test_play_sees_and_does_what_training_does(world):
         for policy, best in ((oracle(environment, right), 4), (oracle(environment, right[::-1]), 0)):
             config = Config(env=environment, policy=policy, **SMALL)
             state = init(config, jax.random.key(0))
-            judged = evaluate(config, state, jax.random.key(1), num_episodes=1)
-            assert judged.episode_return == best and judged.episode_length == 4
+            evaluated = evaluate(config, state, jax.random.key(1), num_episodes=1)
+            assert evaluated.episode_return == best and evaluated.episode_length == 4
             assert play(config, state, "Puzzle-v0", num_episodes=1) == best
     finally:
         del gymnasium.registry["Puzzle-v0"]

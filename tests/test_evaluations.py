@@ -11,11 +11,11 @@ import pytest
 from trpo_jax import Config, UsageError, load, train
 from trpo_jax.cli import main
 from trpo_jax.runs.continuing import continue_run
-from trpo_jax.runs.evaluations import Judge, best_states, judge_best, read_evaluations
+from trpo_jax.runs.evaluations import Evaluator, best_states, evaluate_best, read_evaluations
 from trpo_jax.runs.folders import chosen_state, create_run, newest_state, open_run
 from trpo_jax.runs.learning_curve import plot_learning_curve
 from trpo_jax.runs.metrics import read_metrics
-from trpo_jax.training.evaluation import Evaluation, judge
+from trpo_jax.training.evaluation import Evaluation, evaluate_in_training
 
 pytestmark = pytest.mark.long
 
@@ -117,18 +117,18 @@ def test_rows_and_best_policies_that_are_missing_are_said_and_made_anew(run, tmp
         "best.npz is damaged or not a checkpoint of trpo_jax (BadZipFile); the best policies are chosen again" in said
     )
     assert np.asarray(best_states(again).iteration).tolist() == [6, 6]
-    assert [best.chosen_by for best in judge_best(again)] == means_of(run)[-2:]
+    assert [best.chosen_by for best in evaluate_best(again)] == means_of(run)[-2:]
 
 
-def test_the_best_is_the_state_that_was_judged_and_is_judged_anew(run):
+def test_the_best_is_the_state_that_was_evaluated_and_is_evaluated_anew(run):
     table = np.array(means_of(run)).reshape(2, 2)  # evaluations, seeds
-    best, found = best_states(run), judge_best(run)
+    best, found = best_states(run), evaluate_best(run)
     chosen = table.argmax(axis=0)  # the first of equal ones
     assert np.asarray(best.iteration).tolist() == [3 * (i + 1) for i in chosen]
     for i in range(2):
         state = jax.tree.map(lambda leaf, i=i: leaf[i], best)
-        assert float(judge(CONFIG, state).episode_return.mean()) == pytest.approx(table[chosen[i], i])
-        anew = judge(CONFIG, state, anew=True).episode_return
+        assert float(evaluate_in_training(CONFIG, state).episode_return.mean()) == pytest.approx(table[chosen[i], i])
+        anew = evaluate_in_training(CONFIG, state, anew=True).episode_return
         assert found[i][:3] == (3 + i, int(state.iteration), table[chosen[i], i])
         assert found[i].mean == pytest.approx(float(anew.mean())) and found[i].low < found[i].mean < found[i].high
 
@@ -174,8 +174,8 @@ def test_an_agent_that_has_reached_its_goal_stays_and_all_of_them_end_the_run(ru
         kl, expected = (table["mean_kl"][table["seed"] == 3 + agent] for table in (metrics, whole))
         np.testing.assert_array_equal(kl[:last], expected[:last])
         assert np.isnan(kl[last:]).all()
-    judged = [seed for _, _, seed, _ in read_evaluations(stopping.path)]
-    assert judged.count(3 + fast) == 1
+    evaluated = [seed for _, _, seed, _ in read_evaluations(stopping.path)]
+    assert evaluated.count(3 + fast) == 1
     state, *_ = jax.jit(jax.vmap(train, in_axes=(None, 0)))(config, stopping.keys)
     assert np.asarray(state.iteration).tolist() == iterations.tolist()
 
@@ -186,16 +186,16 @@ def test_an_agent_that_has_reached_its_goal_stays_and_all_of_them_end_the_run(ru
 
 
 def test_a_policy_without_a_score_gives_way_to_the_first_with_one(run):
-    judge_of = Judge(run, "")
+    evaluator = Evaluator(run, "")
     kept = []
-    judge_of.file = SimpleNamespace(append=lambda *_: None)
-    judge_of._keep = lambda states, improved: kept.append(improved.tolist())
+    evaluator.file = SimpleNamespace(append=lambda *_: None)
+    evaluator._keep = lambda states, improved: kept.append(improved.tolist())
     for done, means in enumerate(([np.nan, 1], [np.nan, 0], [-5, 2], [np.nan, np.nan], [-6, 3]), 1):
         returns = jnp.repeat(jnp.float32(means)[:, None], 6, axis=1)
-        judge_of.program = lambda *_, r=returns: Evaluation(r, jnp.ones((2, 6), jnp.int32), jnp.ones((2, 6), bool))
-        judge_of(SimpleNamespace(done=3 * done, states=None))
+        evaluator.program = lambda *_, r=returns: Evaluation(r, jnp.ones((2, 6), jnp.int32), jnp.ones((2, 6), bool))
+        evaluator(SimpleNamespace(done=3 * done, states=None))
     assert kept == [[True, True], [True, False], [True, True], [False, True]]
-    np.testing.assert_array_equal(judge_of._best, [-5, 3])
+    np.testing.assert_array_equal(evaluator._best, [-5, 3])
 
 
 def test_one_agent_alone_stops(tmp_path):
@@ -220,12 +220,12 @@ def test_the_learning_curve_has_both(run, monkeypatch):
     np.testing.assert_allclose(means, np.array(means_of(run)).reshape(2, 2).mean(axis=1))
 
 
-def test_the_command_judges_the_best_anew_before_it_quotes_it(tmp_path, capsys):
+def test_the_command_evaluates_the_best_anew_before_it_quotes_it(tmp_path, capsys):
     settings = ["--num-envs=2", "--num-steps=32", "--cg-iterations=2", "--num-iterations=4"]
     evaluation = ["--eval-every=2", "--eval-episodes=3", "--eval-stochastic", "--keep-every=1"]
     assert main(["train", *settings, *evaluation, "--output", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
-    (best,) = judge_best(open_run(tmp_path / "run"))
+    (best,) = evaluate_best(open_run(tmp_path / "run"))
     assert "Best by evaluation, evaluated again on 3 episodes" in printed
     row = next(line.split() for line in printed.splitlines() if line.startswith("0 "))
     assert row[:3] == ["0", str(best.iteration), f"{best.mean:.1f}"] and row[-1] == f"{best.chosen_by:.1f}"

@@ -408,7 +408,7 @@ def test_a_network_lowered_and_lifted_is_itself(name):
     """Outputs, carries and features, plain and of changed observations, bit for bit."""
     network = lift(FORMS[name]())
     again = lift(lower(network))
-    assert again.has_memory == network.has_memory == ("memory" in name or "gru" in name)
+    assert again.is_recurrent == network.is_recurrent == ("memory" in name or "gru" in name)
     params = start(network)
     assert_equal(start(again), params)
     assert_equal(again.initial_carry(), network.initial_carry())

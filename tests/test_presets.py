@@ -105,3 +105,8 @@ def test_presets_are_listed(capsys):
     assert main(["presets"]) == 0
     printed = capsys.readouterr().out
     assert all(f"{name}: " in printed for name in available_presets()) and "max_kl=0.02" in printed
+
+
+def test_presets_of_trpo_come_first():
+    of_trpo = [load_preset(name).settings.get("update", "trpo") == "trpo" for name in available_presets()]
+    assert of_trpo == sorted(of_trpo, reverse=True) and not all(of_trpo)

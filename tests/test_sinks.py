@@ -9,6 +9,7 @@ from trpo_jax import Config, continue_run, create_run, run_sweep
 from trpo_jax.cli import main
 from trpo_jax.runs.metrics import METRICS, read_metrics
 from trpo_jax.runs.sinks import open_sink
+from trpo_jax.sentences import UsageError
 from trpo_jax.sweeps.grids import Spec
 from trpo_jax.sweeps.storage import Folder
 
@@ -54,8 +55,8 @@ def test_a_report_ends_a_sweep_and_sinks_get_every_agent(tmp_path):
         assert [steps for steps, _ in trained] == [32, 64, 96, 128]
         for name in METRICS:
             np.testing.assert_array_equal([values[name] for _, values in trained], row[name])
-        judged = [(steps, values["evaluation/mean"]) for steps, values in found if "evaluation/mean" in values]
-        assert judged == list(zip((64, 128), row["eval_return"], strict=True))
+        evaluated = [(steps, values["evaluation/mean"]) for steps, values in found if "evaluation/mean" in values]
+        assert evaluated == list(zip((64, 128), row["eval_return"], strict=True))
 
 
 def test_wandb_gets_one_run_per_seed_in_a_group(tmp_path, monkeypatch):
@@ -78,3 +79,10 @@ def test_wandb_gets_one_run_per_seed_in_a_group(tmp_path, monkeypatch):
 def test_flags_of_a_sink_that_is_not_asked_for_are_refused(tmp_path, capsys):
     assert main(["train", "--output", str(tmp_path / "run"), "--num-iterations", "1", "--wandb-name", "x"]) == 2
     assert "--wandb-name has no effect without --log wandb; add that." in capsys.readouterr().err
+
+
+def test_an_unknown_sink_and_a_folder_that_is_none_are_one_sentence(tmp_path):
+    with pytest.raises(UsageError, match=r"^there is no sink tensorbord; choose tensorboard or wandb\.$"):
+        open_sink("tensorbord", tmp_path, {})
+    with pytest.raises(UsageError, match=r"^3 is not the path of a file or folder"):
+        open_sink("wandb", 3, {})

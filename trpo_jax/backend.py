@@ -6,12 +6,19 @@ test that replaces `platform` traces the other form of all of them, on the machi
 
 from __future__ import annotations
 
+import os
+
 import jax
 
 
 def platform() -> str:
     """Name of the backend that programs run on: "cpu", "gpu" or "tpu"."""
     return jax.default_backend()
+
+
+def num_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def branches_are_cheap() -> bool:

@@ -27,7 +27,7 @@ _ELSEWHERE = "choose another --output"
 _LOAD = '''"""Acts with the exported policy. Needs jax and numpy, not trpo_jax.
 
 `policy.call` takes observations of {env} in the form of trpo_jax, float32 [batch, {dimensions}]{meaning}, and returns
-the most likely actions, {actions}.{memory}
+the most likely actions, {actions}.{carry}
 """
 
 from pathlib import Path
@@ -40,7 +40,7 @@ policy = export.deserialize(bytearray((folder / "policy.stablehlo").read_bytes()
 observation = np.zeros({shape}, np.float32)  # a batch of 3; any size works
 {body}
 '''
-_MEMORY = """
+_CARRY = """
 
 It is recurrent: `policy.call(carry, observation)` returns (carry, action). The arrays of the carry at the start of an
 episode are in start.npz, for one environment."""
@@ -123,7 +123,7 @@ def export_policy(config: Config, state: TrainState, folder: str | os.PathLike[s
     file = folder / "policy.stablehlo"
     write_atomically(file, bytes(content), _ELSEWHERE)
     write_atomically(
-        folder / "load_policy.py", _script(environment, has_memory=bool(jax.tree.leaves(carry))), _ELSEWHERE
+        folder / "load_policy.py", _script(environment, is_recurrent=bool(jax.tree.leaves(carry))), _ELSEWHERE
     )
     return file
 
@@ -144,18 +144,18 @@ def _serialize(act: Callable[..., Any], carry: PyTree, observation: jax.ShapeDty
         return jax.export.export(jax.jit(on_leaves), platforms=_PLATFORMS)(leaves, observation).serialize()
 
 
-def _script(environment: Environment, *, has_memory: bool) -> str:
+def _script(environment: Environment, *, is_recurrent: bool) -> str:
     """The program that loads an exported policy and acts once."""
     shape = environment.observation_shape
     return _LOAD.format(
         env=environment.name,
         dimensions=", ".join(map(str, shape)),
-        imports="export, tree" if has_memory else "export",
+        imports="export, tree" if is_recurrent else "export",
         meaning=_meaning(environment),
         actions=environment.action_space,
-        memory=_MEMORY if has_memory else "",
+        carry=_CARRY if is_recurrent else "",
         shape=(3, *shape),
-        body=_START if has_memory else "print(np.asarray(policy.call(observation)))",
+        body=_START if is_recurrent else "print(np.asarray(policy.call(observation)))",
     )
 
 

@@ -128,7 +128,7 @@ def as_widths(value: Any) -> Any:
         except ValueError:
             return value
     if isinstance(value, (list, tuple)):
-        return tuple(int(width) if _is_whole(width) else width for width in value)
+        return tuple(int(width) if is_whole(width) else width for width in value)
     return value.strip() if isinstance(value, str) else value
 
 
@@ -176,7 +176,8 @@ def as_text(value: Any) -> Any:
     return (",".join(map(str, value)) or "[]") if isinstance(value, tuple) else value
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, of Python or NumPy; a truth value is none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -213,7 +214,7 @@ def _check_widths(field: Any, label: str, value: Any) -> None:
     if isinstance(value, str) and value == AUTO == field.default:
         return
     sound = isinstance(value, tuple) and len(value) <= _MOST_LAYERS
-    if not sound or not all(_is_whole(width) and 1 <= width <= _WIDEST for width in value):
+    if not sound or not all(is_whole(width) and 1 <= width <= _WIDEST for width in value):
         default = f" or {AUTO}" if field.default == AUTO else ""
         raise UsageError(
             f"{label} must be widths of layers such as 256,256 (in files [256, 256]){default}, each from 1 to "

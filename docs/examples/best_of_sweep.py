@@ -1,4 +1,4 @@
-"""A sweep in a folder that keeps its agents: load the best one, then judge it on other episodes."""
+"""A sweep in a folder that keeps its agents: load the best one, then evaluate it on other episodes."""
 
 import jax
 
@@ -26,6 +26,6 @@ config, agent = load_agent("sweeps/kept")  # the best of all; (folder, point, se
 print("the best has max_kl", config.max_kl, "and gae_lambda", config.gae_lambda)
 print("it was chosen with", max(row["final_return"] for row in rows))
 
-# The best of many noisy scores overstates itself: judge it on episodes that did not choose it.
+# The best of many noisy scores overstates itself: evaluate it on episodes that did not choose it.
 fresh = evaluate(config, agent, jax.random.key(1), num_episodes=64).episode_return
 print("on fresh episodes:", fresh.mean(), "±", fresh.std() / 8)

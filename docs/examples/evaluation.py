@@ -19,9 +19,9 @@ print(evaluations.episode_return.shape)  # (2, 4, 16): agents, evaluations, epis
 print("mean returns:", jnp.round(evaluations.episode_return.mean(axis=-1)))
 print("iterations until the stop:", states.iteration)
 
-# Judge on fresh episodes: the evaluation that stopped an agent did so because it was good.
-judge = jax.jit(jax.vmap(lambda state, key: evaluate(config, state, key, num_episodes=32)))
-final = judge(states, jax.random.split(jax.random.key(1), 2))
+# Evaluate on fresh episodes: the evaluation that stopped an agent did so because it was good.
+evaluate_all = jax.jit(jax.vmap(lambda state, key: evaluate(config, state, key, num_episodes=32)))
+final = evaluate_all(states, jax.random.split(jax.random.key(1), 2))
 print("on 32 fresh episodes:", final.episode_return.mean(axis=-1))
 print("all of them finished:", final.finished.all())
 

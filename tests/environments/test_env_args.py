@@ -12,7 +12,7 @@ import pytest
 
 from trpo_jax import Config, UsageError, evaluate, init, load_agent, make_environment, sweep, train, trust
 from trpo_jax.cli import main
-from trpo_jax.environments.make import settle
+from trpo_jax.environments.make import mark_traced
 from trpo_jax.runs.folders import open_run
 from trpo_jax.settings import settings_of, trusting
 from trpo_jax.sweeps.grids import make_points, make_spec, static_part
@@ -209,10 +209,10 @@ def test_a_sweep_in_memory_varies_them():
 
 
 def test_they_are_named_one_by_one_in_files():
-    config = settle(Config(env_args={"gravity": 20, "max_steps_in_episode": 3}))
+    config = mark_traced(Config(env_args={"gravity": 20, "max_steps_in_episode": 3}))
     named = {name: value for name, value in settings_of(config).items() if "." in name}
     assert named == {"env.gravity": 20.0, "env.max_steps_in_episode": 3}
-    assert settle(config) == config and config.env_args.traced == ("gravity",)
+    assert mark_traced(config) == config and config.env_args.traced == ("gravity",)
 
 
 FACTORY = """

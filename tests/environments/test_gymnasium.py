@@ -261,10 +261,10 @@ def small(env):
 def test_instances_of_training_and_evaluation_level_off(register, rounds):
     config = small(register("Counted-v0", Counted))
     run = jax.jit(train)
-    judge = jax.jit(lambda state, key: evaluate(config, state, key, num_episodes=4))
+    play = jax.jit(lambda state, key: evaluate(config, state, key, num_episodes=4))
     alive, Counted.made, Counted.alive = [], 0, 0
     for i in range(rounds):  # 8 more environments each
-        judge(run(config, jax.random.key(i))[0], jax.random.key(i))
+        play(run(config, jax.random.key(i))[0], jax.random.key(i))
         alive.append(Counted.alive)
     assert max(alive) == alive[1] == alive[-1] == 16  # four batches of 4
     assert Counted.made == 17  # one showed its spaces

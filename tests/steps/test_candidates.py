@@ -47,6 +47,16 @@ def test_old_policy_gains_nothing(estimate):
     assert found.mean_kl == found.maximum_kl == 0 and found.effective_sample_fraction == 1
 
 
+def test_both_policies_are_evaluated_in_full_precision():
+    data = jnp.ones((4, 6)), jnp.zeros(4, int), jnp.ones(4)
+
+    def estimate(old, candidate):
+        return estimate_candidate(lambda w, x: Categorical(x @ w), old, candidate, *data, jax.random.key(0))
+
+    text = str(jax.make_jaxpr(estimate)(OLD, OLD))
+    assert text.count("dot_general[") == 2 == text.count("(Precision.HIGHEST, Precision.HIGHEST)")
+
+
 def test_error_falls_with_the_root_of_the_batch():
     (candidate,) = candidates(1, 0.3)
     errors = []

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import re
 
 import jax
 import jax.numpy as jnp
@@ -110,43 +109,6 @@ def test_a_line_search_by_name_is_refused():
     )
     with pytest.raises(ValueError, match=message):
         trpo_update(categorical, *problem(), line_search="parallel")
-
-
-PARTIAL = "line_search=functools.partial(backtracking_line_search, "
-MOVED = {
-    "observation": "it without its name, or one Batch",
-    "action": "it without its name, or one Batch",
-    "advantage": "it without its name, or one Batch",
-    "cg_damping": "solver=Solver(damping=…)",
-    "cg_iterations": "solver=Solver(iterations=…)",
-    "cg_tolerance": "solver=Solver(tolerance=…)",
-    "line_search_shrink": f"{PARTIAL}shrink=…)",
-    "line_search_steps": f"{PARTIAL}max_steps=…)",
-    "behaviour_log_prob": "Batch(observation, action, advantage, behaviour_log_prob=…)",
-    "sample_ndim": "Batch(observation, action, advantage, sample_ndim=…)",
-}
-
-
-@pytest.mark.parametrize("option", MOVED)
-def test_an_option_of_earlier_versions_is_answered_by_what_took_its_place(option):
-    with pytest.raises(TypeError, match=f"^{re.escape(f'trpo_update has no option {option}; give {MOVED[option]}')}$"):
-        trpo_update(categorical, *problem(), **{option: 1})
-
-
-def test_natural_gradient_answers_the_options_it_had_and_no_option_is_swallowed():
-    params, observation, *_ = problem()
-
-    def step(**options):
-        natural_gradient(lambda p: categorical(p, observation), params, params, max_kl=0.01, **options)
-
-    with pytest.raises(
-        TypeError, match=r"^natural_gradient has no option cg_damping; give solver=Solver\(damping=…\)$"
-    ):
-        step(cg_damping=0.1)
-    with pytest.raises(TypeError, match=r"^natural_gradient has no option max_lk$"):
-        step(max_lk=0.1)
-    with pytest.raises(TypeError, match=r"^trpo_update has no option max_lk$"):
-        trpo_update(categorical, *problem(), max_lk=0.1)
 
 
 STEPS = {

@@ -86,13 +86,13 @@ def test_a_curve_has_its_newest_return_at_any_number_of_steps():
 # Folders
 
 
-def run_folder(path, scores, judged=False, **settings):
+def run_folder(path, scores, evaluated=False, **settings):
     """A run as `train` writes it whose training returns rise from 0 to the scores, evaluations to twice them."""
     config = Config(num_iterations=20).replace(**settings)
     table = {**settings_of(config), "seed": 3, "num_seeds": len(scores), "keep_every": 0}
     write_table(path / "config.json", table)
     files = TableFile(path / "metrics.csv"), TableFile(path / "eval.csv", COLUMNS)
-    for file in files[: 1 + judged]:
+    for file in files[: 1 + evaluated]:
         file.truncate({})
     for i in range(config.num_iterations):
         place = i + 1, (i + 1) * config.steps_per_iteration
@@ -100,7 +100,7 @@ def run_folder(path, scores, judged=False, **settings):
         ones = dict.fromkeys(METRICS, 1.0)
         rows = [(*place, 3 + a, {**ones, "episode_return": value}) for a, value in enumerate(returns)]
         files[0].append(rows, "")
-        if judged:
+        if evaluated:
             rows = [(*place, 3 + a, {**dict.fromkeys(COLUMNS, 1.0), "mean": 2 * v}) for a, v in enumerate(returns)]
             files[1].append(rows, "")
     return path
@@ -143,7 +143,7 @@ def test_several_tasks_are_normalised_between_the_beginning_and_the_best(tmp_pat
 
 
 def test_what_must_be_known_is_said(tmp_path):
-    a = run_folder(tmp_path / "a", [1.0, 2.0, 3.0], judged=True)
+    a = run_folder(tmp_path / "a", [1.0, 2.0, 3.0], evaluated=True)
     b = run_folder(tmp_path / "b", [1.0, 2.0], num_iterations=10)
     pooled = sweep_folder(tmp_path / "s", [({"gamma": gamma}, np.ones(SEEDS)) for gamma in (0.9, 0.99)])
     found = compare([a, b, pooled])
@@ -158,7 +158,7 @@ def test_what_must_be_known_is_said(tmp_path):
 
 def test_what_has_stopped_early_or_was_extended_is_finished(tmp_path):
     """A run whose agents have reached their return, and points that were not asked for more seeds."""
-    a = run_folder(tmp_path / "a", [50.0, 60.0], judged=True, eval_every=1, stop_at_return=100.0)
+    a = run_folder(tmp_path / "a", [50.0, 60.0], evaluated=True, eval_every=1, stop_at_return=100.0)
     table = json.loads((a / "config.json").read_text())
     for goal, finished in ((100.0, True), (101.0, False)):
         asked = {"num_iterations": 40, "stop_at_return": goal, "checksum": None}

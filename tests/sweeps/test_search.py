@@ -73,7 +73,7 @@ def test_worse_half_stops_at_each_stage(searched):
     assert max(at_first[n] for n in stopped) <= min(at_first[n] for n in at_first if n not in stopped)
     complete = [trial for trial in found if trial.state == optuna.trial.TrialState.COMPLETE]
     assert len(complete) == 2 and best == max(trial.value for trial in complete)
-    assert [(r.told, r.pruned, r.best) for r in reports] == [(8, 6, best)]
+    assert [(r.finished, r.pruned, r.best) for r in reports] == [(8, 6, best)]
 
 
 @pytest.mark.parametrize("num_iterations, expected", [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4])])
@@ -94,7 +94,7 @@ def test_search_goes_on_where_it_stopped(searched):
     study.ask()  # as of a process that was killed while it trained
     reports = []
     _, again = tune(folder, make(count=12), batch=4, report=reports.append)
-    assert [r.told for r in reports] == [12] and again >= best
+    assert [r.finished for r in reports] == [12] and again >= best
     states = [trial.state.name for trial in trials(folder)]
     assert states.count("FAIL") == 1 and len(states) == 13
     with pytest.raises(UsageError, match="holds a search with another num_seeds"):

@@ -27,27 +27,27 @@ def alone():
 
 
 @pytest.fixture(scope="module")
-def judged():
+def evaluated():
     """The sweep without a goal."""
     return sweep(SMALL, GRID, jax.random.key(3), num_seeds=2, num_episodes=0)
 
 
-def test_a_sweep_evaluates_each_agent_as_train_does(alone, judged):
+def test_a_sweep_evaluates_each_agent_as_train_does(alone, evaluated):
     metrics, means = alone
-    assert judged.eval_return.shape == (2, 2, 2)
-    np.testing.assert_array_equal(judged.eval_return[0, 0], means)
-    np.testing.assert_array_equal(judged.metrics.mean_kl[0, 0], metrics.mean_kl)
+    assert evaluated.eval_return.shape == (2, 2, 2)
+    np.testing.assert_array_equal(evaluated.eval_return[0, 0], means)
+    np.testing.assert_array_equal(evaluated.metrics.mean_kl[0, 0], metrics.mean_kl)
 
 
-def test_an_agent_that_has_reached_the_goal_stands_still_and_others_go_on(judged):
-    first = judged.eval_return[..., 0]
+def test_an_agent_that_has_reached_the_goal_stands_still_and_others_go_on(evaluated):
+    first = evaluated.eval_return[..., 0]
     goal, everyone = float(np.median(first)), 0.0
     found = sweep(SMALL.replace(stop_at_return=goal), GRID, jax.random.key(3), num_seeds=2, num_episodes=0)
     learned = np.isfinite(found.metrics.mean_kl)
     reached = first >= goal
     assert reached.any() and not reached.all()
     assert (learned.sum(axis=-1) == 2).tolist() == reached.tolist()
-    np.testing.assert_array_equal(found.metrics.mean_kl[learned], judged.metrics.mean_kl[learned])
+    np.testing.assert_array_equal(found.metrics.mean_kl[learned], evaluated.metrics.mean_kl[learned])
     np.testing.assert_array_equal(found.eval_return[reached], np.repeat(first[reached][:, None], 2, axis=1))
     found = sweep(SMALL.replace(stop_at_return=everyone), GRID, jax.random.key(3), num_seeds=2, num_episodes=0)
     assert (np.isfinite(found.metrics.mean_kl).sum(axis=-1) == 2).all()

@@ -257,7 +257,7 @@ def test_a_sweep_that_another_process_begins_meanwhile_is_joined(tmp_path, monke
     def begin_then_list(path):
         monkeypatch.setattr(os, "listdir", listdir)
         others.describe(Spec(num_seeds=2), {"threads": 3})
-        others.settle_program(0, {"agents": 4})
+        others.agree_on_program(0, {"agents": 4})
         return listdir(path)
 
     monkeypatch.setattr(os, "listdir", begin_then_list)

@@ -10,7 +10,7 @@ import pytest
 from probes import lane, same_bits, small_config
 
 from trpo_jax import UsageError, evaluate, init, train, train_step
-from trpo_jax.training.evaluation import judge
+from trpo_jax.training.evaluation import evaluate_in_training
 
 pytestmark = pytest.mark.long
 
@@ -117,7 +117,7 @@ def test_evaluations_are_stacked_and_change_no_bit():
     assert evaluations.episode_return.shape == evaluations.finished.shape == (3, 5)
     states = jax.jit(functools.partial(train, callback=lambda c, s, m: s, every=2))(growing(), KEY)[3]
     for i, returns in enumerate(evaluations.episode_return):
-        np.testing.assert_array_equal(returns, judge(growing(), lane(states, i)).episode_return)
+        np.testing.assert_array_equal(returns, evaluate_in_training(growing(), lane(states, i)).episode_return)
     means = np.asarray(evaluations.episode_return).mean(axis=1)
     assert means[0] < means[1] < means[2]  # by the mode: no noise
 
@@ -125,8 +125,8 @@ def test_evaluations_are_stacked_and_change_no_bit():
 def test_it_samples_where_asked_and_draws_anew_each_time_and_for_the_choice():
     config = growing(eval_stochastic=True)
     state, _, evaluations = jax.jit(train)(config, KEY)
-    judged = [judge(config, state, anew=anew).episode_return for anew in (False, True)]
-    noise = [row - row.mean() for row in map(np.asarray, (*evaluations.episode_return, *judged))]
+    evaluated = [evaluate_in_training(config, state, anew=anew).episode_return for anew in (False, True)]
+    noise = [row - row.mean() for row in map(np.asarray, (*evaluations.episode_return, *evaluated))]
     assert all(len(set(row)) == 5 for row in noise)
     assert all(not np.allclose(a, b, atol=1e-3) for i, a in enumerate(noise) for b in noise[:i])
 

@@ -29,7 +29,7 @@ def test_sixteen_seeds_learn(settings, env_steps, threshold):
     config = config.replace(num_iterations=env_steps // config.steps_per_iteration)
     keys = jax.vmap(jax.random.key)(20_000 + jnp.arange(16))
     states, metrics = jax.jit(jax.vmap(train, in_axes=(None, 0)))(config, keys)
-    judge = jax.jit(jax.vmap(functools.partial(evaluate, num_episodes=32), in_axes=(None, 0, 0)))
-    returns = np.asarray(judge(config, states, keys).episode_return).mean(axis=1)
+    play = jax.jit(jax.vmap(functools.partial(evaluate, num_episodes=32), in_axes=(None, 0, 0)))
+    returns = np.asarray(play(config, states, keys).episode_return).mean(axis=1)
     assert stats.trim_mean(returns, 0.25) >= threshold, returns
     assert (np.asarray(metrics.mean_kl) <= config.max_kl).all()

@@ -1,6 +1,7 @@
 """Normalisation, clipping and annealing, each against a known answer."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -179,6 +180,12 @@ def test_a_clipped_value_moves_no_further_than_its_range():
 
     assert fit(0.0) == pytest.approx(10 * (1 - 0.98**100), rel=1e-4)  # θ ← θ + .02 (10 − θ)
     assert 0.5 <= fit(0.5) < 0.5 + 0.2  # beyond ε the larger error is constant: at most one step too far
+
+
+def test_clipping_a_value_needs_the_old_values():
+    fit = functools.partial(fit_value_function, lambda w, x: w * x, jnp.ones(()), (), jnp.ones(4), jnp.ones(4))
+    with pytest.raises(ValueError, match=r"^clip needs old_values"):
+        fit(clip=0.1, optimizer=optax.identity(), epochs=1, minibatches=1)
 
 
 def test_clipping_a_value_needs_adam():

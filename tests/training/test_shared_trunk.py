@@ -1,4 +1,4 @@
-"""A value function on the policy's trunk: judged and fitted on its features, and never moving them."""
+"""A value function on the policy's trunk: evaluated and fitted on its features, and never moving them."""
 
 import jax
 import jax.numpy as jnp

@@ -8,8 +8,8 @@
 
         return Algorithm(lambda params, statistics: optimizer.init(params), update)
 
-`Config(update=make)` trains with it. The algorithms of the package have names: each is one file, and one line of
-`ALGORITHMS` in fields.py.
+`Config(update=make)` trains with it. The algorithms of the package have names: each is one file, and one name in
+`UpdateName` in fields.py.
 """
 
 from __future__ import annotations

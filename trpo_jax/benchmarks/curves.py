@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trpo_jax.benchmarks.machine import name_of
+from trpo_jax.benchmarks.machine import machine_name
 from trpo_jax.files import write_atomically
 from trpo_jax.runs.learning_curve import make_figure
 
@@ -37,5 +37,5 @@ def draw_curves(result: dict[str, Any], file: Path) -> None:
             axes.legend()
     settings = result["settings"]
     shape = f"{settings['num_envs']} environments x {settings['num_steps']} steps"
-    figure.suptitle(f"{settings['env']}, {shape}; {name_of(result['setting'])}", fontsize=10)
+    figure.suptitle(f"{settings['env']}, {shape}; {machine_name(result['setting'])}", fontsize=10)
     write_atomically(file, lambda sink: figure.savefig(sink, dpi=120, format="png"))

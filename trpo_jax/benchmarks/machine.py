@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from trpo_jax.backend import num_cores
 from trpo_jax.runs.descriptions import made_by
 
 BUSY = 0.1  # share of the processors from which other work shows in the figures
@@ -26,7 +27,7 @@ def setting() -> dict[str, Any]:
         "platform": jax.devices()[0].platform,
         "devices": jax.device_count(),
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": num_cores(),
         "busy": busy_share(),
         "commit": commit(),
         "flags": {name: value for name, value in os.environ.items() if name in _FLAGS or name.startswith("JAX_")},
@@ -34,7 +35,7 @@ def setting() -> dict[str, Any]:
     }
 
 
-def name_of(setting: dict[str, Any]) -> str:
+def machine_name(setting: dict[str, Any]) -> str:
     """The name of what computed, and its cores, for a title."""
     return f"{setting['processor' if setting['platform'] == 'cpu' else 'device']}, {setting['cores']} cores"
 
@@ -49,7 +50,7 @@ def processor() -> str:
 
 
 def busy_share(seconds: float = 0.5) -> float | None:
-    """The share of all processors that is in use while this process waits; None where the system does not say."""
+    """The share of all processors that is in use while this process waits; None where the system has no such file."""
     before = _ticks()
     time.sleep(seconds)
     after = _ticks()

@@ -188,7 +188,7 @@ def iterations_of_one(repetitions: int) -> int:
 
 
 def update_samples(config: Config) -> int:
-    """Samples of the policy update that is measured: 65,536, or a lower power of two from 16,384 parameters on."""
+    """Samples of the measured policy update: 65,536; above 16,384 parameters a lower power of two, at least 256."""
     agent = make_agent(config)
     observation = jax.ShapeDtypeStruct(agent.environment.observation_shape, jnp.float32)
     params = jax.eval_shape(agent.policy.init, jax.random.key(0), observation)

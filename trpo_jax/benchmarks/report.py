@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trpo_jax.benchmarks.machine import BUSY, busy_share, name_of, setting
+from trpo_jax.benchmarks.machine import BUSY, busy_share, machine_name, setting
 from trpo_jax.benchmarks.measure import (
     PARTS,
     iterations_of_many,
@@ -101,7 +101,7 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
     """(title, columns, rows) for every part of a result."""
     settings, where = result["settings"], result["setting"]
     title = (
-        f"{settings['env']}, {settings['num_envs']} envs x {settings['num_steps']} steps; {name_of(where)}, "
+        f"{settings['env']}, {settings['num_envs']} envs x {settings['num_steps']} steps; {machine_name(where)}, "
         f"jax {where['jax']}; median of {result['repetitions']} (range)"
     )
     return [

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit status: 0; 1 if an agent of a run met a number that was not finite, or an environment fails its check;
       2 for bad input; 130 after Ctrl-C.
     """
-    _settle_streams()
+    _prepare_streams()
     try:
         parser = make_parser()
         try:
@@ -96,7 +96,7 @@ def _sentence_about(error: Exception) -> str:
     return ""
 
 
-def _settle_streams() -> None:
+def _prepare_streams() -> None:
     """Let a terminal without Greek letters show question marks, and a closed stream discard its text."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -13,7 +13,7 @@ from trpo_jax.cli.startup import start_quickly
 from trpo_jax.config import Config
 from trpo_jax.files import file_of_kind, plain_json, write_atomically
 from trpo_jax.presets import available_presets, load_preset
-from trpo_jax.sentences import UsageError, command, counted, say, shown
+from trpo_jax.sentences import UsageError, counted, say, shown
 
 if TYPE_CHECKING:
     from trpo_jax.runs.folders import Run
@@ -99,23 +99,11 @@ def _figures(run: Run, state: TrainState, result: Evaluation) -> dict[str, Any]:
     return {"agents": agents, "all": spread | robust}
 
 
-def _state_of(run: Run, which: str) -> TrainState:
-    """The state of a run's agents that --checkpoint selects."""
-    from trpo_jax.runs.folders import chosen_state
-
-    state = chosen_state(run, which)
-    if state is None:
-        raise UsageError(
-            f"{run.path} has no checkpoint yet; {command('resume', run.path, env=run.config.env)} trains it first."
-        )
-    return state
-
-
 def _agents_of(namespace: argparse.Namespace, agent: int | None) -> tuple[Run, TrainState]:
     """A run with its trained agents, or with one of them; for a sweep, a run of one agent."""
     import jax
 
-    from trpo_jax.runs.folders import Run, check_agent
+    from trpo_jax.runs.folders import Run, check_agent, chosen_state
 
     path = Path(namespace.path)
     if (path / "sweep.json").exists():
@@ -131,7 +119,7 @@ def _agents_of(namespace: argparse.Namespace, agent: int | None) -> tuple[Run, T
     if namespace.point is not None:
         raise UsageError(f"--point is for sweeps, but {path} is not one; leave it out.")
     run = run_of(namespace)
-    state = _state_of(run, namespace.checkpoint)
+    state = chosen_state(run, namespace.checkpoint)
     if agent is None:
         return run, state
     check_agent(agent, run.num_seeds)
@@ -206,11 +194,11 @@ def benchmark(namespace: argparse.Namespace) -> int:
     from trpo_jax.benchmarks.curves import draw_curves
     from trpo_jax.benchmarks.report import THRESHOLDS, notes, run_benchmark, tables, warning_of
     from trpo_jax.cli.displays import make_console, print_table
-    from trpo_jax.environments.make import settle
+    from trpo_jax.environments.make import mark_traced
     from trpo_jax.training.agents import make_agent
 
-    config = settle(config)
-    if make_agent(config).has_memory or config.update != "trpo":
+    config = mark_traced(config)
+    if make_agent(config).is_recurrent or config.update != "trpo":
         raise UsageError("benchmark measures the parts of update=trpo, with networks that are not recurrent.")
     if config.eval_every:
         raise UsageError("benchmark measures training without evaluation; leave out eval_every.")
@@ -252,9 +240,9 @@ def check(namespace: argparse.Namespace) -> int:
     """Check an environment against the contract, and print every problem."""
     start_quickly()
     from trpo_jax.environments.contract import check_environment
-    from trpo_jax.environments.make import environment_of, settle
+    from trpo_jax.environments.make import environment_of, mark_traced
 
-    config = settle(config_of(namespace))
+    config = mark_traced(config_of(namespace))
     environment = environment_of(config)  # one that cannot be made is bad input
     wrong = check_environment(environment if config != Config(env=namespace.env) else namespace.env)
     for sentence in wrong:

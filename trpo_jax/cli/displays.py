@@ -100,9 +100,9 @@ def run_status(progress: RunProgress, config: Config) -> str:
     metrics, done = progress.metrics, progress.iteration * config.steps_per_iteration
     ended = not math.isnan(metrics["episode_return"])
     outcome = f"return {metrics['episode_return']:8.1f}" if ended else "no episode ended yet"
-    judged = "" if math.isnan(progress.evaluation) else f"evaluation {progress.evaluation:8.1f}  "
+    evaluated = "" if math.isnan(progress.evaluation) else f"evaluation {progress.evaluation:8.1f}  "
     return (
-        f"{_pace(progress.clock)}  {counted(done, 'step'):>15}  {outcome}  {judged}"
+        f"{_pace(progress.clock)}  {counted(done, 'step'):>15}  {outcome}  {evaluated}"
         f"KL {metrics['mean_kl']:.4f}  step {metrics['step_fraction']:.2f}"
     )
 
@@ -201,20 +201,20 @@ def print_outline(console: Console, file: str, outline: Sequence[Outline], keep:
             str(entry.num_runs),
             f"{entry.group.num_agents * entry.group.steps_per_agent:,}",
             f"{entry.programs.memory / 2**20:,.1f} MiB",
-            duration(entry.seconds + entry.judging),
+            duration(entry.seconds + entry.evaluating),
             ", ".join(f"{name}={value}" for name, value in entry.static.items()),
         ]
         for entry in outline
     ]
     print_table(console, f"{file}: {counted(len(rows), 'program')}", [*titles, "static settings"], rows)
-    training, judging, compiling = (
-        sum(getattr(one, n) for one in outline) for n in ("seconds", "judging", "compiling")
+    training, evaluating, compiling = (
+        sum(getattr(one, n) for one in outline) for n in ("seconds", "evaluating", "compiling")
     )
     console.print(
-        f"The sweep would take about {duration(training + judging)} here, estimated from measurements just now: "
-        f"training {duration(training)} (iterations times the time of one) and evaluation {duration(judging)} (as for "
-        f"agents that have hardly learned). Compiling took {duration(compiling)}; the sweep finds the programs in the "
-        "cache. Writing files is not included.",
+        f"The sweep would take about {duration(training + evaluating)} here, estimated from measurements just now: "
+        f"training {duration(training)} (iterations times the time of one) and evaluation {duration(evaluating)} (as "
+        f"for agents that have hardly learned). Compiling took {duration(compiling)}; the sweep finds the programs in "
+        "the cache. Writing files is not included.",
         soft_wrap=True,
     )
     if keep != "none":

@@ -54,7 +54,9 @@ def use_devices(number: int) -> None:
 
 def use_every_core(file: Path, num_devices: int | None) -> None:
     """On a CPU, make each core a device; an existing sweep continues with the number of threads in its file."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from trpo_jax.backend import num_cores
+
+    cores = num_cores()
     threads = None
     with contextlib.suppress(OSError, KeyError, TypeError, UsageError):  # new, or damaged and reported elsewhere
         threads = read_json(file, "")["made_by"]["threads"]

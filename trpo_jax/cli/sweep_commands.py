@@ -119,12 +119,12 @@ def compare(namespace: argparse.Namespace) -> int:
     file = file_of_kind(namespace.output, "--output", ".html")
     json_file = file_of_kind(namespace.json, "--json", ".json") if namespace.json else None
     from trpo_jax.cli.displays import make_console, print_table
-    from trpo_jax.sweeps.comparison_pages import comparison_page, table_of_methods, told
+    from trpo_jax.sweeps.comparison_pages import comparison_page, explanations, table_of_methods
     from trpo_jax.sweeps.comparisons import compare
 
     found = compare(namespace.paths, [name.strip() for name in namespace.by.split(",") if name.strip()])
     console = make_console()
-    for sentence in told(found):
+    for sentence in explanations(found):
         console.print(sentence)
     console.print()
     print_table(console, "", *table_of_methods(found))
@@ -163,12 +163,12 @@ def tune(namespace: argparse.Namespace) -> int:
         newest = "" if math.isnan(batch.batch_best) else f"its best {batch.batch_best:.1f}, "
         scores = f"{newest}best of all {batch.best:.1f}"
         console.print(
-            f"{batch.told:>5} of {counted(batch.count, 'trial')}, {batch.pruned} of the last batch stopped early; "
+            f"{batch.finished:>5} of {counted(batch.count, 'trial')}, {batch.pruned} of the last batch stopped early; "
             f"{scores if batch.settings else 'no score yet'}",
             soft_wrap=True,
         )
         page = write_search_page(output, batch.trials, batch.count, space)
-        if batch.told >= batch.count:
+        if batch.finished >= batch.count:
             console.print(f"Page: {page}", soft_wrap=True)
 
     num_workers = useful_workers(config, namespace.batch * spec.num_seeds)

@@ -27,12 +27,12 @@ def train(namespace: argparse.Namespace) -> int:
     start_quickly()
     use_devices(namespace.num_devices)
     from trpo_jax.environments.base import Box
-    from trpo_jax.environments.make import settle
+    from trpo_jax.environments.make import mark_traced
     from trpo_jax.runs.folders import create_run
     from trpo_jax.training.agents import make_agent
     from trpo_jax.training.devices import devices_of
 
-    config = settle(config)
+    config = mark_traced(config)
     devices_of(namespace.num_devices, config.num_envs, namespace.num_seeds)  # refused before a folder is made
     for name in ("initial_log_std", "state_dependent_std"):
         if getattr(namespace, name) and not isinstance(make_agent(config).environment.action_space, Box):
@@ -81,7 +81,7 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
     from trpo_jax.cli.displays import LiveLine, make_console, print_best, run_status
     from trpo_jax.runs.continuing import continue_run
     from trpo_jax.runs.descriptions import num_threads
-    from trpo_jax.runs.evaluations import judge_best
+    from trpo_jax.runs.evaluations import evaluate_best
     from trpo_jax.runs.learning_curve import plot_learning_curve
     from trpo_jax.runs.metrics import failures
     from trpo_jax.runs.sinks import is_fed
@@ -125,7 +125,7 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
         console.print(_why_nothing_is_left(run))
     console.print(f"Learning curve: {plot}", soft_wrap=True)
     if config.eval_every and complete:
-        print_best(console, judge_best(run), config.eval_episodes)
+        print_best(console, evaluate_best(run), config.eval_episodes)
     if last is not None and math.isnan(last.metrics["episode_return"]):
         console.print("No episode has ended, so the learning curve is empty; more steps may show one.")
     if failed:

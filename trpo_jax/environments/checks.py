@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from trpo_jax.environments import base
 from trpo_jax.environments.base import Array, Box, Discrete, Environment, MultiDiscrete, PyTree, RawReset, Step
 from trpo_jax.environments.entries import check_entries, check_mask
+from trpo_jax.fields import is_whole
 from trpo_jax.sentences import UsageError, check_number, first_line, shown
 
 
@@ -118,7 +118,7 @@ def check_space(space: Any, name: str) -> None:
     """Raise `UsageError` unless actions in `space` can be sampled: it is not empty, and its bounds are in order."""
     if isinstance(space, (Discrete, MultiDiscrete)):
         sizes = space.n if isinstance(space, MultiDiscrete) and isinstance(space.n, tuple) else (space.n,)
-        if isinstance(space, MultiDiscrete) != isinstance(space.n, tuple) or not all(map(_is_whole, sizes)):
+        if isinstance(space, MultiDiscrete) != isinstance(space.n, tuple) or not all(map(is_whole, sizes)):
             wanted = "a tuple of whole numbers" if isinstance(space, MultiDiscrete) else "a whole number"
             raise UsageError(f"n of {type(space).__name__} of {name} must be {wanted}, got {shown(space.n)}.")
         good = bool(sizes) and all(map(_is_count, sizes))
@@ -181,12 +181,8 @@ def _check_shape(shape: Any, what: str) -> None:
         raise UsageError(f"{what} must be a tuple of whole numbers of at least 1, such as (4,), got {shown(shape)}.")
 
 
-def _is_whole(size: Any) -> bool:
-    return isinstance(size, numbers.Integral) and not isinstance(size, bool)
-
-
 def _is_count(size: Any) -> bool:
-    return _is_whole(size) and size >= 1
+    return is_whole(size) and size >= 1
 
 
 def _check_mask_function(environment: Environment) -> None:

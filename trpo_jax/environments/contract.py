@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.environments import gymnax
-from trpo_jax.environments.base import Array, Box, Discrete, Environment, MultiDiscrete, PyTree, Step
+from trpo_jax.environments.base import Array, Box, Environment, MultiDiscrete, PyTree, Step, sizes_of
 from trpo_jax.environments.checks import describe_error
 from trpo_jax.environments.entries import WHOLE
 from trpo_jax.environments.make import make_environment
@@ -89,7 +89,7 @@ def _random_action(environment: Environment, key: Array, observation: Array) -> 
             key, space.shape, minval=np.maximum(space.low, -1e3), maxval=np.minimum(space.high, 1e3)
         )
         return drawn, jnp.bool_(True)
-    sizes = (space.n,) if isinstance(space, Discrete) else space.n
+    sizes = sizes_of(space)
     mask = jnp.ones(sum(sizes), bool) if environment.action_mask is None else environment.action_mask(observation)
     parts = jnp.split(mask, np.cumsum(sizes)[:-1])
     keys = jax.random.split(key, len(sizes))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.environments.base import Array, Discrete, Environment, MultiDiscrete, PyTree, Space
+from trpo_jax.environments.base import Array, Discrete, Environment, MultiDiscrete, PyTree, Space, sizes_of
 from trpo_jax.environments.suites import assemble, check_name, flat, require
 from trpo_jax.sentences import UsageError
 
@@ -36,7 +36,7 @@ def from_timesteps(env: Any, name: str, max_steps: int | None) -> Environment:
     space: Any = _action_space(env.action_spec, name)
     shape = tuple(env.action_spec.shape)
     mask = getattr(jax.eval_shape(env.reset, jax.random.PRNGKey(0))[1].observation, "action_mask", None)
-    sizes = (space.n,) if isinstance(space, Discrete) else space.n
+    sizes = sizes_of(space)
     of_each_action = mask is not None and mask.shape in ((sizes[0],), (len(sizes), sizes[0]))
     has_mask = of_each_action and len(set(sizes)) == 1
 

@@ -110,7 +110,7 @@ def _randomized(env: Any, params: Any, max_steps: int | None, randomize: Any) ->
     return draw_settings(base, lambda values: make({**given, **values}), ranges)
 
 
-def settle(config: Config) -> Config:
+def mark_traced(config: Config) -> Config:
     """Mark those of the `env_args` of `config` as traced that can be traced.
 
     These are the floats of the environment, even if given as whole numbers, except those that bound its actions.

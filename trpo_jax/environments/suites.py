@@ -119,7 +119,6 @@ def assemble(
       max_steps: an additional one.
       fields: other fields of `Environment`.
     """
-
     with one_sentence(f"reset of {name}"):
         first: Any = jax.eval_shape(reset, base.key_shape())[0]
     entries = entries_of(first)

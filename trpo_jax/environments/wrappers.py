@@ -122,7 +122,7 @@ def stack_frames(environment: Environment, num_frames: int) -> Environment:
 
 
 def flatten_observations(environment: Environment) -> Environment:
-    """Flatten each observation of `environment` to one vector, row by row."""
+    """Flatten each observation of `environment` to one vector, row by row; raise `UsageError` if it is none."""
     check_environment(environment, "flatten_observations")
     if environment.entries is not None:
         return dataclasses.replace(environment, entries={n: (math.prod(s),) for n, s in environment.entries.items()})

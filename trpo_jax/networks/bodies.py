@@ -40,7 +40,7 @@ def body(environment: Environment, layers: Layers, outputs: int, last_scale: flo
         check_setting(name, value)
     names = chosen(environment.entries, layers.observation, environment.name)
     shapes = _shapes(environment, names)
-    network, activation = settled(environment, layers.observation, layers.network, layers.activation)
+    network, activation = auto_resolved(environment, layers.observation, layers.network, layers.activation)
     hidden = _HIDDEN[network] if layers.hidden == AUTO else layers.hidden
     style = Style(activation, layers.layer_norm, layers.initialisation, last_scale)
     if network == "cnn" and not any(map(_is_picture, shapes)):
@@ -54,18 +54,18 @@ def body(environment: Environment, layers: Layers, outputs: int, last_scale: flo
         return lift(_seeing(see, Network(grid.init, grid.apply, features=grid.clone(outputs=None).apply)))
     if network == "gru":
         cell = GRU(hidden, outputs, style, ndim)
-        memory = Network(
+        recurrent = Network(
             lambda key, observation: cell.init(key, jnp.zeros(hidden[-1]), observation),
             cell.apply,
             lambda: jnp.zeros(hidden[-1], jnp.float32),
             cell.clone(outputs=None).apply,
         )
-        return lift(_seeing(see, memory))
+        return lift(_seeing(see, recurrent))
     mlp = MLP(hidden, outputs, style, ndim)
     return lift(_seeing(see, Network(mlp.init, mlp.apply, features=mlp.clone(outputs=None).apply)))
 
 
-def settled(environment: Environment, observation: str, network: str, activation: str) -> tuple[str, str]:
+def auto_resolved(environment: Environment, observation: str, network: str, activation: str) -> tuple[str, str]:
     """The network and the activation that "auto" stands for, where the network sees the entries `observation`."""
     if network == AUTO:
         shapes = _shapes(environment, chosen(environment.entries, observation, environment.name))

@@ -56,6 +56,9 @@ def make_policy(
         (`Beta`).
       initial_log_std: initial log σ of a Gaussian; for "tanh", before squashing.
       state_dependent_std: whether log σ is an output of the network instead of a parameter.
+
+    Raises:
+      UsageError: if an argument has no such value, or does not fit the environment.
     """
     space = environment.action_space
     layers = Layers(observation, network, hidden, channels, activation, layer_norm, initialisation)
@@ -98,7 +101,7 @@ def make_value(
     layer_norm: bool = False,
     initialisation: str = "orthogonal",
 ) -> Network:
-    """Build the default value function, V(observation) of shape [...]; arguments as in `make_policy`."""
+    """Build the default value function, V(observation) of shape [...]; arguments and errors as in `make_policy`."""
     layers = Layers(observation, network, hidden, channels, activation, layer_norm, initialisation)
     return lower(with_output(body(environment, layers, 1, 1.0), _single))
 
@@ -111,8 +114,7 @@ def make_value_head(
 ) -> Network:
     """Build a value function for a shared trunk, on the features [..., F] that the policy's last layer sees.
 
-    By default it has a hidden layer of 64 units, because features that serve only the policy do not span the values:
-    the IQM of 8 CartPole seeds is 410 with a linear head, and 500 with this one.
+    By default it has a hidden layer of 64 units, because features that serve only the policy do not span the values.
     """
     style = Style("tanh" if activation == AUTO else activation, layer_norm, initialisation, 1.0)
     head = MLP((64,) if hidden == AUTO else as_widths(hidden), 1, style, 1)

@@ -44,7 +44,7 @@ class RecurrentNetwork(NamedTuple):
       step: `step(params, carry, observation)` -> (carry, output), with any leading batch axes.
       features: like `step`, but with the input of the last layer as output; None if unknown.
       with_inputs: `with_inputs(change)` -> the network whose learned part sees `change(observation)`.
-      has_memory: whether the network is recurrent, so that a sample is a whole sequence.
+      is_recurrent: whether the network is recurrent, so that a sample is a whole sequence.
     """
 
     init: Callable[[Array, Array], PyTree]
@@ -52,15 +52,15 @@ class RecurrentNetwork(NamedTuple):
     step: Callable[[PyTree, PyTree, Array], tuple[PyTree, Any]]
     features: Callable[[PyTree, PyTree, Array], tuple[PyTree, Any]] | None
     with_inputs: Callable[[Change], Any]
-    has_memory: bool
+    is_recurrent: bool
 
 
 def lift(network: Network) -> RecurrentNetwork:
     """Convert a network to its recurrent form; no code after this asks whether there is a carry."""
-    has_memory = network.initial_carry is not None
+    is_recurrent = network.initial_carry is not None
 
     def recurrent(function: Any) -> Any:
-        if function is None or has_memory:
+        if function is None or is_recurrent:
             return function
         return lambda params, carry, observation: (carry, function(params, observation))
 
@@ -75,7 +75,7 @@ def lift(network: Network) -> RecurrentNetwork:
 
     start = network.initial_carry or tuple
     return RecurrentNetwork(
-        network.init, start, recurrent(network.apply), recurrent(network.features), with_inputs, has_memory
+        network.init, start, recurrent(network.apply), recurrent(network.features), with_inputs, is_recurrent
     )
 
 
@@ -83,14 +83,14 @@ def lower(network: RecurrentNetwork) -> Network:
     """Convert a network to the form that users call, without a carry if it is not recurrent."""
 
     def plain(function: Any) -> Any:
-        if function is None or network.has_memory:
+        if function is None or network.is_recurrent:
             return function
         return lambda params, observation: function(params, (), observation)[1]
 
     return Network(
         init=network.init,
         apply=plain(network.step),
-        initial_carry=network.initial_carry if network.has_memory else None,
+        initial_carry=network.initial_carry if network.is_recurrent else None,
         features=plain(network.features),
         on_inputs=lambda change: lower(network.with_inputs(change)),
     )

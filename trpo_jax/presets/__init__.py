@@ -13,7 +13,10 @@ from trpo_jax.settings import TOTAL_STEPS, checked_settings, read_toml
 _FOLDER = Path(__file__).parent
 _LENGTH = (TOTAL_STEPS, "num_iterations")
 # If an environment is in several tables, its preset is that of the first.
-_ORDER = ("classic", "mujoco", "mujoco-large", "box2d", "brax", "minatar-cnn", "minatar", "memory", "gymnax")
+_ORDER = (
+    *("classic", "mujoco", "mujoco-large", "mujoco-swimmer", "box2d", "brax"),
+    *("minatar-cnn", "minatar", "gridworlds", "memory", "gymnax"),
+)
 
 
 class Preset(NamedTuple):

@@ -20,7 +20,7 @@ import numpy as np
 
 from trpo_jax.config_pytree import Config
 from trpo_jax.files import locked
-from trpo_jax.runs.evaluations import Judge, read_evaluations
+from trpo_jax.runs.evaluations import Evaluator, read_evaluations
 from trpo_jax.runs.folders import CONTINUES, Run, start_of
 from trpo_jax.runs.metrics import METRICS, Row, TableFile, last_mean, metrics_tree, read_metrics, rows_of
 from trpo_jax.runs.runner import CAPACITY, Chunk, Clock, advance, for_each_agent, interrupts, without_stopped
@@ -80,17 +80,17 @@ def continue_run(
     devices = devices_of(num_devices, run.config.num_envs, run.num_seeds)
     check_workers(num_workers)
     with locked(run.path, "checkpoints"), contextlib.ExitStack() as entered:
-        file, judge, checkpoints = TableFile(run.path / "metrics.csv"), Judge(run, CONTINUES), run.checkpoints
-        saved = _restore(run, file, judge, checkpoints)
+        file, evaluator, checkpoints = TableFile(run.path / "metrics.csv"), Evaluator(run, CONTINUES), run.checkpoints
+        saved = _restore(run, file, evaluator, checkpoints)
         done, until = saved.done if saved else 0, run.config.num_iterations
         if saved:
             _give(late_sinks, *_stored_rows(run))
         sinks = [*sinks, *late_sinks]
-        if done >= until or judge.stopped.all():
+        if done >= until or evaluator.stopped.all():
             return True
         stored = jax.tree.map(jnp.asarray, saved.state) if saved else start_of(run)
         workers = entered.enter_context(start_workers(min(num_workers, run.num_seeds)))
-        train, states = _compile(run, judge, stored, devices, workers)
+        train, states = _compile(run, evaluator, stored, devices, workers)
         interrupted = entered.enter_context(interrupts())
         steps = run.num_seeds * run.config.steps_per_iteration  # of an iteration of all agents
         clock = Clock(steps * until, steps * done)
@@ -98,32 +98,32 @@ def continue_run(
         def on_chunk(chunk: Chunk) -> bool:
             if len(devices) > 1:
                 chunk = chunk._replace(states=jax.device_put(chunk.states, devices[0]))
-            metrics = without_stopped(chunk.metrics, judge.stopped)
+            metrics = without_stopped(chunk.metrics, evaluator.stopped)
             rows = list(rows_of(metrics, chunk.done, run.config.steps_per_iteration, run.seed))
             file.append(rows, CONTINUES)
-            judged = judge(chunk)
-            _give(sinks, rows, judged)
-            checkpoints.save(chunk.states, chunk.done, rows=file.note, **judge.note)
+            evaluated = evaluator(chunk)
+            _give(sinks, rows, evaluated)
+            checkpoints.save(chunk.states, chunk.done, rows=file.note, **evaluator.note)
             clock.count(steps * chunk.length)
             means = {name: last_mean(values) for name, values in metrics.items()}
-            going = report(Progress(chunk.done, means, clock, float(judge.newest.mean()))) is not False
-            return going and not interrupted() and not judge.stopped.all()
+            going = report(Progress(chunk.done, means, clock, float(evaluator.newest.mean()))) is not False
+            return going and not interrupted() and not evaluator.stopped.all()
 
         def program(config: Config, states: TrainState, length: Any) -> Any:
-            lengths = np.where(judge.stopped, np.int32(0), length) if stops(run.config) else length
+            lengths = np.where(evaluator.stopped, np.int32(0), length) if stops(run.config) else length
             return train(config, states, lengths)
 
         ends = run.config.eval_every, run.keep_every
         done = advance(program, run.config, states, done, until, on_chunk, ends=ends)
-    return done >= until or bool(judge.stopped.all())
+    return done >= until or bool(evaluator.stopped.all())
 
 
-def _give(sinks: Sequence[Sink], rows: Sequence[Row], judged: Sequence[Row]) -> None:
+def _give(sinks: Sequence[Sink], rows: Sequence[Row], evaluated: Sequence[Row]) -> None:
     """Pass rows of metrics.csv and of eval.csv to sinks."""
     for sink in sinks:
         for _, env_steps, seed, values in rows:
             sink(seed, env_steps, values)
-        for _, env_steps, seed, values in judged:
+        for _, env_steps, seed, values in evaluated:
             sink(seed, env_steps, {f"evaluation/{name}": value for name, value in values.items()})
 
 
@@ -136,11 +136,11 @@ def _stored_rows(run: Run) -> tuple[list[Row], list[Row]]:
     return rows, list(read_evaluations(run.path))
 
 
-def _restore(run: Run, file: TableFile, judge: Judge, checkpoints: Checkpoints) -> Saved | None:
+def _restore(run: Run, file: TableFile, evaluator: Evaluator, checkpoints: Checkpoints) -> Saved | None:
     """Return the checkpoint to continue from, if there is one; drop the rows after it, which a kill may leave."""
 
     def check(saved: Saved) -> None:
-        for table in filter(None, (file, judge.file)):
+        for table in filter(None, (file, evaluator.file)):
             table.check(saved.done, saved.note)
 
     saved = checkpoints.newest(lambda done: run.config, check)
@@ -151,12 +151,12 @@ def _restore(run: Run, file: TableFile, judge: Judge, checkpoints: Checkpoints) 
         )
     note = saved.note if saved else {}
     file.truncate(note)
-    judge.restore(note)
+    evaluator.restore(note)
     return saved
 
 
 def _compile(
-    run: Run, judge: Judge, states: TrainState | None, devices: Sequence[Any], workers: Sequence[Worker]
+    run: Run, evaluator: Evaluator, states: TrainState | None, devices: Sequence[Any], workers: Sequence[Worker]
 ) -> tuple[Callable[..., Any], Any]:
     """Compile the program of a run, see `advance`; return it with the given or the initial states.
 
@@ -168,7 +168,7 @@ def _compile(
         like = jax.eval_shape(start, run.config, run.keys) if states is None else states
         places = shardings_of(like, devices, axis=1) if len(devices) > 1 else None
         if workers:
-            train, judge.program = _compile_in_workers(run, like, workers)
+            train, evaluator.program = _compile_in_workers(run, like, workers)
         else:
             train = _compile_training(run.config, like, places)
         states = states if started is None else started.result()(run.config, run.keys)
@@ -202,7 +202,7 @@ def _compile_in_workers(run: Run, like: TrainState, workers: Sequence[Worker]) -
     """The program of training and that of evaluation in workers, each of which has its share of the agents."""
     shares = [len(share) for share in np.array_split(np.arange(run.num_seeds), len(workers))]
     there = WorkersPrograms(workers, shares, _build, run.config)
-    results = {"train": (like, metrics_tree()), "judge": evaluation.Evaluation(*jnp.zeros(3))}
+    results = {"train": (like, metrics_tree()), "evaluate_in_training": evaluation.Evaluation(*jnp.zeros(3))}
     return [lambda config, *of, name=name: there.call(name, results[name], *of) for name in results]
 
 
@@ -210,9 +210,12 @@ def _build(num_agents: int, config: Config) -> tuple[dict[str, Any], None]:
     """The programs of a worker; see `WorkersPrograms`."""
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_agents))
     like = jax.eval_shape(for_each_agent(init, num_agents), config, keys)
-    train, judge = _compile_training(config, like), jax.jit(for_each_agent(evaluation.judge, num_agents))
+    train, during = (
+        _compile_training(config, like),
+        jax.jit(for_each_agent(evaluation.evaluate_in_training, num_agents)),
+    )
     programs = {
         "train": (functools.partial(train, config), (like, 0)),
-        "judge": (functools.partial(judge, config), (like,)),
+        "evaluate_in_training": (functools.partial(during, config), (like,)),
     }
     return programs, None

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from trpo_jax import __version__
+from trpo_jax.backend import num_cores
 from trpo_jax.files import BLANK_SEAL, as_plain, is_fresh, is_intact, read_json, read_limited, sealed, write_atomically
 from trpo_jax.sentences import UsageError, shown
 
@@ -114,6 +115,5 @@ def made_by() -> dict[str, Any]:
 
 def num_threads() -> int:
     """Number of threads with which XLA computes on a CPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("NPROC", "")
-    return max(int(asked) if asked.isdigit() and int(asked) else cores, jax.local_device_count())
+    return max(int(asked) if asked.isdigit() and int(asked) else num_cores(), jax.local_device_count())

@@ -17,7 +17,7 @@ from trpo_jax.runs.metrics import Row, TableFile
 from trpo_jax.runs.runner import Chunk, for_each_agent
 from trpo_jax.sentences import UsageError, say
 from trpo_jax.training.checkpoints import read, save, without_mend
-from trpo_jax.training.evaluation import Evaluation, judge, stops
+from trpo_jax.training.evaluation import Evaluation, evaluate_in_training, stops
 from trpo_jax.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ COLUMNS = ("mean", "std", "low", "high", "length", "finished")
 and the share of episodes that ended."""
 
 
-class Judge:
+class Evaluator:
     """Evaluates the agents of a run when it is due, by its `program` (config, states) -> `Evaluation`; keeps the best.
 
     Rows of eval.csv reach the disk before the checkpoint that follows them, as in metrics.csv.
@@ -37,7 +37,7 @@ class Judge:
     def __init__(self, run: Run, mend: str):
         self.run, self.every, self.mend = run, run.config.eval_every, mend
         self.file = TableFile(run.path / "eval.csv", COLUMNS, "evaluations") if self.every else None
-        self.program: Callable[..., Evaluation] = jax.jit(for_each_agent(judge, run.num_seeds))
+        self.program: Callable[..., Evaluation] = jax.jit(for_each_agent(evaluate_in_training, run.num_seeds))
         self.newest = np.full(run.num_seeds, np.nan, np.float32)  # mean return of each agent's last evaluation
         self._best = np.full(run.num_seeds, -np.inf, np.float32)  # the same of the saved state; -inf: none
 
@@ -169,12 +169,12 @@ class Best(NamedTuple):
     high: float
 
 
-def judge_best(run: Run) -> list[Best]:
+def evaluate_best(run: Run) -> list[Best]:
     """Evaluate each agent's best policy on other episodes: the best of many noisy evaluations is biased upwards."""
     states, means = best_states(run), _read_best(run)[1]
 
     def anew(config: Config, state: TrainState) -> Evaluation:
-        return judge(config, state, anew=True)
+        return evaluate_in_training(config, state, anew=True)
 
     table = summary(jax.jit(for_each_agent(anew, run.num_seeds))(run.config, states))
     columns = zip(*(table[name] for name in ("mean", "low", "high")), strict=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.config_pytree import Config
-from trpo_jax.environments.make import settle
+from trpo_jax.environments.make import mark_traced
 from trpo_jax.files import as_path, locked
 from trpo_jax.runs.descriptions import check_equal, is_begun, made_by, origin, read_table, restore_or_anew, write_table
 from trpo_jax.runs.evaluations import best_states
@@ -128,7 +128,7 @@ def open_run(path: str | os.PathLike[str], env: str | None = None) -> Run:
             numbers = {number: described.pop(number, None) for number in ("seed", "num_seeds")}
             numbers["keep_every"] = described.pop("keep_every", 0)
             _check_numbers(numbers)
-            config = settle(with_length(checked_settings(described, "it"), Config()))
+            config = mark_traced(with_length(checked_settings(described, "it"), Config()))
             validate(config)
         except UsageError as error:
             raise UsageError(f"{file} is damaged ({str(error).rstrip('.?')}); {restore_or_anew('run')}.") from error
@@ -158,10 +158,6 @@ def load_run(
     if env not in (None, run.config.env):
         raise UsageError(f"{run.path} was trained on {shown(run.config.env)}, but env is {shown(env)}; leave env out.")
     state = chosen_state(run, checkpoint)
-    if state is None:
-        raise UsageError(
-            f"{run.path} has no checkpoint yet; {command('resume', run.path, env=run.config.env)} trains it first."
-        )
     if agent is None:
         return run.config, state
     check_agent(agent, run.num_seeds)
@@ -244,17 +240,21 @@ def newest_state(run: Run) -> TrainState | None:
     return jax.tree.map(jnp.asarray, saved.state) if saved else None
 
 
-def chosen_state(run: Run, which: str) -> TrainState | None:
+def chosen_state(run: Run, which: str) -> TrainState:
     """The state of a run for "last", "best" (by evaluation during training) or a number of iterations.
 
-    Agents lie along the first axis; None if there is no checkpoint yet.
+    Agents lie along the first axis.
 
     Raises:
-      UsageError: if there is no such checkpoint, or it cannot be used.
+      UsageError: if there is no such checkpoint, or none yet, or it cannot be used.
     """
     which = str(which)
     if which == "last":
-        return newest_state(run)
+        state = newest_state(run)
+        if state is None:
+            resume = command("resume", run.path, env=run.config.env)
+            raise UsageError(f"{run.path} has no checkpoint yet; {resume} trains it first.")
+        return state
     if which == "best":
         return best_states(run)
     if not (which.isascii() and which.isdigit() and len(which) < 9):

@@ -32,13 +32,13 @@ def plot_learning_curve(run: Run) -> Path:
         axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {num_seeds} seeds")
     elif num_seeds:
         axes.plot(steps, returns, color="tab:blue", linewidth=2, label="training")
-    judged = _plot_evaluations(axes, run)
-    if num_seeds > 1 or judged:
+    evaluated = _plot_evaluations(axes, run)
+    if num_seeds > 1 or evaluated:
         axes.legend(loc="lower right")
     method = str(run.config.update).replace("-", " ")
     title = f"{method.upper() if len(method) <= 4 else method} on {run.config.env}"
     label_steps(
-        axes, num_seeds > 0 or judged, title=title, xlabel="environment steps (each agent)", ylabel="episode return"
+        axes, num_seeds > 0 or evaluated, title=title, xlabel="environment steps (each agent)", ylabel="episode return"
     )
     file = run.path / "learning_curve.png"
     write_atomically(file, lambda sink: figure.savefig(sink, dpi=150, format="png"))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trpo_jax.files import write_atomically
-from trpo_jax.sentences import UsageError, name_of
+from trpo_jax.files import as_path, write_atomically
+from trpo_jax.sentences import UsageError, name_of, shown
 
 Sink = Callable[[int, int, Mapping[str, float]], None]
 """`sink(seed, env_steps, metrics)`, called once per iteration and agent, and once per evaluation of an agent.
@@ -30,7 +31,7 @@ def is_fed(name: str, folder: Path) -> bool:
 
 def open_sink(
     name: str,
-    folder: Path,
+    folder: str | os.PathLike[str],
     settings: Mapping[str, Any],
     *,
     part: str = "",
@@ -49,8 +50,11 @@ def open_sink(
       wandb_name: W&B's group; None: the name of the folder.
 
     Raises:
-      UsageError: if the package is missing.
+      UsageError: if there is no such sink, or its package is missing.
     """
+    folder = as_path(folder)
+    if name not in ("tensorboard", "wandb"):
+        raise UsageError(f"there is no sink {shown(name)}; choose tensorboard or wandb.")
     if name == "tensorboard":
         return _tensorboard(folder / "tensorboard" / part, settings)
     return _wandb(folder, settings, part, wandb_project, wandb_name or name_of(folder))

@@ -74,8 +74,8 @@ def check_workers(number: Any) -> None:
 class Worker:
     """A process that trains agents. It ends with the process that started it, however that ends.
 
-    It is no child of `multiprocessing`: it knows nothing of this process's main module, and its environments may start
-    processes of their own.
+    It is no child of `multiprocessing`: this process's main module is not imported in it, and its environments may
+    start processes of their own.
     """
 
     platform = "cpu"  # for the programs of a sweep, each worker is a device
@@ -92,7 +92,7 @@ class Worker:
 
     def send(self, line: int, call: tuple[Any, ...]) -> None:
         """Ask for a call, (name, *arguments) of a method of `_Programs`."""
-        with contextlib.suppress(OSError):  # `receive` says that it is gone
+        with contextlib.suppress(OSError):  # `receive` raises an error
             self._lines[line].send(call)
 
     def receive(self, line: int) -> tuple[Any, Exception | None]:

@@ -16,7 +16,7 @@ from trpo_jax.steps.distributions import Array, DiagonalGaussian
 
 Bounds = float | tuple[float, ...]
 
-_END = 5.0  # tanh u counts as ±1 where |u| is at least this: float32 could not recover u from it
+_END = 5.0  # tanh u counts as ±1 from here on: float32 recovers u with an error of 2e-4 at 5, and 4e-3 at 6
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(16)  # of Gauss–Hermite quadrature
 _SHIFT = 6  # Stirling's series is used at x + 6: ten digits there for any x > 0, more than a float32 needs
 

@@ -68,15 +68,18 @@ def estimate_candidate(
     Returns:
       A `CandidateEstimate`.
 
+    Raises:
+      ValueError: if `resamples` is not a whole number ≥ 1, or `confidence` a number outside (0, 1).
+
     Source: Efron & Tibshirani 1993 (bootstrap); Schulman et al. 2015, equation 14.
     """
     check_count("resamples", resamples)
     if isinstance(confidence, (int, float)) and not 0 < confidence < 1:
         raise ValueError(f"confidence must lie in (0, 1), got {confidence!r}")
     advantage = at_least_float32(advantage)
-    old = trees.widened(policy_apply(old_params, observation))
     # The KL is as small as the rounding of TF32 and bfloat16 products.
     with jax.default_matmul_precision("highest"):
+        old = trees.widened(policy_apply(old_params, observation))
         new = trees.widened(policy_apply(candidate, observation))
     old_log_prob = old.log_prob(action)
     gains = jnp.expm1(new.log_prob(action) - old_log_prob) * advantage

@@ -72,6 +72,12 @@ def first_order_update(
       If any new parameter or any number of the report is not finite, parameters and state are returned unchanged and
       `accepted` is False.
 
+    Raises:
+      ValueError: if a leaf of `params` is not an array of floats, `epochs` or `minibatches` is not a whole number ≥ 1,
+        or `minibatches` does not divide the number of samples.
+      TypeError: if the batch is missing.
+      AssertionError, ValueError: if the shapes of the batch do not agree.
+
     Source: Williams 1992 (REINFORCE); Schulman et al. 2017 (PPO).
     """
     trees.check_parameters(params)

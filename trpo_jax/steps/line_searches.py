@@ -8,7 +8,6 @@ but as many forward passes as candidates, side by side in memory.
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from trpo_jax.steps import defaults, trees
-from trpo_jax.steps.types import Array, PyTree, Scalar, at_least_float32
+from trpo_jax.steps.types import Array, PyTree, Scalar, at_least_float32, check_count
 
 Evaluate = Callable[[PyTree], tuple[Any, ...]]
 """`evaluate(params)` -> (gain over the start, divergence from the start, *any other values to keep)."""
@@ -68,6 +67,9 @@ def backtracking_line_search(
 
     Returns:
       The new parameters and a `LineSearchInfo`.
+
+    Raises:
+      ValueError: if `max_steps` is not a whole number ≥ 1.
 
     Source: Schulman et al. 2015, Appendix C.
     """
@@ -133,8 +135,7 @@ def full_step(
 
 def _fractions(step: PyTree, shrink: Scalar, max_steps: int) -> Array:
     """(1, α, α², …), [max_steps]. One formula for both searches, so that they try the same candidates."""
-    if not isinstance(max_steps, numbers.Integral) or max_steps < 1:
-        raise ValueError(f"max_steps of a line search must be a whole number of at least 1, got {max_steps!r}")
+    check_count("max_steps of a line search", max_steps)
     dtype = jnp.result_type(*jax.tree.leaves(step))
     return jnp.asarray(shrink, dtype) ** jnp.arange(max_steps, dtype=dtype)
 

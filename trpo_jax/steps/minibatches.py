@@ -93,7 +93,7 @@ def shuffled(key: Array, size: int) -> Array:
 
 
 def clip_norm(gradient: PyTree, max_norm: Scalar) -> PyTree:
-    """Scale a gradient: g · min(1, c / ‖g‖₂), or g if c is 0. A norm near the largest float gives 0, or g itself."""
+    """Scale a gradient: g · min(1, c / ‖g‖₂), or g if c is 0. A norm that overflows gives 0 or NaN."""
     norm = trees.norm(gradient)
     clips = (jnp.asarray(max_norm) > 0) & (norm > max_norm)
     scale = jnp.where(clips, max_norm / jnp.where(clips, norm, 1), 1)

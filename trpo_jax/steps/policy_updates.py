@@ -90,7 +90,7 @@ class UpdateInfo:
       effective_sample_fraction: (Σw)²/(B Σw²) of the ratios w of the new policy to the policies that took the actions;
         1 after a rejected update if θ_old took them.
       gradient_norm: ‖∇L‖₂ at θ_old.
-      cg_residual: relative residual after conjugate gradient.
+      cg_residual: relative residual after conjugate gradient, of the first solve if there are several steps.
       extra: further numbers, {name: scalar}; `held_out_gain`, `radius`, `gain_ratio` and `penalty` become metrics.
     """
 

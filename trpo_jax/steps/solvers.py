@@ -68,6 +68,9 @@ def conjugate_gradient(
     Returns:
       x, a pytree like b, and a `ConjugateGradientInfo`.
 
+    Raises:
+      ValueError: if `num_iterations` is not a whole number ≥ 1.
+
     Source: Hestenes & Stiefel 1952; Nocedal & Wright 2006, algorithm 5.2; attainable accuracy after Greenbaum 1997.
     """
     check_count("num_iterations", num_iterations)

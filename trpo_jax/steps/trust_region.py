@@ -35,14 +35,6 @@ from trpo_jax.steps.types import Array, DistributionFn, PolicyApply, PyTree, Sca
 
 _SOLVER = Solver()
 
-_MOVED = {
-    **{f"cg_{name}": f"solver=Solver({name}=…)" for name in Solver._fields},
-    "line_search_shrink": "line_search=functools.partial(backtracking_line_search, shrink=…)",
-    "line_search_steps": "line_search=functools.partial(backtracking_line_search, max_steps=…)",
-    **dict.fromkeys(("observation", "action", "advantage"), "it without its name, or one Batch"),
-    **{name: f"Batch(observation, action, advantage, {name}=…)" for name in ("behaviour_log_prob", "sample_ndim")},
-}
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +62,6 @@ def natural_gradient(
     max_kl: Scalar,
     solver: Solver = _SOLVER,
     weight: Array | None = None,
-    **moved: Any,
 ) -> tuple[PyTree, NaturalGradientInfo]:
     """Compute the step s = β x with x ≈ (F + λ_d I)⁻¹ g and β = √(2δ / xᵀF x), so that ½ sᵀF s = δ.
 
@@ -91,7 +82,6 @@ def natural_gradient(
 
     Source: Schulman et al. 2015, Appendix C; Kakade 2001.
     """
-    _refuse_moved("natural_gradient", moved)
     matvec = fisher_vector_product(distribution_fn, params, damping=solver.damping, weight=weight)
     # The step does not depend on the length of g; at length one its square can neither under- nor overflow.
     gradient_norm = trees.norm(gradient)
@@ -133,7 +123,6 @@ def trpo_update(
     num_steps: int = 1,
     clip_ratio: Scalar = defaults.CLIP_RATIO,
     last_step: PyTree | None = None,
-    **moved: Any,
 ) -> tuple[PyTree, UpdateInfo]:
     """Take one trust-region step on a batch that was collected by the policy at `params`, or by earlier policies.
 
@@ -166,7 +155,6 @@ def trpo_update(
       clip_ratio: ε > 0, which matters from the second step on.
       last_step: the step that led to `params` from those of another batch, a pytree like params. The report then has
         its gain on this batch, to first order, as `extra["held_out_gain"]`: gᵀ last_step.
-      moved: nothing; an option of an earlier version raises an error that names its replacement.
 
     Returns:
       The new parameters and an `UpdateInfo` of scalars.
@@ -175,12 +163,11 @@ def trpo_update(
       ValueError: if `fisher_fraction` is a number outside (0, 1], `constraint` or `line_search` is no function,
         `solver` is no `Solver`, `num_steps` is no whole number ≥ 1, or a leaf of `params` is not an array of floats.
       TypeError: if an option is unknown, or the batch is missing.
-      AssertionError: if the log-probabilities of the actions do not have the shape of the advantages.
+      AssertionError, ValueError: if the shapes of the batch do not agree.
 
     Source: Schulman et al. 2015, section 6 and Appendix C; the clipped surrogate of further steps is that of Schulman
     et al. 2017, equation 7.
     """
-    _refuse_moved("trpo_update", moved)
     check_count("num_steps of a policy update", num_steps)
     _check_function("constraint", constraint, "mean_kl, maximum_kl or reverse_kl")
     _check_function("line_search", line_search, "backtracking_line_search, parallel_line_search or full_step")
@@ -297,9 +284,3 @@ def _shortened(
 def _check_function(name: str, value: Any, known: str) -> None:
     if not callable(value):
         raise ValueError(f"{name} must be a function, such as {known}, got {value!r}")
-
-
-def _refuse_moved(function: str, options: dict[str, Any]) -> None:
-    for name in options:
-        instead = f"; give {_MOVED[name]}" if name in _MOVED else ""
-        raise TypeError(f"{function} has no option {name}{instead}")

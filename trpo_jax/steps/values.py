@@ -64,7 +64,6 @@ def gauss_newton_fit(
 
     Source: Schulman et al. 2016, section 5 (there with a trust region in place of the damping).
     """
-
     check_parameters(params)
     check_count("num_steps of a value fit", num_steps)
     target = at_least_float32(target)
@@ -137,8 +136,13 @@ def fit_value_function(
     Returns:
       New parameters, new optimizer state, and the mean loss over the last epoch. If any of the new numbers is not
       finite, parameters and state are returned unchanged.
-    """
 
+    Raises:
+      ValueError: if `clip` is given without `old_values`, the parameters are not arrays of floats, or `minibatches`
+        does not divide the number of samples.
+    """
+    if old_values is None and not (isinstance(clip, (int, float)) and clip == 0):
+        raise ValueError("clip needs old_values, the values of the samples before the fit")
     check_parameters(params)
     target = at_least_float32(target)
 

@@ -36,12 +36,12 @@ def load_agent(
         (found,) = np.nonzero((members == point) & (spec.seed + seeds == seed))
         if not len(found):
             continue
-        settled = folder.program(number)
-        if not settled:
+        agreed = folder.program(number)
+        if not agreed:
             raise UsageError(
                 f"{folder.path} lacks programs/{number:02d}.json; the command of the sweep writes it again."
             )
-        blocks = cut_into_blocks(group.num_agents, number, settled["agents_per_block"])
+        blocks = cut_into_blocks(group.num_agents, number, agreed["agents_per_block"])
         block = next(block for block in blocks if block.first <= found[0] < block.last)
         kept = folder.kept(block, points[point].config)
         if int(found[0]) not in kept:

@@ -77,7 +77,7 @@ class Cohort:
             self.states, self.done = chunk.states, chunk.done
             self._append({name: values[: self.size].astype(np.float32) for name, values in chunk.metrics.items()})
             if every and self.done % every == 0:
-                self._judge()
+                self._evaluate()
             return on_chunk(chunk.length) and not self.stopped.all()
 
         advance(program, self.configs, self.states, self.done, until, take_over, ends=(every,))
@@ -88,10 +88,10 @@ class Cohort:
         stopped = self.stopped
         self._metrics.append(without_stopped(metrics, stopped) if stopped.any() else dict(metrics))
 
-    def _judge(self) -> None:
+    def _evaluate(self) -> None:
         """Evaluate the agents now; for those that have stopped, repeat the last evaluation."""
         assert self.eval_return is not None
-        newest = np.asarray(self.programs.judge(self.configs, self.states), np.float32)[: self.size]
+        newest = np.asarray(self.programs.evaluate_in_training(self.configs, self.states), np.float32)[: self.size]
         if self.stopped.any():
             newest = np.where(self.stopped, self.eval_return[:, -1], newest)
         self.eval_return = np.concatenate([self.eval_return, newest[:, None]], axis=1)
@@ -139,8 +139,8 @@ def blank(states: TrainState, num_agents: int, done: int, eval_every: int = 0) -
         return np.empty((num_agents, *shape.shape[1:]), shape.dtype)
 
     metrics = {name: np.empty((num_agents, done), np.float32) for name in METRICS}
-    judged = np.empty((num_agents, done // eval_every), np.float32) if eval_every else None
-    return Snapshot(jax.tree.map(empty, states), metrics, judged)
+    evaluated = np.empty((num_agents, done // eval_every), np.float32) if eval_every else None
+    return Snapshot(jax.tree.map(empty, states), metrics, evaluated)
 
 
 def failed_iteration(metrics: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -24,7 +24,7 @@ from trpo_jax.sweeps.drawing import (
 
 def comparison_page(comparison: Comparison) -> str:
     """Make the page: a table of the methods, learning curves, probabilities of improvement and performance profiles."""
-    parts = [paragraph(sentence) for sentence in told(comparison)]
+    parts = [paragraph(sentence) for sentence in explanations(comparison)]
     parts += [html_table(*table_of_methods(comparison)), image("intervals", png(_draw_intervals(comparison)))]
     parts += [heading("Learning curves"), *_curves(comparison)]
     parts += [
@@ -44,7 +44,7 @@ def comparison_page(comparison: Comparison) -> str:
     return page(" and ".join(names) if len(names) == 2 else f"{len(names)} methods compared", parts)
 
 
-def told(comparison: Comparison) -> list[str]:
+def explanations(comparison: Comparison) -> list[str]:
     """The explanations of the numbers, one paragraph each."""
     first = f"Score: {comparison.score}. IQM: mean of the middle half of the agents, with a 95 % percentile "
     first += "interval of the stratified bootstrap."

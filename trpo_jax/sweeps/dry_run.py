@@ -24,8 +24,8 @@ class Outline(NamedTuple):
       group: the agents.
       programs: the sizes of the programs, without the compiled code.
       seconds: training time, extrapolated from one iteration.
-      judging: evaluation time, during training and at the end, extrapolated from evaluations of agents that have hardly
-        learned.
+      evaluating: evaluation time, during training and at the end, extrapolated from evaluations of agents that have
+        hardly learned.
       compiling: compilation time just now, in seconds.
       static: the settings in which it differs from other groups.
       state_bytes: the size of an agent's trained state.
@@ -35,7 +35,7 @@ class Outline(NamedTuple):
     group: Group
     programs: Programs
     seconds: float
-    judging: float
+    evaluating: float
     compiling: float
     static: dict[str, Any]
     state_bytes: int
@@ -81,14 +81,14 @@ def outline(
         programs = fit_programs(group.configs[0], most, spec.num_episodes, devices)
         compiling = time.perf_counter() - started
         report((number + 0.5) / len(groups), f"Timing {which}: two iterations and their evaluation …")
-        seconds, judging = _measure(programs, group)
+        seconds, evaluating = _measure(programs, group)
         mine = [points[i].config for i in group.points]
         same = [name for name in varied if len({str(value_of(config, name)) for config in mine}) == 1]
         static = {name: value_of(group.configs[0], name) for name in same}
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(programs.states)) // programs.width
-        sizes = programs._replace(start=None, train=None, judge=None, evaluate=None)
-        entry = Outline(group, sizes, seconds, judging, compiling, static, size, processes)
-        found.append(entry._replace(seconds=seconds * entry.num_runs, judging=judging * entry.num_runs))
+        sizes = programs._replace(start=None, train=None, evaluate_in_training=None, evaluate=None)
+        entry = Outline(group, sizes, seconds, evaluating, compiling, static, size, processes)
+        found.append(entry._replace(seconds=seconds * entry.num_runs, evaluating=evaluating * entry.num_runs))
     return found
 
 
@@ -104,12 +104,12 @@ def _measure(programs: Programs, group: Group) -> tuple[float, float]:
     training = time.perf_counter() - started
     started = time.perf_counter()
     cohort.evaluate()
-    judging = time.perf_counter() - started
+    evaluating = time.perf_counter() - started
     every = group.configs[0].eval_every
     if every:
         started = time.perf_counter()
-        jax.block_until_ready(programs.judge(cohort.configs, cohort.states))
+        jax.block_until_ready(programs.evaluate_in_training(cohort.configs, cohort.states))
         once = time.perf_counter() - started
         training -= once if every <= 2 else 0  # the second iteration had one
-        judging += once * (group.num_iterations // every)
-    return max(0.0, training) * group.num_iterations, judging
+        evaluating += once * (group.num_iterations // every)
+    return max(0.0, training) * group.num_iterations, evaluating

@@ -15,7 +15,7 @@ import numpy as np
 from trpo_jax.config_pytree import Config
 from trpo_jax.env_args import PREFIX
 from trpo_jax.environments import gymnax
-from trpo_jax.environments.make import settle
+from trpo_jax.environments.make import mark_traced
 from trpo_jax.files import as_plain
 from trpo_jax.presets import with_preset
 from trpo_jax.sentences import UsageError, check_limits, check_number, counted, nearest, shown
@@ -229,7 +229,9 @@ def make_points(spec: Spec) -> list[Point]:
 
 def make_point(base: Mapping[str, Any], varied: Mapping[str, Any]) -> Point:
     """Make a point and check its configuration; `total_steps` becomes `num_iterations`."""
-    config = settle(with_length({name: cast(name, value) for name, value in {**base, **varied}.items()}, _DEFAULTS))
+    config = mark_traced(
+        with_length({name: cast(name, value) for name, value in {**base, **varied}.items()}, _DEFAULTS)
+    )
     validate(config)
     return Point({name: cast(name, value) for name, value in varied.items()}, config)
 

@@ -114,8 +114,8 @@ def _train_groups(
 
 def _returns(snapshot: Snapshot) -> np.ndarray:
     """The scores that rank agents before the end: the last evaluation, or else the training return. [A]."""
-    judged = snapshot.eval_return
-    return judged[:, -1] if judged is not None and judged.shape[1] else training_return(snapshot.metrics)
+    evaluated = snapshot.eval_return
+    return evaluated[:, -1] if evaluated is not None and evaluated.shape[1] else training_return(snapshot.metrics)
 
 
 def _distinct_rungs(num_iterations: int) -> list[float]:

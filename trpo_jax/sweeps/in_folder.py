@@ -81,28 +81,39 @@ def run_sweep(
       UsageError: if the spec, the folder or a file in it cannot be used; finished results stay as they are.
     """
     spec = checked_spec(spec)  # bad input shows before anything is written
-    rank, number = process
-    check_limits({"process_id": rank, "num_processes": number})
-    check_workers(num_workers)
+    rank, num_processes = process
+    check_limits({"process_id": rank, "num_processes": num_processes})
     check_limits({"agents_per_device": most_agents, "checkpoint_seconds": checkpoint_seconds})
-    if rank >= number:
-        raise UsageError(f"process {rank} of {number} does not exist; they are numbered from 0.")
+    check_workers(num_workers)
+    if rank >= num_processes:
+        raise UsageError(f"process {rank} of {num_processes} does not exist; they are numbered from 0.")
     planned = planned or plan(spec)
     folder = Folder(path)
-    with folder.locked(process[0]), interrupts() as interrupted:
+    with folder.locked(rank), interrupts() as interrupted:
         before = folder.describe(spec, made_by(), extend=extend)
         points, groups = plan(spec, before) if before else planned
-        clock = Clock(sum(group.num_agents * group.steps_per_agent for group in groups) / process[1])
+        clock = Clock(sum(group.num_agents * group.steps_per_agent for group in groups) / num_processes)
         with start_workers(min(num_workers, max(group.num_agents for group in groups))) as workers:
-            who, size = (process, workers), (checkpoint_seconds, most_agents)
-            work = _Work(folder, spec, points, groups, *who, *size, clock, interrupted, report, open_sinks)
+            work = _Work(
+                folder=folder,
+                spec=spec,
+                points=points,
+                groups=groups,
+                process=process,
+                workers=workers,
+                checkpoint_seconds=checkpoint_seconds,
+                most_agents=most_agents,
+                clock=clock,
+                interrupted=interrupted,
+                report=report,
+                open_sinks=open_sinks,
+            )
             with contextlib.closing(work.ahead), work.writing():
-                for number in range(len(groups)):
-                    work.train_group(number)
+                for group in range(len(groups)):
+                    work.train_group(group)
                     if work.stopped:
                         return "interrupted"
-    numbers = range(len(groups))
-    complete = all(folder.is_finished(block) for number in numbers for block in work.blocks(number))
+    complete = all(folder.is_finished(block) for group in range(len(groups)) for block in work.blocks(group))
     return "complete" if complete else "shared"
 
 
@@ -134,9 +145,10 @@ class _Work:
         return self.ended or self.interrupted()
 
     def blocks(self, number: int) -> list[Block]:
-        """All blocks of a group whose program is settled."""
-        settled = self.folder.program(number) or {}
-        return cut_into_blocks(self.groups[number].num_agents, number, settled["agents_per_block"])
+        """All blocks of a group, once the processes have agreed on its program."""
+        agreed = self.folder.program(number)
+        assert agreed is not None
+        return cut_into_blocks(self.groups[number].num_agents, number, agreed["agents_per_block"])
 
     def _own(self, number: int) -> list[Block]:
         """The blocks of a group that belong to this process."""
@@ -148,12 +160,12 @@ class _Work:
 
     def train_group(self, number: int) -> None:
         """Train the remaining blocks of a group."""
-        group, settled = self.groups[number], self.folder.program(number)
+        group = self.groups[number]
         expected = group.num_agents * group.steps_per_agent / self.process[1]  # before blocks were cut
-        if settled and not self._pending(number):
+        if self.folder.program(number) and not self._pending(number):
             self.clock.done += expected
             return
-        programs = self._settle(number)
+        programs = self._compile(number)
         self._compile_ahead(number)
         pending = self._pending(number)
         own, left = (sum(block.size for block in some) * group.steps_per_agent for some in (self._own(number), pending))
@@ -172,10 +184,10 @@ class _Work:
 
     def _request(self, number: int) -> tuple[Config, int, int, list[Any]]:
         """The arguments of `fit_programs` for a group."""
-        group, settled = self.groups[number], self.folder.program(number)
+        group, agreed = self.groups[number], self.folder.program(number)
         config, devices = group.configs[0], devices_for(group.configs[0], self.workers[: group.num_agents])
         of_all = len(devices) * self.process[1]
-        agents = settled["agents_per_block"] if settled else agents_per_block(config, group.num_agents, of_all)
+        agents = agreed["agents_per_block"] if agreed else agents_per_block(config, group.num_agents, of_all)
         return config, min(agents, self.most_agents or agents), self.spec.num_episodes, devices
 
     def _compile_ahead(self, number: int) -> None:
@@ -184,18 +196,18 @@ class _Work:
             if not self.folder.program(later) or self._pending(later):
                 return self.ahead.begin(*self._request(later))
 
-    def _settle(self, number: int) -> Programs:
-        """Compile a group's programs, and settle how many agents they hold."""
+    def _compile(self, number: int) -> Programs:
+        """Compile a group's programs, and agree with the other processes on how many agents they hold."""
         if not self.rounding_checked:
             self.folder.check_rounding(made_by())
             self.rounding_checked = True
         group = self.groups[number]
         programs = fit_programs(*self._request(number), ahead=self.ahead)
         about = {"agents": group.num_agents, "agents_per_block": programs.agents_per_block, "memory": programs.memory}
-        settled = self.folder.settle_program(number, about)
-        if settled["agents_per_block"] != programs.agents_per_block:
+        agreed = self.folder.agree_on_program(number, about)
+        if agreed["agents_per_block"] != programs.agents_per_block:
             raise UsageError(
-                f"{self.folder.path} was started with {settled['agents_per_block']} agents per device; here there is "
+                f"{self.folder.path} was started with {agreed['agents_per_block']} agents per device; here there is "
                 f"not enough free memory for them, or another number was requested ({programs.agents_per_block})."
             )
         return programs

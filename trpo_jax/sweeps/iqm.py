@@ -45,6 +45,9 @@ def stratified_bootstrap(
     Returns:
       Lower and upper bound; NaN if there is nothing to draw from, and where a bound lies among samples without an
       IQM, which count as lowest.
+
+    Raises:
+      UsageError: if `confidence` lies outside (0, 1), or `resamples` is not a whole number from 1 to 1,000,000,000.
     """
     check_number("confidence", confidence, whole=False, interval="(0, 1)")
     check_number("resamples", resamples, whole=True, interval="[1, 1000000000]")
@@ -87,6 +90,10 @@ def probability_of_improvement(
 
     Returns:
       The Mann-Whitney statistic U / (seeds x other seeds), averaged, and its 95 % interval by the stratified bootstrap.
+
+    Raises:
+      UsageError: if `resamples` is not a whole number from 1 to 1,000,000,000.
+      ValueError: if the two lists have different lengths.
     """
     check_number("resamples", resamples, whole=True, interval="[1, 1000000000]")
     if not len(scores) or any(len(task) == 0 for task in (*scores, *others)):

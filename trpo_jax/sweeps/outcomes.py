@@ -174,9 +174,9 @@ def _of_sweep(path: Path) -> list[Outcome]:
     columns = columns_of(table, [*names, "point", "final_return", "training_return"])
     lists = {name: lists_of(table[name]) for name in ("episode_return", "eval_return")}
     asked = num_seeds_by_point(description)
-    judged = description.get("num_episodes", 0) > 0
+    evaluated = description.get("num_episodes", 0) > 0
     by_point = agents_by_point(columns["point"]).items()
-    return [_of_point(columns, lists, agents, names, asked(point), judged) for point, agents in by_point]
+    return [_of_point(columns, lists, agents, names, asked(point), evaluated) for point, agents in by_point]
 
 
 def _of_point(
@@ -185,7 +185,7 @@ def _of_point(
     agents: np.ndarray,
     names: tuple[str, ...],
     num_seeds: int,
-    judged_at_end: bool,
+    evaluated_at_end: bool,
 ) -> Outcome:
     settings = {name: columns[name][agents[0]] for name in names}
 
@@ -194,13 +194,13 @@ def _of_point(
 
     per_iteration = settings["num_envs"] * settings["num_steps"]
     returns = lists["episode_return"](agents)
-    judged = lists["eval_return"](agents)
+    evaluated = lists["eval_return"](agents)
     steps = per_iteration * np.arange(1, returns.shape[1] + 1)
     evaluations = None
-    if judged.shape[1]:
+    if evaluated.shape[1]:
         every = per_iteration * (settings.get("eval_every") or 1)
-        evaluations = Curves(every * np.arange(1, judged.shape[1] + 1), _finite(judged))
-    final = column("final_return") if judged_at_end else None
+        evaluations = Curves(every * np.arange(1, evaluated.shape[1] + 1), _finite(evaluated))
+    final = column("final_return") if evaluated_at_end else None
     complete = len(agents) >= num_seeds
     return Outcome(settings, final, column("training_return"), Curves(steps, _finite(returns)), evaluations, complete)
 

@@ -141,7 +141,7 @@ def earlier_forms(description: Mapping[str, Any]) -> list[Spec]:
 
 
 def num_seeds_by_point(description: Mapping[str, Any]) -> Callable[[int], int]:
-    """The function from a point's number to the number of its agents that sweep.json asks for; 0 if it does not say."""
+    """The function from a point's number to the number of its agents that sweep.json asks for; 0 if none is given."""
     if not description.get("before"):
         number = description.get("num_seeds", 0)
         return lambda point: number

@@ -1,4 +1,4 @@
-"""The compiled programs of agents that differ in traced settings alone: start, train, judge and evaluate."""
+"""The compiled programs of agents that differ in traced settings alone: their start, training and evaluation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Programs(NamedTuple):
       start: (configs, keys) -> states.
       train: (configs, states, number of iterations ≤ CAPACITY) -> (states, metrics [D·U, capacity]); reuses the memory
         of the states. If agents may stop before others, each has its own number, [D·U].
-      judge: (configs, states) -> mean return of an evaluation during training; None if not requested.
+      evaluate_in_training: (configs, states) -> mean return of an evaluation during training; None if not requested.
       evaluate: (configs, states) -> mean return of the policy over fresh episodes; None if not requested.
       agents_per_block: U.
       num_devices: D.
@@ -41,7 +41,7 @@ class Programs(NamedTuple):
 
     start: Any
     train: Any
-    judge: Any
+    evaluate_in_training: Any
     evaluate: Any
     agents_per_block: int
     num_devices: int
@@ -70,8 +70,8 @@ def compile_programs(config: Config, agents: int, num_episodes: int, devices: Se
     def train(config: Config, state: TrainState, length: Any) -> Any:
         return train_chunk(config, state, length, capacity=capacity)
 
-    def judge(config: Config, state: TrainState) -> Any:
-        return jnp.mean(evaluation.judge(config, state).episode_return)
+    def evaluate_in_training(config: Config, state: TrainState) -> Any:
+        return jnp.mean(evaluation.evaluate_in_training(config, state).episode_return)
 
     def evaluate(config: Config, state: TrainState) -> Any:
         key = jax.random.fold_in(state.key, _AFTER_LAST)
@@ -81,7 +81,7 @@ def compile_programs(config: Config, agents: int, num_episodes: int, devices: Se
     start = _compile(init, mesh, configs, keys)
     lengths = jax.ShapeDtypeStruct((total,) if evaluation.stops(config) else (), np.int32)
     chunk = _compile(train, mesh, configs, states, lengths, donate=1)
-    during = _compile(judge, mesh, configs, states) if config.eval_every else None
+    during = _compile(evaluate_in_training, mesh, configs, states) if config.eval_every else None
     after = _compile(evaluate, mesh, configs, states) if num_episodes else None
     memory = max(program_memory(program) for program in (start, chunk, during, after) if program)
     return Programs(start, chunk, during, after, agents, len(devices), memory, states)
@@ -117,9 +117,9 @@ def compile_in_workers(config: Config, agents: int, num_episodes: int, workers: 
     states = shapes_of(config, sum(shares))[-1]
     start = functools.partial(there.call, "start", states)
     train = functools.partial(there.call, "train", (states, metrics_tree()))
-    judge = functools.partial(there.call, "judge", 0) if config.eval_every else None
+    evaluate_in_training = functools.partial(there.call, "evaluate_in_training", 0) if config.eval_every else None
     evaluate = functools.partial(there.call, "evaluate", 0) if num_episodes else None
-    return Programs(start, train, judge, evaluate, agents, len(workers), max(there.about), states)
+    return Programs(start, train, evaluate_in_training, evaluate, agents, len(workers), max(there.about), states)
 
 
 def _build(agents: int, config: Config, num_episodes: int) -> tuple[dict[str, Any], int]:
@@ -127,5 +127,5 @@ def _build(agents: int, config: Config, num_episodes: int) -> tuple[dict[str, An
     found = compile_programs(config, agents, num_episodes, jax.local_devices()[:1])
     configs, keys, states = shapes_of(config, agents)
     likes = {"start": (configs, keys), "train": (configs, states, 0)}
-    names = "start", "train", "judge", "evaluate"
+    names = "start", "train", "evaluate_in_training", "evaluate"
     return {name: (getattr(found, name), likes.get(name, (configs, states))) for name in names}, found.memory

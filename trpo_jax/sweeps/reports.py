@@ -180,7 +180,7 @@ def _section(description: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _num_agents(description: Mapping[str, Any]) -> int:
-    """The number of agents that sweep.json describes; 0 if it does not say."""
+    """The number of agents that sweep.json describes; 0 if none is given."""
     if description.get("before"):
         return sum(group.num_agents for group in plan(spec_of(description), earlier_forms(description))[1])
     try:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from trpo_jax.config_pytree import Config
-from trpo_jax.environments.make import settle
+from trpo_jax.environments.make import mark_traced
 from trpo_jax.fields import as_text
 from trpo_jax.files import as_path, move_aside, write_atomically
 from trpo_jax.runs.continuing import continue_run
@@ -30,7 +30,7 @@ from trpo_jax.sweeps.studies import Study, open_study
 from trpo_jax.training.agents import make_agent
 
 _COMBINATIONS = 64  # of first and last values that are tried before a search is refused
-_CONTINUES = "what is told is safe, and the same command continues when the folder can be written to"
+_CONTINUES = "what is recorded is safe, and the same command continues when the folder can be written to"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Batch:
     `trials` are all finished ones of Optuna.
     """
 
-    told: int
+    finished: int
     count: int
     pruned: int
     batch_best: float
@@ -97,20 +97,20 @@ def tune(
         while True:
             with study.at_work():
                 ended, best = study.ended(), study.best()
-            told = len(ended)
+            finished = len(ended)
             if best:
-                _write_best(file, spec, best, told)
-            if trials or told >= count:
+                _write_best(file, spec, best, finished)
+            if trials or finished >= count:
                 scores = [trial.score for trial in trials if np.isfinite(trial.score)]
                 value, settings = (best.value, best.params) if best else (nothing, {})
-                report(Batch(told, count, pruned, max(scores, default=nothing), value, settings, ended))
-            if told >= count:
+                report(Batch(finished, count, pruned, max(scores, default=nothing), value, settings, ended))
+            if finished >= count:
                 break
             with study.at_work():
-                trials = [_make_trial(asked, spec, space) for asked in study.ask(min(batch, count - told))]
+                trials = [_make_trial(asked, spec, space) for asked in study.ask(min(batch, count - finished))]
             pruned = run_batch(study, spec, trials, programs, workers)
         if not best:
-            raise UsageError(_why_no_score(study, path, told))
+            raise UsageError(_why_no_score(study, path, finished))
     return file, best.value
 
 
@@ -144,7 +144,7 @@ def train_best(file: Path, spec: Spec, num_workers: int = 1) -> Path | None:
     Returns:
       Its folder; None if it was interrupted: `resume`, or the continued search, finishes it.
     """
-    config = settle(with_length(checked_settings(read_toml(file), str(file)), Config()))
+    config = mark_traced(with_length(checked_settings(read_toml(file), str(file)), Config()))
     folder = file.with_suffix("")
     run = Run(folder, config, TUNING_SEEDS + spec.seed, spec.num_seeds)
     found = open_run(folder) if (folder / "config.json").exists() else None
@@ -164,19 +164,23 @@ def _is_same_or_longer(found: Run, run: Run) -> bool:
     return length and same.description == in_json(run.description)
 
 
-def _write_best(file: Path, spec: Spec, best: Any, told: int) -> None:
+def _write_best(file: Path, spec: Spec, best: Any, finished: int) -> None:
     config = make_point(spec.base, best.params).config
     quoted = {json.dumps(name) if "." in name else name: value for name, value in settings_of(config).items()}
     lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in quoted.items()]
-    score = f"# score {best.value:.6g} on {counted(spec.num_seeds, 'tuning seed')}, best of {counted(told, 'trial')}\n"
+    score = (
+        f"# score {best.value:.6g} on {counted(spec.num_seeds, 'tuning seed')}, best of {counted(finished, 'trial')}\n"
+    )
     write_atomically(file, score + "\n".join(lines) + "\n", _CONTINUES)
 
 
-def _why_no_score(study: Study, path: str | os.PathLike[str], told: int) -> str:
+def _why_no_score(study: Study, path: str | os.PathLike[str], finished: int) -> str:
     """The message for a search in which no trial has a score: what happened, and what to do about it."""
     with study.at_work():
         reasons = study.reasons().most_common()
-    happened = ", ".join(f"{why} ({number} of {told})" for why, number in reasons) or f"all {told} stopped early"
+    happened = (
+        ", ".join(f"{why} ({number} of {finished})" for why, number in reasons) or f"all {finished} stopped early"
+    )
     mend = {
         NO_EPISODE: "raise total_steps, or evaluate with num_episodes",
         NOT_FINITE: "move the distributions in [random] to smaller steps, or check the environment",

@@ -120,7 +120,7 @@ class Folder:
         return (rows.schema.metadata or {}).get(b"of", ours) == ours
 
     def program(self, group: int) -> dict[str, Any] | None:
-        """The settled size of a group's program; None if there is none yet."""
+        """The size of a group's program on which the processes agreed; None if there is none yet."""
         file = self.path / "programs" / f"{group:02d}.json"
         if not file.exists():
             return None
@@ -129,8 +129,8 @@ class Folder:
             raise UsageError(f"{file} is damaged (it has no agents_per_block); {restore_or_anew('sweep')}.")
         return program
 
-    def settle_program(self, group: int, program: dict[str, Any]) -> dict[str, Any]:
-        """Settle a group's program, and return the valid entry: if several processes try, that of the first."""
+    def agree_on_program(self, group: int, program: dict[str, Any]) -> dict[str, Any]:
+        """Record a group's program, and return the valid entry: if several processes try, that of the first."""
         file = self.path / "programs" / f"{group:02d}.json"
         write_table(file, program, first=True)
         return read_table(file, "sweep")

@@ -39,8 +39,7 @@ class Study:
     """The trials of a search.
 
     A trial's attributes: `index`, which decides its proposal; `owner`, whose process trains it; `why`, if it has no
-    score;
-    and `checksum`, of its result.
+    score; and `checksum`, of its result.
     """
 
     def __init__(self, study: Any, where: str | Path, owner: str, seed: int):
@@ -75,9 +74,9 @@ class Study:
         for asked, score in ended:
             asked.set_user_attr("checksum", _checksum(known[asked.number], score))
         self._study.set_user_attr(f"told by {self._owner}", {str(asked.number): score for asked, score in ended})
-        self.settle()
+        self.finish_interrupted()
 
-    def settle(self) -> None:
+    def finish_interrupted(self) -> None:
         """Finish what a killed process was recording, and give up the trials that it was training."""
         from optuna.trial import TrialState
 
@@ -154,7 +153,7 @@ def open_study(path: str | os.PathLike[str], spec: Spec, storage: str | None, ma
         owner = f"{socket.gethostname()}:{folder}"[-400:] if storage else ""  # a database keeps 512 characters
         opened = Study(study, where, owner, spec.random.get("seed", 0))
         with opened.at_work():
-            opened.settle()
+            opened.finish_interrupted()
             opened.check()
         yield opened
 

@@ -12,7 +12,7 @@ import numpy as np
 from trpo_jax.algorithms.base import Algorithm, ValueFit, make_algorithm, make_value_fit
 from trpo_jax.config import Config
 from trpo_jax.env_args import PREFIX
-from trpo_jax.environments.base import Box, Discrete, Environment, key_shape
+from trpo_jax.environments.base import Box, Environment, key_shape, sizes_of
 from trpo_jax.environments.entries import MASK, chosen
 from trpo_jax.environments.hidden_entries import keep_entries
 from trpo_jax.environments.make import environment_of
@@ -48,14 +48,14 @@ class Agent(NamedTuple):
     value_fit: ValueFit
 
     @property
-    def has_memory(self) -> bool:
+    def is_recurrent(self) -> bool:
         """Whether the policy or the value function is recurrent; each sample is then a whole sequence."""
-        return self.policy.has_memory or self.value.has_memory
+        return self.policy.is_recurrent or self.value.is_recurrent
 
     @property
     def sample_ndim(self) -> int | None:
         """Number of leading axes of a batch that index samples, see `Batch`; 1 (whole sequences) for recurrent ones."""
-        return 1 if self.has_memory else None
+        return 1 if self.is_recurrent else None
 
 
 def make_agent(config: Config) -> Agent:
@@ -69,7 +69,7 @@ def make_agent(config: Config) -> Agent:
     agent = Agent(config, environment, lift(policy), lift(value), make_algorithm(config), make_value_fit(config))
     if config.shared_trunk:
         _check_trunk(agent)
-    if agent.has_memory:
+    if agent.is_recurrent:
         _check_sequences(config)
     return agent
 
@@ -116,7 +116,7 @@ def _check_scalars(config: Config) -> None:
 def _check_trunk(agent: Agent) -> None:
     if agent.policy.features is None:
         raise UsageError("shared_trunk=True needs a policy with features; give its Network features=..., or use False.")
-    if agent.value.has_memory:
+    if agent.value.is_recurrent:
         raise UsageError("shared_trunk=True needs a value function that is not recurrent; only the policy may be.")
 
 
@@ -175,12 +175,12 @@ def check_networks(agent: Agent, policy_params: PyTree, value: RecurrentNetwork,
             f"policy returns actions {action.dtype}{list(action.shape)} for {batch[0]} observations, which do not fit "
             f"{name}: {fits}."
         )
-    wanted = None if isinstance(space, Box) else (space.n,) if isinstance(space, Discrete) else space.n
+    wanted = None if isinstance(space, Box) else sizes_of(space)
     if sizes[0] not in (None, wanted):
         raise UsageError(f"policy chooses among {_join(sizes[0])} actions, but {name} has {_join(wanted)}: {space}.")
     for leaf in per_sample:
         _check_shape("policy", "log-probabilities and entropies", leaf, batch)
-    if not value.has_memory:  # it is also evaluated on whole rollouts
+    if not value.is_recurrent:  # it is also evaluated on whole rollouts
         batch = (2, 3)
         observation = jax.ShapeDtypeStruct((*batch, *shape), jnp.float32)
     values = jax.eval_shape(lambda p, o: _checked_step("value", value, p, o), value_params, observation)

@@ -19,8 +19,8 @@ from trpo_jax.training.recurrence import initial_carries
 from trpo_jax.training.resets import reset_environments
 from trpo_jax.training.state import TrainState, check_key
 
-_TO_JUDGE = 2**32 - 3  # folded into the run's key for evaluations during training; no iteration has this number
-_TO_JUDGE_ANEW = 2**32 - 4  # for a second evaluation of a state that was selected by the first
+_IN_TRAINING = 2**32 - 3  # folded into the run's key for evaluations during training; no iteration has this number
+_ANEW = 2**32 - 4  # for a second evaluation of a state that was selected by the first
 
 
 @jax.tree_util.register_dataclass
@@ -83,9 +83,9 @@ def evaluate(
         return (time < limit) & ~jnp.all(evaluation.finished)
 
     def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        time, observation, memory, env_state, evaluation = carry
+        time, observation, policy_carry, env_state, evaluation = carry
         key_action, key_step = jax.random.split(jax.random.fold_in(key_run, time))
-        memory, distribution = policy.step(state.learner.policy_params, memory, observation)
+        policy_carry, distribution = policy.step(state.learner.policy_params, policy_carry, observation)
         action = distribution.mode() if deterministic else distribution.sample(key_action)
         running = ~evaluation.finished
         keys = jax.random.split(key_step, num_episodes)
@@ -97,7 +97,7 @@ def evaluate(
             episode_length=evaluation.episode_length + running,
             finished=evaluation.finished | done,
         )
-        return time + 1, observation, memory, env_state, evaluation
+        return time + 1, observation, policy_carry, env_state, evaluation
 
     blank = Evaluation(
         jnp.zeros(num_episodes, jnp.float32), jnp.zeros(num_episodes, jnp.int32), jnp.zeros(num_episodes, bool)
@@ -107,13 +107,13 @@ def evaluate(
     return evaluation
 
 
-def judge(config: Config, state: TrainState, *, anew: bool = False) -> Evaluation:
+def evaluate_in_training(config: Config, state: TrainState, *, anew: bool = False) -> Evaluation:
     """Evaluate a state during training, over `eval_episodes`.
 
     Its key comes from the run's key and the iteration, so that it draws nothing from training and gives the same result
     wherever it runs. The best of many noisy evaluations is biased upwards; `anew` evaluates other episodes.
     """
-    key = jax.random.fold_in(jax.random.fold_in(state.key, _TO_JUDGE_ANEW if anew else _TO_JUDGE), state.iteration)
+    key = jax.random.fold_in(jax.random.fold_in(state.key, _ANEW if anew else _IN_TRAINING), state.iteration)
     return evaluate(config, state, key, num_episodes=config.eval_episodes)
 
 

@@ -146,9 +146,9 @@ def prepare(agent: Agent, learner: LearnerState, batch: Transition, carry: Carry
     # One batch axis: a product over two of them makes XLA's CPU backend transpose its operands, at twice the time. The
     # environments lead, so that a batch whose environments are on several devices stays where it is. Only recurrent
     # networks need the two axes, and whole sequences.
-    lay_out = swap_time_axis if agent.has_memory else flatten_batch
+    lay_out = swap_time_axis if agent.is_recurrent else flatten_batch
     observation, action = jax.tree.map(lay_out, (batch.observation, batch.action))
-    start = swap_time_axis(starts(batch.terminated, batch.truncated)) if agent.has_memory else None
+    start = swap_time_axis(starts(batch.terminated, batch.truncated)) if agent.is_recurrent else None
     batch = dataclasses.replace(batch, reward=scale_rewards(config, return_statistics, batch.reward))
     return Prepared(batch, observation, start, action, carry, ratios, buffer, return_statistics, discounted_return)
 
@@ -180,7 +180,7 @@ def estimate(agent: Agent, learner: LearnerState, prepared: Prepared) -> Estimat
     carries, values = unroll(value, learner.value_params, inputs)
 
     def value_of_next(observation: Array) -> Array:
-        if not agent.has_memory:
+        if not agent.is_recurrent:
             return value.step(learner.value_params, (), observation)[1]
         # A next observation is evaluated with the recurrent state of its step; that needs all of [T, N].
         return swap_time_axis(value.step(learner.value_params, carries, swap_time_axis(observation))[1])
@@ -191,14 +191,14 @@ def estimate(agent: Agent, learner: LearnerState, prepared: Prepared) -> Estimat
         values.reshape(batch.reward.shape[::-1]).T,
         value_of_next,
         prepared.ratios,
-        sparse=not agent.has_memory,
+        sparse=not agent.is_recurrent,
         max_steps=agent.environment.max_steps,
     )
-    advantage = swap_time_axis(advantage) if agent.has_memory else flatten_batch(advantage)
+    advantage = swap_time_axis(advantage) if agent.is_recurrent else flatten_batch(advantage)
     # In a value target, unlike in an advantage, the first action may be off-policy too.
     on_policy = 1 if prepared.ratios is None else jnp.minimum(flatten_batch(prepared.ratios), 1)
     value_carry = prepared.carry.value
-    if not config.shared_trunk and agent.has_memory:
+    if not config.shared_trunk and agent.is_recurrent:
         last = jax.tree.map(lambda leaf: leaf[:, -1], carries)
         value_carry = restart(value, batch.terminated[-1] | batch.truncated[-1], last)
     return Estimates(values, advantage, on_policy * advantage + values, value_carry)

@@ -18,7 +18,7 @@ from trpo_jax.steps import trees
 from trpo_jax.steps.statistics import init_statistics, update_statistics
 from trpo_jax.steps.types import Array, PyTree, typed_jit
 from trpo_jax.training.agents import Agent, make_agent
-from trpo_jax.training.evaluation import has_reached, judge, stops
+from trpo_jax.training.evaluation import evaluate_in_training, has_reached, stops
 from trpo_jax.training.fit_checks import check_learns
 from trpo_jax.training.learner import TrainInfo, blank_buffer, init_learner, update_learner
 from trpo_jax.training.rollouts import init_actor, rollout
@@ -94,7 +94,8 @@ def train(config: Config, key: Array, *, callback: Hook | None = None, every: in
       The final state and `Metrics` of [num_iterations] each; then, if `config.eval_every` is set, an `Evaluation` of
       [num_iterations // eval_every, eval_episodes]; then, with a callback, the results of its calls, stacked along a
       first axis of [num_iterations // k]. An agent that has reached `config.stop_at_return` no longer changes:
-      `state.iteration` tells when, metrics are NaN from there on, and evaluations repeat the last one.
+      `state.iteration` tells when, metrics are NaN from there on (`num_episodes` is 0), and evaluations repeat the
+      last one.
 
     Raises:
       UsageError: if a setting, the environment or `every` cannot be used.
@@ -102,7 +103,7 @@ def train(config: Config, key: Array, *, callback: Hook | None = None, every: in
     state = init(config, key)
     hooks: list[tuple[Hook, int]] = []
     if config.eval_every:
-        hooks.append((lambda config, state, metrics: judge(config, state), config.eval_every))
+        hooks.append((lambda config, state, metrics: evaluate_in_training(config, state), config.eval_every))
     if callback is not None:
         check_limits({"every": every})
         if not callable(callback):

@@ -45,7 +45,7 @@ def restart(network: RecurrentNetwork, done: Array, carry: PyTree) -> PyTree:
 
 def unroll(network: RecurrentNetwork, params: PyTree, sequence: Sequence) -> tuple[PyTree, Any]:
     """Compute the recurrent state after each step and the outputs, both [N, T, ...]; if not recurrent, in any shape."""
-    if not network.has_memory:
+    if not network.is_recurrent:
         return network.step(params, sequence.carry, sequence.observation)
 
     def step(carry: PyTree, inputs: tuple[Array, Array]) -> tuple[PyTree, tuple[PyTree, Any]]:

@@ -37,7 +37,6 @@ def rollout(
     Returns:
       Their states after it, the transitions [T, N, ...], and totals of the episodes that ended in it, [N].
     """
-
     policy = with_normalization(agent.config, learner.statistics, agent.policy)
 
     def step(actor: ActorState, keys: Array) -> tuple[ActorState, Transition]:

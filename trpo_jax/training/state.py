@@ -165,7 +165,7 @@ class Metrics:
       effective_sample_fraction: (Σw)²/(B Σw²) of the importance ratios after the step, to the policies that took the
         actions (over all batches that the update learned from); 1 means unchanged.
       gradient_norm: norm of the policy gradient; the largest float32 if it is not finite.
-      cg_residual: relative residual after conjugate gradient.
+      cg_residual: relative residual after conjugate gradient, of the first solve if there are several steps.
       value_loss: mean squared error after the fit of the value function, on at most 1024 samples of the batch (adam: on
         all, averaged over its last epoch); NaN if the batch is not finite.
       explained_variance: 1 − Var[return − V]/Var[return] before the fit; 1 is perfect, 0 no better than a constant.

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from trpo_jax.config_pytree import Config
 from trpo_jax.fields import AUTO
-from trpo_jax.networks.bodies import settled
+from trpo_jax.networks.bodies import auto_resolved
 from trpo_jax.steps.types import Array
 from trpo_jax.training.agents import make_agent
 from trpo_jax.training.fit_checks import check_is_state, check_like
@@ -58,7 +58,7 @@ def warm_start(config: Config, key: Array, trained: TrainState) -> TrainState:
 def what_shapes_hide(config: Config) -> dict[str, Any]:
     """The settings that decide what networks compute, or in which units, although their shapes do not show it."""
     found = {name: getattr(config, name) for name in ("normalize_observations", "action_distribution")}
-    _, found["activation"] = settled(make_agent(config).environment, AUTO, config.network, config.activation)
+    _, found["activation"] = auto_resolved(make_agent(config).environment, AUTO, config.network, config.activation)
     if config.normalize_observations:
         found["observation_clip"] = config.observation_clip
     if config.state_dependent_std:
