@@ -1,7 +1,9 @@
 """Arguments from Python: what a folder cannot hold or a program cannot use is one sentence, and leaves nothing."""
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from trpo_jax import (
     Config,
     UsageError,
     compare,
+    continue_run,
     create_run,
     evaluate,
     init,
@@ -20,9 +23,12 @@ from trpo_jax import (
     load_run,
     make_environment,
     open_run,
+    probability_of_improvement,
     run_sweep,
     shard_environments,
+    stratified_bootstrap,
     sweep,
+    train,
     train_step,
     warm_start,
 )
@@ -307,3 +313,39 @@ def test_a_checkpoint_holds_arrays_alone(leaf, tmp_path):
     save(tmp_path / "x.npz", {"a": np.zeros(2)})
     with pytest.raises(UsageError, match=r"holds arrays of numbers, but \['a'\] is"):
         load(tmp_path / "x.npz", {"a": leaf})
+
+
+@pytest.mark.parametrize(
+    "call, sentence",
+    [
+        (lambda: continue_run("runs/a"), "run must be what create_run or open_run returned, got"),
+        (lambda: train(TINY, jax.random.key(0)), "config must be a Config, such as"),
+        (lambda: train(Config, jax.random.key(0)), "config must be a Config, such as"),
+        (
+            lambda: train(CONFIG.replace(update=lambda config: 3), jax.random.key(0)),
+            "function update must return an ob",
+        ),
+        (
+            lambda: train(CONFIG.replace(value_fit=lambda config: 3), jax.random.key(0)),
+            "function value_fit must return",
+        ),
+        (lambda: stratified_bootstrap(np.arange(3.0)), "scores must be a list of one array per task, got"),
+        (lambda: probability_of_improvement([[1, 2]], [[1, 2], [3]]), "of the same tasks, got 1 and 2 tasks"),
+    ],
+)
+def test_what_is_no_run_no_config_or_no_algorithm_is_one_sentence(call, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        call()
+
+
+def test_env_args_cannot_be_changed_and_survive_a_copy():
+    config = Config(env_args={"gravity": 9.0})
+    for change in (
+        lambda a: a.update(gravity=3.0),
+        lambda a: a.pop("gravity"),
+        lambda a: a.__setitem__("gravity", 3.0),
+    ):
+        with pytest.raises(TypeError, match=r"^env_args cannot be changed; give others with config\.replace"):
+            change(config.env_args)
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert copied == config and copied.env_args.traced == ("gravity",)

@@ -109,6 +109,10 @@ def snapshot(folder):
         (["evaluate", "missing", "--agent", "1000000"], "missing is not the folder of a run"),
         (["benchmark", "--target-kl", "0.3"], "target_kl needs radius_rule=divergence or update=kl-penalty;"),
         (["train", "--state-dependent-std"], "CartPole-v1 has discrete actions; leave it out."),
+        (["train", "--channels", "32"], "channels needs network=cnn; with network=mlp it has no effect; leave it out."),
+        (["train", "--env-arg", "gravity=1", "--env-arg", "gravity=2"], "--env-arg gravity is given twice; leave one"),
+        (["train", "--randomize", "gravity=1..2 gravity=5..6"], "randomize has two ranges of gravity; give one."),
+        (["resume", "--", "-x", "--total-steps", "400"], "--total-steps stands after --, where only paths may; move"),
         (["train", "--output", "a" * 300, *TINY], "File name too long"),
         (["train", "--output", "a\0b"], "output must not contain the character NUL"),
         (["train", "--config", "a" * 300], "File name too long"),
@@ -181,6 +185,18 @@ def test_evaluate_prints_every_agent(tiny_run, capsys):
     out = capsys.readouterr().out
     assert "sampled actions" in out and "all" in out and "IQM over the agents" in out
     assert main(["evaluate", str(tiny_run), "--num-episodes", "0"]) == 2
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.csv"])
+def test_no_output_overwrites_a_file_of_a_run(tiny_run, name, capsys):
+    before, file = snapshot(tiny_run), str(tiny_run / name)
+    assert main(["benchmark", "--output", file]) == 2
+    assert f"--output would overwrite {file}, which belongs to the folder" in capsys.readouterr().err
+    if name == "config.json":
+        for command in (["evaluate", str(tiny_run), "--output", file], ["compare", str(tiny_run), "--json", file]):
+            assert main(command) == 2
+            assert f"{command[-2]} would overwrite {file}, which belongs to" in capsys.readouterr().err
+    assert snapshot(tiny_run) == before
 
 
 def test_evaluate_writes_its_figures(tiny_run, tmp_path, capsys):
@@ -379,6 +395,12 @@ def test_a_setting_of_a_file_that_has_no_effect_is_told(tmp_path, capsys, monkey
     assert main(["train", "--config", "a.toml", "--update", "ppo"]) == 0
     note = "trpo-jax: note: max_kl in a.toml needs update=trpo; with update=ppo it has no effect.\n"
     assert capsys.readouterr().err == note
+    (tmp_path / "b.toml").write_text("channels = [8]\ninitial_log_std = -1.0")
+    assert main(["train", "--config", "b.toml", "--output", "b"]) == 0
+    assert capsys.readouterr().err == (
+        "trpo-jax: note: channels in b.toml needs network=cnn; with network=mlp it has no effect.\n"
+        "trpo-jax: note: initial_log_std in b.toml sets σ of a Gaussian policy, but CartPole-v1 has discrete actions.\n"
+    )
 
 
 # Words and displays

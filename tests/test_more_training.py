@@ -153,6 +153,16 @@ def test_networks_that_would_compute_something_else_are_refused(run, tmp_path, c
     assert main([*pendulum, "--init-from", str(tmp_path / "p"), "--activation", "tanh", "--output", output]) == 0
 
 
+def test_networks_whose_inputs_would_mean_something_else_are_refused(tmp_path, capsys):
+    train = ["train", *FLAGS, "--num-iterations", "1", "--wrappers"]
+    assert main([*train, "hide_entries=0", "--output", str(tmp_path / "a")]) == 0
+    start = ["--init-from", str(tmp_path / "a"), "--output", str(tmp_path / "b")]
+    capsys.readouterr()
+    assert main([*train, "hide_entries=3", *start]) == 2
+    assert "was trained with wrappers=hide_entries=0; its networks need that, not" in capsys.readouterr().err
+    assert main([*train, "limit_steps=9 hide_entries=0", *start]) == 0
+
+
 def test_a_longer_run_whose_agents_have_stopped_says_so(tmp_path, capsys):
     flags = ["--num-iterations", "4", "--eval-every", "1", "--eval-episodes", "1", "--stop-at-return", "1"]
     assert main(["train", *FLAGS, *flags, "--num-seeds", "2", "--output", str(tmp_path)]) == 0

@@ -16,7 +16,7 @@ from trpo_jax import Config, UsageError, init, make_environment, repeat_actions,
 from trpo_jax.cli import main
 from trpo_jax.environments.base import Film
 from trpo_jax.environments.pictures import color_grid
-from trpo_jax.playing import play_here
+from trpo_jax.playing import play, play_here
 from trpo_jax.videos import check_video, write_video
 
 SMALL = {"num_envs": 2, "num_steps": 8, "num_iterations": 2, "cg_iterations": 2, "value_cg_iterations": 2}
@@ -144,6 +144,15 @@ def test_what_cannot_be_a_video_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"imageio-ffmpeg: pip install '\.\[play\]'; or choose \.gif\.$"):
         check_video(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("wrappers", ["hide_entries=0,1 stack_frames=2", "repeat_actions=4"])
+def test_gymnasium_has_no_wrappers_of_training(wrappers):
+    config = Config(**SMALL, wrappers=f"limit_steps=50 {wrappers}")
+    with pytest.raises(
+        UsageError, match=f"^the policy was trained with the wrappers {wrappers}, which Gymnasium's Cart"
+    ):
+        play(config, init(config, jax.random.key(0)), "CartPole-v1", num_episodes=1)
 
 
 def test_the_command_line_plays_where_the_agent_was_trained(tmp_path, capsys):

@@ -26,6 +26,14 @@ class EnvArgs(dict[str, Any]):
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(self.items()))
 
+    def __reduce__(self) -> Any:
+        return EnvArgs, (dict(self), self.traced)
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("env_args cannot be changed; give others with config.replace(env_args=…)")
+
+    __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _refuse
+
     @property
     def static(self) -> tuple[tuple[str, Any], ...]:
         """Names and values of the static ones."""

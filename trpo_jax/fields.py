@@ -159,6 +159,8 @@ def parse_ranges(text: str, label: str = "randomize") -> dict[str, tuple[float, 
     for part in [] if text == NONE else text.split():
         name, equals, ends = part.partition("=")
         low, dots, high = ends.partition("..")
+        if name in found:
+            raise UsageError(f"{label} has two ranges of {name}; give one.")
         try:
             found[name] = float(low), float(high)
             sound = name.isidentifier() and equals and dots and -math.inf < found[name][0] <= found[name][1] < math.inf

@@ -73,7 +73,21 @@ def file_of_kind(path: str, flag: str, suffix: str) -> Path:
     file = Path(path)
     if file.suffix.lower() != suffix or file.is_dir():
         raise UsageError(f"{flag} must name a file that ends in {suffix}, got {shown(path)}.")
+    check_replaceable(file, flag)
     return file
+
+
+def check_replaceable(file: Path, flag: str) -> None:
+    """Raise `UsageError` if a file that a flag names is one that a run, a sweep or a search needs."""
+    if file.is_file() and (file.name in ("metrics.csv", "eval.csv") or _is_sealed(file)):
+        raise UsageError(f"{flag} would overwrite {file}, which belongs to the folder it is in; choose another name.")
+
+
+def _is_sealed(file: Path) -> bool:
+    try:
+        return _SEAL.search(read_limited(file)) is not None
+    except (OSError, ValueError):
+        return False
 
 
 def read_limited(path: str | os.PathLike[str]) -> bytes:

@@ -14,6 +14,7 @@ import numpy as np
 from trpo_jax.config_pytree import Config
 from trpo_jax.deployment import acting_policy, seen_environment
 from trpo_jax.environments.base import Box, Environment, Film
+from trpo_jax.environments.changes import OF_OBSERVATIONS, named_in
 from trpo_jax.environments.checks import one_sentence
 from trpo_jax.environments.entries import WHOLE
 from trpo_jax.environments.gymnasium import host_action_space, host_observations
@@ -115,13 +116,19 @@ def play(
       Undiscounted returns, [num_episodes].
 
     Raises:
-      UsageError: if Gymnasium lacks the environment or its dependencies, or its spaces are not those of training.
+      UsageError: if Gymnasium lacks the environment or its dependencies, its spaces are not those of training, or
+        wrappers changed what the policy observed or did.
     """
     import gymnasium
 
     if video:
         check_video(video)
         draw_without_a_screen()
+    if wrappers := named_in(config.wrappers, (*OF_OBSERVATIONS, "repeat_actions")):
+        raise UsageError(
+            f"the policy was trained with the wrappers {wrappers}, which Gymnasium's {env} does not have; "
+            "play in the environment of training, with --render."
+        )
     args = config.env_args if env == str(config.env).removeprefix("gymnasium/") else {}
     try:
         world = gymnasium.make(env, render_mode="rgb_array" if video else None, disable_env_checker=True, **args)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from trpo_jax.config import FIELDS, Config, check_setting
 from trpo_jax.fields import as_text
-from trpo_jax.sentences import UsageError
+from trpo_jax.sentences import UsageError, shown
 
+IN_ENVIRONMENT = "channels", "initial_log_std", "state_dependent_std"  # some environments have no use for these
 _MOST_SAMPLES = 2**31 - 1  # largest index in an int32
 _REFUSED = "constraint", "radius_rule", "reuse", "value_clip"  # these need a certain method
 _OF_NETWORKS = (
@@ -26,6 +27,8 @@ def validate(config: Config) -> None:
 
     Traced values cannot be inspected and pass. Arrays of values (a sweep) are checked value by value.
     """
+    if not isinstance(config, Config):
+        raise UsageError(f"config must be a Config, such as Config(env='CartPole-v1'), got {shown(config)}.")
     for name, field in FIELDS.items():
         if (value := getattr(config, name)) is not field.default:
             check_setting(name, value)

@@ -5,8 +5,8 @@
     python experiments/results/run.py classic --plot-only --output experiments/results
 
 JSON and picture are written to the folder --output, and the table is printed. Tasks that its JSON already has are not
-run again (`--fresh` runs them all); neither are seeds that ran before with the same settings, of a command that was
-interrupted.
+run again (`--fresh` runs them all); neither are seeds of an interrupted command that ran with the same settings. A
+seed that was interrupted itself continues.
 """
 
 import argparse
@@ -16,8 +16,8 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
@@ -30,7 +30,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import trpo_jax
-from trpo_jax import Environment, Preset, interquartile_mean, load_preset, stratified_bootstrap
+from trpo_jax import Config, Preset, UsageError, interquartile_mean, load_preset, stratified_bootstrap
 
 EPISODES = 32
 GYMNAX = "gymnax's README: PPO or evolution strategies of gymnax-blines, at other numbers of steps"
@@ -38,24 +38,29 @@ TIANSHOU = "Tianshou's MuJoCo benchmark: TRPO, mean of 10 seeds, of v3"
 ZOO = "RL Zoo (sb3-contrib TRPO, settings tuned for each task, one run)"
 
 
-def positions_only() -> Environment:
-    """CartPole without its two velocities: what moves where must be remembered."""
-    seen = trpo_jax.hide_entries(trpo_jax.make_environment("CartPole-v1"), [1, 3])
-    return dataclasses.replace(seen, name="CartPole-v1, positions only")
-
-
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """An environment, a number to compare with, and env steps per agent if the preset does not name them."""
+    """An environment, numbers to compare with, and what the preset does not name.
 
-    env: Any
+    Attributes:
+      env: name of the environment.
+      published: a published return.
+      optimal: the best possible one.
+      env_steps: env steps per agent.
+      wrappers: of the environment.
+      note: what the name of the task says beside the environment.
+    """
+
+    env: str
     published: float | None = None
     optimal: float | None = None
     env_steps: int | None = None
+    wrappers: str = "none"
+    note: str = ""
 
     @property
     def name(self) -> str:
-        return self.env.name if isinstance(self.env, Environment) else self.env
+        return self.env + self.note
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +106,11 @@ def suites() -> dict[str, Suite]:
         "memory": Suite(
             {"TRPO": "memory"},
             16,
-            [Task("MemoryChain-bsuite", optimal=1.0), Task(positions_only(), optimal=500.0, env_steps=200_000)],
+            [
+                Task("MemoryChain-bsuite", optimal=1.0),
+                # Without its two velocities: what moves where must be remembered.
+                Task("CartPole-v1", None, 500.0, 200_000, "hide_entries=1,3", ", positions only"),
+            ],
         ),
         "gymnax": Suite(
             {"TRPO": "gymnax"},
@@ -243,6 +252,7 @@ def main() -> None:
     jobs = [Job(arguments.suite, *row, folder) for row in chosen if arguments.fresh or row not in rows]
     for old in [job.file(seed) for job in jobs for seed in range(suite.num_seeds) if arguments.fresh]:
         old.unlink(missing_ok=True)
+        shutil.rmtree(old.with_suffix(""), ignore_errors=True)
     for job, results in run_jobs(jobs, arguments.workers):
         rows[job.task, job.method] = summarize(job, results)
         record = {
@@ -273,9 +283,9 @@ class Job(NamedTuple):
         return suite, task, load_preset(suite.presets[self.method])
 
     @property
-    def config(self) -> trpo_jax.Config:
+    def config(self) -> Config:
         _, task, preset = self.row
-        config = trpo_jax.Config(env=task.env, **preset.settings)
+        config = Config(env=task.env, wrappers=task.wrappers, **preset.settings)
         env_steps = task.env_steps or preset.tasks[task.name]
         return config.replace(num_iterations=env_steps // config.steps_per_iteration)
 
@@ -317,21 +327,61 @@ def pin(cores: Any, workers: int) -> None:
 
 
 def run_seeds(job: Job, seeds: Sequence[int]) -> list[Result]:
-    """Train some seeds, and judge each as it ended and as it began; seeds that ran before are not run again."""
+    """Train some seeds, and evaluate each as it ended and as it began.
+
+    Seeds that ran before are not run again, and those that were interrupted continue.
+    """
     job.folder.mkdir(parents=True, exist_ok=True)
     files = [job.file(seed) for seed in seeds]
     settings = json.dumps([job.row[2].settings, job.config.num_iterations])
     kept = [result for file in files if (result := load(file, settings)) is not None]
     if len(kept) == len(files):
         return kept
-    program = compiled(job, len(seeds))
-    start = time.perf_counter()
-    arrays = map(np.asarray, jax.block_until_ready(program(jnp.asarray(seeds))))
-    seconds = np.full(len(seeds), (time.perf_counter() - start) / len(seeds))
-    results = [Result(*of_seed) for of_seed in zip(*arrays, seconds, strict=True)]
+    folder = files[0].with_suffix("")
+    try:
+        run = trpo_jax.create_run(folder, job.config, seeds[0], len(seeds))
+    except UsageError:  # it was begun with other settings
+        shutil.rmtree(folder)
+        run = trpo_jax.create_run(folder, job.config, seeds[0], len(seeds))
+    seconds = train(run)
+    rows = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
+    curves = rows["episode_return"].reshape(-1, len(seeds)).T
+    first, last = evaluate(job.config, seeds, trpo_jax.load_run(folder)[1])
+    results = [Result(*of_seed, np.asarray(seconds / len(seeds))) for of_seed in zip(curves, first, last, strict=True)]
     for file, result in zip(files, results, strict=True):
         np.savez(file, settings=settings, **result._asdict())
+    shutil.rmtree(folder)
     return results
+
+
+def train(run: Any) -> float:
+    """Train a run from where it stands; return the seconds of all its training."""
+    file = run.path / "seconds"
+    before = float(file.read_text()) if file.exists() else 0.0
+
+    def report(progress: Any) -> None:
+        file.write_text(str(before + progress.clock.seconds))
+
+    if not trpo_jax.continue_run(run, report):
+        raise KeyboardInterrupt
+    return float(file.read_text())
+
+
+def evaluate(config: Config, seeds: Sequence[int], states: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The mean returns of untrained agents, whose actions are sampled, and of the trained ones, one per seed."""
+    play = functools.partial(trpo_jax.evaluate, num_episodes=EPISODES, max_steps=5000)
+
+    def both(arguments: tuple[Any, Any]) -> Any:
+        seed, state = arguments
+        key = jax.random.key(seed)
+        of_play = jax.random.fold_in(key, 2**31)
+        first = play(config, trpo_jax.init(config, key), of_play, deterministic=False)
+        return first.episode_return.mean(), play(config, state, of_play).episode_return.mean()
+
+    of_all = jnp.asarray(seeds), states
+    across = jax.vmap(both) if len(seeds) > 1 else functools.partial(jax.lax.map, both)
+    first, last = jax.jit(across)(of_all)
+    return np.asarray(first), np.asarray(last)
 
 
 def load(file: Path, settings: str) -> Result | None:
@@ -340,23 +390,6 @@ def load(file: Path, settings: str) -> Result | None:
         return None
     with np.load(file) as kept:
         return Result(*(kept[name] for name in Result._fields)) if kept["settings"] == settings else None
-
-
-@functools.lru_cache(maxsize=1)
-def compiled(job: Job, num_seeds: int) -> Any:
-    config = job.config
-    judge = functools.partial(trpo_jax.evaluate, num_episodes=EPISODES, max_steps=5000)
-
-    def run(seed: Any) -> Any:
-        key = jax.random.key(seed)
-        judge_key = jax.random.fold_in(key, 2**31)
-        first = judge(config, trpo_jax.init(config, key), judge_key, deterministic=False)
-        state, metrics = trpo_jax.train(config, key)
-        last = judge(config, state, judge_key)
-        return metrics.episode_return, first.episode_return.mean(), last.episode_return.mean()
-
-    across = jax.vmap(run) if num_seeds > 1 else functools.partial(jax.lax.map, run)
-    return jax.jit(across).lower(jnp.arange(num_seeds)).compile()
 
 
 def summarize(job: Job, results: list[Result]) -> dict[str, Any]:

@@ -11,14 +11,17 @@ import pytest
 
 from trpo_jax import (
     Batch,
+    Beta,
     Categorical,
     Config,
     DiagonalGaussian,
     Solver,
+    TanhGaussian,
     backtracking_line_search,
     conjugate_gradient,
     estimate_candidate,
     first_order_update,
+    fisher_vector_product,
     fit_value_function,
     full_step,
     gauss_newton_fit,
@@ -100,6 +103,87 @@ def test_an_equinox_module_and_nnx_running_averages_are_refused_in_one_sentence(
     _, state = nnx.split(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"^params\S* is a running average"):
         trpo_update(categorical, state, *problem()[1:])
+
+
+def gaussian(params, observation):
+    return DiagonalGaussian(observation @ params["w"][:, :1], params["b"][:1])
+
+
+BOX_POLICIES = {
+    "Gaussian": gaussian,
+    "tanh": lambda params, observation: TanhGaussian(gaussian(params, observation), -1.0, 1.0),
+    "Beta": lambda params, observation: Beta(*[2 + jnp.abs(observation @ params["w"][:, :1])] * 2, -1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("policy", BOX_POLICIES.values(), ids=BOX_POLICIES.keys())
+@pytest.mark.parametrize("spoil", [lambda a: a[:, 0], lambda a: a.T, lambda a: a[:1], lambda a: a[0, 0]])
+def test_actions_that_would_be_broadcast_are_refused(policy, spoil):
+    params, observation, _, advantage = problem()
+    action = policy(params, observation).sample(jax.random.key(0))
+    steps = (
+        lambda *batch: trpo_update(policy, params, *batch),
+        lambda *batch: first_order_update(policy, params, (), *batch, optimizer=optax.identity()),
+        lambda *batch: estimate_candidate(policy, params, params, *batch, jax.random.key(1), resamples=9),
+    )
+    for step in steps:
+        step(observation, action, advantage)
+        with pytest.raises(
+            ValueError, match=r"^actions of the policy have the shape \(64, 1\), but those of the batch"
+        ):
+            step(observation, spoil(action), advantage)
+
+
+def test_a_list_of_actions_is_an_array_of_them():
+    params, observation, action, advantage = problem()
+    expected = trpo_update(categorical, params, observation, action, advantage)
+    found = trpo_update(categorical, params, observation, action.tolist(), advantage)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_an_index_outside_has_no_probability_in_a_small_type():
+    policy = Categorical(jnp.zeros((1, 200)))
+    assert np.isnan(policy.log_prob(jnp.array([-1], jnp.int8))).all()
+    assert policy.log_prob(jnp.array([199], jnp.uint8)) == policy.log_prob(jnp.array([0]))
+
+
+@pytest.mark.parametrize(
+    "shape, sentence",
+    [
+        (lambda x: x[:1], r"^advantage must be \[B\] or \[T, N\], with at least 2 at its end, got \(1,\)$"),
+        (lambda x: x[:, None], r"^advantage must be \[B\] or \[T, N\], with at least 2 at its end, got \(64, 1\)$"),
+        (lambda x: x[:2], r"log_prob\(action\) and advantage differ in shape"),
+    ],
+)
+def test_a_candidate_is_not_estimated_from_other_shapes(shape, sentence):
+    params, observation, action, advantage = problem()
+    with pytest.raises((ValueError, AssertionError), match=sentence):
+        estimate_candidate(categorical, params, params, observation, action, shape(advantage), jax.random.key(0))
+
+
+def test_a_batch_without_samples_is_refused():
+    params, *batch = problem()
+    observation, action, advantage = (part[:0] for part in batch)
+    with pytest.raises(ValueError, match=r"^the batch of a policy update has no samples$"):
+        trpo_update(categorical, params, observation, action, advantage)
+    with pytest.raises(ValueError, match=r"^the batch of a value fit has no samples$"):
+        gauss_newton_fit(lambda p, o: o @ p["w"][:, 0], params, observation, advantage)
+
+
+@pytest.mark.parametrize("weight", [jnp.ones(3), 2.0])
+def test_weights_of_another_shape_are_refused(weight):
+    params, observation, *_ = problem()
+    with pytest.raises(ValueError, match=r"^weight must have the shape of the batch, \(64,\), got \("):
+        fisher_vector_product(lambda p: categorical(p, observation), params, weight=weight)
+
+
+@pytest.mark.parametrize("search", [backtracking_line_search, parallel_line_search])
+def test_a_step_of_whole_numbers_is_shortened_too(search):
+    def evaluate(params):
+        return params.sum(), 0.1 * params.sum()
+
+    new, info = search(evaluate, jnp.zeros(2), jnp.ones(2, int), max_kl=0.1)
+    assert info.accepted and 0 < info.divergence <= 0.1 and (new > 0).all()
 
 
 def test_a_line_search_by_name_is_refused():

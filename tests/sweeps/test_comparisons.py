@@ -56,6 +56,7 @@ NEAR = {"atol": 0.035}
 def test_iqm_and_profile_are_those_of_the_reference(name, scores):
     iqm, interval = IQM[name]
     assert interquartile_mean(np.concatenate(scores)) == pytest.approx(iqm)
+    assert np.isnan(interquartile_mean([]))
     np.testing.assert_allclose(stratified_bootstrap(scores), interval, **NEAR)
     band, (middle, low, high) = _profile(scores, TAU), PROFILE[name]
     np.testing.assert_allclose(band.middle, middle)

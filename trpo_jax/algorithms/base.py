@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from trpo_jax.config import Config
 from trpo_jax.fields import ALGORITHMS, VALUE_FITS
+from trpo_jax.sentences import UsageError, shown
 from trpo_jax.steps.curvature import curvature_sample
 from trpo_jax.steps.policy_updates import Batch, UpdateInfo
 from trpo_jax.steps.statistics import RunningStatistics
@@ -118,16 +119,20 @@ class ValueFit(NamedTuple):
 
 def make_algorithm(config: Config) -> Algorithm:
     """Build the algorithm that `config.update` names; if `config.update` is a function, call it."""
-    return _maker(config.update, ALGORITHMS)(config)
+    return _made(Algorithm, "update", config, ALGORITHMS)
 
 
 def make_value_fit(config: Config) -> ValueFit:
     """Build the value fit that `config.value_fit` names; if `config.value_fit` is a function, call it."""
-    return _maker(config.value_fit, VALUE_FITS)(config)
+    return _made(ValueFit, "value_fit", config, VALUE_FITS)
 
 
-def _maker(choice: Any, modules: dict[str, str]) -> Callable[[Config], Any]:
-    return choice if callable(choice) else importlib.import_module(modules[choice]).make
+def _made(kind: type, name: str, config: Config, modules: dict[str, str]) -> Any:
+    choice = getattr(config, name)
+    made = (choice if callable(choice) else importlib.import_module(modules[choice]).make)(config)
+    if not isinstance(made, kind):
+        raise UsageError(f"the function {name} must return an object of {kind.__name__}, got {shown(made)}.")
+    return made
 
 
 def annealed(value: Any, share: Any, config: Config, iteration: Array) -> Array:

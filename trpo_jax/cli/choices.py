@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trpo_jax.cli.arguments import BENCHMARK
 from trpo_jax.config import Config
+from trpo_jax.env_args import PREFIX
 from trpo_jax.presets import changed, load_preset, preset_of, with_preset
 from trpo_jax.sentences import UsageError, say
 from trpo_jax.settings import SETTINGS, TOTAL_STEPS, read_toml, with_length
-from trpo_jax.validation import without_effect
+from trpo_jax.validation import IN_ENVIRONMENT, without_effect
 
 if TYPE_CHECKING:
     from trpo_jax.runs.sinks import OpenSink
@@ -34,7 +36,11 @@ def config_of(namespace: argparse.Namespace, file: Mapping[str, Any] | None = No
     """
     flags = {f.name: getattr(namespace, f.name, None) for f in dataclasses.fields(Config) if f.metadata["flag"]}
     flags |= {"env": namespace.env, TOTAL_STEPS: getattr(namespace, TOTAL_STEPS, None)}
-    given = {name: value for name, value in flags.items() if value is not None} | dict(namespace.env_arg)
+    env_args = dict(namespace.env_arg)
+    if len(env_args) < len(namespace.env_arg):
+        twice = next(name for name, count in Counter(name for name, _ in namespace.env_arg).items() if count > 1)
+        raise UsageError(f"--env-arg {twice.removeprefix(PREFIX)} is given twice; leave one out.")
+    given = {name: value for name, value in flags.items() if value is not None} | env_args
     length = (TOTAL_STEPS, "num_iterations")
     over = length if any(name in given for name in length) else ()
     base = {**BENCHMARK} if namespace.command == "benchmark" else {}
@@ -60,10 +66,20 @@ def tell_idle(names: Iterable[str], configs: Iterable[Config], source: str) -> N
     """Print a note for each setting of a file that has no effect in any of the configurations."""
     configs = list(configs)
     for name in names:
-        reasons = [without_effect(config, name) for config in configs] if name in SETTINGS else []
+        reasons = [_why_idle(config, name) for config in configs] if name in SETTINGS else []
         changed = any(getattr(config, name) != getattr(Config, name) for config in configs) if reasons else False
         if changed and all(reasons):
             say(f"note: {name} in {source} {reasons[0]}.")
+
+
+def _why_idle(config: Config, name: str) -> str:
+    """Why a setting has no effect with the others, or in its environment; empty if it has one."""
+    why = without_effect(config, name)
+    if why or name not in IN_ENVIRONMENT:
+        return why
+    from trpo_jax.training.agents import idle_in_environment
+
+    return idle_in_environment(config).get(name, "")
 
 
 def opener_of(namespace: argparse.Namespace, folder: Path) -> Callable[[str, Mapping[str, Any]], list[OpenSink]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trpo_jax.cli.choices import config_of, settings_in_file, tell_idle
 from trpo_jax.cli.startup import start_quickly
 from trpo_jax.config import Config
-from trpo_jax.files import file_of_kind, plain_json, write_atomically
+from trpo_jax.files import check_replaceable, file_of_kind, plain_json, write_atomically
 from trpo_jax.presets import available_presets, load_preset
 from trpo_jax.sentences import UsageError, counted, say, shown
 
@@ -186,6 +186,8 @@ def benchmark(namespace: argparse.Namespace) -> int:
     for flag, file in (("--output", output), ("--picture", picture)):
         if file and file.is_dir():
             raise UsageError(f"{flag} must name a file, but {file} is a folder; add a name to it.")
+        if file:
+            check_replaceable(file, flag)
         if file and not file.parent.is_dir():
             raise UsageError(f"there is no folder {file.parent} for {file}; make it, or choose another {flag}.")
     if picture and len(namespace.num_agents) < 2 and len(namespace.env_counts) < 2:

@@ -98,7 +98,7 @@ class LiveLine:
 def run_status(progress: RunProgress, config: Config) -> str:
     """The status line of a run, most important parts first."""
     metrics, done = progress.metrics, progress.iteration * config.steps_per_iteration
-    ended = not math.isnan(metrics["episode_return"])
+    ended = not math.isnan(metrics["episode_return"]) or metrics["num_episodes"]
     outcome = f"return {metrics['episode_return']:8.1f}" if ended else "no episode ended yet"
     evaluated = "" if math.isnan(progress.evaluation) else f"evaluation {progress.evaluation:8.1f}  "
     return (

@@ -26,19 +26,16 @@ def train(namespace: argparse.Namespace) -> int:
     validate(config)
     start_quickly()
     use_devices(namespace.num_devices)
-    from trpo_jax.environments.base import Box
     from trpo_jax.environments.make import mark_traced
     from trpo_jax.runs.folders import create_run
-    from trpo_jax.training.agents import make_agent
+    from trpo_jax.training.agents import idle_in_environment
     from trpo_jax.training.devices import devices_of
 
     config = mark_traced(config)
     devices_of(namespace.num_devices, config.num_envs, namespace.num_seeds)  # refused before a folder is made
-    for name in ("initial_log_std", "state_dependent_std"):
-        if getattr(namespace, name) and not isinstance(make_agent(config).environment.action_space, Box):
-            raise UsageError(
-                f"{name} sets σ of a Gaussian policy, but {config.env} has discrete actions; leave it out."
-            )
+    for name, why in idle_in_environment(config).items():
+        if getattr(namespace, name):
+            raise UsageError(f"{name} {why}; leave it out.")
     tell_idle(file, [config], namespace.config)
     output = namespace.output or f"runs/{config.env}"
     start = _start_from(namespace, config) if namespace.init_from else None
@@ -127,7 +124,10 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
     if config.eval_every and complete:
         print_best(console, evaluate_best(run), config.eval_episodes)
     if last is not None and math.isnan(last.metrics["episode_return"]):
-        console.print("No episode has ended, so the learning curve is empty; more steps may show one.")
+        if last.metrics["num_episodes"]:
+            console.print("Returns are not finite, so the learning curve is empty: a reward of the environment is not.")
+        else:
+            console.print("No episode has ended, so the learning curve is empty; more steps may show one.")
     if failed:
         met = ", ".join(f"seed {seed} at iteration {iteration}" for seed, iteration in list(failed.items())[:8])
         more = f", and {len(failed) - 8} more" if len(failed) > 8 else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,15 @@ _WRAPPERS: dict[str, tuple[Callable[..., Environment], str | None]] = {
     "cache_resets": (cache_resets, None),
     "hide_entries": (hide_entries, "1,3"),
 }
+
+
+# Those after which the entries of an observation mean something else.
+OF_OBSERVATIONS = ("stack_frames", "flatten_observations", "append_time", "hide_entries")
+
+
+def named_in(text: str, names: Sequence[str]) -> str:
+    """Select the wrappers with these names from a text, in its order."""
+    return " ".join(part for part in text.split() if part.partition("=")[0] in names)
 
 
 def apply_wrappers(environment: Environment, text: str) -> Environment:

@@ -160,7 +160,8 @@ def _of_factory(name: str, params: dict[str, Any], max_steps: int | None) -> Env
         module = importlib.import_module(module_name)
     factory = getattr(module, factory_name, None)
     if not callable(factory):
-        raise UsageError(f"{module_name} has no function {factory_name}{nearest(factory_name, vars(module))}")
+        functions = [known for known, value in vars(module).items() if callable(value)]
+        raise UsageError(f"{module_name} has no function {factory_name}{nearest(factory_name, functions)}")
     with one_sentence(name):
         made = factory(**params)
     if not isinstance(made, Environment):

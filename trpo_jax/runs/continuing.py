@@ -26,7 +26,7 @@ from trpo_jax.runs.metrics import METRICS, Row, TableFile, last_mean, metrics_tr
 from trpo_jax.runs.runner import CAPACITY, Chunk, Clock, advance, for_each_agent, interrupts, without_stopped
 from trpo_jax.runs.sinks import Sink
 from trpo_jax.runs.workers import Worker, WorkersPrograms, check_workers, start_workers
-from trpo_jax.sentences import UsageError
+from trpo_jax.sentences import UsageError, shown
 from trpo_jax.training import evaluation
 from trpo_jax.training.checkpoints import Checkpoints, Saved
 from trpo_jax.training.devices import devices_of, shardings_of
@@ -77,6 +77,8 @@ def continue_run(
       UsageError: if another process is using the folder, it cannot be written to or continued, or the devices cannot
         be used.
     """
+    if not isinstance(run, Run):
+        raise UsageError(f"run must be what create_run or open_run returned, got {shown(run)}.")
     devices = devices_of(num_devices, run.config.num_envs, run.num_seeds)
     check_workers(num_workers)
     with locked(run.path, "checkpoints"), contextlib.ExitStack() as entered:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from trpo_jax.steps import trees
 from trpo_jax.steps.objectives import effective_sample_fraction
+from trpo_jax.steps.policy_updates import check_action
 from trpo_jax.steps.types import Array, PolicyApply, PyTree, at_least_float32, check_count
 
 
@@ -69,7 +71,9 @@ def estimate_candidate(
       A `CandidateEstimate`.
 
     Raises:
-      ValueError: if `resamples` is not a whole number ≥ 1, or `confidence` a number outside (0, 1).
+      ValueError: if `resamples` is not a whole number ≥ 1, `confidence` a number outside (0, 1), or there is nothing to
+        resample.
+      AssertionError, ValueError: if the shapes of the batch do not agree.
 
     Source: Efron & Tibshirani 1993 (bootstrap); Schulman et al. 2015, equation 14.
     """
@@ -77,11 +81,16 @@ def estimate_candidate(
     if isinstance(confidence, (int, float)) and not 0 < confidence < 1:
         raise ValueError(f"confidence must lie in (0, 1), got {confidence!r}")
     advantage = at_least_float32(advantage)
+    if not advantage.ndim or advantage.shape[-1] < 2:
+        raise ValueError(f"advantage must be [B] or [T, N], with at least 2 at its end, got {advantage.shape}")
     # The KL is as small as the rounding of TF32 and bfloat16 products.
     with jax.default_matmul_precision("highest"):
         old = trees.widened(policy_apply(old_params, observation))
         new = trees.widened(policy_apply(candidate, observation))
+    action = jnp.asarray(action)
+    check_action(old, action)
     old_log_prob = old.log_prob(action)
+    chex.assert_equal_shape([old_log_prob, advantage], custom_message="log_prob(action) and advantage differ in shape")
     gains = jnp.expm1(new.log_prob(action) - old_log_prob) * advantage
     units = gains.reshape(-1, gains.shape[-1]).mean(axis=0)
 

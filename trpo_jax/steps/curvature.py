@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.steps.trees import check_batched
@@ -37,7 +38,7 @@ def fisher_vector_product(
       A function from a pytree like `params` to a pytree like `params`.
 
     Raises:
-      ValueError: if an array of the distribution does not begin with the batch shape.
+      ValueError: if an array of the distribution does not begin with the batch shape, or `weight` does not have it.
 
     Source: Schulman et al. 2015, Appendix C; Martens 2020 on the Gauss–Newton form.
     """
@@ -48,6 +49,8 @@ def fisher_vector_product(
     batch_shape = jax.eval_shape(lambda d: d.entropy(), distribution).shape
     check_batched(distribution, batch_shape)
     batch_size = math.prod(batch_shape)
+    if weight is not None and jnp.shape(weight) != batch_shape:
+        raise ValueError(f"weight must have the shape of the batch, {batch_shape}, got {jnp.shape(weight)}")
 
     def weighted(leaf: Array) -> Array:
         # In float32 at least: in float16 a large batch size is infinite. Then back to the cotangent's own type.

@@ -66,7 +66,8 @@ class Categorical:
     def log_prob(self, action: Array) -> Array:
         """Log-probability of action indices [...], log π(action); NaN for an index outside of 0 … A − 1."""
         log_probs = jax.nn.log_softmax(self.logits)
-        index = jnp.asarray(action, jnp.int32) if action.dtype == bool else action
+        action = jnp.asarray(action)
+        index = action.astype(jnp.int32) if action.dtype.itemsize < 4 else action  # a small type may end before A
         index = jnp.where(index < 0, log_probs.shape[-1], index)  # −1 would be the last action
         return jnp.take_along_axis(log_probs, index[..., None], axis=-1)[..., 0]
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from trpo_jax.steps import defaults, trees
-from trpo_jax.steps.types import Array, PyTree, Scalar, at_least_float32, check_count
+from trpo_jax.steps.types import Array, PyTree, Scalar, as_float, at_least_float32, check_count
 
 Evaluate = Callable[[PyTree], tuple[Any, ...]]
 """`evaluate(params)` -> (gain over the start, divergence from the start, *any other values to keep)."""
@@ -136,7 +136,7 @@ def full_step(
 def _fractions(step: PyTree, shrink: Scalar, max_steps: int) -> Array:
     """(1, α, α², …), [max_steps]. One formula for both searches, so that they try the same candidates."""
     check_count("max_steps of a line search", max_steps)
-    dtype = jnp.result_type(*jax.tree.leaves(step))
+    dtype = jnp.result_type(*map(as_float, jax.tree.leaves(step)))
     return jnp.asarray(shrink, dtype) ** jnp.arange(max_steps, dtype=dtype)
 
 

@@ -58,11 +58,15 @@ class Batch:
 
         Raises:
           TypeError: for anything else.
+          ValueError: if the batch is empty.
         """
         batch = parts[0] if len(parts) == 1 else cls(*parts) if len(parts) == 3 else None
         if not isinstance(batch, cls):
             raise TypeError("a step takes one Batch, or an observation, an action and an advantage.")
-        return dataclasses.replace(batch, advantage=at_least_float32(batch.advantage))
+        action, advantage = jnp.asarray(batch.action), at_least_float32(batch.advantage)
+        if not advantage.size:
+            raise ValueError("the batch of a policy update has no samples")
+        return dataclasses.replace(batch, action=action, advantage=advantage)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -133,6 +137,7 @@ def surrogate_gradient(
     """
 
     def cotangent(old_distribution: Any, advantage: Array, action: Array, *behaviour: Array) -> Any:
+        check_action(old_distribution, action)
         log_prob = trees.widened(old_distribution).log_prob(action)
         chex.assert_equal_shape([log_prob, advantage], custom_message="log_prob(action) and advantage differ in shape")
         if behaviour:
@@ -152,6 +157,13 @@ def surrogate_gradient(
             policy_apply, params, batch.observation, cotangent, *others, *behaviour
         )
     return gradient, old_distribution
+
+
+def check_action(distribution: Any, action: Array) -> None:
+    """Raise `ValueError` unless actions have the shape of those of the policy: others would be broadcast to it."""
+    shape = jax.eval_shape(lambda d: d.mode(), distribution).shape
+    if action.shape != shape:
+        raise ValueError(f"actions of the policy have the shape {shape}, but those of the batch have {action.shape}")
 
 
 def of_old_policy(batch: Batch, old_distribution: Distribution) -> tuple[Batch, Any]:

@@ -60,13 +60,16 @@ def gauss_newton_fit(
       parameters are returned bit for bit.
 
     Raises:
-      ValueError: if the parameters are not arrays of floats, or `num_steps` is not a whole number ≥ 1.
+      ValueError: if the parameters are not arrays of floats, `num_steps` is not a whole number ≥ 1, or the batch is
+        empty.
 
     Source: Schulman et al. 2016, section 5 (there with a trust region in place of the damping).
     """
     check_parameters(params)
     check_count("num_steps of a value fit", num_steps)
     target = at_least_float32(target)
+    if not target.size:
+        raise ValueError("the batch of a value fit has no samples")
 
     def cotangent(values: Array, target: Array) -> Array:
         chex.assert_equal_shape([values, target])

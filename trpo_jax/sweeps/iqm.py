@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trpo_jax.sentences import check_number
+from trpo_jax.sentences import UsageError, check_number, shown
 
 _RESAMPLES = 2000
 _MOST_DRAWS = 20_000_000  # of runs, for one interval
@@ -19,6 +19,8 @@ def interquartile_mean(values: Any, axis: int = -1) -> Any:
     """Mean of the middle half: the lowest and the highest quarter, rounded down, are left out. NaN counts as lowest."""
     values = np.sort(np.where(np.isnan(values), -np.inf, np.asarray(values, np.float64)), axis=axis)
     count = values.shape[axis]
+    if not count:
+        return np.full(np.delete(values.shape, axis), np.nan)[()]
     middle = np.take(values, range(count // 4, count - count // 4), axis=axis)
     with np.errstate(invalid="ignore"):  # -∞ + ∞ has no mean
         mean = np.mean(middle, axis=axis)
@@ -47,8 +49,10 @@ def stratified_bootstrap(
       IQM, which count as lowest.
 
     Raises:
-      UsageError: if `confidence` lies outside (0, 1), or `resamples` is not a whole number from 1 to 1,000,000,000.
+      UsageError: if `confidence` lies outside (0, 1), `resamples` is not a whole number from 1 to 1,000,000,000, or
+        `scores` is not one array per task.
     """
+    _check_scores(scores)
     check_number("confidence", confidence, whole=False, interval="(0, 1)")
     check_number("resamples", resamples, whole=True, interval="[1, 1000000000]")
     if not len(scores) or any(len(task) == 0 for task in scores):
@@ -92,9 +96,13 @@ def probability_of_improvement(
       The Mann-Whitney statistic U / (seeds x other seeds), averaged, and its 95 % interval by the stratified bootstrap.
 
     Raises:
-      UsageError: if `resamples` is not a whole number from 1 to 1,000,000,000.
-      ValueError: if the two lists have different lengths.
+      UsageError: if `resamples` is not a whole number from 1 to 1,000,000,000, or the scores are not one array per task
+        and of the same tasks.
     """
+    _check_scores(scores)
+    _check_scores(others)
+    if len(scores) != len(others):
+        raise UsageError(f"both methods must have scores of the same tasks, got {len(scores)} and {len(others)} tasks.")
     check_number("resamples", resamples, whole=True, interval="[1, 1000000000]")
     if not len(scores) or any(len(task) == 0 for task in (*scores, *others)):
         return float("nan"), (float("nan"), float("nan"))
@@ -115,6 +123,11 @@ def probability_of_improvement(
             drawn[first : first + some] += (wins * times_y).sum(axis=1) / (pairs * len(scores))
             first += some
     return found, _percentiles(drawn)
+
+
+def _check_scores(scores: Any) -> None:
+    if any(np.ndim(task) != 1 for task in scores):
+        raise UsageError(f"scores must be a list of one array per task, got {shown(scores)}.")
 
 
 def _times_drawn(rng: np.random.Generator, number: int, resamples: int) -> np.ndarray:

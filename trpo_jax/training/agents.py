@@ -17,6 +17,7 @@ from trpo_jax.environments.entries import MASK, chosen
 from trpo_jax.environments.hidden_entries import keep_entries
 from trpo_jax.environments.make import environment_of
 from trpo_jax.fields import AUTO
+from trpo_jax.networks.bodies import auto_resolved
 from trpo_jax.networks.default import make_policy, make_value, make_value_head
 from trpo_jax.networks.recurrent import Network, RecurrentNetwork, lift
 from trpo_jax.sentences import UsageError
@@ -56,6 +57,18 @@ class Agent(NamedTuple):
     def sample_ndim(self) -> int | None:
         """Number of leading axes of a batch that index samples, see `Batch`; 1 (whole sequences) for recurrent ones."""
         return 1 if self.is_recurrent else None
+
+
+def idle_in_environment(config: Config) -> dict[str, str]:
+    """Settings of the default networks that have no effect in the environment of `config`, with the reasons."""
+    environment, found = environment_of(config), {}
+    if not isinstance(environment.action_space, Box):
+        why = f"sets σ of a Gaussian policy, but {config.env} has discrete actions"
+        found = dict.fromkeys(("initial_log_std", "state_dependent_std"), why)
+    network, _ = auto_resolved(environment, AUTO, config.network, config.activation)
+    if network != "cnn":
+        found["channels"] = f"needs network=cnn; with network={network} it has no effect"
+    return found
 
 
 def make_agent(config: Config) -> Agent:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from trpo_jax.config_pytree import Config
+from trpo_jax.environments.changes import OF_OBSERVATIONS, named_in
 from trpo_jax.fields import AUTO
 from trpo_jax.networks.bodies import auto_resolved
 from trpo_jax.steps.types import Array
@@ -57,7 +58,9 @@ def warm_start(config: Config, key: Array, trained: TrainState) -> TrainState:
 
 def what_shapes_hide(config: Config) -> dict[str, Any]:
     """The settings that decide what networks compute, or in which units, although their shapes do not show it."""
-    found = {name: getattr(config, name) for name in ("normalize_observations", "action_distribution")}
+    names = "normalize_observations", "action_distribution", "value_observation"
+    found = {name: getattr(config, name) for name in names}
+    found["wrappers"] = named_in(config.wrappers, OF_OBSERVATIONS)
     _, found["activation"] = auto_resolved(make_agent(config).environment, AUTO, config.network, config.activation)
     if config.normalize_observations:
         found["observation_clip"] = config.observation_clip
