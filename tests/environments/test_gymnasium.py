@@ -384,6 +384,10 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(options, registered, 
             make_environment("gymnasium/Odd-v0")
     finally:
         del gymnasium.registry["Odd-v0"]
+    with pytest.raises(
+        UsageError, match=r"^gymnasium/CartPole-v1 cannot draw on a screen while it trains; `trpo-jax play"
+    ):
+        make_environment("gymnasium/CartPole-v1", params={"render_mode": "human"})
     with pytest.raises(UsageError, match=r"there is no environment gymnasium/CartPol-v1; did you mean CartPole-v1"):
         make_environment("gymnasium/CartPol-v1")
 

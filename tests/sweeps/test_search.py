@@ -360,7 +360,7 @@ def test_second_process_in_a_folder_is_refused_and_the_first_goes_on(whole, tmp_
     def second(batch):
         with pytest.raises(UsageError, match=r"another process is using .*held; wait for it, or choose another"):
             tune(folder, make(ALL), batch=4)
-        refused.append(batch.told)
+        refused.append(batch.finished)
 
     tune(folder, make(ALL), batch=4, report=second)
     assert refused == [4, 8, 12] and outcome(folder) == whole
@@ -370,7 +370,7 @@ def test_machines_that_share_a_storage_leave_each_other_their_trials(tmp_path, u
     storage = f"sqlite:///{tmp_path / 'shared.db'}"
 
     def join(batch):
-        if batch.told == 2:
+        if batch.finished == 2:
             tune(tmp_path / "b" / "search", make(4), batch=2, storage=storage)
 
     tune(tmp_path / "a" / "search", make(6), batch=2, storage=storage, report=join)
@@ -543,7 +543,7 @@ def test_search_without_a_score_says_what_happened(rows, says, tmp_path, monkeyp
     for _ in range(2):  # and again from the study
         with pytest.raises(UsageError, match=f"no trial in .* has a score: {says}"):
             tune(tmp_path / "s", make(4, num_episodes=0), batch=4, report=reports.append)
-    assert [(report.told, report.pruned) for report in reports] == [(4, 0)] * 2  # none was stopped on no grounds
+    assert [(report.finished, report.pruned) for report in reports] == [(4, 0)] * 2  # none was stopped on no grounds
 
 
 def test_settings_that_do_not_go_together_are_no_end_of_a_search(tmp_path, untrained):
@@ -603,7 +603,7 @@ from trpo_jax.sweeps.search import tune
 def measure(batch):
     maps = len(Path("/proc/self/maps").read_text().splitlines())
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    print(batch.told, maps, pages * 4096 // 2**20, flush=True)
+    print(batch.finished, maps, pages * 4096 // 2**20, flush=True)
 
 base = {"num_envs": 2, "num_iterations": 1, "network": "mlp"}
 space = {"num_steps": {"choice": list(range(8, 208))}}

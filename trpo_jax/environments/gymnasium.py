@@ -22,6 +22,10 @@ def make(name: str, options: dict[str, Any], max_steps: int | None) -> Environme
     full_name = f"gymnasium/{name}"
     options = dict(options)
     own_limit = options.pop("max_episode_steps", None)
+    if options.get("render_mode") == "human":
+        raise UsageError(
+            f"{full_name} cannot draw on a screen while it trains; `trpo-jax play --render` makes a video."
+        )
 
     def instance(**limit: int) -> Any:
         try:

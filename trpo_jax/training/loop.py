@@ -94,7 +94,7 @@ def train(config: Config, key: Array, *, callback: Hook | None = None, every: in
       The final state and `Metrics` of [num_iterations] each; then, if `config.eval_every` is set, an `Evaluation` of
       [num_iterations // eval_every, eval_episodes]; then, with a callback, the results of its calls, stacked along a
       first axis of [num_iterations // k]. An agent that has reached `config.stop_at_return` no longer changes:
-      `state.iteration` tells when, metrics are NaN from there on (`num_episodes` is 0), and evaluations repeat the
+      `state.iteration` shows when, metrics are NaN from there on (`num_episodes` is 0), and evaluations repeat the
       last one.
 
     Raises:
