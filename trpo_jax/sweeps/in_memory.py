@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from trpo_jax.runs.workers import check_workers, start_workers
 from trpo_jax.sentences import UsageError, shown
 from trpo_jax.settings import TOTAL_STEPS
 from trpo_jax.sweeps.cohorts import Cohort, failed_iteration, training_return
-from trpo_jax.sweeps.grids import Spec, check_keep, check_numbers, make_points
+from trpo_jax.sweeps.grids import Point, Spec, check_keep, check_numbers, make_points
 from trpo_jax.sweeps.placement import agents_per_block, devices_for, fit_programs
-from trpo_jax.sweeps.plans import make_groups
+from trpo_jax.sweeps.plans import Group, make_groups
 from trpo_jax.training.checkpoints import from_host, to_host
 from trpo_jax.training.devices import check_devices
 from trpo_jax.training.state import Metrics, TrainState, check_key
@@ -67,25 +67,10 @@ def sweep(
     check_keep(keep)
     check_numbers({"num_seeds": num_seeds, "num_episodes": num_episodes})
     check_workers(num_workers)
-    for name, values in grid.items():
-        if not isinstance(name, str):
-            raise UsageError(f"the grid must name settings, got {shown(name)}.")
-        listed = as_plain(values)  # a number, for an array without axes
-        if isinstance(listed, str) or not hasattr(listed, "__len__") or not len(listed):
-            raise UsageError(f"{name} in the grid must be a list of values, got {shown(values)}.")
-    names = {field.name for field in dataclasses.fields(Config)}
-    given = {*grid, "num_iterations"} if TOTAL_STEPS in grid and "num_iterations" not in grid else grid
-    base = {name: getattr(config, name) for name in names if name not in given}
-    points = make_points(Spec(base=base, grid={name: list(values) for name, values in grid.items()}))
+    points = _points_of(config, grid)
     groups = make_groups(points, jax.random.split(key, num_seeds))
     chosen = None if devices is None else check_devices(devices)
-    longest = max(group.num_iterations for group in groups)
-    shape = len(points), num_seeds
-    metrics: dict[str, Any] = {name: np.full((*shape, longest), np.nan, np.float32) for name in METRICS}
-    final_return, failed_at = np.full(shape, np.nan, np.float32), np.zeros(shape, np.int32)
-    evaluations = max(group.configs[0].num_iterations // (group.configs[0].eval_every or 2**31) for group in groups)
-    eval_return = np.full((*shape, evaluations), np.nan, np.float32)
-    kept = Kept(keep, len(points))
+    results = _Results(len(points), num_seeds, groups, keep)
     useful = min(num_workers, max(group.num_agents for group in groups))
     with jax.default_prng_impl(generator), start_workers(useful) as workers:
         for group in groups:
@@ -96,16 +81,50 @@ def sweep(
                 last = first + programs.width
                 cohort = Cohort(programs, group.configs[first:last], group.keys[first:last])
                 cohort.train(group.num_iterations)
-                at = group.agents(first, first + cohort.size)
-                found = cohort.metrics
-                for name in METRICS:
-                    metrics[name][(*at, slice(group.num_iterations))] = found[name]
-                if cohort.eval_return is not None:
-                    eval_return[(*at, slice(cohort.eval_return.shape[1]))] = cohort.eval_return
-                final_return[at], failed_at[at] = cohort.evaluate(), failed_iteration(found)
-                kept.add(cohort, at[0], final_return[at] if num_episodes else training_return(found))
-    varied = [point.varied for point in points]
-    return SweepResult(varied, Metrics(**metrics), final_return, failed_at, eval_return, kept.states())
+                results.add(cohort, group.agents(first, first + cohort.size))
+    return results.as_sweep_result([point.varied for point in points])
+
+
+def _points_of(config: Config, grid: Mapping[str, Any]) -> list[Point]:
+    """Every combination of the values in a grid; raise `UsageError` for one that cannot be used."""
+    for name, values in grid.items():
+        if not isinstance(name, str):
+            raise UsageError(f"the grid must name settings, got {shown(name)}.")
+        listed = as_plain(values)  # a number, for an array without axes
+        if isinstance(listed, str) or not hasattr(listed, "__len__") or not len(listed):
+            raise UsageError(f"{name} in the grid must be a list of values, got {shown(values)}.")
+    names = {field.name for field in dataclasses.fields(Config)}
+    given = {*grid, "num_iterations"} if TOTAL_STEPS in grid and "num_iterations" not in grid else grid
+    base = {name: getattr(config, name) for name in names if name not in given}
+    return make_points(Spec(base=base, grid={name: list(values) for name, values in grid.items()}))
+
+
+class _Results:
+    """The results of a sweep's agents, [points, seeds, …], as they come in."""
+
+    def __init__(self, num_points: int, num_seeds: int, groups: Sequence[Group], keep: str):
+        shape = num_points, num_seeds
+        longest = max(group.num_iterations for group in groups)
+        evaluations = max(group.num_iterations // (group.configs[0].eval_every or 2**31) for group in groups)
+        self.metrics = {name: np.full((*shape, longest), np.nan, np.float32) for name in METRICS}
+        self.final_return, self.failed_at = np.full(shape, np.nan, np.float32), np.zeros(shape, np.int32)
+        self.eval_return = np.full((*shape, evaluations), np.nan, np.float32)
+        self.kept = Kept(keep, num_points)
+
+    def add(self, cohort: Cohort, at: tuple[np.ndarray, np.ndarray]) -> None:
+        """Evaluate the trained agents of a cohort, which are these points and seeds, and add what they gave."""
+        found = cohort.metrics
+        for name in METRICS:
+            self.metrics[name][(*at, slice(found[name].shape[1]))] = found[name]
+        if cohort.eval_return is not None:
+            self.eval_return[(*at, slice(cohort.eval_return.shape[1]))] = cohort.eval_return
+        self.final_return[at], self.failed_at[at] = cohort.evaluate(), failed_iteration(found)
+        self.kept.add(cohort, at[0], self.final_return[at] if cohort.programs.evaluate else training_return(found))
+
+    def as_sweep_result(self, points: list[dict[str, Any]]) -> SweepResult:
+        """All of them, with the settings of each point."""
+        metrics = Metrics(**cast(dict[str, Any], self.metrics))
+        return SweepResult(points, metrics, self.final_return, self.failed_at, self.eval_return, self.kept.states())
 
 
 class Kept:
