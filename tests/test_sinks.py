@@ -82,7 +82,7 @@ def test_flags_of_a_sink_that_is_not_asked_for_are_refused(tmp_path, capsys):
 
 
 def test_an_unknown_sink_and_a_folder_that_is_none_are_one_sentence(tmp_path):
-    with pytest.raises(UsageError, match=r"^there is no sink tensorbord; choose tensorboard or wandb\.$"):
+    with pytest.raises(UsageError, match=r"^there is no sink 'tensorbord'; choose tensorboard or wandb\.$"):
         open_sink("tensorbord", tmp_path, {})
     with pytest.raises(UsageError, match=r"^3 is not the path of a file or folder"):
         open_sink("wandb", 3, {})
