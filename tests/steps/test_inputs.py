@@ -127,11 +127,11 @@ def test_actions_that_would_be_broadcast_are_refused(policy, spoil):
         lambda *batch: estimate_candidate(policy, params, params, *batch, jax.random.key(1), resamples=9),
     )
     for step in steps:
-        step(observation, action, advantage)
+        jax.eval_shape(step, observation, action, advantage)
         with pytest.raises(
             ValueError, match=r"^actions of the policy have the shape \(64, 1\), but those of the batch"
         ):
-            step(observation, spoil(action), advantage)
+            jax.eval_shape(step, observation, spoil(action), advantage)
 
 
 def test_a_list_of_actions_is_an_array_of_them():
