@@ -44,8 +44,12 @@ def flattened(observation: Any) -> jax.Array:
     """Convert an observation to one float32 array: as it is, or its entries one after the other as one vector."""
     if not isinstance(observation, Mapping):
         return jnp.asarray(observation, jnp.float32)
-    leaves = [leaf for name in sorted(observation) for leaf in jax.tree.leaves(observation[name])]
-    return jnp.concatenate([jnp.ravel(leaf).astype(jnp.float32) for leaf in leaves])
+    return flat([observation[name] for name in sorted(observation)])
+
+
+def flat(observation: Any) -> jax.Array:
+    """Concatenate a nested observation to one vector, float32 [D]."""
+    return jnp.concatenate([jnp.ravel(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(observation)])
 
 
 def _shape(entry: Any) -> tuple[int, ...]:

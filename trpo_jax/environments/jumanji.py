@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.environments.base import Array, Discrete, Environment, MultiDiscrete, PyTree, Space, sizes_of
-from trpo_jax.environments.suites import assemble, check_name, flat, require
+from trpo_jax.environments.entries import flat
+from trpo_jax.environments.suites import assemble, check_name, require
 from trpo_jax.sentences import UsageError
 
 

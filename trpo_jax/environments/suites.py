@@ -150,11 +150,6 @@ def assemble(
     return environment if max_steps is None else limit_steps(environment, max_steps)
 
 
-def flat(observation: PyTree) -> Array:
-    """Concatenate a nested observation to one vector, float32 [D]."""
-    return jnp.concatenate([jnp.ravel(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(observation)])
-
-
 def one_hot_layers(grid: Array, sizes: tuple[int, ...]) -> Array:
     """Convert ids [height, width, K], layer k of `sizes[k]` kinds, to unit vectors [height, width, sum(sizes)].
 
