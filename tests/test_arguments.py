@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import pickle
 
 import jax
 import jax.numpy as jnp
@@ -347,5 +346,5 @@ def test_env_args_cannot_be_changed_and_survive_a_copy():
     ):
         with pytest.raises(TypeError, match=r"^env_args cannot be changed; give others with config\.replace"):
             change(config.env_args)
-    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
-        assert copied == config and copied.env_args.traced == ("gravity",)
+    copied = copy.deepcopy(config)
+    assert copied == config and copied.env_args.traced == ("gravity",)

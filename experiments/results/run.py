@@ -30,7 +30,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import trpo_jax
-from trpo_jax import Config, Preset, UsageError, interquartile_mean, load_preset, stratified_bootstrap
+from trpo_jax import Config, Preset, interquartile_mean, load_preset, stratified_bootstrap
 
 EPISODES = 32
 GYMNAX = "gymnax's README: PPO or evolution strategies of gymnax-blines, at other numbers of steps"
@@ -48,7 +48,7 @@ class Task:
       optimal: the best possible one.
       env_steps: env steps per agent.
       wrappers: of the environment.
-      note: what the name of the task says beside the environment.
+      note: the rest of the task's name, after the environment.
     """
 
     env: str
@@ -109,7 +109,13 @@ def suites() -> dict[str, Suite]:
             [
                 Task("MemoryChain-bsuite", optimal=1.0),
                 # Without its two velocities: what moves where must be remembered.
-                Task("CartPole-v1", None, 500.0, 200_000, "hide_entries=1,3", ", positions only"),
+                Task(
+                    "CartPole-v1",
+                    optimal=500.0,
+                    env_steps=200_000,
+                    wrappers="hide_entries=1,3",
+                    note=", positions only",
+                ),
             ],
         ),
         "gymnax": Suite(
@@ -338,12 +344,9 @@ def run_seeds(job: Job, seeds: Sequence[int]) -> list[Result]:
     if len(kept) == len(files):
         return kept
     folder = files[0].with_suffix("")
-    try:
-        run = trpo_jax.create_run(folder, job.config, seeds[0], len(seeds))
-    except UsageError:  # it was begun with other settings
-        shutil.rmtree(folder)
-        run = trpo_jax.create_run(folder, job.config, seeds[0], len(seeds))
-    seconds = train(run)
+    if (folder / "config.json").exists() and trpo_jax.open_run(folder).config != job.config:
+        shutil.rmtree(folder)  # it was begun with other settings
+    seconds = train(trpo_jax.create_run(folder, job.config, seeds[0], len(seeds)))
     rows = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
     curves = rows["episode_return"].reshape(-1, len(seeds)).T
     first, last = evaluate(job.config, seeds, trpo_jax.load_run(folder)[1])

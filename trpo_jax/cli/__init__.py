@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             flags = flags_of(parser, namespace.command)
             if unknown[0] in flags:
-                raise UsageError(f"{unknown[0]} stands after --, where only paths may; move it in front of that.")
+                raise UsageError(f"{unknown[0]} must stand after the command {namespace.command}, and before any --.")
             raise UsageError(f"unknown argument {unknown[0][:60]}{nearest(unknown[0], flags)}")
         check_arguments(namespace)
         with trusting(*getattr(namespace, "trust", ()), getattr(namespace, "env", None) or ""):

@@ -62,6 +62,13 @@ def _over_preset(namespace: argparse.Namespace, file: Mapping[str, Any]) -> Mapp
     return changed(load_preset(preset) if preset else preset_of(env), file, env)
 
 
+def check_flags_of_environment(namespace: argparse.Namespace, config: Config) -> None:
+    """Raise `UsageError` if a flag sets what has no effect in the environment."""
+    for name in IN_ENVIRONMENT:
+        if getattr(namespace, name) and (why := _why_idle(config, name)):
+            raise UsageError(f"{name} {why}; leave it out.")
+
+
 def tell_idle(names: Iterable[str], configs: Iterable[Config], source: str) -> None:
     """Print a note for each setting of a file that has no effect in any of the configurations."""
     configs = list(configs)

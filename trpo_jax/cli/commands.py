@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trpo_jax.cli.choices import config_of, settings_in_file, tell_idle
+from trpo_jax.cli.choices import check_flags_of_environment, config_of, settings_in_file, tell_idle
 from trpo_jax.cli.startup import start_quickly
 from trpo_jax.config import Config
 from trpo_jax.files import check_replaceable, file_of_kind, plain_json, write_atomically
@@ -206,6 +206,7 @@ def benchmark(namespace: argparse.Namespace) -> int:
         raise UsageError("benchmark measures training without evaluation; leave out eval_every.")
     for number in namespace.env_counts:
         config.replace(num_envs=number)  # one out of range is refused before anything is measured
+    check_flags_of_environment(namespace, config)
     tell_idle(settings, [config], namespace.config)
     console = make_console()
     tell = say if namespace.json else lambda text: console.print(text, soft_wrap=True)

@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
-from trpo_jax.cli.choices import config_of, opener_of, settings_in_file, tell_idle
+from trpo_jax.cli.choices import check_flags_of_environment, config_of, opener_of, settings_in_file, tell_idle
 from trpo_jax.cli.commands import run_of
 from trpo_jax.cli.startup import start_quickly, use_devices
 from trpo_jax.config import Config
@@ -28,14 +28,11 @@ def train(namespace: argparse.Namespace) -> int:
     use_devices(namespace.num_devices)
     from trpo_jax.environments.make import mark_traced
     from trpo_jax.runs.folders import create_run
-    from trpo_jax.training.agents import idle_in_environment
     from trpo_jax.training.devices import devices_of
 
     config = mark_traced(config)
     devices_of(namespace.num_devices, config.num_envs, namespace.num_seeds)  # refused before a folder is made
-    for name, why in idle_in_environment(config).items():
-        if getattr(namespace, name):
-            raise UsageError(f"{name} {why}; leave it out.")
+    check_flags_of_environment(namespace, config)
     tell_idle(file, [config], namespace.config)
     output = namespace.output or f"runs/{config.env}"
     start = _start_from(namespace, config) if namespace.init_from else None
