@@ -35,6 +35,7 @@ from trpo_jax import Config, Preset, interquartile_mean, load_preset, stratified
 EPISODES = 32
 GYMNAX = "gymnax's README: PPO or evolution strategies of gymnax-blines, at other numbers of steps"
 TIANSHOU = "Tianshou's MuJoCo benchmark: TRPO, mean of 10 seeds, of v3"
+CRAFTAX = "Craftax's README: PPO-RNN after 1M steps, 2.3 % of the largest return, 226"
 ZOO = "RL Zoo (sb3-contrib TRPO, settings tuned for each task, one run)"
 
 
@@ -176,8 +177,10 @@ def suites() -> dict[str, Suite]:
                 Task("xminigrid/MiniGrid-FourRooms"),
                 Task("xminigrid/MiniGrid-Unlock"),
                 Task("xminigrid/MiniGrid-UnlockPickUp"),
+                Task("craftax/Craftax-Symbolic-v1", 5.2),
             ],
-            packages=("navix", "xminigrid"),
+            CRAFTAX,
+            packages=("navix", "xminigrid", "craftax"),
         ),
         "brax": Suite(
             {"TRPO": "brax", "PPO": "brax-ppo"},
