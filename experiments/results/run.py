@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
@@ -320,7 +321,7 @@ def run_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Result]]
     cores = spawn.SimpleQueue()
     for worker in range(workers):
         cores.put(worker)
-    with ProcessPoolExecutor(workers, spawn, initializer=pin, initargs=(cores, workers)) as pool:
+    with ProcessPoolExecutor(workers, spawn, initializer=start_worker, initargs=(cores, workers)) as pool:
         started = [
             (job, [pool.submit(run_seeds, job, [seed]) for seed in range(suites()[job.suite].num_seeds)])
             for job in jobs
@@ -328,11 +329,23 @@ def run_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Result]]
         yield from ((job, [result for future in futures for result in future.result()]) for job, futures in started)
 
 
-def pin(cores: Any, workers: int) -> None:
-    """Keep each of several processes on a core of its own, where the system can: else their threads share all cores."""
+def start_worker(cores: Any, workers: int) -> None:
+    """Keep each of several processes on a core of its own, where the system can: else their threads share all cores.
+
+    A worker ends with the command, even if that was killed: it would train on beside the next one.
+    """
     if workers > 1 and sys.platform == "linux":
         available = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {available[cores.get() % len(available)]})
+    threading.Thread(target=end_with_command, daemon=True).start()
+
+
+def end_with_command() -> None:
+    """Wait until the process that started this one has ended, and end this one."""
+    command = multiprocessing.parent_process()
+    assert command is not None
+    command.join()
+    os._exit(1)
 
 
 def run_seeds(job: Job, seeds: Sequence[int]) -> list[Result]:
