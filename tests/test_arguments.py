@@ -202,6 +202,20 @@ def test_a_sweep_in_memory_checks_its_arguments(arguments, sentence):
         sweep(*arguments, jax.random.key(0))
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: sweep(CONFIG, {}, jax.random.key(x.astype(int))),
+        lambda x: sweep(CONFIG, {"max_kl": [x, 0.1]}, jax.random.key(0)),
+        lambda x: sweep(dataclasses.replace(CONFIG, max_kl=x), {}, jax.random.key(0)),
+    ],
+    ids=("key", "grid", "config"),
+)
+def test_a_sweep_inside_jit_is_refused(call):
+    with pytest.raises(UsageError, match=r"^sweep compiles and runs by itself, so it cannot be called inside jit"):
+        jax.jit(call)(0.1)
+
+
 def test_keys_and_devices_of_a_sweep_are_checked():
     own = define_prng_impl(
         key_shape=(2,), seed=lambda seed: jnp.zeros(2, jnp.uint32), split=None, random_bits=None, fold_in=None

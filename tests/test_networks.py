@@ -302,6 +302,7 @@ def test_no_gradient_of_a_large_batch_on_a_gpu_is_one_sum_over_it(samples, longe
 
 @pytest.mark.long
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("width", [5, 8])  # an odd and an even number of outputs in a row
 @pytest.mark.parametrize(
     "samples, kernel, strides",
     [
@@ -313,9 +314,9 @@ def test_no_gradient_of_a_large_batch_on_a_gpu_is_one_sum_over_it(samples, longe
         (3, (4, 7), (3, 2)),
     ],
 )
-def test_convolutions_by_patches_are_the_convolution(samples, kernel, strides, backend, monkeypatch):
+def test_convolutions_by_patches_are_the_convolution(samples, kernel, strides, width, backend, monkeypatch):
     monkeypatch.setattr("trpo_jax.backend.platform", lambda: backend)
-    shapes = (2, samples, 6, 5, 3), (2, *kernel, 3, 4)
+    shapes = (2, samples, 6, width, 3), (2, *kernel, 3, 4)
     grids, kernels = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
     numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": jax.lax.Precision.HIGHEST}
 
