@@ -18,7 +18,7 @@ from trpo_jax.runs.continuing import continue_run
 from trpo_jax.runs.descriptions import write_table
 from trpo_jax.runs.folders import create_run, newest_state, open_run
 from trpo_jax.runs.learning_curve import plot_learning_curve
-from trpo_jax.runs.metrics import METRICS, failures, read_metrics
+from trpo_jax.runs.metrics import METRICS, failures, read_metrics, stalled
 from trpo_jax.runs.runner import CAPACITY, Clock, advance
 
 SMALL = Config(num_envs=2, num_steps=8, cg_iterations=2)
@@ -116,11 +116,40 @@ def table(tmp_path):
     return write
 
 
+def columns_of(table, **columns):
+    return read_metrics(table(**columns).path)
+
+
 def test_seeds_that_met_what_is_not_finite_are_named_with_the_first_iteration(table):
     returns = np.ones((4, 2))
-    assert failures(table(episode_return=returns, finite=np.ones((4, 2))).path) == {}
-    assert failures(table(episode_return=returns, finite=[[1, 1], [1, 0], [1, 1], [1, 0]]).path) == {4: 2}
-    assert failures(table(episode_return=returns, finite=[[1, 1], [1, 0], [0, 0], [0, 1]]).path) == {3: 3, 4: 2}
+    assert failures(columns_of(table, episode_return=returns, finite=np.ones((4, 2)))) == {}
+    one = columns_of(table, episode_return=returns, finite=[[1, 1], [1, 0], [1, 1], [1, 0]])
+    assert failures(one) == {4: 2}
+    both = columns_of(table, episode_return=returns, finite=[[1, 1], [1, 0], [0, 0], [0, 1]])
+    assert failures(both) == {3: 3, 4: 2}
+
+
+def test_seeds_whose_updates_are_all_rejected_at_the_end_are_named(table):
+    def found(accepted):
+        return stalled(columns_of(table, episode_return=np.ones_like(accepted), accepted=accepted))
+
+    accepted = np.ones((14, 2))
+    assert found(accepted) == {}
+    accepted[2:12] = 0  # ten in a row, and then one is accepted
+    assert found(accepted) == {}
+    accepted[3, 0], accepted[4:, 0] = 1, 0
+    assert found(accepted) == {3: 4}
+    accepted[5:, 0] = np.nan  # it has reached the return at which it stops
+    assert found(accepted) == {}
+    assert found(np.zeros((14, 2))) == {3: 0, 4: 0}
+    assert found(np.zeros((9, 2))) == {}
+
+
+def test_a_run_whose_updates_are_all_rejected_says_so(tmp_path, capsys):
+    never = ["--constraint", "max-kl", "--line-search-steps", "1"]  # the full step is δ on average over the states
+    sizes = ["--num-envs", "4", "--num-steps", "32", "--num-iterations", "12"]
+    assert main(["train", "CartPole-v1", *never, *sizes, "--output", str(tmp_path / "run")]) == 0
+    assert "no update was accepted any more: seed 0 after iteration 0; raise cg_damping" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
     from trpo_jax.runs.descriptions import num_threads
     from trpo_jax.runs.evaluations import evaluate_best
     from trpo_jax.runs.learning_curve import plot_learning_curve
-    from trpo_jax.runs.metrics import failures
+    from trpo_jax.runs.metrics import failures, read_metrics, stalled
     from trpo_jax.runs.sinks import is_fed
     from trpo_jax.runs.workers import useful_workers
 
@@ -111,7 +111,8 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
             for _, close in opened:
                 close()
     plot = plot_learning_curve(run)
-    failed = failures(run.path)
+    metrics = read_metrics(run.path)
+    failed = failures(metrics)
     if last is not None:
         of = counted(config.num_iterations, "iteration")
         console.print(f"{last.iteration} of {of} done; trained for {last.clock.seconds:.1f} s.")
@@ -126,14 +127,22 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
         else:
             console.print("No episode has ended, so the learning curve is empty; more steps may show one.")
     if failed:
-        met = ", ".join(f"seed {seed} at iteration {iteration}" for seed, iteration in list(failed.items())[:8])
-        more = f", and {len(failed) - 8} more" if len(failed) > 8 else ""
-        say(f"numbers that were not finite: {met}{more}; such an update is rejected, and the policy stays unchanged.")
+        met = _seeds(failed, "at iteration")
+        say(f"numbers that were not finite: {met}; such an update is rejected, and the policy stays unchanged.")
+    elif config.update == "trpo" and (standing := stalled(metrics)):
+        since = _seeds(standing, "after iteration")
+        say(f"no update was accepted any more: {since}; raise cg_damping or fisher_fraction, or use larger batches.")
     if not complete:
         console.print(f"Stopped; {command('resume', run.path, env=config.env)} continues.", soft_wrap=True)
         return 130
     console.print(f"Next: {command('evaluate', run.path, env=config.env)}", soft_wrap=True)
     return 1 if failed else 0
+
+
+def _seeds(iterations: dict[int, int], at: str) -> str:
+    """The seeds with their iterations; of more than eight, the first eight and a number."""
+    named = ", ".join(f"seed {seed} {at} {iteration}" for seed, iteration in list(iterations.items())[:8])
+    return f"{named}, and {len(iterations) - 8} more" if len(iterations) > 8 else named
 
 
 def _why_nothing_is_left(run: Run) -> str:

@@ -19,6 +19,7 @@ from trpo_jax.training.state import Metrics
 METRICS = tuple(field.name for field in dataclasses.fields(Metrics))
 _NUMBERS = ("iteration", "env_steps", "seed")
 _COLUMNS = (*_NUMBERS, *METRICS)
+_LONG = 10  # updates in a row that are rejected only if something is wrong
 Row = tuple[int, int, int, dict[str, float]]
 """Iteration, environment steps of the agent, its seed, and its metrics (or the other columns of a table)."""
 
@@ -101,12 +102,22 @@ def read_metrics(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.array([float(row[name]) for row in rows]) for name in _COLUMNS}
 
 
-def failures(folder: Path) -> dict[int, int]:
+def failures(metrics: Mapping[str, np.ndarray]) -> dict[int, int]:
     """{seed: first iteration with a number that was not finite}, for the seeds that had one."""
-    metrics = read_metrics(folder)
     bad = np.flatnonzero(metrics["finite"] == 0)[::-1]  # so that the first one of each seed counts
     found = {int(metrics["seed"][i]): int(metrics["iteration"][i]) for i in bad}
     return dict(sorted(found.items()))
+
+
+def stalled(metrics: Mapping[str, np.ndarray]) -> dict[int, int]:
+    """{seed: last iteration with an accepted update, or 0}, for the seeds whose updates were then rejected for long."""
+    trained = ~np.isnan(metrics["accepted"])  # not so after the return at which an agent stops
+    accepted, iteration = metrics["accepted"][trained] > 0, metrics["iteration"][trained].astype(int)
+    seeds, agent = np.unique(metrics["seed"][trained].astype(int), return_inverse=True)
+    done, last = np.zeros((2, len(seeds)), int)
+    np.maximum.at(done, agent, iteration)
+    np.maximum.at(last, agent, np.where(accepted, iteration, 0))
+    return {int(seeds[i]): int(last[i]) for i in np.flatnonzero(done - last >= _LONG)}
 
 
 def last_mean(rows: np.ndarray) -> float:
