@@ -193,6 +193,7 @@ def test_what_a_sweep_lacks_is_named(swept, tmp_path):
         ((CONFIG, None), "sweep takes a Config and a grid"),
         ((CONFIG, [("max_kl", [0.1])]), "sweep takes a Config and a grid"),
         ((CONFIG, {3: [1]}), "the grid must name settings"),
+        ((CONFIG, {3: [1], "max_kl": [0.1]}), "the grid must name settings"),
         ((CONFIG, {"max_kl": np.float32(0.1)}), "must be a list of values"),
     ],
     ids=str,

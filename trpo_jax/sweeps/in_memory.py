@@ -60,7 +60,7 @@ def sweep(
     """
     if not isinstance(config, Config) or not isinstance(grid, Mapping):
         raise UsageError(f"sweep takes a Config and a grid {{setting: values}}, got {shown(config)}, {shown(grid)}.")
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((config, dict(grid), key))):
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((config, list(grid.values()), key))):
         raise UsageError("sweep compiles and runs by itself, so it cannot be called inside jit, vmap or scan.")
     check_key(key)
     generator = jax.random.key_impl(key)
