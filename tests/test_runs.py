@@ -131,7 +131,8 @@ def test_seeds_that_met_what_is_not_finite_are_named_with_the_first_iteration(ta
 
 def test_seeds_whose_updates_are_all_rejected_at_the_end_are_named(table):
     def found(accepted):
-        return stalled(columns_of(table, episode_return=np.ones_like(accepted), accepted=accepted))
+        finite = np.where(np.isnan(accepted), accepted, 1)
+        return stalled(columns_of(table, episode_return=np.ones_like(accepted), accepted=accepted, finite=finite))
 
     accepted = np.ones((14, 2))
     assert found(accepted) == {}
@@ -143,6 +144,8 @@ def test_seeds_whose_updates_are_all_rejected_at_the_end_are_named(table):
     assert found(accepted) == {}
     assert found(np.zeros((14, 2))) == {3: 0, 4: 0}
     assert found(np.zeros((9, 2))) == {}
+    nothing = np.zeros((14, 2))  # what is not finite is another fault
+    assert stalled(columns_of(table, episode_return=nothing, accepted=nothing, finite=nothing)) == {}
 
 
 def test_a_run_whose_updates_are_all_rejected_says_so(tmp_path, capsys):

@@ -14,6 +14,10 @@ from trpo_jax.sentences import UsageError, command, counted, say
 from trpo_jax.validation import validate, without_effect
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+
     from trpo_jax.runs.continuing import Progress
     from trpo_jax.runs.folders import Run
     from trpo_jax.training.state import TrainState
@@ -77,7 +81,7 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
     from trpo_jax.runs.descriptions import num_threads
     from trpo_jax.runs.evaluations import evaluate_best
     from trpo_jax.runs.learning_curve import plot_learning_curve
-    from trpo_jax.runs.metrics import failures, read_metrics, stalled
+    from trpo_jax.runs.metrics import read_metrics
     from trpo_jax.runs.sinks import is_fed
     from trpo_jax.runs.workers import useful_workers
 
@@ -111,8 +115,6 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
             for _, close in opened:
                 close()
     plot = plot_learning_curve(run)
-    metrics = read_metrics(run.path)
-    failed = failures(metrics)
     if last is not None:
         of = counted(config.num_iterations, "iteration")
         console.print(f"{last.iteration} of {of} done; trained for {last.clock.seconds:.1f} s.")
@@ -126,17 +128,25 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
             console.print("Returns are not finite, so the learning curve is empty: a reward of the environment is not.")
         else:
             console.print("No episode has ended, so the learning curve is empty; more steps may show one.")
-    if failed:
-        met = _seeds(failed, "at iteration")
-        say(f"numbers that were not finite: {met}; such an update is rejected, and the policy stays unchanged.")
-    elif config.update == "trpo" and (standing := stalled(metrics)):
-        since = _seeds(standing, "after iteration")
-        say(f"no update was accepted any more: {since}; raise cg_damping or fisher_fraction, or use larger batches.")
+    failed = _tell_faults(config, read_metrics(run.path))
     if not complete:
         console.print(f"Stopped; {command('resume', run.path, env=config.env)} continues.", soft_wrap=True)
         return 130
     console.print(f"Next: {command('evaluate', run.path, env=config.env)}", soft_wrap=True)
     return 1 if failed else 0
+
+
+def _tell_faults(config: Config, metrics: Mapping[str, np.ndarray]) -> bool:
+    """Tell whose numbers were not finite, and whose updates are all rejected; return whether any were not finite."""
+    from trpo_jax.runs.metrics import failures, stalled
+
+    if failed := failures(metrics):
+        met = _seeds(failed, "at iteration")
+        say(f"numbers that were not finite: {met}; such an update is rejected, and the policy stays unchanged.")
+    if config.update == "trpo" and (standing := stalled(metrics)):
+        since = _seeds(standing, "after iteration")
+        say(f"no update was accepted any more: {since}; raise cg_damping or fisher_fraction, or use larger batches.")
+    return bool(failed)
 
 
 def _seeds(iterations: dict[int, int], at: str) -> str:

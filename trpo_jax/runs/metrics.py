@@ -111,9 +111,10 @@ def failures(metrics: Mapping[str, np.ndarray]) -> dict[int, int]:
 
 def stalled(metrics: Mapping[str, np.ndarray]) -> dict[int, int]:
     """{seed: last iteration with an accepted update, or 0}, for the seeds whose updates were then rejected for long."""
-    trained = ~np.isnan(metrics["accepted"])  # not so after the return at which an agent stops
-    accepted, iteration = metrics["accepted"][trained] > 0, metrics["iteration"][trained].astype(int)
-    seeds, agent = np.unique(metrics["seed"][trained].astype(int), return_inverse=True)
+    # What is not finite is one of the `failures`. NaN are the rows after the return at which an agent stops.
+    judged = metrics["finite"] == 1
+    accepted, iteration = metrics["accepted"][judged] > 0, metrics["iteration"][judged].astype(int)
+    seeds, agent = np.unique(metrics["seed"][judged].astype(int), return_inverse=True)
     done, last = np.zeros((2, len(seeds)), int)
     np.maximum.at(done, agent, iteration)
     np.maximum.at(last, agent, np.where(accepted, iteration, 0))
