@@ -288,6 +288,10 @@ def test_only_a_state_that_fits_can_act(trained, tmp_path):
             act(config, many)
         with pytest.raises(UsageError, match="state must be a TrainState"):
             act(config, state.learner)
+        with pytest.raises(UsageError, match="config must be a Config"):
+            act(state, config)
+    with pytest.raises(UsageError, match="state must be a TrainState"):
+        shard_environments(3)
     jax.eval_shape(jax.vmap(lambda state: evaluate(config, state, jax.random.key(0))), many)
     jax.eval_shape(evaluate, config.replace(num_envs=8, value_hidden=(4,)), state, jax.random.key(0))
 
@@ -318,6 +322,12 @@ def test_what_is_no_path_is_one_sentence(path):
     ):
         with pytest.raises(UsageError, match="is not the path of a file or folder"):
             use()
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_checkpoint_is_not_saved_as_a_folder(path):
+    with pytest.raises(UsageError, match="is a folder; name a file in it"):
+        save(path, {"a": jnp.zeros(2)})
 
 
 @pytest.mark.parametrize("leaf", [3, 2.5, "text", object, np.array(["a"]), np.array([None])], ids=repr)

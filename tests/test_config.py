@@ -53,6 +53,13 @@ def test_floats_are_leaves_and_the_rest_is_static():
     assert [name for name, field in FIELDS.items() if not field.metadata["static"]] == TRACED
 
 
+def test_truth_values_of_numpy_are_truth_values():
+    config = Config(baseline=np.bool_(False), normalize_rewards=np.True_)
+    assert config == Config(baseline=False, normalize_rewards=True)
+    with pytest.raises(UsageError, match="baseline must be True or False"):
+        Config(baseline=np.array([True]))
+
+
 @pytest.mark.parametrize(
     "value",
     [1, 1.0, np.float32(1), np.float64(1), np.int64(1), np.array(1.0), jnp.asarray(1.0), jnp.int32(1)],

@@ -120,6 +120,15 @@ def test_rows_and_best_policies_that_are_missing_are_said_and_made_anew(run, tmp
     assert [best.chosen_by for best in evaluate_best(again)] == means_of(run)[-2:]
 
 
+def test_a_finished_run_without_its_best_policies_is_finished(run, tmp_path, capsys):
+    shutil.copytree(run.path, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "best.npz").unlink()
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr()
+    assert "there is no checkpoint" in said.err and "Best by evaluation" not in said.out
+    assert "All iterations are done already." in said.out and "Next: " in said.out
+
+
 def test_the_best_is_the_state_that_was_evaluated_and_is_evaluated_anew(run):
     table = np.array(means_of(run)).reshape(2, 2)  # evaluations, seeds
     best, found = best_states(run), evaluate_best(run)

@@ -204,12 +204,17 @@ def check_value(field: Any, label: str, value: Any) -> None:
         parse_ranges(value, label)
     elif meta["kind"] == "str" and not (isinstance(value, str) and value.strip()):
         raise UsageError(f"{label} must be text, got {shown(value)}.")
-    elif meta["kind"] == "bool" and not isinstance(value, bool):
+    elif meta["kind"] == "bool" and not _is_bool(value):
         raise UsageError(f"{label} must be True or False, got {shown(value)}.")
     elif field.name == "env_args":
         make_env_args(value, None)
     elif field.name in ("policy", "value") and value is not None and not hasattr(value, "initial_carry"):
         raise UsageError(f"{label} must be None or a trpo_jax.Network(init, apply), got {shown(value)}.")
+
+
+def _is_bool(value: Any) -> bool:
+    """Whether this is True or False, of Python or of NumPy, which need not be imported."""
+    return isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"))
 
 
 def _check_widths(field: Any, label: str, value: Any) -> None:

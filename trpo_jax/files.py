@@ -119,6 +119,8 @@ def write_atomically(
     data = content.encode() if isinstance(content, str) else content
     write = data if callable(data) else lambda sink: sink.write(data)
     file = file.resolve() if file.is_symlink() else file
+    if not file.name:
+        raise UsageError(f"{shown(str(file))} is a folder; name a file in it.")
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     with _writing(file, mend):
         if file.exists() and not (file.is_file() or file.is_dir()):

@@ -127,6 +127,16 @@ def test_own_parameters_are_passed_on():
     other = make_environment(Parametrized(), params=SimpleNamespace(scale=-1.0))
     assert float(other.step(jax.random.key(0), state, jnp.int32(0)).reward) == -1
     assert other.max_steps is None
+    assert make_environment(Parametrized(), params={"scale": 1.0, "max_steps_in_episode": 4.0}).max_steps == 4
+
+
+def test_a_dict_of_parameters_has_a_time_limit_too():
+    environment = Parametrized()
+    environment.default_params = {"scale": 3.0, "max_steps_in_episode": 7}
+    environment.step = lambda key, state, action, params: Parametrized().step(
+        key, state, action, SimpleNamespace(**params)
+    )
+    assert make_environment(environment).max_steps == 7
 
 
 def test_an_environment_passes_through_and_is_hashable_and_copyable():

@@ -135,6 +135,10 @@ WRONG = {
         {"max_steps_in_episode": 2.5},
         r"^parameter max_steps_in_episode of CartPole-v1 must be like 500, got 2\.5",
     ),
+    "no step": (
+        {"max_steps_in_episode": -1},
+        r"^max_steps_in_episode of CartPole-v1 must be a whole number from 1 to 2,147,483,647, got -1\.$",
+    ),
     "truth": ({"gravity": True}, r"^parameter gravity of CartPole-v1 must be like 9\.8, got True\.$"),
     "word": ({"gravity": "high"}, r"^parameter gravity of CartPole-v1 must be like 9\.8, got 'high'\.$"),
     "nan": ({"gravity": float("nan")}, r"^env\.gravity must lie in \[-3e38, 3e38\], got nan\.$"),

@@ -134,6 +134,32 @@ def test_actions_that_would_be_broadcast_are_refused(policy, spoil):
             jax.eval_shape(step, observation, spoil(action), advantage)
 
 
+@pytest.mark.parametrize("spoil", [lambda b: b[0], lambda b: b[:, :1], lambda b: b[0, :1], lambda b: b[0, 0]])
+def test_behaviour_log_probabilities_that_would_be_broadcast_are_refused(spoil):
+    params, *batch = problem()
+    observation, action, advantage = (leaf.reshape(8, 8, *leaf.shape[1:]) for leaf in batch)
+    behaviour = categorical(params, observation).log_prob(action)
+    for step in (
+        lambda batch: trpo_update(categorical, params, batch),
+        lambda batch: first_order_update(categorical, params, (), batch, optimizer=optax.identity()),
+    ):
+        jax.eval_shape(step, Batch(observation, action, advantage, behaviour_log_prob=behaviour))
+        with pytest.raises((AssertionError, ValueError), match="shape"):
+            jax.eval_shape(step, Batch(observation, action, advantage, behaviour_log_prob=spoil(behaviour)))
+
+
+@pytest.mark.parametrize("spoil", [lambda s: s["w"], lambda s: s | {"w": s["w"].reshape(-1)}, lambda s: {}])
+def test_a_last_step_that_is_not_like_the_parameters_is_refused(spoil):
+    params, *batch = problem()
+    for step in (
+        lambda last: trpo_update(categorical, params, *batch, last_step=last),
+        lambda last: first_order_update(categorical, params, (), *batch, optimizer=optax.identity(), last_step=last),
+    ):
+        jax.eval_shape(step, params)
+        with pytest.raises(ValueError, match=r"^last_step must be a pytree like params: the same structure, with arra"):
+            jax.eval_shape(step, spoil(params))
+
+
 def test_a_list_of_actions_is_an_array_of_them():
     params, observation, action, advantage = problem()
     expected = trpo_update(categorical, params, observation, action, advantage)

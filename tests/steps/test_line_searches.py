@@ -33,6 +33,13 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("search", [*SEARCHES, full_step])
+@pytest.mark.parametrize("step", [PARAMS["a"], {"a": STEP["a"]}, {"a": jnp.ones((5, 2)), "b": STEP["b"]}, 1.0])
+def test_a_step_that_would_be_broadcast_is_refused(search, step):
+    with pytest.raises(ValueError, match=r"^step must be a pytree like params: the same structure, with arrays of the"):
+        search(lambda c: (jnp.float32(1), jnp.float32(0)), PARAMS, step, max_kl=1.0)
+
+
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("case", CASES)
 def test_accepts_the_first_that_passes(search, case):

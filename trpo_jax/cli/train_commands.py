@@ -79,7 +79,7 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
     from trpo_jax.cli.displays import LiveLine, make_console, print_best, run_status
     from trpo_jax.runs.continuing import continue_run
     from trpo_jax.runs.descriptions import num_threads
-    from trpo_jax.runs.evaluations import evaluate_best
+    from trpo_jax.runs.evaluations import best_file, evaluate_best
     from trpo_jax.runs.learning_curve import plot_learning_curve
     from trpo_jax.runs.metrics import read_metrics
     from trpo_jax.runs.sinks import is_fed
@@ -121,7 +121,7 @@ def _continue(run: Run, namespace: argparse.Namespace) -> int:
     elif complete:
         console.print(_why_nothing_is_left(run))
     console.print(f"Learning curve: {plot}", soft_wrap=True)
-    if config.eval_every and complete:
+    if config.eval_every and complete and best_file(run).exists():
         print_best(console, evaluate_best(run), config.eval_episodes)
     if last is not None and math.isnan(last.metrics["episode_return"]):
         if last.metrics["num_episodes"]:

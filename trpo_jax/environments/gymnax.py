@@ -24,7 +24,9 @@ from trpo_jax.environments.checks import one_sentence
 from trpo_jax.environments.entries import MASK, with_mask
 from trpo_jax.environments.spaces import action_space, observer
 from trpo_jax.environments.suites import assemble
-from trpo_jax.sentences import UsageError, first_line, nearest
+from trpo_jax.sentences import UsageError, check_number, first_line, nearest
+
+_LIMIT = "max_steps_in_episode"  # gymnax's name for the time limit among an environment's parameters
 
 
 @functools.cache
@@ -111,8 +113,10 @@ def from_object(env: Any, params: Any, name: str, max_steps: int | None) -> Envi
         space, to_env = action_space(env.action_space(*extra), name)
     with one_sentence(f"observation_space of {name}"):
         observe = _masked(env, extra, observer(_declared_observations(env, extra), name))
-    limit: Any = getattr(params, "max_steps_in_episode", None)
+    limit: Any = None if params is None else _fields(params).get(_LIMIT, getattr(params, _LIMIT, None))
     limit = int(limit) if _is_known(limit) else None
+    if limit is not None:
+        check_number(f"{_LIMIT} of {name}", limit, whole=True, interval="[1, 2147483647]")
     functions = _raw_functions if _inherits_gymnax_step(env) else _public_functions
     reset, step, restart = functions(env, extra, observe, to_env, name)
 

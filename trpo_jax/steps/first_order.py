@@ -81,6 +81,8 @@ def first_order_update(
     Source: Williams 1992 (REINFORCE); Schulman et al. 2017 (PPO).
     """
     trees.check_parameters(params)
+    if last_step is not None:
+        trees.check_like(last_step, params, "last_step")
     batch = Batch.of(*parts)
     gradient, old_distribution = surrogate_gradient(
         policy_apply, params, batch, entropy_coefficient=entropy_coefficient

@@ -69,11 +69,11 @@ def backtracking_line_search(
       The new parameters and a `LineSearchInfo`.
 
     Raises:
-      ValueError: if `max_steps` is not a whole number ≥ 1.
+      ValueError: if `max_steps` is not a whole number ≥ 1, or `step` is not like `params`.
 
     Source: Schulman et al. 2015, Appendix C.
     """
-    fractions = _fractions(step, shrink, max_steps)
+    fractions = _fractions(params, step, shrink, max_steps)
 
     def keep_searching(carry: tuple[Any, ...]) -> Array:
         j, passed, _ = carry
@@ -100,7 +100,7 @@ def parallel_line_search(
     max_steps: int = defaults.LINE_SEARCH_STEPS,
 ) -> tuple[PyTree, LineSearchInfo]:
     """Like `backtracking_line_search`, with all candidates evaluated in one batched pass; the result is the same."""
-    fractions = _fractions(step, shrink, max_steps)
+    fractions = _fractions(params, step, shrink, max_steps)
     candidates = jax.vmap(lambda fraction: trees.add_scaled(params, fraction, step))(fractions)
     evaluations = jax.vmap(evaluate)(candidates)
     passed = jax.vmap(lambda c, e: _passes(c, e, max_kl))(candidates, evaluations)
@@ -127,15 +127,17 @@ def full_step(
     Source: Kakade 2001.
     """
     del max_kl, shrink, max_steps
+    trees.check_like(step, params, "step")
     candidate = trees.add_scaled(params, jnp.ones(()), step)
     evaluation = evaluate(candidate)
     accepted = trees.all_finite((candidate, evaluation[:2]))
     return _conclude(params, step, jnp.ones(1), jnp.int32(0), accepted, evaluation)
 
 
-def _fractions(step: PyTree, shrink: Scalar, max_steps: int) -> Array:
+def _fractions(params: PyTree, step: PyTree, shrink: Scalar, max_steps: int) -> Array:
     """(1, α, α², …), [max_steps]. One formula for both searches, so that they try the same candidates."""
     check_count("max_steps of a line search", max_steps)
+    trees.check_like(step, params, "step")
     dtype = jnp.result_type(*map(as_float, jax.tree.leaves(step)))
     return jnp.asarray(shrink, dtype) ** jnp.arange(max_steps, dtype=dtype)
 

@@ -139,7 +139,8 @@ def surrogate_gradient(
     def cotangent(old_distribution: Any, advantage: Array, action: Array, *behaviour: Array) -> Any:
         check_action(old_distribution, action)
         log_prob = trees.widened(old_distribution).log_prob(action)
-        chex.assert_equal_shape([log_prob, advantage], custom_message="log_prob(action) and advantage differ in shape")
+        names = "log_prob(action), advantage and behaviour_log_prob" if behaviour else "log_prob(action) and advantage"
+        chex.assert_equal_shape([log_prob, advantage, *behaviour], custom_message=f"{names} differ in shape")
         if behaviour:
             advantage = _reweighted(advantage, log_prob, *behaviour)
 

@@ -26,6 +26,16 @@ def check_parameters(params: PyTree, name: str = "params") -> None:
         raise ValueError(f"{name} has no array in it, so there is nothing to train.")
 
 
+def check_like(tree: PyTree, params: PyTree, name: str) -> None:
+    """Raise `ValueError`, with one sentence, unless the tree has the structure and the shapes of the parameters."""
+
+    def form(tree: PyTree) -> tuple[Any, ...]:
+        return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+    if form(tree) != form(params):
+        raise ValueError(f"{name} must be a pytree like params: the same structure, with arrays of the same shapes.")
+
+
 def _is_running_average(leaf: Any) -> bool:
     """Whether this is a running average of a normalisation layer in flax.nnx."""
     return type(leaf).__name__ == "BatchStat"

@@ -174,6 +174,8 @@ def trpo_update(
     if not isinstance(solver, Solver):
         raise ValueError(f"solver must be a Solver(damping, iterations, tolerance), got {solver!r}")
     trees.check_parameters(params)
+    if last_step is not None:
+        trees.check_like(last_step, params, "last_step")
     batch = Batch.of(*parts)
     gradient, old_distribution = surrogate_gradient(
         policy_apply, params, batch, entropy_coefficient=entropy_coefficient

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trpo_jax.sentences import UsageError, check_limits, counted, shown
 from trpo_jax.steps.types import PyTree
+from trpo_jax.training.fit_checks import check_is_state
 from trpo_jax.training.state import TrainState
 
 
@@ -26,8 +27,9 @@ def shard_environments(state: TrainState, devices: Sequence[Any] | None = None) 
       devices: the devices; by default all.
 
     Raises:
-      UsageError: if the number of devices does not divide N.
+      UsageError: if this is no state, or the number of devices does not divide N.
     """
+    check_is_state(state, "state")
     devices = jax.devices() if devices is None else check_devices(devices)
     check_environments(state.actor.observation.shape[0], len(devices))
     return jax.device_put(state, shardings_of(state, devices, axis=0))

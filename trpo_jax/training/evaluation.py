@@ -18,6 +18,7 @@ from trpo_jax.training.fit_checks import check_acts
 from trpo_jax.training.recurrence import initial_carries
 from trpo_jax.training.resets import reset_environments
 from trpo_jax.training.state import TrainState, check_key
+from trpo_jax.validation import validate
 
 _IN_TRAINING = 2**32 - 3  # folded into the run's key for evaluations during training; no iteration has this number
 _ANEW = 2**32 - 4  # for a second evaluation of a state that was selected by the first
@@ -68,6 +69,7 @@ def evaluate(
     Raises:
       UsageError: if a number or the key cannot be used, or the state does not fit the settings.
     """
+    validate(config)
     deterministic = not config.eval_stochastic if deterministic is None else deterministic
     agent = make_agent(config if randomize else config.replace(randomize=NONE))
     check_key(key)
