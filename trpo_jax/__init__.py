@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from trpo_jax.steps.line_searches import full_step as full_step
     from trpo_jax.steps.line_searches import parallel_line_search as parallel_line_search
     from trpo_jax.steps.objectives import clipped_objective as clipped_objective
+    from trpo_jax.steps.objectives import log_barrier as log_barrier
     from trpo_jax.steps.objectives import maximum_kl as maximum_kl
     from trpo_jax.steps.objectives import mean_kl as mean_kl
     from trpo_jax.steps.objectives import penalized_objective as penalized_objective
@@ -144,6 +145,7 @@ _HOME = {
     "load_run": "runs.folders",
     "load_agent": "sweeps.agents",
     "load_preset": "presets",
+    "log_barrier": "steps.objectives",
     "make_environment": "environments.make",
     "make_policy": "networks.default",
     "make_value": "networks.default",

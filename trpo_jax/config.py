@@ -97,10 +97,15 @@ class Config:
     reuse: int = static(
         1, "batches per update: the newest one and the reuse − 1 before it", used=fields.TRPO, high=1_000
     )
+    bonus: fields.Bonus = one_of(
+        fields.Bonus,
+        "what entropy_coefficient weighs: the entropy, whose slope vanishes where an action has become improbable, or "
+        "for discrete actions the log barrier, −KL(uniform ‖ π), whose slope does not",
+    )
     entropy_coefficient: Scalar = traced(
         0.0,
-        "weight of the policy's mean entropy in the objective; a default Gaussian's bonus grows up to log σ = 2, in "
-        "units of half the action range",
+        "weight of the policy's mean entropy, or of another bonus, in the objective; a default Gaussian's bonus grows "
+        "up to log σ = 2, in units of half the action range",
         interval="[0, 1e6]",
     )
     natural_gradient_steps: int = static(

@@ -15,6 +15,7 @@ from trpo_jax.sentences import UsageError, check_number, shown
 UpdateName = Literal["trpo", "policy-gradient", "ppo", "kl-penalty"]
 ValueFitName = Literal["gauss-newton", "adam"]
 Constraint = Literal["mean-kl", "max-kl", "reverse-kl"]
+Bonus = Literal["entropy", "log-barrier"]
 RadiusRule = Literal["fixed", "ratio", "divergence"]
 LineSearch = Literal["auto", "backtracking", "parallel", "none"]
 PolicyOptimizer = Literal["adam", "sgd"]

@@ -14,6 +14,7 @@ from trpo_jax import (
     Solver,
     full_step,
     gae,
+    log_barrier,
     maximum_kl,
     mean_kl,
     natural_gradient,
@@ -156,23 +157,24 @@ def test_without_a_line_search_it_is_the_natural_gradient_step(x64):
     assert all((poisoned[name] == params[name]).all() for name in params)
 
 
-def test_an_entropy_bonus_changes_the_gradient_and_the_gain(x64):
+@pytest.mark.parametrize("options", [{}, {"bonus": log_barrier}], ids=["entropy", "log barrier"])
+def test_a_bonus_changes_the_gradient_and_the_gain(x64, options):
     params, observation, action, advantage = make_problem()
-    update = update_of(categorical)
+    update, bonus = update_of(categorical, **options), options.get("bonus", Categorical.entropy)
     new, info = update(params, observation, action, advantage, entropy_coefficient=0.7)
     old_log_prob = categorical(params, observation).log_prob(action)
 
     @compiled_gradient
     def evaluate(p):
         distribution = categorical(p, observation)
-        entropy = distribution.entropy().mean()
-        return jnp.mean(jnp.exp(distribution.log_prob(action) - old_log_prob) * advantage) + 0.7 * entropy, entropy
+        mean = bonus(distribution).mean()
+        return jnp.mean(jnp.exp(distribution.log_prob(action) - old_log_prob) * advantage) + 0.7 * mean, mean
 
-    (old_value, old_entropy), gradient = evaluate(params)
+    (old_value, old_bonus), gradient = evaluate(params)
     np.testing.assert_allclose(info.surrogate_gain, evaluate(new)[0][0] - old_value, rtol=1e-9)
     np.testing.assert_allclose(info.gradient_norm, norm(gradient), rtol=1e-10)
     new, info = update(params, observation, action, jnp.zeros_like(advantage), entropy_coefficient=1.0)
-    assert info.accepted and evaluate(new)[0][1] > old_entropy
+    assert info.accepted and evaluate(new)[0][1] > old_bonus
 
 
 # --- Samples of other policies -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from trpo_jax.steps.bounded import Beta, TanhGaussian
 from trpo_jax.steps.distributions import Categorical, DiagonalGaussian, MultiCategorical
+from trpo_jax.steps.objectives import log_barrier
 
 BATCH = 4
 KINDS = ("categorical", "gaussian", "shared_log_std", "multi_categorical", "tanh", "beta")
@@ -46,6 +47,27 @@ def draw(distribution, num_samples: int, seed: int = 0):
 
 
 # Against scipy
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_log_barrier_is_minus_the_kl_from_the_uniform_policy_to_this_one():
+    d, uniform = make("categorical", 0), Categorical(jnp.zeros(5))
+    np.testing.assert_allclose(log_barrier(d), -uniform.kl(d), rtol=1e-12)
+    assert log_barrier(uniform) == pytest.approx(0, abs=1e-15)
+    slope = jax.grad(lambda logits: log_barrier(Categorical(logits)).sum())(d.logits)
+    np.testing.assert_allclose(slope, 1 / 5 - softmax(d.logits), rtol=1e-9)
+    several = make("multi_categorical", 0)
+    np.testing.assert_allclose(log_barrier(several), sum(log_barrier(c) for c in several.components), rtol=1e-12)
+    with pytest.raises(ValueError, match="needs a choice among actions, not a DiagonalGaussian"):
+        log_barrier(make("gaussian", 0))
+
+
+@pytest.mark.parametrize("forbidden", [-jnp.inf, -1e9])
+def test_the_log_barrier_leaves_forbidden_actions_out(forbidden):
+    free, masked = jnp.array([0.5, -2.0]), jnp.array([0.5, forbidden, -2.0])
+    assert log_barrier(Categorical(masked)) == log_barrier(Categorical(free)) < 0
+    slope = jax.grad(lambda logits: log_barrier(Categorical(logits)))(masked)
+    np.testing.assert_allclose(slope, [0.5 - softmax(free)[0], 0, 0.5 - softmax(free)[1]], atol=1e-6)
 
 
 @pytest.mark.usefixtures("x64")

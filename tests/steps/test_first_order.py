@@ -7,7 +7,7 @@ import optax
 import pytest
 from scipy.optimize import brentq
 
-from trpo_jax import Batch, Categorical, DiagonalGaussian
+from trpo_jax import Batch, Categorical, DiagonalGaussian, log_barrier
 from trpo_jax.steps.first_order import first_order_update
 from trpo_jax.steps.objectives import clipped_objective, penalized_objective, surrogate_objective
 
@@ -102,13 +102,13 @@ def test_the_bandit_step_is_the_one_by_hand(x64):
     np.testing.assert_allclose(new - logits, [0.05, -0.27, 0.22], atol=1e-12)
 
 
-def test_an_entropy_bonus_adds_its_gradient(x64):
+@pytest.mark.parametrize("options", [{}, {"bonus": log_barrier}], ids=["entropy", "log barrier"])
+def test_a_bonus_adds_its_gradient(x64, options):
     params, observation, action, _ = make_problem()
-    optimizer = optax.sgd(1.0)
-    new, _, info = update(
-        categorical, params, observation, action, jnp.zeros(24), optimizer=optimizer, entropy_coefficient=0.01
-    )
-    gradient = jax.jit(jax.grad(lambda p: 0.01 * jnp.mean(categorical(p, observation).entropy())))(params)
+    optimizer, bonus = optax.sgd(1.0), options.get("bonus", Categorical.entropy)
+    options = options | {"optimizer": optimizer, "entropy_coefficient": 0.01}
+    new, _, info = update(categorical, params, observation, action, jnp.zeros(24), **options)
+    gradient = jax.jit(jax.grad(lambda p: 0.01 * jnp.mean(bonus(categorical(p, observation)))))(params)
     np.testing.assert_allclose(new["out"] - params["out"], gradient["out"], rtol=1e-8)
     assert jnp.mean(categorical(new, observation).entropy()) > info.entropy
     assert info.surrogate_gain > 0

@@ -215,6 +215,7 @@ CHOICES = {
     "constraint": ("max-kl", {}),
     "radius_rule": ("ratio", {}),
     "reuse": (2, {}),
+    "bonus": ("log-barrier", {**DEFAULT_NETWORKS, "env": "CartPole-v1", "entropy_coefficient": 0.01}),
     "natural_gradient_steps": (2, {}),
     "cg_iterations": (4, {}),
     "fisher_fraction": (0.5, {"update": "policy-gradient"}),  # that of the value fit

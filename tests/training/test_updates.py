@@ -37,6 +37,7 @@ OPTIONS = {
     "REINFORCE": {"update": "policy-gradient", "baseline": False, "gae_lambda": 1.0},
     "PPO": {"update": "ppo", "policy_epochs": 2, "policy_minibatches": 2},
     "penalty": {"update": "kl-penalty", "policy_epochs": 2, "policy_minibatches": 2},
+    "log barrier": {"bonus": "log-barrier", "entropy_coefficient": 0.01, "radius_rule": "ratio"},
     "reuse": {"reuse": 3},
     "several steps": {"natural_gradient_steps": 3, "clip_ratio": 0.1, "entropy_coefficient": 0.01},
     "several steps on reused samples": {"natural_gradient_steps": 2, "reuse": 2},
@@ -166,6 +167,24 @@ def test_the_realised_gain_of_an_entropy_bonus_is_the_predicted_one():
     assert metrics.accepted.all() and (metrics.surrogate_gain > 0).all()
     np.testing.assert_allclose(metrics.gain_ratio[1:], 1, atol=0.1)
     np.testing.assert_allclose(metrics.radius, 1e-4 * 2.0 ** np.arange(5), rtol=1e-5)
+
+
+def test_a_log_barrier_needs_discrete_actions():
+    barrier = {"bonus": "log-barrier", "entropy_coefficient": 0.01}
+    with pytest.raises(UsageError, match=r"^bonus=log-barrier needs discrete actions, but Pendulum-v1 has .*"):
+        make_agent(Config(env="Pendulum-v1", **barrier))
+
+    class Own:
+        """A distribution of the user's, which has no such method."""
+
+        def __getattr__(self, name):
+            if name == "log_barrier":
+                raise AttributeError(name)
+            return lambda *_: jnp.zeros(3)
+
+    own = Network(lambda key, observation: {"w": jnp.zeros(1)}, lambda params, observation: Own())
+    with pytest.raises(UsageError, match=r"^policy must return a distribution .*, which has no log_barrier\(\)"):
+        jax.eval_shape(lambda key: init(small_config(policy=own, **barrier), key), jax.random.key(0))
 
 
 @dataclasses.dataclass

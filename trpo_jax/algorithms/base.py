@@ -25,6 +25,7 @@ from trpo_jax.config import Config
 from trpo_jax.fields import ALGORITHMS, VALUE_FITS
 from trpo_jax.sentences import UsageError, shown
 from trpo_jax.steps.curvature import curvature_sample
+from trpo_jax.steps.objectives import Bonus, entropy_bonus, log_barrier
 from trpo_jax.steps.policy_updates import Batch, UpdateInfo
 from trpo_jax.steps.statistics import RunningStatistics
 from trpo_jax.steps.types import Array, PolicyApply, PyTree
@@ -133,6 +134,11 @@ def _made(kind: type, name: str, config: Config, modules: dict[str, str]) -> Any
     if not isinstance(made, kind):
         raise UsageError(f"the function {name} must return an object of {kind.__name__}, got {shown(made)}.")
     return made
+
+
+def bonus_of(config: Config) -> Bonus:
+    """What `entropy_coefficient` weighs."""
+    return {"entropy": entropy_bonus, "log-barrier": log_barrier}[config.bonus]
 
 
 def annealed(value: Any, share: Any, config: Config, iteration: Array) -> Array:

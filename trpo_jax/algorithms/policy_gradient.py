@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trpo_jax.algorithms.base import Algorithm, Experience, policy_optimizer
+from trpo_jax.algorithms.base import Algorithm, Experience, bonus_of, policy_optimizer
 from trpo_jax.config import Config
 from trpo_jax.steps.first_order import first_order_update
 from trpo_jax.steps.policy_updates import UpdateInfo
@@ -22,6 +22,7 @@ def make(config: Config) -> Algorithm:
             experience.batch,
             optimizer=policy_optimizer(config, experience.iteration),
             entropy_coefficient=config.entropy_coefficient,
+            bonus=bonus_of(config),
             last_step=experience.last_step,
         )
 

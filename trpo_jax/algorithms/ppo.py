@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trpo_jax.algorithms.base import Algorithm, Experience, policy_optimizer
+from trpo_jax.algorithms.base import Algorithm, Experience, bonus_of, policy_optimizer
 from trpo_jax.config import Config
 from trpo_jax.steps.first_order import first_order_update
 from trpo_jax.steps.objectives import Objective, clipped_objective
@@ -41,6 +41,7 @@ def take_epochs(
         epochs=config.policy_epochs,
         minibatches=config.policy_minibatches,
         entropy_coefficient=config.entropy_coefficient,
+        bonus=bonus_of(config),
         key=key,
         max_grad_norm=config.max_grad_norm,
         last_step=experience.last_step,

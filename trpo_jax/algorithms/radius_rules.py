@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.algorithms.base import Experience
+from trpo_jax.algorithms.base import Experience, bonus_of
 from trpo_jax.config import Config
-from trpo_jax.steps.objectives import entropy_bonus
 from trpo_jax.steps.policy_updates import UpdateInfo
 from trpo_jax.steps.radii import adapt_radius_by_divergence, adapt_radius_by_ratio
 from trpo_jax.steps.statistics import RunningStatistics
@@ -109,7 +108,8 @@ def _measure(
     policy = policy_apply(params, observation)
     last_policy = experience.apply_under(last.statistics)(last.policy_params, observation)
     backward = -jnp.expm1(last_policy.log_prob(action) - policy.log_prob(action)) * advantage
-    backward += last.entropy_weight * (entropy_bonus(policy) - entropy_bonus(last_policy))
+    bonus = bonus_of(config)
+    backward += last.entropy_weight * (bonus(policy) - bonus(last_policy))
     measured = last.gain > 0
     gain = jnp.where(measured, last.gain, 1)
     ratio = 0.5 * (1 + jnp.mean(backward) / gain)

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from trpo_jax.algorithms.base import Algorithm, Experience, annealed
+from trpo_jax.algorithms.base import Algorithm, Experience, annealed, bonus_of
 from trpo_jax.algorithms.radius_rules import RADIUS_RULES
 from trpo_jax.config import Config
 from trpo_jax.steps.line_searches import backtracking_line_search, full_step, parallel_line_search
@@ -42,6 +42,7 @@ def make(config: Config) -> Algorithm:
             solver=Solver(config.cg_damping, config.cg_iterations, config.cg_tolerance),
             line_search=line_search_of(config),
             entropy_coefficient=config.entropy_coefficient,
+            bonus=bonus_of(config),
             num_steps=config.natural_gradient_steps,
             clip_ratio=config.clip_ratio,
             last_step=experience.last_step if config.reuse == 1 else None,
@@ -49,8 +50,13 @@ def make(config: Config) -> Algorithm:
         state = rule.after(config, params, state, experience, info, radius)
         extra = {**info.extra, "radius": jnp.asarray(radius, jnp.float32), "gain_ratio": gain_ratio}
         if config.reuse > 1:  # the step before has seen a part of the batch
-            weight = config.entropy_coefficient
-            gradient, _ = surrogate_gradient(policy_apply, params, experience.held_out, entropy_coefficient=weight)
+            gradient, _ = surrogate_gradient(
+                policy_apply,
+                params,
+                experience.held_out,
+                entropy_coefficient=config.entropy_coefficient,
+                bonus=bonus_of(config),
+            )
             extra |= held_out_gain(gradient, experience.last_step)
         return new_params, state, dataclasses.replace(info, extra=extra)
 

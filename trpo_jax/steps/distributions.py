@@ -76,6 +76,13 @@ class Categorical:
         log_probs = jax.nn.log_softmax(self.logits)
         return -_expectation(log_probs, log_probs)
 
+    def log_barrier(self) -> Array:
+        """−KL(uniform ‖ π) over the n actions with a probability above 0, Σ_a log π(a) / n + log n, [...]."""
+        log_probs = jax.nn.log_softmax(self.logits)
+        possible = jnp.exp(log_probs) > 0
+        number = jnp.sum(possible, axis=-1).astype(log_probs.dtype)
+        return jnp.sum(jnp.where(possible, log_probs, 0), axis=-1) / number + jnp.log(number)
+
     def kl(self, other: Categorical) -> Array:
         """KL divergence, Σ_a π(a) [log π(a) − log π_other(a)], [...]; exactly 0 against itself."""
         log_probs = jax.nn.log_softmax(self.logits)
@@ -205,6 +212,10 @@ class MultiCategorical:
     def entropy(self) -> Array:
         """Sum of the components' entropies, [...]."""
         return sum_of(c.entropy() for c in self.components)
+
+    def log_barrier(self) -> Array:
+        """Sum of the components' log barriers, [...]."""
+        return sum_of(c.log_barrier() for c in self.components)
 
     def kl(self, other: MultiCategorical) -> Array:
         """KL divergence, Σ_k KL(π_k ‖ π_other,k), [...]."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from trpo_jax.steps import trees
 from trpo_jax.steps.minibatches import minibatch_descent
-from trpo_jax.steps.objectives import Objective, entropy_bonus, surrogate_objective
+from trpo_jax.steps.objectives import Bonus, Objective, entropy_bonus, surrogate_objective
 from trpo_jax.steps.policy_updates import (
     Batch,
     UpdateInfo,
@@ -42,6 +42,7 @@ def first_order_update(
     epochs: int = 1,
     minibatches: int = 1,
     entropy_coefficient: Scalar = 0.0,
+    bonus: Bonus = entropy_bonus,
     key: Array | None = None,
     max_grad_norm: Scalar = 0.0,
     last_step: PyTree | None = None,
@@ -61,6 +62,7 @@ def first_order_update(
       epochs: passes over the batch (static).
       minibatches: minibatches per pass, which must divide the number of samples (static).
       entropy_coefficient: c, weight of the mean entropy.
+      bonus: what takes its place, see `trpo_update`.
       key: PRNG key that reshuffles the samples in every epoch, as is usual in PPO. None: minibatch m of every epoch
         holds the samples m, m + M, m + 2M, … of the flattened batch, with M minibatches.
       max_grad_norm: largest norm of a minibatch's gradient, to which a longer one is scaled; 0: no limit.
@@ -85,7 +87,7 @@ def first_order_update(
         trees.check_like(last_step, params, "last_step")
     batch = Batch.of(*parts)
     gradient, old_distribution = surrogate_gradient(
-        policy_apply, params, batch, entropy_coefficient=entropy_coefficient
+        policy_apply, params, batch, entropy_coefficient=entropy_coefficient, bonus=bonus
     )
     batch, untouched = of_old_policy(batch, old_distribution)
     old_log_prob = old_distribution.log_prob(batch.action)
@@ -94,7 +96,7 @@ def first_order_update(
         distribution = policy_apply(new, observation)
         ratio = jnp.exp(distribution.log_prob(action) - old_log_prob)
         value = objective(distribution, policy_apply(params, observation), ratio, advantage)
-        return -jnp.mean(value + entropy_coefficient * entropy_bonus(distribution))
+        return -jnp.mean(value + entropy_coefficient * bonus(distribution))
 
     new_params, new_state, _ = minibatch_descent(
         loss_fn,
@@ -108,7 +110,9 @@ def first_order_update(
         key=key,
         max_grad_norm=max_grad_norm,
     )
-    evaluate = make_evaluate(policy_apply, old_distribution, batch, entropy_coefficient=entropy_coefficient)
+    evaluate = make_evaluate(
+        policy_apply, old_distribution, batch, entropy_coefficient=entropy_coefficient, bonus=bonus
+    )
     evaluation, step = evaluate(new_params), jax.tree.map(jnp.subtract, new_params, params)
     info = _info(gradient, step, evaluation, jnp.mean(old_distribution.entropy()), untouched)
     info = dataclasses.replace(info, extra=held_out_gain(gradient, last_step))

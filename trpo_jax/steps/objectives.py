@@ -17,6 +17,9 @@ from trpo_jax.steps.types import Array, Scalar
 Objective = Callable[[Distribution, Distribution, Array, Array], Array]
 """`objective(distribution, old_distribution, ratio [b], advantage [b])` -> the contribution of each sample, [b]."""
 
+Bonus = Callable[[Distribution], Array]
+"""`bonus(distribution)` -> the term of each sample, [B], whose mean is added to the objective with a weight."""
+
 
 def surrogate(distribution: Distribution, old_log_prob: Array, action: Array, advantage: Array) -> Array:
     """Importance-sampled advantage of a policy, L(θ) = mean_n[π_θ(a_n|s_n) / π_old(a_n|s_n) · A_n].
@@ -39,6 +42,23 @@ def entropy_bonus(distribution: Distribution) -> Array:
     """The term of each sample in an entropy bonus, [B]: `bonus()` if the distribution has it, else its entropy."""
     bonus = getattr(distribution, "bonus", distribution.entropy)
     return bonus()
+
+
+def log_barrier(distribution: Distribution) -> Array:
+    """The log barrier of each sample, [B]: −KL(uniform ‖ π) = Σ_a log π(a) / n + log n over the n allowed actions.
+
+    Its slope in the logit of an action is 1/n − π(a). That of the entropy vanishes with π(a), so that an action which
+    noise has made improbable stays so, while the barrier raises it again. For `Categorical` and `MultiCategorical`,
+    whose components are summed.
+
+    Raises:
+      ValueError: for any other distribution.
+
+    Source: Agarwal et al. 2021, section 5.
+    """
+    if not hasattr(distribution, "log_barrier"):
+        raise ValueError(f"a log barrier needs a choice among actions, not a {type(distribution).__name__}.")
+    return distribution.log_barrier()
 
 
 def surrogate_gain(distribution: Distribution, old_log_prob: Array, action: Array, advantage: Array) -> Array:

@@ -17,6 +17,7 @@ from trpo_jax.steps import trees
 from trpo_jax.steps.blocks import forward_and_gradient
 from trpo_jax.steps.distributions import Distribution
 from trpo_jax.steps.objectives import (
+    Bonus,
     effective_sample_fraction,
     entropy_bonus,
     maximum_kl,
@@ -129,7 +130,12 @@ def finite_info(info: UpdateInfo) -> UpdateInfo:
 
 
 def surrogate_gradient(
-    policy_apply: PolicyApply, params: PyTree, batch: Batch, *, entropy_coefficient: Scalar = 0.0
+    policy_apply: PolicyApply,
+    params: PyTree,
+    batch: Batch,
+    *,
+    entropy_coefficient: Scalar = 0.0,
+    bonus: Bonus = entropy_bonus,
 ) -> tuple[PyTree, Distribution]:
     """Compute the gradient of the surrogate at θ_old and the distributions there, from one forward pass for both.
 
@@ -146,8 +152,8 @@ def surrogate_gradient(
 
         def objective(distribution: Any) -> Array:
             distribution = trees.widened(distribution)
-            bonus = entropy_coefficient * jnp.mean(entropy_bonus(distribution))
-            return surrogate(distribution, log_prob, action, advantage) + bonus
+            added = entropy_coefficient * jnp.mean(bonus(distribution))
+            return surrogate(distribution, log_prob, action, advantage) + added
 
         return jax.grad(objective)(old_distribution)
 
@@ -190,6 +196,7 @@ def make_evaluate(
     batch: Batch,
     *,
     entropy_coefficient: Scalar = 0.0,
+    bonus: Bonus = entropy_bonus,
     constraint: Divergence = mean_kl,
 ) -> Callable[[PyTree], tuple[Array, ...]]:
     """Make the function that evaluates candidate parameters in the line search.
@@ -199,7 +206,7 @@ def make_evaluate(
     """
     old_distribution = trees.widened(old_distribution)
     old_log_prob = old_distribution.log_prob(batch.action)
-    old_bonus = entropy_bonus(old_distribution)
+    old_bonus = bonus(old_distribution)
     behaviour = old_log_prob if batch.behaviour_log_prob is None else batch.behaviour_log_prob
 
     def evaluate(candidate: PyTree) -> tuple[Array, ...]:
@@ -208,7 +215,7 @@ def make_evaluate(
             distribution = trees.widened(policy_apply(candidate, batch.observation))
         kl = old_distribution.kl(distribution)
         gain = surrogate_gain(distribution, old_log_prob, batch.action, batch.advantage)
-        gain += entropy_coefficient * jnp.mean(entropy_bonus(distribution) - old_bonus)
+        gain += entropy_coefficient * jnp.mean(bonus(distribution) - old_bonus)
         mean, largest = jnp.mean(kl), trees.maximum(kl)
         # XLA does not see that a usual constraint reduces this same KL, and would compute it twice.
         if constraint is mean_kl:

@@ -19,7 +19,7 @@ from trpo_jax.steps.blocks import forward_and_gradient
 from trpo_jax.steps.curvature import curvature_sample, fisher_vector_product
 from trpo_jax.steps.distributions import Distribution
 from trpo_jax.steps.line_searches import Evaluate, backtracking_line_search
-from trpo_jax.steps.objectives import clipped_objective, entropy_bonus, mean_kl
+from trpo_jax.steps.objectives import Bonus, clipped_objective, entropy_bonus, mean_kl
 from trpo_jax.steps.policy_updates import (
     Batch,
     Divergence,
@@ -120,6 +120,7 @@ def trpo_update(
     solver: Solver = _SOLVER,
     line_search: Callable[..., Any] = backtracking_line_search,
     entropy_coefficient: Scalar = 0.0,
+    bonus: Bonus = entropy_bonus,
     num_steps: int = 1,
     clip_ratio: Scalar = defaults.CLIP_RATIO,
     last_step: PyTree | None = None,
@@ -151,6 +152,7 @@ def trpo_update(
       line_search: `backtracking_line_search`, `parallel_line_search`, or `full_step` (the natural gradient method). For
         other candidates give `functools.partial(backtracking_line_search, shrink=α, max_steps=n)`.
       entropy_coefficient: c of a bonus c · mean entropy in the objective.
+      bonus: the function of a distribution whose mean over the batch c weighs, [B]: its entropy, or `log_barrier`.
       num_steps: K ≥ 1, natural-gradient steps within the trust region; K solves (static).
       clip_ratio: ε > 0, which matters from the second step on.
       last_step: the step that led to `params` from those of another batch, a pytree like params. The report then has
@@ -160,8 +162,9 @@ def trpo_update(
       The new parameters and an `UpdateInfo` of scalars.
 
     Raises:
-      ValueError: if `fisher_fraction` is a number outside (0, 1], `constraint` or `line_search` is no function,
-        `solver` is no `Solver`, `num_steps` is no whole number ≥ 1, or a leaf of `params` is not an array of floats.
+      ValueError: if `fisher_fraction` is a number outside (0, 1], `constraint`, `bonus` or `line_search` is no
+        function, `solver` is no `Solver`, `num_steps` is no whole number ≥ 1, or a leaf of `params` is not an array of
+        floats.
       TypeError: if an option is unknown, or the batch is missing.
       AssertionError, ValueError: if the shapes of the batch do not agree.
 
@@ -170,6 +173,7 @@ def trpo_update(
     """
     check_count("num_steps of a policy update", num_steps)
     _check_function("constraint", constraint, "mean_kl, maximum_kl or reverse_kl")
+    _check_function("bonus", bonus, "log_barrier")
     _check_function("line_search", line_search, "backtracking_line_search, parallel_line_search or full_step")
     if not isinstance(solver, Solver):
         raise ValueError(f"solver must be a Solver(damping, iterations, tolerance), got {solver!r}")
@@ -178,11 +182,16 @@ def trpo_update(
         trees.check_like(last_step, params, "last_step")
     batch = Batch.of(*parts)
     gradient, old_distribution = surrogate_gradient(
-        policy_apply, params, batch, entropy_coefficient=entropy_coefficient
+        policy_apply, params, batch, entropy_coefficient=entropy_coefficient, bonus=bonus
     )
     batch, untouched = of_old_policy(batch, old_distribution)
     evaluate = make_evaluate(
-        policy_apply, old_distribution, batch, entropy_coefficient=entropy_coefficient, constraint=constraint
+        policy_apply,
+        old_distribution,
+        batch,
+        entropy_coefficient=entropy_coefficient,
+        bonus=bonus,
+        constraint=constraint,
     )
     sample = curvature_sample(batch.observation, batch.sample_shape, fisher_fraction)
 
@@ -198,7 +207,7 @@ def trpo_update(
             params,
             step,
             num_steps,
-            _clipped_gradient(policy_apply, old_distribution, batch, clip_ratio, entropy_coefficient),
+            _clipped_gradient(policy_apply, old_distribution, batch, clip_ratio, entropy_coefficient, bonus),
             solve_at,
             lambda distribution: jnp.all(constraint(old, trees.widened(distribution)) <= max_kl),
         )
@@ -251,6 +260,7 @@ def _clipped_gradient(
     batch: Batch,
     clip_ratio: Scalar,
     entropy_coefficient: Scalar,
+    bonus: Bonus,
 ) -> Callable[[PyTree], tuple[Distribution, PyTree]]:
     """Make the function that gives the policy at other parameters, and the gradient of its clipped surrogate."""
     old_log_prob = trees.widened(old_distribution).log_prob(batch.action)
@@ -261,7 +271,7 @@ def _clipped_gradient(
             distribution = trees.widened(distribution)
             ratio = jnp.exp(distribution.log_prob(action) - old_log_prob)
             gain = clipped(distribution, old_distribution, ratio, advantage)
-            return jnp.mean(gain + entropy_coefficient * entropy_bonus(distribution))
+            return jnp.mean(gain + entropy_coefficient * bonus(distribution))
 
         return jax.grad(objective)(distribution)
 

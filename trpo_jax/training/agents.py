@@ -78,6 +78,9 @@ def make_agent(config: Config) -> Agent:
     environment = environment_of(config)
     if config.policy is None and config.value is None:
         environment = with_what_is_seen(environment, AUTO, config.value_observation)
+    if config.bonus == "log-barrier" and isinstance(environment.action_space, Box):
+        actions = f"{environment.name} has {environment.action_space}"
+        raise UsageError(f"bonus=log-barrier needs discrete actions, but {actions}; leave it out.")
     policy, value = _make_networks(config, environment)
     agent = Agent(config, environment, lift(policy), lift(value), make_algorithm(config), make_value_fit(config))
     if config.shared_trunk:
@@ -168,7 +171,8 @@ def check_networks(agent: Agent, policy_params: PyTree, value: RecurrentNetwork,
 
     def act(params: PyTree, observation: Array, key: Array) -> tuple[Array, Array, Array]:
         distribution = _checked_step("policy", agent.policy, params, observation)
-        for method in ("sample", "log_prob", "entropy", "kl", "mode", "fisher_product"):
+        bonus = ("log_barrier",) if agent.config.bonus == "log-barrier" else ()
+        for method in ("sample", "log_prob", "entropy", "kl", "mode", "fisher_product", *bonus):
             if not callable(getattr(distribution, method, None)):
                 raise UsageError(
                     "policy must return a distribution such as Categorical(logits), but returns "
