@@ -58,7 +58,7 @@ def test_bootstrap_agrees_with_scipy(sizes):
     assert stratified_bootstrap(scores) == stratified_bootstrap(scores)
 
 
-def sweep_folder(path, points, failed=(), num_episodes=4, **asked):
+def sweep_folder(path, points, failed=(), rejected=(), num_episodes=4, **asked):
     """Results as a sweep writes them, from (settings, scores [SEEDS]) made up here."""
     folder = Folder(path)
     table = {"num_seeds": SEEDS, "num_episodes": num_episodes, **asked, "made_by": {"jax": "0"}}
@@ -69,6 +69,7 @@ def sweep_folder(path, points, failed=(), num_episodes=4, **asked):
         rise = np.linspace(0.05, 1, ITERATIONS, dtype=np.float32)
         metrics = {name: np.ones((SEEDS, ITERATIONS), np.float32) for name in METRICS}
         metrics["episode_return"] = np.float32(scores)[:, None] * rise
+        metrics["accepted"][[seed for point, seed in rejected if point == i], 4:] = 0
         at = np.array([3 if (i, seed) in failed else 0 for seed in range(SEEDS)])
         columns = {
             "point": np.full(SEEDS, i, np.int32),
@@ -113,6 +114,24 @@ def test_table_is_sorted_by_iqm(grid):
     assert report.num_agents == 6 * SEEDS and "4 episodes by the policy's mode" in report.score
     titles, cells = table_of(rows)
     assert titles[:3] == ["gamma", "max_kl", "IQM"] and cells[0][:2] == ["0.99", "0.03"]
+
+
+def test_agents_whose_updates_are_all_rejected_are_named_unless_their_method_has_no_trust_region(tmp_path, capsys):
+    methods = [("trpo", 0.5), ("ppo", 0.5), ("trpo", 0.2)]
+    points = [({"update": update, "max_kl": kl}, scores(i)) for i, (update, kl) in enumerate(methods)]
+    everyone = {(i, seed) for i in range(len(points)) for seed in (2, 6)}
+    report = make_report(folder := sweep_folder(tmp_path / "x", points, rejected=everyone))
+    assert [(row[1]["max_kl"], *row[2:]) for row in report.stalled] == [
+        (0.5, 2, 4),
+        (0.5, 6, 4),
+        (0.2, 2, 4),
+        (0.2, 6, 4),
+    ]
+    assert not report.failures
+    assert main(["report", str(folder)]) == 0
+    assert "4 agents accepted no update any more; the page lists them." in " ".join(capsys.readouterr().out.split())
+    assert "Raise cg_damping" in (folder / "report.html").read_text()
+    assert make_report(sweep_folder(tmp_path / "y", points)).stalled == []
 
 
 @pytest.mark.parametrize(

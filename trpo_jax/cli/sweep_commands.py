@@ -109,6 +109,8 @@ def _show_report(path: Path, *, expendable: bool = False) -> int:
         console.print(
             f"{counted(len(report.failures), 'agent')} met a number that was not finite; the page lists them."
         )
+    if report.stalled:
+        console.print(f"{counted(len(report.stalled), 'agent')} accepted no update any more; the page lists them.")
     page = write_report(path, report)
     console.print(f"Page: {page}", soft_wrap=True)
     return 0

@@ -126,16 +126,27 @@ def _page(title: str, report: Report, pictures: Mapping[str, Sequence[tuple[str,
 
 
 def _failures(report: Report) -> list[str]:
-    """The section about agents that met a number that was not finite."""
-    if not report.failures:
+    """The section about agents that met a number that was not finite, or accepted no update any more."""
+    if not report.failures and not report.stalled:
         return [heading("Failures"), paragraph("None: every reward, observation and parameter was a finite number.")]
+    parts = [heading("Failures")]
+    if report.failures:
+        parts += _agents("Agents that met a number that was not finite, and at which iteration.", report.failures)
+    if report.stalled:
+        told = "Agents whose last ten or more updates were all rejected, and the last iteration with an accepted one."
+        mend = "Raise cg_damping or fisher_fraction, or use larger batches."
+        parts += _agents(f"{told} {mend}", report.stalled)
+    return parts
+
+
+def _agents(told: str, agents: Sequence[tuple[str, dict[str, Any], int, int]]) -> list[str]:
+    """A paragraph, and a table of agents with an iteration of each."""
     cells = [
         [env, ", ".join(f"{n}={text_of(v)}" for n, v in settings.items()), str(seed), str(iteration)]
-        for env, settings, seed, iteration in report.failures[:_ROWS]
+        for env, settings, seed, iteration in agents[:_ROWS]
     ]
-    more = f" The first {_ROWS:,} of {len(report.failures):,}." if len(report.failures) > _ROWS else ""
-    told = paragraph(f"Agents that met a number that was not finite, and at which iteration.{more}")
-    return [heading("Failures"), told, html_table(["environment", "settings", "seed", "iteration"], cells)]
+    more = f" The first {_ROWS:,} of {len(agents):,}." if len(agents) > _ROWS else ""
+    return [paragraph(told + more), html_table(["environment", "settings", "seed", "iteration"], cells)]
 
 
 # Pictures

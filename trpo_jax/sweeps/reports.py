@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trpo_jax.runs.metrics import fill_forward
+from trpo_jax.runs.metrics import fill_forward, stalled
 from trpo_jax.sentences import UsageError, counted
 from trpo_jax.sweeps.drawing import interval_text, number, texts_of
 from trpo_jax.sweeps.iqm import first_returns, interquartile_mean, score_scale, stratified_bootstrap
@@ -78,6 +78,8 @@ class Report:
       rows: {environment: its rows, best first}.
       overall: (settings, IQM, interval) over all environments, best first; empty for one environment.
       failures: (environment, settings, seed, iteration) of each agent that met a number that was not finite.
+      stalled: (environment, settings, seed, iteration) of each agent of TRPO whose last ten or more updates were all
+        rejected, with the last iteration in which one was accepted, or 0.
       score: the meaning of the score, in words.
       num_agents: finished agents.
       num_asked: agents of the whole sweep.
@@ -87,6 +89,7 @@ class Report:
     rows: dict[str, list[Row]]
     overall: list[tuple[dict[str, Any], float, tuple[float, float]]]
     failures: list[tuple[str, dict[str, Any], int, int]]
+    stalled: list[tuple[str, dict[str, Any], int, int]]
     score: str
     num_agents: int
     num_asked: int
@@ -119,18 +122,19 @@ def make_report(path: str | os.PathLike[str]) -> Report:
     needed = ["point", "seed", "num_envs", "num_steps", "env", "episode_return"]
     outcomes = ["final_return", "training_return", "failed_at"]
     settings_known = setting_columns(description)
-    table = folder.read_results(list({*needed, *outcomes, *settings_known}))
+    judged = ["accepted", "finite"]
+    table = folder.read_results(list({*needed, *outcomes, *judged, *settings_known}))
     if table is None:
         raise UsageError(f"{path} has no finished agents yet; `trpo-jax sweep` with --output {path} continues it.")
     missing = [name for name in needed if table[name].null_count]
     if missing:
         raise UsageError(f"results in {path} lack {', '.join(missing)}; restore them, or sweep again elsewhere.")
-    curves = lists_of(table["episode_return"])
+    curves, accepted, finite = (lists_of(table[name]) for name in ("episode_return", *judged))
     columns = columns_of(table, {*needed, *outcomes, *settings_known} - {"episode_return"})
     score = columns["final_return" if episodes else "training_return"].astype(np.float64)
     crossed = {name for section in sections_of(description, "grid", "random") for name in section}
     rows: dict[str, list[Row]] = {}
-    failures = []
+    failures, standing = [], []
     for env in dict.fromkeys(columns["env"]):
         here = np.flatnonzero(columns["env"] == env)
         # A setting crossed with the environments is named in each of them, even if a part of it is unfinished.
@@ -144,13 +148,25 @@ def make_report(path: str | os.PathLike[str]) -> Report:
             settings = {name: columns[name][agents[0]] for name in varied}
             failed = [int(i) for i in agents if columns["failed_at"][i] is not None]
             failures += [(env, settings, int(columns["seed"][i]), int(columns["failed_at"][i])) for i in failed]
+            if columns["update"][agents[0]] == "trpo":
+                last = _stalled(columns["seed"][agents], accepted(agents), finite(agents))
+                standing += [(env, settings, seed, iteration) for seed, iteration in last.items()]
             per_iteration = columns["num_envs"][agents[0]] * columns["num_steps"][agents[0]]
             rows[env].append(_make_row(env, settings, score[agents], curves(agents), per_iteration, len(failed)))
         rows[env].sort(key=lambda row: row.merit, reverse=True)
     evaluated = f"mean return of {counted(episodes, 'episode')}{policy_words(columns['eval_stochastic'])}"
     words = evaluated if episodes else "training return at the end"
     asked = max(len(score), _num_agents(description))
-    return Report(rows, _overall(rows), failures, words, len(score), asked, description)
+    return Report(rows, _overall(rows), failures, standing, words, len(score), asked, description)
+
+
+def _stalled(seeds: np.ndarray, accepted: np.ndarray, finite: np.ndarray) -> dict[int, int]:
+    """`stalled` of a point, from metrics [seeds, iterations]."""
+    if accepted.shape != finite.shape:  # another version did not write one of them
+        return {}
+    seed, iteration = np.broadcast_arrays(seeds[:, None], np.arange(1, accepted.shape[1] + 1))
+    table = {"seed": seed, "iteration": iteration, "accepted": accepted, "finite": finite}
+    return stalled({name: values.ravel() for name, values in table.items()})
 
 
 def _make_row(
