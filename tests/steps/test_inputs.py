@@ -18,6 +18,7 @@ from trpo_jax import (
     Solver,
     TanhGaussian,
     backtracking_line_search,
+    clipped_objective,
     conjugate_gradient,
     estimate_candidate,
     first_order_update,
@@ -27,10 +28,12 @@ from trpo_jax import (
     gauss_newton_fit,
     natural_gradient,
     parallel_line_search,
+    penalized_objective,
     trpo_update,
 )
 from trpo_jax.algorithms.trpo import CONSTRAINTS
 from trpo_jax.steps import defaults, trees
+from trpo_jax.steps.policy_updates import make_evaluate
 from trpo_jax.steps.statistics import normalize
 
 
@@ -158,6 +161,62 @@ def test_a_last_step_that_is_not_like_the_parameters_is_refused(spoil):
         jax.eval_shape(step, params)
         with pytest.raises(ValueError, match=r"^last_step must be a pytree like params: the same structure, with arra"):
             jax.eval_shape(step, spoil(params))
+
+
+def steps_by_number():
+    """(name of a number, a step as a function of it)."""
+    params, *batch = problem()
+    observation, _, target = batch
+    old = categorical(params, observation)
+    evaluate = make_evaluate(categorical, old, Batch.of(*batch))
+
+    def policy(params):
+        return categorical(params, observation)
+
+    def value(params, observation):
+        return observation @ params["w"][:, 0]
+
+    def update(**number):
+        return trpo_update(categorical, params, *batch, **number)
+
+    def descent(**number):
+        return first_order_update(categorical, params, (), *batch, optimizer=optax.identity(), **number)
+
+    def fit(**number):
+        sizes = {"epochs": 1, "minibatches": 1, "optimizer": optax.identity()}
+        return fit_value_function(value, params, (), observation, target, old_values=target, **sizes, **number)
+
+    return [
+        ("max_kl", lambda x: update(max_kl=x)),
+        ("max_kl", lambda x: natural_gradient(policy, params, params, max_kl=x)),
+        ("max_kl", lambda x: backtracking_line_search(evaluate, params, params, max_kl=x)),
+        ("max_kl", lambda x: parallel_line_search(evaluate, params, params, max_kl=x)),
+        ("shrink", lambda x: backtracking_line_search(evaluate, params, params, max_kl=0.1, shrink=x)),
+        ("shrink", lambda x: parallel_line_search(evaluate, params, params, max_kl=0.1, shrink=x)),
+        ("entropy_coefficient", lambda x: update(entropy_coefficient=x)),
+        ("entropy_coefficient", lambda x: descent(entropy_coefficient=x)),
+        ("damping", lambda x: fisher_vector_product(policy, params, damping=x)(params)),
+        ("damping", lambda x: update(solver=Solver(damping=x))),
+        ("tolerance", lambda x: conjugate_gradient(lambda v: v, params, tolerance=x)),
+        ("tolerance", lambda x: update(solver=Solver(tolerance=x))),
+        ("clip_ratio", lambda x: update(clip_ratio=x)),
+        ("clip_ratio", lambda x: clipped_objective(x)(old, old, target, target)),
+        ("penalty", lambda x: penalized_objective(x)(old, old, target, target)),
+        ("max_grad_norm", lambda x: descent(max_grad_norm=x)),
+        ("clip", lambda x: fit(clip=x)),
+    ]
+
+
+@pytest.mark.parametrize("name, step", steps_by_number())
+def test_what_is_no_number_is_refused(name, step):
+    for right in (0.5, 1, np.float64(0.5), np.array(1), jnp.float16(0.5)):
+        jax.eval_shape(lambda right=right: step(right))
+    jax.eval_shape(step, jnp.float32(0.5))
+    for wrong in (None, "1", True, 1j, [0.1], np.ones(1), jnp.ones((1, 1)), np.bool_(True), jax.random.key(0)):
+        with pytest.raises(ValueError, match=rf"^{name} must be a number, got "):
+            step(wrong)
+    with pytest.raises(ValueError, match=rf"^{name} must be a number, got an array of float32, \[4\]"):
+        jax.eval_shape(step, jnp.ones(4))
 
 
 def test_a_list_of_actions_is_an_array_of_them():

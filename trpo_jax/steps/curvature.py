@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trpo_jax.steps.trees import check_batched
-from trpo_jax.steps.types import Array, DistributionFn, Matvec, PyTree, Scalar, at_least_float32
+from trpo_jax.steps.types import Array, DistributionFn, Matvec, PyTree, Scalar, at_least_float32, check_scalars
 
 
 def fisher_vector_product(
@@ -38,10 +38,12 @@ def fisher_vector_product(
       A function from a pytree like `params` to a pytree like `params`.
 
     Raises:
-      ValueError: if an array of the distribution does not begin with the batch shape, or `weight` does not have it.
+      ValueError: if `damping` is not a number, an array of the distribution does not begin with the batch shape, or
+        `weight` does not have it.
 
     Source: Schulman et al. 2015, Appendix C; Martens 2020 on the Gauss–Newton form.
     """
+    check_scalars(damping=damping)
     # TF32 and bfloat16 products lose three digits, an error as large as the KL itself.
     with jax.default_matmul_precision("highest"):
         distribution, push_forward = jax.linearize(distribution_fn, params)

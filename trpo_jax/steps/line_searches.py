@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from trpo_jax.steps import defaults, trees
-from trpo_jax.steps.types import Array, PyTree, Scalar, as_float, at_least_float32, check_count
+from trpo_jax.steps.types import Array, PyTree, Scalar, as_float, at_least_float32, check_count, check_scalars
 
 Evaluate = Callable[[PyTree], tuple[Any, ...]]
 """`evaluate(params)` -> (gain over the start, divergence from the start, *any other values to keep)."""
@@ -69,11 +69,12 @@ def backtracking_line_search(
       The new parameters and a `LineSearchInfo`.
 
     Raises:
-      ValueError: if `max_steps` is not a whole number ≥ 1, or `step` is not like `params`.
+      ValueError: if `max_steps` is not a whole number ≥ 1, `max_kl` or `shrink` not a number, or `step` not
+        like `params`.
 
     Source: Schulman et al. 2015, Appendix C.
     """
-    fractions = _fractions(params, step, shrink, max_steps)
+    fractions = _fractions(params, step, max_kl, shrink, max_steps)
 
     def keep_searching(carry: tuple[Any, ...]) -> Array:
         j, passed, _ = carry
@@ -100,7 +101,7 @@ def parallel_line_search(
     max_steps: int = defaults.LINE_SEARCH_STEPS,
 ) -> tuple[PyTree, LineSearchInfo]:
     """Like `backtracking_line_search`, with all candidates evaluated in one batched pass; the result is the same."""
-    fractions = _fractions(params, step, shrink, max_steps)
+    fractions = _fractions(params, step, max_kl, shrink, max_steps)
     candidates = jax.vmap(lambda fraction: trees.add_scaled(params, fraction, step))(fractions)
     evaluations = jax.vmap(evaluate)(candidates)
     passed = jax.vmap(lambda c, e: _passes(c, e, max_kl))(candidates, evaluations)
@@ -134,9 +135,10 @@ def full_step(
     return _conclude(params, step, jnp.ones(1), jnp.int32(0), accepted, evaluation)
 
 
-def _fractions(params: PyTree, step: PyTree, shrink: Scalar, max_steps: int) -> Array:
+def _fractions(params: PyTree, step: PyTree, max_kl: Scalar, shrink: Scalar, max_steps: int) -> Array:
     """(1, α, α², …), [max_steps]. One formula for both searches, so that they try the same candidates."""
     check_count("max_steps of a line search", max_steps)
+    check_scalars(max_kl=max_kl, shrink=shrink)
     trees.check_like(step, params, "step")
     dtype = jnp.result_type(*map(as_float, jax.tree.leaves(step)))
     return jnp.asarray(shrink, dtype) ** jnp.arange(max_steps, dtype=dtype)

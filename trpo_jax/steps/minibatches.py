@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from trpo_jax.steps import trees
-from trpo_jax.steps.types import Array, PyTree, Scalar, check_count
+from trpo_jax.steps.types import Array, PyTree, Scalar, check_count, check_scalars
 
 if TYPE_CHECKING:
     import optax
@@ -56,6 +56,7 @@ def minibatch_descent(
 
     check_count("epochs", epochs)
     check_count("minibatches", minibatches)
+    check_scalars(max_grad_norm=max_grad_norm)
     batch_size = math.prod(batch_shape)
     if batch_size % minibatches:
         raise ValueError(f"minibatches must divide the {batch_size} samples of the batch, got {minibatches}")

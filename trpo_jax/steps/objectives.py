@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from trpo_jax.steps.distributions import Distribution
 from trpo_jax.steps.trees import maximum
-from trpo_jax.steps.types import Array, Scalar
+from trpo_jax.steps.types import Array, Scalar, check_scalars
 
 Objective = Callable[[Distribution, Distribution, Array, Array], Array]
 """`objective(distribution, old_distribution, ratio [b], advantage [b])` -> the contribution of each sample, [b]."""
@@ -108,6 +108,7 @@ def clipped_objective(clip_ratio: Scalar) -> Objective:
 
     It is NaN unless ε > 0: `jnp.minimum` alone would hide an ε that is not a number from the gradient.
     """
+    check_scalars(clip_ratio=clip_ratio)
     sound = jnp.where(jnp.asarray(clip_ratio) > 0, 1.0, jnp.nan)
 
     def objective(distribution: Distribution, old_distribution: Distribution, ratio: Array, advantage: Array) -> Array:
@@ -120,6 +121,7 @@ def clipped_objective(clip_ratio: Scalar) -> Objective:
 
 def penalized_objective(penalty: Scalar) -> Objective:
     """Make the penalised objective ratio · A − β KL(old ‖ new) (Schulman et al. 2017, equation 8)."""
+    check_scalars(penalty=penalty)
 
     def objective(distribution: Distribution, old_distribution: Distribution, ratio: Array, advantage: Array) -> Array:
         return ratio * advantage - penalty * old_distribution.kl(distribution)

@@ -25,7 +25,7 @@ from trpo_jax.steps.objectives import (
     surrogate,
     surrogate_gain,
 )
-from trpo_jax.steps.types import Array, PolicyApply, PyTree, Scalar, at_least_float32
+from trpo_jax.steps.types import Array, PolicyApply, PyTree, Scalar, at_least_float32, check_scalars
 
 Divergence = Callable[[Distribution, Distribution], Array]
 """`divergence(old_distribution, distribution)` -> a scalar in nats, such as `mean_kl`."""
@@ -141,6 +141,7 @@ def surrogate_gradient(
 
     Arguments as in `trpo_update`.
     """
+    check_scalars(entropy_coefficient=entropy_coefficient)
 
     def cotangent(old_distribution: Any, advantage: Array, action: Array, *behaviour: Array) -> Any:
         check_action(old_distribution, action)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from trpo_jax import backend
 from trpo_jax.steps import defaults, trees
-from trpo_jax.steps.types import Array, Matvec, PyTree, Scalar, as_float, check_count
+from trpo_jax.steps.types import Array, Matvec, PyTree, Scalar, as_float, check_count, check_scalars
 
 
 class Solver(NamedTuple):
@@ -69,11 +69,12 @@ def conjugate_gradient(
       x, a pytree like b, and a `ConjugateGradientInfo`.
 
     Raises:
-      ValueError: if `num_iterations` is not a whole number ≥ 1.
+      ValueError: if `num_iterations` is not a whole number ≥ 1, or `tolerance` not a number.
 
     Source: Hestenes & Stiefel 1952; Nocedal & Wright 2006, algorithm 5.2; attainable accuracy after Greenbaum 1997.
     """
     check_count("num_iterations", num_iterations)
+    check_scalars(tolerance=tolerance)
     b = jax.tree.map(as_float, b)
     largest_entry = trees.max_abs(b)
     solvable = (largest_entry > 0) & jnp.isfinite(largest_entry)

@@ -31,7 +31,7 @@ from trpo_jax.steps.policy_updates import (
     surrogate_gradient,
 )
 from trpo_jax.steps.solvers import Solver, conjugate_gradient
-from trpo_jax.steps.types import Array, DistributionFn, PolicyApply, PyTree, Scalar, check_count
+from trpo_jax.steps.types import Array, DistributionFn, PolicyApply, PyTree, Scalar, check_count, check_scalars
 
 _SOLVER = Solver()
 
@@ -82,6 +82,7 @@ def natural_gradient(
 
     Source: Schulman et al. 2015, Appendix C; Kakade 2001.
     """
+    check_scalars(max_kl=max_kl)
     matvec = fisher_vector_product(distribution_fn, params, damping=solver.damping, weight=weight)
     # The step does not depend on the length of g; at length one its square can neither under- nor overflow.
     gradient_norm = trees.norm(gradient)
@@ -162,9 +163,9 @@ def trpo_update(
       The new parameters and an `UpdateInfo` of scalars.
 
     Raises:
-      ValueError: if `fisher_fraction` is a number outside (0, 1], `constraint`, `bonus` or `line_search` is no
-        function, `solver` is no `Solver`, `num_steps` is no whole number ≥ 1, or a leaf of `params` is not an array of
-        floats.
+      ValueError: if `max_kl`, `entropy_coefficient` or `clip_ratio` is no number, `fisher_fraction` is outside (0, 1],
+        `constraint`, `bonus` or `line_search` is no function, `solver` is no `Solver`, `num_steps` is no whole number
+        ≥ 1, or a leaf of `params` is not an array of floats.
       TypeError: if an option is unknown, or the batch is missing.
       AssertionError, ValueError: if the shapes of the batch do not agree.
 
@@ -172,6 +173,7 @@ def trpo_update(
     et al. 2017, equation 7.
     """
     check_count("num_steps of a policy update", num_steps)
+    check_scalars(max_kl=max_kl, entropy_coefficient=entropy_coefficient, clip_ratio=clip_ratio)
     _check_function("constraint", constraint, "mean_kl, maximum_kl or reverse_kl")
     _check_function("bonus", bonus, "log_barrier")
     _check_function("line_search", line_search, "backtracking_line_search, parallel_line_search or full_step")

@@ -8,6 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from trpo_jax.steps.distributions import Distribution
 
@@ -43,6 +44,21 @@ def as_float(x: Any) -> Array:
     """Convert to floating point: integers and booleans become JAX's default float, floats stay as they are."""
     x = jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(float)
+
+
+def check_scalars(**values: Any) -> None:
+    """Raise `ValueError`, with one sentence, unless each value is a real number or a scalar array of one.
+
+    A vector would be broadcast: some entries of the parameters would take a step of another length than others.
+    """
+    for name, value in values.items():
+        if isinstance(value, (np.generic, np.ndarray, Array)):
+            real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+            good, found = real and value.shape == (), f"an array of {value.dtype}, {list(value.shape)}"
+        else:
+            good, found = isinstance(value, (int, float)) and not isinstance(value, bool), repr(value)
+        if not good:
+            raise ValueError(f"{name} must be a number, got {found}")
 
 
 def check_count(name: str, value: Any) -> None:

@@ -18,7 +18,7 @@ from trpo_jax.steps.minibatches import minibatch_descent
 from trpo_jax.steps.solvers import Solver, conjugate_gradient
 from trpo_jax.steps.statistics import varies
 from trpo_jax.steps.trees import check_parameters, max_abs, maximum
-from trpo_jax.steps.types import Array, PyTree, Scalar, at_least_float32, check_count
+from trpo_jax.steps.types import Array, PyTree, Scalar, at_least_float32, check_count, check_scalars
 
 if TYPE_CHECKING:
     import optax
@@ -146,6 +146,7 @@ def fit_value_function(
     """
     if old_values is None and not (isinstance(clip, (int, float)) and clip == 0):
         raise ValueError("clip needs old_values, the values of the samples before the fit")
+    check_scalars(clip=clip)
     check_parameters(params)
     target = at_least_float32(target)
 
