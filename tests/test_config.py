@@ -21,6 +21,7 @@ TRACED = [
     "gamma",
     "gae_lambda",
     "max_kl",
+    "kl_penalty",
     "smallest_max_kl",
     "largest_max_kl",
     "target_kl",

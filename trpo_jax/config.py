@@ -61,6 +61,13 @@ class Config:
         interval="(0, 1e6]",
         used=fields.TRPO,
     )
+    kl_penalty: Scalar = traced(
+        0.0,
+        "penalty c on the divergence: no natural-gradient step is longer than the one that maximises gain − c · KL, in "
+        "units of advantages per nat, so that small advantages make small steps; 0: none, all steps use δ",
+        interval="[0, 1e6]",
+        used=fields.TRPO,
+    )
     constraint: fields.Constraint = one_of(
         fields.Constraint,
         "the divergence that δ bounds: mean or maximum of KL(old‖new) over the batch, or mean of KL(new‖old)",

@@ -191,6 +191,8 @@ def steps_by_number():
         ("max_kl", lambda x: natural_gradient(policy, params, params, max_kl=x)),
         ("max_kl", lambda x: backtracking_line_search(evaluate, params, params, max_kl=x)),
         ("max_kl", lambda x: parallel_line_search(evaluate, params, params, max_kl=x)),
+        ("kl_penalty", lambda x: update(kl_penalty=x)),
+        ("kl_penalty", lambda x: natural_gradient(policy, params, params, max_kl=0.1, kl_penalty=x)),
         ("shrink", lambda x: backtracking_line_search(evaluate, params, params, max_kl=0.1, shrink=x)),
         ("shrink", lambda x: parallel_line_search(evaluate, params, params, max_kl=0.1, shrink=x)),
         ("entropy_coefficient", lambda x: update(entropy_coefficient=x)),

@@ -88,6 +88,55 @@ def test_damping_bends_the_direction_and_not_the_length(policy, iterations, x64)
         np.testing.assert_allclose(step, expected, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("policy", [categorical, gaussian])
+def test_a_penalised_step_maximises_gain_less_penalty_within_the_region(policy, x64):
+    params, observation, _, _ = make_problem(policy)
+    theta, unravel = ravel_pytree(params)
+    solver = Solver(damping=0.1, iterations=40, tolerance=0.0)
+
+    def distribution_fn(theta):
+        return policy(unravel(theta), observation)
+
+    @jax.jit
+    def compute(theta, gradient, penalty):
+        return natural_gradient(distribution_fn, theta, gradient, max_kl=0.02, kl_penalty=penalty, solver=solver)
+
+    old = distribution_fn(theta)
+    fisher = jax.jit(jax.hessian(lambda v: mean_kl(old, distribution_fn(v))))(theta)
+    gradient = np.random.default_rng(1).normal(size=theta.size)
+    x = np.linalg.solve(fisher + 0.1 * np.eye(theta.size), gradient)
+    full, info = compute(theta, gradient, 0.0)
+    meets = np.sqrt(x @ fisher @ x / 0.04)  # the penalty with which x / penalty ends where the KL is δ
+    for penalty in (meets * 1.01, 100 * meets):
+        step, info = compute(theta, gradient, penalty)
+        np.testing.assert_allclose(step, x / penalty, rtol=1e-7, atol=1e-12)
+        np.testing.assert_allclose(info.predicted_gain, gradient @ step, rtol=1e-9)
+        # Half the gradient makes half of the step, where without a penalty the length stays.
+        np.testing.assert_allclose(compute(theta, gradient / 2, penalty)[0], step / 2, rtol=1e-9)
+    np.testing.assert_array_equal(compute(theta, gradient, meets / 1.01)[0], full)
+    np.testing.assert_allclose(compute(theta, gradient / 2, 0.0)[0], full, rtol=1e-9)
+    for nothing in (0 * gradient, np.nan * gradient):
+        np.testing.assert_array_equal(compute(theta, nothing, meets)[0], 0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_with_a_penalty_small_advantages_make_small_steps(num_steps, x64):
+    params, observation, action, advantage = make_problem(batch=400)
+
+    @jax.jit
+    def update(scale, penalty):
+        batch = observation, action, scale * advantage
+        options = {"fisher_fraction": 1.0, "num_steps": num_steps, "kl_penalty": penalty}
+        return trpo_update(categorical, params, *batch, **options)[1]
+
+    small, smaller = update(1e-3, 1.0), update(1e-4, 1.0)
+    assert small.accepted and 0 < small.mean_kl < 0.001
+    np.testing.assert_allclose(smaller.mean_kl / small.mean_kl, 0.01, rtol=0.05)  # the KL grows with the square
+    assert update(1e-3, 0.0).mean_kl > 0.002
+    same = update(10.0, 1e-9), update(10.0, 0.0)
+    jax.tree.map(np.testing.assert_array_equal, *same)
+
+
 @functools.cache
 def compiled(**static):
     """`trpo_update`, solved exactly, with some settings as Python numbers and the others traced."""

@@ -118,6 +118,7 @@ SWEPT = [
             "gamma": 0.3,
             "gae_lambda": 0.2,
             "max_kl": 0.05,
+            "kl_penalty": 10.0,
             "anneal_max_kl": 0.5,
             "smallest_explained_variance": 1.0,
             "entropy_coefficient": 0.5,

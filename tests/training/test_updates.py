@@ -37,6 +37,7 @@ OPTIONS = {
     "REINFORCE": {"update": "policy-gradient", "baseline": False, "gae_lambda": 1.0},
     "PPO": {"update": "ppo", "policy_epochs": 2, "policy_minibatches": 2},
     "penalty": {"update": "kl-penalty", "policy_epochs": 2, "policy_minibatches": 2},
+    "penalised step": {"kl_penalty": 2.0, "normalize_rewards": True, "normalize_advantages": False},
     "log barrier": {"bonus": "log-barrier", "entropy_coefficient": 0.01, "radius_rule": "ratio"},
     "reuse": {"reuse": 3},
     "several steps": {"natural_gradient_steps": 3, "clip_ratio": 0.1, "entropy_coefficient": 0.01},

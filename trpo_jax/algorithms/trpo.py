@@ -37,6 +37,7 @@ def make(config: Config) -> Algorithm:
             params,
             experience.batch,
             max_kl=radius,
+            kl_penalty=config.kl_penalty,
             constraint=CONSTRAINTS[config.constraint],
             fisher_fraction=config.fisher_fraction,
             solver=Solver(config.cg_damping, config.cg_iterations, config.cg_tolerance),

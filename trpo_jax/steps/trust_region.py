@@ -60,10 +60,14 @@ def natural_gradient(
     gradient: PyTree,
     *,
     max_kl: Scalar,
+    kl_penalty: Scalar = 0.0,
     solver: Solver = _SOLVER,
     weight: Array | None = None,
 ) -> tuple[PyTree, NaturalGradientInfo]:
     """Compute the step s = β x with x ≈ (F + λ_d I)⁻¹ g and β = √(2δ / xᵀF x), so that ½ sᵀF s = δ.
+
+    With a penalty c > 0 the step is no longer than s = x / c, which maximises gᵀs − ½ c sᵀ(F + λ_d I) s. Where little
+    is to be gained, g is short, and the step ends well inside the region.
 
     β uses the *undamped* curvature, which the residual r of conjugate gradient gives without another product:
     xᵀF x = xᵀ(g − r) − λ_d ‖x‖². With the damped curvature the step would end short of the boundary.
@@ -73,6 +77,7 @@ def natural_gradient(
       params: θ_old, a pytree.
       gradient: g = ∇L(θ_old), the direction of ascent, a pytree like params.
       max_kl: δ > 0, in nats.
+      kl_penalty: c ≥ 0, in units of the surrogate per nat; 0: none.
       solver: λ_d, at most k iterations, and the residual ‖g − (F + λ_d I) x‖ / ‖g‖ at which it stops before that.
       weight: sample weights [B] for F, see `fisher_vector_product`.
 
@@ -82,7 +87,7 @@ def natural_gradient(
 
     Source: Schulman et al. 2015, Appendix C; Kakade 2001.
     """
-    check_scalars(max_kl=max_kl)
+    check_scalars(max_kl=max_kl, kl_penalty=kl_penalty)
     matvec = fisher_vector_product(distribution_fn, params, damping=solver.damping, weight=weight)
     # The step does not depend on the length of g; at length one its square can neither under- nor overflow.
     gradient_norm = trees.norm(gradient)
@@ -96,6 +101,9 @@ def natural_gradient(
     positive = (curvature > 0) & jnp.isfinite(curvature)
     # Slightly inside the region: where the KL is exactly quadratic, rounding must not reject the full step.
     beta = jnp.where(positive, _inside(curvature) * jnp.sqrt(2 * max_kl / jnp.where(positive, curvature, 1)), 0)
+    penalised = jnp.asarray(kl_penalty) > 0
+    longest = gradient_norm / jnp.where(penalised, kl_penalty, 1)  # x belongs to a gradient of length one
+    beta = jnp.where(penalised, jnp.minimum(beta, longest), beta)
     step = jax.tree.map(lambda leaf: jnp.where(positive, beta * leaf, 0).astype(leaf.dtype), x)
     info = NaturalGradientInfo(
         predicted_gain=gradient_norm * trees.dot(unit, step),
@@ -122,6 +130,7 @@ def trpo_update(
     line_search: Callable[..., Any] = backtracking_line_search,
     entropy_coefficient: Scalar = 0.0,
     bonus: Bonus = entropy_bonus,
+    kl_penalty: Scalar = 0.0,
     num_steps: int = 1,
     clip_ratio: Scalar = defaults.CLIP_RATIO,
     last_step: PyTree | None = None,
@@ -154,6 +163,8 @@ def trpo_update(
         other candidates give `functools.partial(backtracking_line_search, shrink=α, max_steps=n)`.
       entropy_coefficient: c of a bonus c · mean entropy in the objective.
       bonus: the function of a distribution whose mean over the batch c weighs, [B]: its entropy, or `log_barrier`.
+      kl_penalty: c ≥ 0: no natural-gradient step is longer than F⁻¹g / c, see `natural_gradient`. Without it, every
+        step uses all of δ, even where advantages are small and mostly noise.
       num_steps: K ≥ 1, natural-gradient steps within the trust region; K solves (static).
       clip_ratio: ε > 0, which matters from the second step on.
       last_step: the step that led to `params` from those of another batch, a pytree like params. The report then has
@@ -163,7 +174,7 @@ def trpo_update(
       The new parameters and an `UpdateInfo` of scalars.
 
     Raises:
-      ValueError: if `max_kl`, `entropy_coefficient` or `clip_ratio` is no number, `fisher_fraction` is outside (0, 1],
+      ValueError: if `max_kl`, `kl_penalty` or another float is no number, `fisher_fraction` is outside (0, 1],
         `constraint`, `bonus` or `line_search` is no function, `solver` is no `Solver`, `num_steps` is no whole number
         ≥ 1, or a leaf of `params` is not an array of floats.
       TypeError: if an option is unknown, or the batch is missing.
@@ -173,7 +184,7 @@ def trpo_update(
     et al. 2017, equation 7.
     """
     check_count("num_steps of a policy update", num_steps)
-    check_scalars(max_kl=max_kl, entropy_coefficient=entropy_coefficient, clip_ratio=clip_ratio)
+    check_scalars(max_kl=max_kl, kl_penalty=kl_penalty, entropy_coefficient=entropy_coefficient, clip_ratio=clip_ratio)
     _check_function("constraint", constraint, "mean_kl, maximum_kl or reverse_kl")
     _check_function("bonus", bonus, "log_barrier")
     _check_function("line_search", line_search, "backtracking_line_search, parallel_line_search or full_step")
@@ -200,7 +211,8 @@ def trpo_update(
     def solve_at(place: PyTree, gradient: PyTree) -> tuple[PyTree, NaturalGradientInfo]:
         # Steps in one direction add up to K² times the divergence of one, steps at right angles to K times.
         share = max_kl / num_steps**1.5
-        return natural_gradient(lambda p: policy_apply(p, sample), place, gradient, max_kl=share, solver=solver)
+        limits = {"max_kl": share, "kl_penalty": kl_penalty}
+        return natural_gradient(lambda p: policy_apply(p, sample), place, gradient, **limits, solver=solver)
 
     step, solve = solve_at(params, gradient)
     if num_steps > 1:
