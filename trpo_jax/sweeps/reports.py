@@ -162,7 +162,7 @@ def make_report(path: str | os.PathLike[str]) -> Report:
 
 def _stalled(seeds: np.ndarray, accepted: np.ndarray, finite: np.ndarray) -> dict[int, int]:
     """`stalled` of a point, from metrics [seeds, iterations]."""
-    if accepted.shape != finite.shape:  # another version did not write one of them
+    if accepted.shape != finite.shape or (accepted[:, -1:] > 0).all():  # unequal: another version did not write one
         return {}
     seed, iteration = np.broadcast_arrays(seeds[:, None], np.arange(1, accepted.shape[1] + 1))
     table = {"seed": seed, "iteration": iteration, "accepted": accepted, "finite": finite}
