@@ -184,7 +184,7 @@ def trpo_update(
     et al. 2017, equation 7.
     """
     check_count("num_steps of a policy update", num_steps)
-    check_scalars(max_kl=max_kl, kl_penalty=kl_penalty, entropy_coefficient=entropy_coefficient, clip_ratio=clip_ratio)
+    check_scalars(max_kl=max_kl, clip_ratio=clip_ratio)
     _check_function("constraint", constraint, "mean_kl, maximum_kl or reverse_kl")
     _check_function("bonus", bonus, "log_barrier")
     _check_function("line_search", line_search, "backtracking_line_search, parallel_line_search or full_step")
@@ -211,8 +211,9 @@ def trpo_update(
     def solve_at(place: PyTree, gradient: PyTree) -> tuple[PyTree, NaturalGradientInfo]:
         # Steps in one direction add up to K² times the divergence of one, steps at right angles to K times.
         share = max_kl / num_steps**1.5
-        limits = {"max_kl": share, "kl_penalty": kl_penalty}
-        return natural_gradient(lambda p: policy_apply(p, sample), place, gradient, **limits, solver=solver)
+        return natural_gradient(
+            lambda p: policy_apply(p, sample), place, gradient, max_kl=share, kl_penalty=kl_penalty, solver=solver
+        )
 
     step, solve = solve_at(params, gradient)
     if num_steps > 1:
